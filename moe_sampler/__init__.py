@@ -1,0 +1,1 @@
+"""Mixture-of-experts diffusion sampling."""

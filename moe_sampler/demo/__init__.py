@@ -1,0 +1,1 @@
+"""Demo experts: a tiny Sol and Lune trained on procedurally drawn, captioned scenes."""

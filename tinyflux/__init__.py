@@ -1,0 +1,1 @@
+"""TinyFlux, the student: a small Flux-like transformer that learns from Sol and Lune."""
