@@ -1,0 +1,84 @@
+"""Registration with torch, choice of backend, and the checks every operator makes before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from moe_sampler.kernels import _jit
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+BACKENDS = (None, "triton", "torch")
+
+_library = torch.library.Library("moe_sampler", "FRAGMENT")
+
+
+class Operator:
+    """One opaque torch operator with two bodies of the same signature.
+
+    `twin` is plain torch and serves CPU tensors; `launch` runs the Triton kernel and serves CUDA tensors.
+    """
+
+    def __init__(self, schema: str, *, twin: Callable, launch: Callable, fake: Callable) -> None:
+        self.twin, self.launch = twin, launch
+        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        name = schema.partition("(")[0]
+        _library.impl(name, twin, "CPU")
+        _library.impl(name, launch, "CUDA")
+        torch.library.register_fake(f"moe_sampler::{name}", fake, lib=_library)
+        packet, _, overload = name.partition(".")
+        self.default = getattr(getattr(torch.ops.moe_sampler, packet), overload or "default")
+
+    def on(self, backend: str | None, device: torch.device) -> Callable:
+        """The body that `backend` names; None picks by device, through torch's dispatcher."""
+        if backend is None or backend == ("triton" if device.type == "cuda" else "torch"):
+            return self.default
+        if backend == "torch":
+            return self.twin
+        if backend == "triton":
+            _jit.require_triton(device)
+            return self.launch
+        raise ValueError(f"backend must be None, 'triton' or 'torch', got {backend!r}")
+
+
+def check_tensor(
+    name: str,
+    tensor: Tensor,
+    device: torch.device,
+    dtypes: tuple[torch.dtype, ...],
+    *shapes: tuple[int, ...],
+) -> None:
+    """Raise a TypeError or ValueError unless `tensor` is what a kernel can read."""
+    if tensor.dtype not in dtypes:
+        wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{name} must be {wanted}, got {str(tensor.dtype).removeprefix('torch.')}")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, expected {device}")
+    if shapes and tensor.shape not in shapes:
+        wanted = " or ".join(str(list(s)) for s in shapes)
+        raise ValueError(f"{name} must have shape {wanted}, got {list(tensor.shape)}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous; call .contiguous() on it")
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} requires grad, and this operation has no derivative: use torch.no_grad()")
+
+
+def check_no_overlap(
+    written: Iterable[tuple[str, Tensor | None]], read: Iterable[tuple[str, Tensor | None]]
+) -> None:
+    """Raise a ValueError if a written tensor shares memory with any other one. All are contiguous."""
+    spans = []
+    for tensors, is_written in ((written, True), (read, False)):
+        for name, t in tensors:
+            if t is not None and t.numel():
+                start = t.data_ptr()
+                spans.append((start, start + t.nbytes, is_written, name))
+    spans.sort()
+    end, last, last_written = 0, "", False
+    for start, stop, is_written, name in spans:
+        if start < end and (is_written or last_written):
+            raise ValueError(f"{name} and {last} share memory; give them storage of their own")
+        if stop > end:
+            end, last, last_written = stop, name, is_written

@@ -1,0 +1,184 @@
+"""Conversions between parametrizations, as operators of their own."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe_sampler.kernels._dispatch import FLOATS, Operator, check_no_overlap, check_tensor
+
+_FLOAT32 = (torch.float32,)
+Number = TypeVar("Number", float, np.ndarray, Tensor)
+
+
+def shift_sigma(sigma: Number, shift: float) -> Number:
+    """k·s / (1 + (k − 1)·s): the noise level s of a flow, moved towards noise for k > 1.
+
+    sigma: a float, NumPy array or torch tensor of levels, 1 = noise; 0 and 1 stay where they are.
+    """
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def _per_sample(value: Tensor, like: Tensor) -> Tensor:
+    return value.view(-1, *(1,) * (like.ndim - 1))
+
+
+def _check_pair(x: Tensor, velocity: Tensor, x_dtypes: tuple[torch.dtype, ...], **levels: Tensor) -> None:
+    check_tensor("x", x, x.device, x_dtypes)
+    check_tensor("velocity", velocity, x.device, FLOATS, x.shape)
+    for name, level in levels.items():
+        check_tensor(name, level, x.device, _FLOAT32, x.shape[:1])
+
+
+# velocity_to_epsilon
+
+
+def _epsilon_weights(alpha, sigma):
+    norm = alpha * alpha + sigma * sigma
+    return sigma / norm, alpha / norm
+
+
+def _epsilon_twin(velocity: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    _check_pair(x, velocity, FLOATS, alpha=alpha, sigma=sigma)
+    from_x, from_velocity = _epsilon_weights(_per_sample(alpha, x), _per_sample(sigma, x))
+    return torch.mul(x.float(), from_x).addcmul_(velocity, from_velocity).to(velocity.dtype)
+
+
+def _epsilon_level_twin(velocity: Tensor, x: Tensor, alpha: float, sigma: float) -> Tensor:
+    _check_pair(x, velocity, FLOATS)
+    from_x, from_velocity = _epsilon_weights(alpha, sigma)
+    return torch.mul(x.float(), from_x).add_(velocity, alpha=from_velocity).to(velocity.dtype)
+
+
+def _epsilon_launch(velocity: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    raise NotImplementedError
+
+
+def _epsilon_level_launch(velocity: Tensor, x: Tensor, alpha: float, sigma: float) -> Tensor:
+    raise NotImplementedError
+
+
+_epsilon = Operator(
+    "velocity_to_epsilon(Tensor velocity, Tensor x, Tensor alpha, Tensor sigma) -> Tensor",
+    twin=_epsilon_twin,
+    launch=_epsilon_launch,
+    fake=lambda velocity, x, alpha, sigma: torch.empty_like(velocity),
+)
+_epsilon_level = Operator(
+    "velocity_to_epsilon.level(Tensor velocity, Tensor x, float alpha, float sigma) -> Tensor",
+    twin=_epsilon_level_twin,
+    launch=_epsilon_level_launch,
+    fake=lambda velocity, x, alpha, sigma: torch.empty_like(velocity),
+)
+
+
+def velocity_to_epsilon(
+    velocity: Tensor, x: Tensor, alpha: float | Tensor, sigma: float | Tensor, *, backend: str | None = None
+) -> Tensor:
+    """ε = (σ·x + α·v)/(α² + σ²), the noise that v = α·ε − σ·x0 implies at x = α·x0 + σ·ε.
+
+    velocity, x: [B, ...], float32, float16 or bfloat16 each. alpha, sigma: numbers, or float32 [B] tensors.
+    Computed in float32; returns [B, ...] in the velocity's dtype.
+    """
+    if not (isinstance(alpha, Tensor) or isinstance(sigma, Tensor)):
+        if alpha == 0 and sigma == 0:
+            raise ValueError("alpha and sigma must not both be zero")
+        return _epsilon_level.on(backend, x.device)(velocity, x, alpha, sigma)
+    return _epsilon.on(backend, x.device)(velocity, x, _level(alpha, x), _level(sigma, x))
+
+
+def _level(value: float | Tensor, x: Tensor) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.full(x.shape[:1], value, device=x.device)
+
+
+# euler_step_
+
+
+def _euler_twin(x: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor) -> None:
+    _check_pair(x, velocity, _FLOAT32, sigma=sigma, sigma_next=sigma_next)
+    check_no_overlap(
+        written=(("x", x),), read=(("velocity", velocity), ("sigma", sigma), ("sigma_next", sigma_next))
+    )
+    x.addcmul_(velocity, _per_sample(sigma - sigma_next, x), value=-1.0)
+
+
+def _euler_level_twin(x: Tensor, velocity: Tensor, sigma: float, sigma_next: float) -> None:
+    _check_pair(x, velocity, _FLOAT32)
+    check_no_overlap(written=(("x", x),), read=(("velocity", velocity),))
+    x.add_(velocity, alpha=sigma_next - sigma)
+
+
+def _euler_launch(x: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor) -> None:
+    raise NotImplementedError
+
+
+def _euler_level_launch(x: Tensor, velocity: Tensor, sigma: float, sigma_next: float) -> None:
+    raise NotImplementedError
+
+
+_euler = Operator(
+    "euler_step_(Tensor(a!) x, Tensor velocity, Tensor sigma, Tensor sigma_next) -> ()",
+    twin=_euler_twin,
+    launch=_euler_launch,
+    fake=lambda x, velocity, sigma, sigma_next: None,
+)
+_euler_level = Operator(
+    "euler_step_.level(Tensor(a!) x, Tensor velocity, float sigma, float sigma_next) -> ()",
+    twin=_euler_level_twin,
+    launch=_euler_level_launch,
+    fake=lambda x, velocity, sigma, sigma_next: None,
+)
+
+
+def euler_step_(
+    x: Tensor,
+    velocity: Tensor,
+    sigma: float | Tensor,
+    sigma_next: float | Tensor,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """x ← x − u·(s − s'), one Euler step of the flow from level s down to s', in place.
+
+    x: float32 [B, ...], the state. velocity: u = ε − x0, [B, ...], float32, float16 or bfloat16.
+    sigma, sigma_next: numbers, or float32 [B] tensors. Returns x.
+    """
+    if isinstance(sigma, Tensor) or isinstance(sigma_next, Tensor):
+        _euler.on(backend, x.device)(x, velocity, _level(sigma, x), _level(sigma_next, x))
+    else:
+        _euler_level.on(backend, x.device)(x, velocity, sigma, sigma_next)
+    return x
+
+
+# shift_sigmas
+
+
+def _shift_twin(sigmas: Tensor, shift: float) -> Tensor:
+    check_tensor("sigmas", sigmas, sigmas.device, (torch.float32, torch.float64))
+    return shift_sigma(sigmas, shift)
+
+
+def _shift_launch(sigmas: Tensor, shift: float) -> Tensor:
+    raise NotImplementedError
+
+
+_shift = Operator(
+    "shift_sigmas(Tensor sigmas, float shift) -> Tensor",
+    twin=_shift_twin,
+    launch=_shift_launch,
+    fake=lambda sigmas, shift: torch.empty_like(sigmas),
+)
+
+
+def shift_sigmas(sigmas: Tensor, shift: float, *, backend: str | None = None) -> Tensor:
+    """s' = k·s/(1 + (k − 1)·s) for every level of a flow's schedule.
+
+    sigmas: float32 of any shape, or float64 (in plain torch on every device), 1 = noise. shift: k > 0.
+    Returns a new tensor like `sigmas`.
+    """
+    if not shift > 0:
+        raise ValueError(f"shift must be positive, got {shift}")
+    return _shift.on(backend, sigmas.device)(sigmas, shift)

@@ -1,0 +1,130 @@
+"""N(0, 1) noise that is a function of (seed of the sample, step, stream, element) alone.
+
+Words come from Philox 4×64 with ten rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011)
+under the key [seed, 0] and the counter [block + 1, step, stream, 0]: the same integers as
+`numpy.random.Philox(key=[seed, 0], counter=[0, step, stream, 0])`. Elements 2i and 2i + 1 of a sample, in
+row-major order, come from its word i by Box-Muller:
+
+    u = (high 32 bits + ½)·2⁻³² in (0, 1]       r = √(−2 ln u)
+    t = (low 32 bits)·2⁻³² turns                 z_2i = r·cos 2πt,  z_2i+1 = r·sin 2πt
+
+The angle stays an integer until it lies within a quarter turn of zero, by cos 2πt = sin 2π(¼ − |t|) and
+sin 2πt = cos 2π(t − ¼), so the reduction is exact and no slow path for large angles is needed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe_sampler.kernels._dispatch import FLOATS, Operator, check_tensor
+
+_QUARTER_TURN = 1 << 30
+_TURNS_TO_RADIANS = 2.0 * math.pi * 2.0**-32
+_UINT64 = (1 << 64) - 1
+
+
+def philox_words(seed: int, step: int, stream: int, count: int) -> np.ndarray:
+    """The first `count` words, uint64 [count], of one sample's stream; a negative seed counts modulo 2⁶⁴."""
+    key = np.array([seed & _UINT64, 0], dtype=np.uint64)
+    counter = np.array([0, step, stream, 0], dtype=np.uint64)
+    return np.random.Philox(key=key, counter=counter).random_raw(count)
+
+
+def box_muller(words: np.ndarray) -> Tensor:
+    """words: uint64 [count] → float32 [2·count] normals on the CPU."""
+    halves = words.view(np.int32).reshape(-1, 2)  # low, high: little-endian
+    angle = torch.from_numpy(halves[:, :1] - np.array([0, _QUARTER_TURN], dtype=np.int32))
+    # abs and the additions wrap modulo one turn, which is what the angle means.
+    normals = angle.abs_().neg_().add_(_QUARTER_TURN).to(torch.float32).mul_(_TURNS_TO_RADIANS).sin_()
+    uniform = torch.from_numpy(words.view(np.uint32)[1::2].astype(np.float32))
+    radius = uniform.mul_(2.0**-32).add_(2.0**-33).log_().mul_(-2.0).sqrt_()
+    return normals.mul_(radius.unsqueeze(1)).view(-1)
+
+
+def fill_normal(out: Tensor, seeds: Tensor, step: int, stream: int) -> Tensor:
+    """Fill out: [B, ...], any float dtype and device, from seeds: int64 [B]; reads the seeds on the host."""
+    flat = out.view(out.shape[0], -1)
+    numel = flat.shape[1]
+    # One sample at a time: vectorised loops treat the ends of an array apart, and a sample must not notice
+    # where in a batch it lies.
+    for sample, seed in zip(flat, seeds.tolist(), strict=True):
+        sample.copy_(box_muller(philox_words(seed, step, stream, (numel + 1) // 2))[:numel])
+    return out
+
+
+def check_counter(step: int, stream: int) -> None:
+    for name, value in (("step", step), ("stream", stream)):
+        if not 0 <= value < 1 << 63:
+            raise ValueError(f"{name} must lie in [0, 2**63), got {value}")
+
+
+def _check(shape: Sequence[int], seeds: Tensor, step: int, stream: int, dtype: torch.dtype) -> None:
+    if len(shape) < 1:
+        raise ValueError("shape must be [B, ...] with the batch first")
+    if dtype not in FLOATS:
+        raise TypeError(
+            f"dtype must be float32, float16 or bfloat16, got {str(dtype).removeprefix('torch.')}"
+        )
+    check_tensor("seeds", seeds, seeds.device, (torch.int64,), (shape[0],))
+    check_counter(step, stream)
+
+
+def _twin(shape: Sequence[int], seeds: Tensor, step: int, stream: int, dtype: torch.dtype) -> Tensor:
+    _check(shape, seeds, step, stream, dtype)
+    return fill_normal(torch.empty(shape, dtype=dtype, device=seeds.device), seeds, step, stream)
+
+
+def _launch(shape: Sequence[int], seeds: Tensor, step: int, stream: int, dtype: torch.dtype) -> Tensor:
+    raise NotImplementedError
+
+
+def _fake(shape: Sequence[int], seeds: Tensor, step: int, stream: int, dtype: torch.dtype) -> Tensor:
+    return seeds.new_empty(shape, dtype=dtype)
+
+
+_operator = Operator(
+    "philox_normal(SymInt[] shape, Tensor seeds, SymInt step, SymInt stream, ScalarType dtype) -> Tensor",
+    twin=_twin,
+    launch=_launch,
+    fake=_fake,
+)
+
+
+def seeds_tensor(seeds: Tensor | Sequence[int], device: torch.device | str | None = None) -> Tensor:
+    """Seeds as int64 [B] on `device`; integers in [−2⁶³, 2⁶⁴) count modulo 2⁶⁴."""
+    if isinstance(seeds, Tensor):
+        return seeds if device is None else seeds.to(device)
+    for seed in seeds:
+        if not -(1 << 63) <= seed < 1 << 64:
+            raise ValueError(f"a seed must lie in [-2**63, 2**64), got {seed}")
+    return torch.tensor(
+        [s - (1 << 64) if s >= 1 << 63 else s for s in seeds], dtype=torch.int64, device=device
+    )
+
+
+def philox_normal(
+    shape: Sequence[int],
+    seeds: Tensor | Sequence[int],
+    step: int = 0,
+    *,
+    stream: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Standard normal noise of `shape` = [B, ...] from one seed per sample.
+
+    A sample's noise depends on its seed, `step`, `stream` and its own shape, and on nothing else: not on the
+    batch, not on the device beyond the last bits of a float, not on any global generator.
+
+    seeds: int64 [B] tensor, or B integers (modulo 2⁶⁴). step, stream: counters in [0, 2⁶³) that select
+    independent noise. dtype: float32, float16 or bfloat16; computed in float32. device: where the seeds are, by
+    default. Returns a tensor of `shape`.
+    """
+    seeds = seeds_tensor(seeds, device)
+    return _operator.on(backend, seeds.device)(shape, seeds, step, stream, dtype)

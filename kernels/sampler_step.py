@@ -1,0 +1,189 @@
+"""One solver step in one pass, from one row of a plan's table (the columns are in `rows`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moe_sampler.kernels._dispatch import FLOATS, Operator, check_no_overlap, check_tensor
+from moe_sampler.kernels.noise import check_counter, fill_normal
+from moe_sampler.kernels.rows import COLUMNS, ROW_WIDTH
+
+_FLOAT32 = (torch.float32,)
+
+
+def _check(
+    x: Tensor,
+    output_0: Tensor,
+    output_1: Tensor | None,
+    table: Tensor,
+    step: int,
+    x0_prev: Tensor | None,
+    next_0: Tensor | None,
+    next_1: Tensor | None,
+    seeds: Tensor | None,
+    noise: Tensor | None,
+    stream: int,
+) -> None:
+    if x.ndim < 1:
+        raise ValueError("x must be [B, ...] with the batch first")
+    device, shape = x.device, x.shape
+    doubled = (2 * shape[0], *shape[1:])
+    check_tensor("x", x, device, _FLOAT32)
+    check_tensor("outputs[0]", output_0, device, FLOATS, shape, doubled)
+    if output_1 is not None:
+        check_tensor("outputs[1]", output_1, device, FLOATS, shape, doubled)
+    check_tensor("table", table, device, _FLOAT32)
+    if table.ndim != 2 or table.shape[1] != ROW_WIDTH:
+        raise ValueError(f"table must have shape [steps, {ROW_WIDTH}], got {list(table.shape)}")
+    if not 0 <= step < table.shape[0]:
+        raise ValueError(f"step {step} is outside the table, which has {table.shape[0]} rows")
+    if x0_prev is not None:
+        check_tensor("x0_prev", x0_prev, device, _FLOAT32, shape)
+    if next_0 is not None:
+        check_tensor("next_inputs[0]", next_0, device, FLOATS, shape, doubled)
+    if next_1 is not None:
+        check_tensor("next_inputs[1]", next_1, device, FLOATS, shape, doubled)
+    if seeds is not None:
+        if noise is not None:
+            raise ValueError("give either seeds or noise, not both")
+        check_tensor("seeds", seeds, device, (torch.int64,), shape[:1])
+        check_counter(step, stream)
+    if noise is not None:
+        check_tensor("noise", noise, device, _FLOAT32, shape)
+    check_no_overlap(
+        written=(("x", x), ("x0_prev", x0_prev), ("next_inputs[0]", next_0), ("next_inputs[1]", next_1)),
+        read=(
+            ("outputs[0]", output_0),
+            ("outputs[1]", output_1),
+            ("table", table),
+            ("seeds", seeds),
+            ("noise", noise),
+        ),
+    )
+
+
+def _add_output(x: Tensor, output: Tensor | None, cond: float, uncond: float) -> None:
+    if output is None:
+        return
+    batch = x.shape[0]
+    if output.shape[0] == batch:
+        x.add_(output, alpha=cond)
+    else:
+        x.add_(output[:batch], alpha=uncond).add_(output[batch:], alpha=cond)
+
+
+def _write_next(buffer: Tensor | None, x: Tensor, scale: float) -> None:
+    if buffer is None:
+        return
+    first = buffer[: x.shape[0]]
+    if scale == 1.0:
+        first.copy_(x)
+    else:
+        torch.mul(x, scale, out=first)
+    if buffer.shape[0] != x.shape[0]:
+        buffer[x.shape[0] :].copy_(first)
+
+
+def _twin(
+    x: Tensor,
+    output_0: Tensor,
+    output_1: Tensor | None,
+    table: Tensor,
+    step: int,
+    x0_prev: Tensor | None,
+    next_0: Tensor | None,
+    next_1: Tensor | None,
+    seeds: Tensor | None,
+    noise: Tensor | None,
+    stream: int,
+) -> None:
+    _check(x, output_0, output_1, table, step, x0_prev, next_0, next_1, seeds, noise, stream)
+    p, a, b, d, n, clip, cond_0, uncond_0, cond_1, uncond_1, scale_0, scale_1 = table[step].tolist()[
+        : len(COLUMNS)
+    ]
+    if n != 0.0 and seeds is None and noise is None:
+        raise ValueError(f"row {step} adds noise (n = {n:g}): give seeds or noise")
+    if x0_prev is None and clip == math.inf:
+        # Nobody sees x0, so its coefficients fold into the update: half the passes over memory.
+        x.mul_(a + b * p)
+        _add_output(x, output_0, b * cond_0, b * uncond_0)
+        _add_output(x, output_1, b * cond_1, b * uncond_1)
+    else:
+        x0 = x * p
+        _add_output(x0, output_0, cond_0, uncond_0)
+        _add_output(x0, output_1, cond_1, uncond_1)
+        if clip != math.inf:
+            x0.clamp_(-clip, clip)
+        x.mul_(a).add_(x0, alpha=b)
+        if x0_prev is not None:
+            if d != 0.0:
+                x.add_(x0_prev, alpha=d)
+            x0_prev.copy_(x0)
+    if n != 0.0:
+        x.add_(fill_normal(torch.empty_like(x), seeds, step, stream) if noise is None else noise, alpha=n)
+    _write_next(next_0, x, scale_0)
+    _write_next(next_1, x, scale_1)
+
+
+def _launch(*args) -> None:
+    raise NotImplementedError
+
+
+def _fake(*args) -> None:
+    return None
+
+
+_operator = Operator(
+    "sampler_step_(Tensor(a!) x, Tensor output_0, Tensor? output_1, Tensor table, SymInt step, "
+    "Tensor(b!)? x0_prev, Tensor(c!)? next_0, Tensor(d!)? next_1, Tensor? seeds, Tensor? noise, SymInt stream) -> ()",
+    twin=_twin,
+    launch=_launch,
+    fake=_fake,
+)
+
+
+def sampler_step_(
+    x: Tensor,
+    outputs: Sequence[Tensor],
+    table: Tensor,
+    step: int,
+    *,
+    x0_prev: Tensor | None = None,
+    next_inputs: Sequence[Tensor] = (),
+    seeds: Tensor | None = None,
+    noise: Tensor | None = None,
+    stream: int = 0,
+    backend: str | None = None,
+) -> Tensor:
+    """Advance the state by row `step` of the table, in place, and return it.
+
+        x0 = p·x + Σ_e (q_cond_e·output_e_cond + q_uncond_e·output_e_uncond), clamped to [−clip, clip]
+        x ← a·x + b·x0 + d·x0_prev + n·z;   x0_prev ← x0;   next_inputs[e] ← scale_e·x
+
+    Everything is computed in float32, whatever the dtypes of the models. All tensors are contiguous, on one
+    device, and none that is written shares memory with another.
+
+    x: float32 [B, ...]. outputs: one or two model outputs, each [B, ...] (multiplied by q_cond alone) or
+    [2B, ...] (guided: first half unconditional, second half conditional), float32, float16 or bfloat16.
+    table: float32 [steps, ROW_WIDTH]. x0_prev: float32 [B, ...], read where d ≠ 0, then overwritten.
+    next_inputs: up to two buffers, each [B, ...] or [2B, ...] (x written twice, for guidance), float32, float16
+    or bfloat16; they belong to the next step's models, so they need not resemble `outputs`.
+    seeds: int64 [B] for z = philox_normal(x.shape, seeds, step, stream=stream), made inside the kernel; or
+    noise: float32 [B, ...]; where n = 0 neither is touched. Without both the noise term is absent: for a row with
+    n ≠ 0 this is an error on the CPU, and goes unnoticed on CUDA, where the row cannot be read without waiting
+    for the device. backend: None picks Triton for CUDA tensors and torch for CPU tensors.
+    """
+    if isinstance(outputs, Tensor) or not 1 <= len(outputs) <= 2:
+        raise ValueError("outputs must be a list of one or two tensors")
+    if isinstance(next_inputs, Tensor) or len(next_inputs) > 2:
+        raise ValueError("next_inputs must be a list of at most two tensors")
+    second = outputs[1] if len(outputs) == 2 else None
+    next_0 = next_inputs[0] if next_inputs else None
+    next_1 = next_inputs[1] if len(next_inputs) == 2 else None
+    run = _operator.on(backend, x.device)
+    run(x, outputs[0], second, table, step, x0_prev, next_0, next_1, seeds, noise, stream)
+    return x
