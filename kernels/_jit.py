@@ -15,5 +15,5 @@ def require_triton(device: torch.device) -> None:
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
             f"backend='triton' needs CUDA tensors, these are on {device}: move them to a GPU, "
-            "use backend='torch', or set TRITON_INTERPRET=1 before starting Python to run kernels in Triton's interpreter"
+            "use backend='torch', or set TRITON_INTERPRET=1 before starting Python for Triton's interpreter"
         )

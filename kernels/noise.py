@@ -1,7 +1,7 @@
 """N(0, 1) noise that is a function of (seed of the sample, step, stream, element) alone.
 
-Words come from Philox 4×64 with ten rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011)
-under the key [seed, 0] and the counter [block + 1, step, stream, 0]: the same integers as
+Words come from Philox 4×64 with ten rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
+2011) under the key [seed, 0] and the counter [block + 1, step, stream, 0]: the same integers as
 `numpy.random.Philox(key=[seed, 0], counter=[0, step, stream, 0])`. Elements 2i and 2i + 1 of a sample, in
 row-major order, come from its word i by Box-Muller:
 
@@ -23,8 +23,8 @@ from torch import Tensor
 
 from moe_sampler.kernels._dispatch import FLOATS, Operator, check_tensor
 
-_QUARTER_TURN = 1 << 30
-_TURNS_TO_RADIANS = 2.0 * math.pi * 2.0**-32
+_QUARTER_TURN = np.int32(1 << 30)
+_TURNS_TO_RADIANS = np.float32(2.0 * math.pi * 2.0**-32)
 _UINT64 = (1 << 64) - 1
 
 
@@ -35,15 +35,27 @@ def philox_words(seed: int, step: int, stream: int, count: int) -> np.ndarray:
     return np.random.Philox(key=key, counter=counter).random_raw(count)
 
 
-def box_muller(words: np.ndarray) -> Tensor:
-    """words: uint64 [count] → float32 [2·count] normals on the CPU."""
-    halves = words.view(np.int32).reshape(-1, 2)  # low, high: little-endian
-    angle = torch.from_numpy(halves[:, :1] - np.array([0, _QUARTER_TURN], dtype=np.int32))
-    # abs and the additions wrap modulo one turn, which is what the angle means.
-    normals = angle.abs_().neg_().add_(_QUARTER_TURN).to(torch.float32).mul_(_TURNS_TO_RADIANS).sin_()
-    uniform = torch.from_numpy(words.view(np.uint32)[1::2].astype(np.float32))
-    radius = uniform.mul_(2.0**-32).add_(2.0**-33).log_().mul_(-2.0).sqrt_()
-    return normals.mul_(radius.unsqueeze(1)).view(-1)
+def box_muller(words: np.ndarray) -> np.ndarray:
+    """words: uint64 [count] → float32 [2·count] standard normals."""
+    low, high = words.view(np.uint32).reshape(-1, 2).T  # little-endian
+    angles = np.empty((2, len(words)), dtype=np.int32)
+    angles[0] = low.view(np.int32)
+    # Integers wrap modulo one turn, as the angle does.
+    np.subtract(angles[0], _QUARTER_TURN, out=angles[1])
+    np.abs(angles, out=angles)
+    np.subtract(_QUARTER_TURN, angles, out=angles)
+    unit = angles.astype(np.float32)
+    unit *= _TURNS_TO_RADIANS
+    np.sin(unit, out=unit)
+    radius = high.astype(np.float32)
+    radius *= np.float32(2.0**-32)
+    radius += np.float32(2.0**-33)
+    np.log(radius, out=radius)
+    radius *= np.float32(-2.0)
+    np.sqrt(radius, out=radius)
+    normals = np.empty((len(words), 2), dtype=np.float32)
+    np.multiply(unit, radius, out=normals.T)
+    return normals.reshape(-1)
 
 
 def fill_normal(out: Tensor, seeds: Tensor, step: int, stream: int) -> Tensor:
@@ -53,7 +65,8 @@ def fill_normal(out: Tensor, seeds: Tensor, step: int, stream: int) -> Tensor:
     # One sample at a time: vectorised loops treat the ends of an array apart, and a sample must not notice
     # where in a batch it lies.
     for sample, seed in zip(flat, seeds.tolist(), strict=True):
-        sample.copy_(box_muller(philox_words(seed, step, stream, (numel + 1) // 2))[:numel])
+        normals = box_muller(philox_words(seed, step, stream, (numel + 1) // 2))
+        sample.copy_(torch.from_numpy(normals[:numel]))
     return out
 
 
@@ -123,8 +136,8 @@ def philox_normal(
     batch, not on the device beyond the last bits of a float, not on any global generator.
 
     seeds: int64 [B] tensor, or B integers (modulo 2⁶⁴). step, stream: counters in [0, 2⁶³) that select
-    independent noise. dtype: float32, float16 or bfloat16; computed in float32. device: where the seeds are, by
-    default. Returns a tensor of `shape`.
+    independent noise. dtype: float32, float16 or bfloat16; computed in float32. device: where the seeds
+    are, by default. Returns a tensor of `shape`.
     """
     seeds = seeds_tensor(seeds, device)
     return _operator.on(backend, seeds.device)(shape, seeds, step, stream, dtype)

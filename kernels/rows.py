@@ -27,7 +27,7 @@ COLUMNS = (
 )
 INDEX = {name: i for i, name in enumerate(COLUMNS)}
 
-# 64 bytes: every row starts on a 16-byte boundary, so the pointer's alignment never changes from step to step.
+# 64 bytes: every row starts on a 16-byte boundary, so no step differs from another in alignment.
 ROW_WIDTH = 16
 
 

@@ -139,7 +139,8 @@ def _fake(*args) -> None:
 
 _operator = Operator(
     "sampler_step_(Tensor(a!) x, Tensor output_0, Tensor? output_1, Tensor table, SymInt step, "
-    "Tensor(b!)? x0_prev, Tensor(c!)? next_0, Tensor(d!)? next_1, Tensor? seeds, Tensor? noise, SymInt stream) -> ()",
+    "Tensor(b!)? x0_prev, Tensor(c!)? next_0, Tensor(d!)? next_1, "
+    "Tensor? seeds, Tensor? noise, SymInt stream) -> ()",
     twin=_twin,
     launch=_launch,
     fake=_fake,
@@ -170,12 +171,12 @@ def sampler_step_(
     x: float32 [B, ...]. outputs: one or two model outputs, each [B, ...] (multiplied by q_cond alone) or
     [2B, ...] (guided: first half unconditional, second half conditional), float32, float16 or bfloat16.
     table: float32 [steps, ROW_WIDTH]. x0_prev: float32 [B, ...], read where d ≠ 0, then overwritten.
-    next_inputs: up to two buffers, each [B, ...] or [2B, ...] (x written twice, for guidance), float32, float16
-    or bfloat16; they belong to the next step's models, so they need not resemble `outputs`.
+    next_inputs: up to two buffers, each [B, ...] or [2B, ...] (x written twice, for guidance), float32,
+    float16 or bfloat16; they belong to the next step's models, so they need not resemble `outputs`.
     seeds: int64 [B] for z = philox_normal(x.shape, seeds, step, stream=stream), made inside the kernel; or
-    noise: float32 [B, ...]; where n = 0 neither is touched. Without both the noise term is absent: for a row with
-    n ≠ 0 this is an error on the CPU, and goes unnoticed on CUDA, where the row cannot be read without waiting
-    for the device. backend: None picks Triton for CUDA tensors and torch for CPU tensors.
+    noise: float32 [B, ...]; where n = 0 neither is touched. Without both the noise term is absent: for a row
+    with n ≠ 0 this is an error on the CPU, and goes unnoticed on CUDA, where the row cannot be read without
+    waiting for the device. backend: None picks Triton for CUDA tensors and torch for CPU tensors.
     """
     if isinstance(outputs, Tensor) or not 1 <= len(outputs) <= 2:
         raise ValueError("outputs must be a list of one or two tensors")
