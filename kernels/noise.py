@@ -26,17 +26,11 @@ from moe_sampler.kernels._dispatch import FLOATS, Operator, check_tensor
 _QUARTER_TURN = np.int32(1 << 30)
 _TURNS_TO_RADIANS = np.float32(2.0 * math.pi * 2.0**-32)
 _UINT64 = (1 << 64) - 1
+_CHUNK = 16384  # elements at a time: the intermediate arrays stay in the cache
 
 
-def philox_words(seed: int, step: int, stream: int, count: int) -> np.ndarray:
-    """The first `count` words, uint64 [count], of one sample's stream; a negative seed counts modulo 2⁶⁴."""
-    key = np.array([seed & _UINT64, 0], dtype=np.uint64)
-    counter = np.array([0, step, stream, 0], dtype=np.uint64)
-    return np.random.Philox(key=key, counter=counter).random_raw(count)
-
-
-def box_muller(words: np.ndarray) -> np.ndarray:
-    """words: uint64 [count] → float32 [2·count] standard normals."""
+def box_muller(words: np.ndarray, out: np.ndarray) -> None:
+    """words: uint64 [count] → out: float32 [2·count], contiguous."""
     low, high = words.view(np.uint32).reshape(-1, 2).T  # little-endian
     angles = np.empty((2, len(words)), dtype=np.int32)
     angles[0] = low.view(np.int32)
@@ -53,21 +47,34 @@ def box_muller(words: np.ndarray) -> np.ndarray:
     np.log(radius, out=radius)
     radius *= np.float32(-2.0)
     np.sqrt(radius, out=radius)
-    normals = np.empty((len(words), 2), dtype=np.float32)
-    np.multiply(unit, radius, out=normals.T)
-    return normals.reshape(-1)
+    np.multiply(unit, radius, out=out.reshape(-1, 2).T)
+
+
+def _fill_sample(out: np.ndarray, seed: int, step: int, stream: int) -> None:
+    """out: float32 [numel], contiguous."""
+    key = np.array([seed & _UINT64, 0], dtype=np.uint64)
+    counter = np.array([0, step, stream, 0], dtype=np.uint64)
+    generator = np.random.Philox(key=key, counter=counter)
+    for start in range(0, len(out), _CHUNK):
+        part = out[start : start + _CHUNK]
+        words = generator.random_raw((len(part) + 1) // 2)
+        if len(part) % 2:
+            padded = np.empty(len(part) + 1, dtype=np.float32)
+            box_muller(words, padded)
+            part[:] = padded[:-1]
+        else:
+            box_muller(words, part)
 
 
 def fill_normal(out: Tensor, seeds: Tensor, step: int, stream: int) -> Tensor:
     """Fill out: [B, ...], any float dtype and device, from seeds: int64 [B]; reads the seeds on the host."""
-    flat = out.view(out.shape[0], -1)
-    numel = flat.shape[1]
+    direct = out.dtype == torch.float32 and out.device.type == "cpu"
+    normals = out if direct else torch.empty(out.shape, dtype=torch.float32)
     # One sample at a time: vectorised loops treat the ends of an array apart, and a sample must not notice
     # where in a batch it lies.
-    for sample, seed in zip(flat, seeds.tolist(), strict=True):
-        normals = box_muller(philox_words(seed, step, stream, (numel + 1) // 2))
-        sample.copy_(torch.from_numpy(normals[:numel]))
-    return out
+    for sample, seed in zip(normals.flatten(1).numpy(), seeds.tolist(), strict=True):
+        _fill_sample(sample, seed, step, stream)
+    return out if direct else out.copy_(normals)
 
 
 def check_counter(step: int, stream: int) -> None:

@@ -1,0 +1,103 @@
+"""The demo's autoencoder: AutoencoderTiny, 64x64 pixels to 16x16 latents of four channels.
+
+Two stages. First encoder and decoder together on crops; then, with the encoder frozen (so that latents stay
+valid), the decoder alone for sharpness.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderTiny
+from torch import Tensor
+
+from .data import SceneSet
+
+CROP = 32
+
+
+def new_autoencoder(width: int = 32, decoder_width: int = 48) -> AutoencoderTiny:
+    """An untrained autoencoder; three stages, so that 2 ** (stages - 1) = 4 is the scale factor."""
+    return AutoencoderTiny(
+        encoder_block_out_channels=(width,) * 3,
+        decoder_block_out_channels=(decoder_width,) * 3,
+        num_encoder_blocks=(0, 1, 2),
+        num_decoder_blocks=(3, 2, 0),
+    )
+
+
+def to_model(pictures: np.ndarray) -> Tensor:
+    """uint8 [N, H, W, 3] -> float32 [N, 3, H, W] in -1..1."""
+    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
+    """Pixels (squared and absolute) and gradients: edges count on their own. [N, 3, H, W] each, -1..1."""
+    error = output - target
+    dx, dy = error.diff(dim=-1), error.diff(dim=-2)
+    return error.square().mean() + 0.25 * error.abs().mean() + 0.25 * (dx.abs().mean() + dy.abs().mean())
+
+
+def psnr(mean_squared_error: float) -> float:
+    """Decibels for images in -1..1."""
+    return float(10 * np.log10(4 / max(mean_squared_error, 1e-12)))
+
+
+def joint_loss(model: AutoencoderTiny, scenes: SceneSet, batch: int):
+    """The first stage's loss: crops of full and structure pictures, latents kept near zero mean, unit variance."""
+    pictures = scenes.pictures
+
+    def loss(rng: np.random.Generator, generator: torch.Generator, step: int):
+        target = _crops(pictures, rng, batch)
+        latents = model.encode(target).latents
+        output = model.decode(latents).sample
+        mean, deviation = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+        spread = mean.square().mean() + (deviation - 1).square().mean()
+        error = float(F.mse_loss(output.detach(), target))
+        return reconstruction_loss(output, target) + 0.02 * spread, {"psnr": psnr(error)}
+
+    return loss
+
+
+def decoder_loss(model: AutoencoderTiny, latents: np.ndarray, scenes: SceneSet, batch: int, noise: float = 0.0):
+    """The second stage's loss: whole pictures from cached latents.
+
+    Args:
+        latents: float [N, 2, 4, 16, 16], scaled to unit variance.
+        noise: standard deviation of noise on the latents, which makes the decoder forgiving.
+    """
+    pictures = scenes.pictures
+    crop = CROP // 4
+
+    def loss(rng: np.random.Generator, generator: torch.Generator, step: int):
+        which = rng.integers(0, len(pictures), batch)
+        kind = (rng.uniform(size=batch) < 0.15).astype(int)
+        y, x = rng.integers(0, 16 - crop + 1, 2)
+        z = latents[which, kind, :, y : y + crop, x : x + crop]
+        target = to_model(pictures[which, kind, 4 * y : 4 * (y + crop), 4 * x : 4 * (x + crop)])
+        z = torch.from_numpy(z.astype(np.float32))
+        z = z + noise * torch.randn(z.shape, generator=generator)
+        output = model.decode(z / model.config.scaling_factor).sample
+        # Away from the crop's border, whose neighbours the decoder could not see.
+        output, target = output[..., 4:-4, 4:-4], target[..., 4:-4, 4:-4]
+        error = float(F.mse_loss(output.detach(), target))
+        return reconstruction_loss(output, target), {"psnr": psnr(error)}
+
+    return loss
+
+
+def _crops(pictures: np.ndarray, rng: np.random.Generator, batch: int) -> Tensor:
+    which = rng.integers(0, len(pictures), batch)
+    kind = (rng.uniform(size=batch) < 0.3).astype(int)
+    y, x = rng.integers(0, 64 - CROP + 1, (2, batch))
+    crops = [pictures[i, k, b : b + CROP, a : a + CROP] for i, k, b, a in zip(which, kind, y, x, strict=True)]
+    return to_model(np.stack(crops))
+
+
+@torch.no_grad()
+def encode_all(model: AutoencoderTiny, pictures: np.ndarray, batch: int = 64) -> np.ndarray:
+    """uint8 [N, 2, 64, 64, 3] -> float32 [N, 2, 4, 16, 16], not yet scaled."""
+    flat = pictures.reshape(-1, *pictures.shape[2:])
+    parts = [model.encode(to_model(flat[i : i + batch])).latents.numpy() for i in range(0, len(flat), batch)]
+    return np.concatenate(parts).reshape(len(pictures), 2, *parts[0].shape[1:])

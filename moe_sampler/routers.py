@@ -1,0 +1,141 @@
+"""Routers: which expert is at work, decided by noise level and never by step index.
+
+A router is any callable from a share of noise (`Level.noise`: 1 at pure noise, 0 at data) to a mapping from
+expert name to weight; the weights at a level add up to 1 and at most two are non-zero. It is consulted while
+planning, so it costs nothing in the sampling loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from .paths import FlowPath
+
+__all__ = ["Boundary", "Crossfade", "Router", "Spans", "active_experts", "lead_spans"]
+
+_SCAN = 4096  # spans narrower than 1 / _SCAN of the noise axis are not resolved
+
+
+class Router(Protocol):
+    def __call__(self, noise: float) -> Mapping[str, float]:
+        """Weights of the experts at a share of noise in [0, 1]."""
+
+
+def _check_noise(name: str, value: float) -> None:
+    if not 0.0 < value < 1.0:
+        raise ValueError(f"{name} is a noise level strictly between 0 (data) and 1 (noise), got {value}")
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """`first` above the noise level `at`, `then` from it on: Wan 2.2's `boundary_ratio`, in noise level."""
+
+    first: str
+    then: str
+    at: float
+
+    def __post_init__(self) -> None:
+        _check_noise("the handoff", self.at)
+
+    def __call__(self, noise: float) -> Mapping[str, float]:
+        return {self.first if noise > self.at else self.then: 1.0}
+
+
+@dataclass(frozen=True)
+class Crossfade:
+    """Both experts between the noise levels `start` and `end`, with a smoothstep over ln(alpha / sigma)."""
+
+    first: str
+    then: str
+    start: float
+    end: float
+
+    def __post_init__(self) -> None:
+        _check_noise("a crossfade's start", self.start)
+        _check_noise("a crossfade's end", self.end)
+        if self.end >= self.start:
+            raise ValueError(f"a crossfade runs from noise to data: its end {self.end} must be below {self.start}")
+
+    def __call__(self, noise: float) -> Mapping[str, float]:
+        if noise >= self.start:
+            return {self.first: 1.0}
+        if noise <= self.end:
+            return {self.then: 1.0}
+        here, start, end = (FlowPath().at(s).half_log_snr for s in (noise, self.start, self.end))
+        u = (here - start) / (end - start)
+        weight = u * u * (3.0 - 2.0 * u)
+        return {self.first: 1.0 - weight, self.then: weight}
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Explicit spans from noise to data: `Spans((("sol", 0.7), ("sd15", 0.4), ("lune", 0.0)))` gives each
+    expert's name and the noise level its span ends at."""
+
+    spans: Sequence[tuple[str, float]]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "spans", tuple((name, float(end)) for name, end in self.spans))
+        ends = [end for _, end in self.spans]
+        if not ends or ends[-1] != 0.0:
+            raise ValueError("the last span must end at noise level 0 (data)")
+        if any(later >= earlier for earlier, later in zip([1.0, *ends[:-1]], ends, strict=True)):
+            raise ValueError(f"spans run from noise (1) to data (0), each ending below the last: got {ends}")
+
+    def __call__(self, noise: float) -> Mapping[str, float]:
+        for name, end in self.spans:
+            if noise > end:
+                return {name: 1.0}
+        return {self.spans[-1][0]: 1.0}
+
+
+def active_experts(router: Router, noise: float, known: Sequence[str]) -> dict[str, float]:
+    """The non-zero weights at a noise level, checked, in `known`'s order.
+
+    Raises:
+        ValueError: unknown names, negative weights, a sum other than 1, more than two experts at once.
+    """
+    weights = dict(router(noise))
+    unknown = [name for name in weights if name not in known]
+    if unknown:
+        raise ValueError(f"the router names {unknown[0]!r}, but the experts are {', '.join(map(repr, known))}")
+    if any(not weight >= 0 for weight in weights.values()) or abs(sum(weights.values()) - 1.0) > 1e-6:
+        raise ValueError(f"a router's weights are non-negative and add up to 1, got {weights} at {noise:.4f}")
+    active = {name: weights[name] for name in known if weights.get(name, 0.0) > 0.0}
+    if len(active) > 2:
+        raise ValueError(f"at most two experts can be at work at one noise level, got {', '.join(active)}")
+    return active
+
+
+def lead_expert(weights: Mapping[str, float]) -> str:
+    return max(weights, key=weights.__getitem__)
+
+
+def lead_spans(
+    router: Router, known: Sequence[str], start: float = 1.0, end: float = 0.0
+) -> list[tuple[str, float, float]]:
+    """Cut [end, start] where the leading expert changes: (name, from, to) from noise to data.
+
+    A cut is the largest noise level at which the new expert leads, found by bisection to the last bit, so that
+    a `Boundary` is met exactly whatever the router is made of.
+    """
+
+    def lead(noise: float) -> str:
+        return lead_expert(active_experts(router, noise, known))
+
+    spans, above, opened = [], start, start
+    current = lead(start)
+    for i in range(1, _SCAN + 1):
+        below = start + (end - start) * i / _SCAN if i < _SCAN else end
+        # Where the range ends nobody predicts any more: a change exactly there is no span.
+        following = lead(below) if i < _SCAN else current
+        if following != current:
+            high, low = above, below
+            while low < (middle := 0.5 * (high + low)) < high:
+                high, low = (middle, low) if lead(middle) == current else (high, middle)
+            spans.append((current, opened, low))
+            current, opened = lead(low), low
+        above = below
+    return [*spans, (current, opened, end)]

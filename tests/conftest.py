@@ -1,0 +1,77 @@
+"""Fixtures: analytic experts whose denoisers are exact, so that what a sampler should produce is known."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from moe_sampler import Expert
+from moe_sampler.paths import Level
+
+
+@dataclasses.dataclass(frozen=True)
+class GaussianMixture:
+    """Independent one-dimensional mixtures per element, with the exact posterior mean E[x0 | x].
+
+    Written from Bayes' rule in float64; knows nothing of the package's coefficients.
+    """
+
+    means: tuple[float, ...] = (-1.0, 0.3, 1.2)
+    stds: tuple[float, ...] = (0.15, 0.1, 0.2)
+    shares: tuple[float, ...] = (0.3, 0.5, 0.2)
+
+    def x0(self, x: torch.Tensor, alpha: float, sigma: float) -> torch.Tensor:
+        x = x.double()
+        logs, posterior_means = [], []
+        for mean, std, share in zip(self.means, self.stds, self.shares, strict=True):
+            variance = alpha**2 * std**2 + sigma**2
+            logs.append(math.log(share) - 0.5 * math.log(variance) - 0.5 * (x - alpha * mean) ** 2 / variance)
+            posterior_means.append((std**2 * alpha * x + sigma**2 * mean) / variance)
+        weights = torch.softmax(torch.stack(logs), dim=0)
+        return (weights * torch.stack(posterior_means)).sum(0)
+
+    def predict(self, prediction: str, x: torch.Tensor, level: Level) -> torch.Tensor:
+        alpha, sigma = level.alpha, level.sigma
+        x0 = self.x0(x, alpha, sigma)
+        epsilon = (x.double() - alpha * x0) / sigma
+        return {
+            "sample": x0,
+            "epsilon": epsilon,
+            "v_prediction": alpha * epsilon - sigma * x0,
+            "flow_prediction": epsilon - x0,
+            "reversed_flow_prediction": x0 - epsilon,
+        }[prediction].to(x.dtype)
+
+    def quantile(self, q: torch.Tensor) -> torch.Tensor:
+        """Inverse of the data's distribution function, by bisection."""
+        low, high = torch.full_like(q, -6.0), torch.full_like(q, 6.0)
+        for _ in range(60):
+            middle = 0.5 * (low + high)
+            cdf = sum(
+                share * 0.5 * (1 + torch.erf((middle - mean) / (std * math.sqrt(2))))
+                for mean, std, share in zip(self.means, self.stds, self.shares, strict=True)
+            )
+            low, high = torch.where(cdf < q, middle, low), torch.where(cdf < q, high, middle)
+        return 0.5 * (low + high)
+
+    def give_model(self, expert: Expert) -> Expert:
+        """The expert with its exact model, which finds its level from the timestep it is told."""
+
+        def model(x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            return self.predict(expert.prediction, x, expert.path.level(timestep.item()))
+
+        return dataclasses.replace(expert, model=model)
+
+
+@pytest.fixture(scope="session")
+def mixture() -> GaussianMixture:
+    return GaussianMixture()
+
+
+@pytest.fixture(scope="session")
+def gentle_mixture() -> GaussianMixture:
+    """Overlapping modes: no point where a rounding error decides which mode a sample falls to."""
+    return GaussianMixture(means=(-0.4, 0.1, 0.5), stds=(0.3, 0.25, 0.3))

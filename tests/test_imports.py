@@ -1,0 +1,88 @@
+"""What importing does, seen from a fresh interpreter."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+
+def python(code: str, cwd) -> str:
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_hugging_faces_kernels_works_beside_ours(tmp_path):
+    python(
+        """
+import kernels, moe_sampler.kernels
+assert kernels.__file__ != moe_sampler.kernels.__file__
+from kernels import LayerRepository, LocalLayerRepository, get_kernel, has_kernel
+from moe_sampler.kernels import sampler_step_
+
+# Hugging Face's package does its work: a layer swapped for a kernel's, from a local repository.
+import pathlib, torch
+from kernels import Mode, kernelize, register_kernel_mapping, use_kernel_forward_from_hub, use_kernel_mapping
+
+@use_kernel_forward_from_hub("Doubling")
+class Doubling(torch.nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+with use_kernel_mapping({}, inherit_mapping=False):
+    layer = kernelize(Doubling(), mode=Mode.INFERENCE, device="cpu")
+assert layer(torch.ones(2)).tolist() == [2, 2]
+
+import diffusers.utils.import_utils as utils
+assert utils.is_kernels_available()
+""",
+        tmp_path,
+    )
+
+
+def test_import_is_quiet(tmp_path):
+    """No CUDA context, no network, no file written or opened for anything but code, no diffusers."""
+    python(
+        """
+import sys, torch
+
+def deny(name):
+    def hook(*args, **kwargs):
+        raise AssertionError(name)
+    return hook
+
+torch.cuda.init = torch.cuda._lazy_init = deny("CUDA was initialised")
+CODE = (".py", ".pyc", ".so", ".pth", ".egg-link")
+
+def audit(event, args):
+    if event in ("socket.connect", "socket.getaddrinfo", "subprocess.Popen", "os.mkdir", "os.remove", "os.rename"):
+        raise AssertionError(f"{event} {args}")
+    if event == "open":
+        path, mode, flags = args
+        compiled = isinstance(path, str) and "__pycache__" in path
+        if mode and set("wax+") & set(str(mode)) and not compiled:
+            raise AssertionError(f"wrote {path}")
+        if isinstance(path, str) and not path.endswith(CODE) and not compiled and "dist-info" not in path:
+            raise AssertionError(f"read {path}")
+
+before = set(sys.modules)
+sys.addaudithook(audit)
+import moe_sampler, moe_sampler.kernels, moe_sampler.tinyflux, moe_sampler.demo, moe_sampler.sampling
+new = {name.split(".")[0] for name in set(sys.modules) - before}
+assert not new & {"diffusers", "transformers", "accelerate", "huggingface_hub", "PIL", "typer", "matplotlib"}, new
+assert not torch.cuda.is_initialized()
+""",
+        tmp_path,
+    )
+
+
+def test_the_package_is_typed_and_versioned():
+    from importlib.metadata import version
+    from importlib.resources import files
+
+    import moe_sampler
+
+    assert files("moe_sampler").joinpath("py.typed").is_file()
+    assert moe_sampler.__version__ == version("moe-sampler")
+    for name in moe_sampler.__all__:
+        assert getattr(moe_sampler, name) is not None

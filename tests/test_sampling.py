@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from moe_sampler import Boundary, Crossfade, Expert, plan, sample
+from moe_sampler.sampling import initial_latents
+
+SHAPE = (4, 5, 7)
+
+
+def stochastic_duo(mixture, **settings) -> tuple[Expert, Expert]:
+    return (
+        mixture.give_model(Expert.sol(**settings)),
+        mixture.give_model(Expert.lune(solver="ddim", eta=0.7, **settings)),
+    )
+
+
+def run(experts, router, seeds, **settings) -> torch.Tensor:
+    return sample(plan(experts, router, steps=12), experts, shape=(len(seeds), *SHAPE), seeds=seeds, **settings)
+
+
+@pytest.mark.parametrize("router", [Boundary("sol", "lune", 0.7), Crossfade("sol", "lune", 0.8, 0.5)])
+def test_same_seed_same_image_alone_and_in_any_batch(mixture, router):
+    experts = stochastic_duo(mixture)
+    batch = run(experts, router, [3, 7, 3, 2**63 + 5, -1])
+    for index, seed in enumerate([3, 7, 3, 2**63 + 5, -1]):
+        assert torch.equal(run(experts, router, [seed])[0], batch[index])
+    assert not torch.equal(batch[0], batch[1])
+
+
+def test_guidance_in_the_table_is_guidance_by_hand(mixture):
+    """uncond + g (cond - uncond), each expert with its own scale, also where they are mixed."""
+    scales = {"sol": 2.5, "lune": 1.75}
+
+    def shifted(expert: Expert):
+        def model(x, timestep, target):
+            # Conditioning that acts: the exact prediction of a translated mixture.
+            level = expert.path.level(timestep.item())
+            target = target.view(-1, 1, 1, 1)
+            return mixture.predict(expert.prediction, x - level.alpha * target, level) - (
+                level.sigma * target if expert.prediction == "v_prediction" else target
+            )
+
+        return model
+
+    def by_hand(model, scale):
+        def guided(x, timestep, target):
+            cond, uncond = model(x, timestep, target), model(x, timestep, torch.zeros_like(target))
+            return uncond + scale * (cond - uncond)
+
+        return guided
+
+    presets = (Expert.sol(solver="ddim"), Expert.lune())
+    folded = [dataclasses.replace(e, model=shifted(e), guidance_scale=scales[e.name]) for e in presets]
+    manual = [dataclasses.replace(e, model=by_hand(shifted(e), scales[e.name])) for e in presets]
+    router = Crossfade("sol", "lune", 0.8, 0.5)
+    cond, uncond = {"target": torch.tensor([0.5, -0.3])}, {"target": torch.zeros(2)}
+    expected = run(manual, router, [1, 2], cond=cond)
+    torch.testing.assert_close(run(folded, router, [1, 2], cond=cond, uncond=uncond), expected, atol=2e-5, rtol=0)
+    assert not torch.allclose(expected, run(manual, router, [1, 2], cond=uncond), atol=0.05)
+
+
+def test_unguided_experts_get_one_copy_and_guided_ones_two():
+    seen: list[tuple[str, int, float]] = []
+
+    def spy(name):
+        def model(x, timestep, c):
+            seen.append((name, x.shape[0], c.flatten()[0].item()))
+            assert c.shape[0] == x.shape[0]
+            return torch.zeros_like(x)
+
+        return model
+
+    experts = (Expert.sol(spy("sol"), guidance_scale=4.0), Expert.lune(spy("lune")))
+    compiled = plan(experts, Boundary("sol", "lune", 0.7), steps={"sol": 2, "lune": 2})
+    cond, uncond = {"c": torch.ones(3, 1)}, {"c": torch.zeros(3, 1)}
+    sample(compiled, experts, shape=(3, 2, 2), seeds=[1, 2, 3], cond=cond, uncond=uncond)
+    assert seen == [("sol", 6, 0.0)] * 2 + [("lune", 3, 1.0)] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_state_stays_float32_whatever_the_model_eats(mixture, dtype):
+    router = Boundary("sol", "lune", 0.7)
+    seen = set()
+
+    def cast(expert):
+        def model(x, timestep):
+            seen.add(x.dtype)
+            return expert.model(x.float(), timestep).to(dtype)
+
+        return dataclasses.replace(expert, model=model, dtype=dtype)
+
+    experts = stochastic_duo(mixture)
+    exact, low = run(experts, router, [5]), run([cast(e) for e in experts], router, [5])
+    assert seen == {dtype} and low.dtype == torch.float32
+    assert 0 < (exact - low).abs().mean() < 0.02
+
+
+def test_a_model_may_return_its_input(mixture):
+    experts = (Expert.lune(lambda x, t: x),)
+    compiled = plan(experts, steps=6)
+    x = initial_latents(compiled, (2, *SHAPE), [1, 2])
+    expected = x.clone()
+    for step in compiled.steps:
+        expected = expected * (1 - (step.level.noise - step.target.noise))
+    torch.testing.assert_close(sample(compiled, experts, x), expected)
+    assert torch.equal(x, initial_latents(compiled, (2, *SHAPE), [1, 2]))  # the caller's tensor is left alone
+
+
+def test_outputs_may_be_tensors_tuples_or_diffusers_outputs():
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+
+    wrappers = (lambda o: o, lambda o: (o,), lambda o: UNet2DConditionOutput(sample=o))
+    results = []
+    for wrap in wrappers:
+        expert = Expert.lune(lambda x, t, wrap=wrap: wrap(0.5 * x))
+        results.append(sample(plan(expert, steps=3), expert, shape=(1, 4), seeds=[0]))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_callback_sees_every_step_and_may_replace_the_state(mixture):
+    experts = stochastic_duo(mixture)
+    router = Boundary("sol", "lune", 0.7)
+    steps, previews = [], []
+
+    def watch(info):
+        steps.append((info["step"], info["plan_step"].calls[0].name))
+        previews.append(info["x0"].clone())
+
+    result = run(experts, router, [5], callback=watch)
+    assert [index for index, _ in steps] == list(range(12)) and {name for _, name in steps} == {"sol", "lune"}
+    torch.testing.assert_close(previews[-1], result)
+
+    frozen = torch.full((1, *SHAPE), 0.25)
+    inputs = []
+    lune = Expert.lune(lambda x, t: inputs.append(x.clone()) or torch.zeros_like(x))
+    replaced = sample(plan(lune, steps=3), lune, shape=(1, *SHAPE), seeds=[5], callback=lambda info: frozen)
+    assert torch.equal(replaced, frozen) and torch.equal(inputs[1], frozen) and torch.equal(inputs[2], frozen)
+
+
+def test_injected_noise_is_asked_for_only_where_the_plan_adds_noise(mixture):
+    expert = mixture.give_model(Expert.lune())
+    compiled = plan(expert, steps=4)
+
+    def noise(step):
+        pytest.fail("an Euler step needs no noise")
+
+    sample(compiled, expert, torch.zeros(1, *SHAPE), noise=noise)
+    sol = mixture.give_model(Expert.sol())
+    asked = []
+    sample(plan(sol, steps=4), sol, torch.zeros(1, *SHAPE), noise=lambda i: asked.append(i) or torch.zeros(1, *SHAPE))
+    assert asked == [0, 1, 2]  # the last step lands on the data
+
+
+def test_errors_come_before_any_model_call():
+    def model(x, timestep, **_):
+        pytest.fail("called a model")
+
+    sol, lune = Expert.sol(model), Expert.lune(model, guidance_scale=2.0)
+    hybrid = plan((sol, lune), Boundary("sol", "lune", 0.7), steps=6)
+    x, seeds = torch.zeros(2, 4), [1, 2]
+    ok = {"c": torch.zeros(2, 1)}
+    for message, call in {
+        "expert 'lune'": lambda: sample(hybrid, [sol], x),
+        "expert 'sol'": lambda: sample(hybrid, [Expert.sol(), lune], x),
+        "x, or shape and seeds": lambda: sample(hybrid, [sol, lune]),
+        "as many seeds": lambda: sample(hybrid, [sol, lune], x, seeds=[1], cond=ok, uncond=ok),
+        "give seeds": lambda: sample(hybrid, [sol, lune], x, cond=ok, uncond=ok),
+        "give `uncond`": lambda: sample(hybrid, [sol, lune], x, seeds=seeds, cond=ok),
+        "same keys": lambda: sample(hybrid, [sol, lune], x, seeds=seeds, cond=ok, uncond={"d": x}),
+        "has batch 3": lambda: sample(hybrid, [sol, lune], x, seeds=seeds, cond={"c": torch.zeros(3, 1)}, uncond=ok),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(TypeError, match="float32"):
+        sample(hybrid, [sol, lune], x.half(), seeds=seeds, cond=ok, uncond=ok)
