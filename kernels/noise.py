@@ -15,6 +15,7 @@ sin 2πt = cos 2π(t − ¼), so the reduction is exact and no slow path for lar
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -26,28 +27,42 @@ from moe_sampler.kernels._dispatch import FLOATS, Operator, check_tensor
 _QUARTER_TURN = np.int32(1 << 30)
 _TURNS_TO_RADIANS = np.float32(2.0 * math.pi * 2.0**-32)
 _UINT64 = (1 << 64) - 1
-_CHUNK = 16384  # elements at a time: the intermediate arrays stay in the cache
+_CHUNK = 16384  # elements at a time
+
+
+class _Workspace(threading.local):
+    """Intermediate arrays of one thread: fresh ones would cost as much in page faults as the arithmetic."""
+
+    def __init__(self) -> None:
+        self.angles = np.empty((2, _CHUNK // 2), dtype=np.int32)
+        self.units = np.empty((2, _CHUNK // 2), dtype=np.float32)
+        self.radii = np.empty(_CHUNK // 2, dtype=np.float32)
+
+
+_workspace = _Workspace()
 
 
 def box_muller(words: np.ndarray, out: np.ndarray) -> None:
-    """words: uint64 [count] → out: float32 [2·count], contiguous."""
-    low, high = words.view(np.uint32).reshape(-1, 2).T  # little-endian
-    angles = np.empty((2, len(words)), dtype=np.int32)
-    angles[0] = low.view(np.int32)
+    """words: uint64 [count], count ≤ _CHUNK/2 → out: float32 [2·count], contiguous."""
+    count = len(words)
+    low, high = words.view(np.int32)[0::2], words.view(np.uint32)[1::2]  # little-endian
+    angle, unit, radius = _workspace.angles[:, :count], _workspace.units[:, :count], _workspace.radii[:count]
+    angle[0] = low
     # Integers wrap modulo one turn, as the angle does.
-    np.subtract(angles[0], _QUARTER_TURN, out=angles[1])
-    np.abs(angles, out=angles)
-    np.subtract(_QUARTER_TURN, angles, out=angles)
-    unit = angles.astype(np.float32)
+    np.subtract(angle[0], _QUARTER_TURN, out=angle[1])
+    np.abs(angle, out=angle)
+    np.subtract(_QUARTER_TURN, angle, out=angle)
+    unit[...] = angle
     unit *= _TURNS_TO_RADIANS
     np.sin(unit, out=unit)
-    radius = high.astype(np.float32)
+    radius[...] = high
     radius *= np.float32(2.0**-32)
     radius += np.float32(2.0**-33)
     np.log(radius, out=radius)
     radius *= np.float32(-2.0)
     np.sqrt(radius, out=radius)
-    np.multiply(unit, radius, out=out.reshape(-1, 2).T)
+    np.multiply(unit[0], radius, out=out[0::2])
+    np.multiply(unit[1], radius, out=out[1::2])
 
 
 def _fill_sample(out: np.ndarray, seed: int, step: int, stream: int) -> None:
