@@ -17,13 +17,19 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from moe_sampler.kernels import _jit
 from moe_sampler.kernels._dispatch import FLOATS, Operator, check_tensor
 
+if TYPE_CHECKING:
+    import triton.language as tl
+
+_BLOCK = 1024
 _QUARTER_TURN = np.int32(1 << 30)
 _TURNS_TO_RADIANS = np.float32(2.0 * math.pi * 2.0**-32)
 _UINT64 = (1 << 64) - 1
@@ -114,8 +120,31 @@ def _twin(shape: Sequence[int], seeds: Tensor, step: int, stream: int, dtype: to
     return fill_normal(torch.empty(shape, dtype=dtype, device=seeds.device), seeds, step, stream)
 
 
+@_jit.jit(do_not_specialize=("step", "stream"))
+def _philox_normal_kernel(out_ptr, seeds_ptr, numel, step, stream, BLOCK: tl.constexpr):
+    """z of the module's docstring. out: [batch, numel], seeds: int64 [batch].
+
+    A program owns BLOCK consecutive elements of one sample.
+    """
+    sample, base, start, inside, mask = _jit.sample_offsets(numel, BLOCK)
+    z = _jit.normal(tl.load(seeds_ptr + sample), step, stream, start, BLOCK)
+    tl.store(out_ptr + (base + inside), z.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def launch_of(out: Tensor, seeds: Tensor, step: int, stream: int) -> _jit.Launch:
+    """The kernel launch that fills out: [B, ...] from seeds: int64 [B]."""
+    _jit.load_triton()
+    batch = out.shape[0]
+    numel = out.numel() // max(batch, 1)
+    grid = _jit.blocks(numel, batch, _BLOCK)
+    return _jit.Launch(_philox_normal_kernel, grid, (out, seeds, numel, step, stream), {"BLOCK": _BLOCK})
+
+
 def _launch(shape: Sequence[int], seeds: Tensor, step: int, stream: int, dtype: torch.dtype) -> Tensor:
-    raise NotImplementedError
+    _check(shape, seeds, step, stream, dtype)
+    out = torch.empty(shape, dtype=dtype, device=seeds.device)
+    launch_of(out, seeds, step, stream).run(out.device)
+    return out
 
 
 def _fake(shape: Sequence[int], seeds: Tensor, step: int, stream: int, dtype: torch.dtype) -> Tensor:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from moe_sampler.kernels import _jit
 from moe_sampler.kernels._dispatch import FLOATS, Operator, check_no_overlap, check_tensor
 from moe_sampler.kernels.noise import check_counter, fill_normal
 from moe_sampler.kernels.rows import COLUMNS, ROW_WIDTH
 
+if TYPE_CHECKING:
+    import triton.language as tl
+
+_BLOCK = 1024
 _FLOAT32 = (torch.float32,)
 
 
@@ -129,8 +135,123 @@ def _twin(
     _write_next(next_1, x, scale_1)
 
 
-def _launch(*args) -> None:
-    raise NotImplementedError
+@_jit.jit(do_not_specialize=("batch", "step", "stream"))
+def _sampler_step_kernel(
+    x_ptr,
+    output_0_ptr,
+    output_1_ptr,
+    table_ptr,
+    x0_prev_ptr,
+    next_0_ptr,
+    next_1_ptr,
+    seeds_ptr,
+    noise_ptr,
+    numel,
+    batch,
+    step,
+    stream,
+    OUTPUT_0_GUIDED: tl.constexpr,
+    OUTPUT_1_GUIDED: tl.constexpr,
+    NEXT_0_TWICE: tl.constexpr,
+    NEXT_1_TWICE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROW_WIDTH: tl.constexpr,
+):
+    """x0 = clamp(p·x + Σ_e q_cond_e·cond_e + q_uncond_e·uncond_e);  x ← a·x + b·x0 + d·x0_prev + n·z.
+
+    x, x0_prev, noise: float32 [batch, numel]. output_e, next_e: [batch, numel], or [2·batch, numel] where
+    GUIDED or TWICE. table: float32 [steps, ROW_WIDTH]. seeds: int64 [batch]. Absent pointers are None.
+    A program owns BLOCK consecutive elements of one sample.
+    """
+    sample, base, start, inside, mask = _jit.sample_offsets(numel, BLOCK)
+    here = base + inside
+    half = batch.to(tl.int64) * numel
+    row = table_ptr + step.to(tl.int64) * ROW_WIDTH
+    a = tl.load(row + 1)
+    b = tl.load(row + 2)
+    n = tl.load(row + 4)
+    clip = tl.load(row + 5)
+
+    x = tl.load(x_ptr + here, mask=mask, other=0.0)
+    x0 = tl.load(row + 0) * x
+    x0 += _weighted_output(output_0_ptr, row + 6, here, half, mask, OUTPUT_0_GUIDED)
+    if output_1_ptr is not None:
+        x0 += _weighted_output(output_1_ptr, row + 8, here, half, mask, OUTPUT_1_GUIDED)
+    # A NaN from a model must stay visible, also through an infinite clip.
+    x0 = tl.maximum(x0, -clip, propagate_nan=tl.PropagateNan.ALL)
+    x0 = tl.minimum(x0, clip, propagate_nan=tl.PropagateNan.ALL)
+    x = a * x + b * x0
+    if x0_prev_ptr is not None:
+        # Before the first step the buffer may hold anything; d = 0 leaves it unread.
+        d = tl.load(row + 3)
+        used = inside < tl.where(d != 0.0, numel, 0)
+        x += d * tl.load(x0_prev_ptr + here, mask=used, other=0.0)
+        tl.store(x0_prev_ptr + here, x0, mask=mask)
+    if noise_ptr is not None:
+        used = inside < tl.where(n != 0.0, numel, 0)
+        x += n * tl.load(noise_ptr + here, mask=used, other=0.0)
+    if seeds_ptr is not None:  # noqa: SIM102 - known when compiling, the inner condition is not
+        if n != 0.0:
+            x += n * _jit.normal(tl.load(seeds_ptr + sample), step, stream, start, BLOCK)
+    tl.store(x_ptr + here, x, mask=mask)
+    if next_0_ptr is not None:
+        _store_next(next_0_ptr, x, row + 10, here, half, mask, NEXT_0_TWICE)
+    if next_1_ptr is not None:
+        _store_next(next_1_ptr, x, row + 11, here, half, mask, NEXT_1_TWICE)
+
+
+@_jit.jit
+def _weighted_output(output_ptr, weights_ptr, here, half, mask, GUIDED: tl.constexpr):
+    """q_cond·cond (+ q_uncond·uncond), the weights lying at weights_ptr in this order."""
+    if GUIDED:
+        uncond = tl.load(output_ptr + here, mask=mask, other=0.0).to(tl.float32)
+        cond = tl.load(output_ptr + (half + here), mask=mask, other=0.0).to(tl.float32)
+        return tl.load(weights_ptr) * cond + tl.load(weights_ptr + 1) * uncond
+    else:
+        return tl.load(weights_ptr) * tl.load(output_ptr + here, mask=mask, other=0.0).to(tl.float32)
+
+
+@_jit.jit
+def _store_next(next_ptr, x, scale_ptr, here, half, mask, TWICE: tl.constexpr):
+    value = (tl.load(scale_ptr) * x).to(next_ptr.dtype.element_ty)
+    tl.store(next_ptr + here, value, mask=mask)
+    if TWICE:
+        tl.store(next_ptr + (half + here), value, mask=mask)
+
+
+def launch_of(
+    x: Tensor,
+    output_0: Tensor,
+    output_1: Tensor | None,
+    table: Tensor,
+    step: int,
+    x0_prev: Tensor | None,
+    next_0: Tensor | None,
+    next_1: Tensor | None,
+    seeds: Tensor | None,
+    noise: Tensor | None,
+    stream: int,
+) -> _jit.Launch:
+    """The kernel launch for these arguments, which `_check` has passed."""
+    _jit.load_triton()
+    batch = x.shape[0]
+    numel = x.numel() // max(batch, 1)
+    pointers = (x, output_0, output_1, table, x0_prev, next_0, next_1, seeds, noise)
+    constants = {
+        "OUTPUT_0_GUIDED": output_0.shape[0] != batch,
+        "OUTPUT_1_GUIDED": output_1 is not None and output_1.shape[0] != batch,
+        "NEXT_0_TWICE": next_0 is not None and next_0.shape[0] != batch,
+        "NEXT_1_TWICE": next_1 is not None and next_1.shape[0] != batch,
+        "BLOCK": _BLOCK,
+        "ROW_WIDTH": ROW_WIDTH,
+    }
+    grid = _jit.blocks(numel, batch, _BLOCK)
+    return _jit.Launch(_sampler_step_kernel, grid, (*pointers, numel, batch, step, stream), constants)
+
+
+def _launch(x: Tensor, *args: Tensor | int | None) -> None:
+    _check(x, *args)
+    launch_of(x, *args).run(x.device)
 
 
 def _fake(*args) -> None:
