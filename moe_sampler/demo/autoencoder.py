@@ -45,7 +45,7 @@ def psnr(mean_squared_error: float) -> float:
 
 
 def joint_loss(model: AutoencoderTiny, scenes: SceneSet, batch: int):
-    """The first stage's loss: crops of full and structure pictures, latents kept near zero mean, unit variance."""
+    """The first stage's loss: crops of both kinds of picture, latents near zero mean and unit variance."""
     pictures = scenes.pictures
 
     def loss(rng: np.random.Generator, generator: torch.Generator, step: int):
@@ -60,7 +60,9 @@ def joint_loss(model: AutoencoderTiny, scenes: SceneSet, batch: int):
     return loss
 
 
-def decoder_loss(model: AutoencoderTiny, latents: np.ndarray, scenes: SceneSet, batch: int, noise: float = 0.0):
+def decoder_loss(
+    model: AutoencoderTiny, latents: np.ndarray, scenes: SceneSet, batch: int, noise: float = 0.0
+):
     """The second stage's loss: whole pictures from cached latents.
 
     Args:

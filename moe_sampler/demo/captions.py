@@ -40,7 +40,14 @@ _OPENINGS = ("", "", "", "", "", "a picture of ", "a painting of ", "an image of
 HEADS = {
     "castle": ("a castle", "a castle", "a castle", "castle", "an old castle", "the castle", "a fortress"),
     "portrait": ("a portrait", "a portrait of a person", "portrait of a person", "a person", "a face"),
-    "street": ("a city street", "a city street", "a street", "city street", "a street in a city", "a town street"),
+    "street": (
+        "a city street",
+        "a city street",
+        "a street",
+        "city street",
+        "a street in a city",
+        "a town street",
+    ),
 }
 EXAMPLE_PROMPTS = (
     "a castle with two towers, at dusk",
@@ -58,9 +65,7 @@ def caption(scene: Scene, rng: np.random.Generator, keep: float | None = None) -
     return describe(scene, rng, keep)[0]
 
 
-def describe(
-    scene: Scene, rng: np.random.Generator, keep: float | None = None
-) -> tuple[str, dict[str, str]]:
+def describe(scene: Scene, rng: np.random.Generator, keep: float | None = None) -> tuple[str, dict[str, str]]:
     """A caption of the scene and the attributes it mentions.
 
     Args:
@@ -112,7 +117,9 @@ def _phrases(said: dict[str, str], head: str, rng: np.random.Generator) -> tuple
             with_.append(f"{pick(_NUMBERS[value])} {'tower' if value == 'one' else 'towers'}")
         elif name == "roofs":
             plain = ("battlements", "battlements", "flat roofs")
-            with_.append(pick(plain) if value == "battlements" else f"{pick(('', '', 'pointed '))}{value} roofs")
+            with_.append(
+                pick(plain) if value == "battlements" else f"{pick(('', '', 'pointed '))}{value} roofs"
+            )
         elif name == "stone" and value not in head:
             with_.append(pick((f"{value} walls", f"{value} stone")))
         elif name == "ground":

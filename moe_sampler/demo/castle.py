@@ -87,7 +87,11 @@ def _castle(canvas: Canvas, attributes: dict[str, str], centre: float, base: flo
     elif count == 2:
         places = [(centre - wall_half, 8.6, top), (centre + wall_half, 8.6, top)]
     else:
-        places = [(centre, 8.4, top - 6), (centre - wall_half, 7.4, top + 2), (centre + wall_half, 7.4, top + 2)]
+        places = [
+            (centre, 8.4, top - 6),
+            (centre - wall_half, 7.4, top + 2),
+            (centre + wall_half, 7.4, top + 2),
+        ]
     for x, width, height in places:
         _tower(canvas, attributes, x, width, height, base, stone, window, masonry)
     gate = blend(stone, (20, 10, 10), 0.78)
@@ -95,7 +99,9 @@ def _castle(canvas: Canvas, attributes: dict[str, str], centre: float, base: flo
     canvas.rectangle(centre - 2.9, base - 5.2, centre + 2.9, base, gate)
     if count == 2:
         for dx in (-5.2, 5.2):
-            canvas.rectangle(centre + dx - 0.9, base - 9.4, centre + dx + 0.9, base - 6.6, window, detail=True)
+            canvas.rectangle(
+                centre + dx - 0.9, base - 9.4, centre + dx + 0.9, base - 6.6, window, detail=True
+            )
 
 
 def _tower(canvas, attributes, x, width, top, base, stone: Colour, window: Colour, masonry) -> None:
@@ -104,7 +110,9 @@ def _tower(canvas, attributes, x, width, top, base, stone: Colour, window: Colou
     canvas.rectangle(x - half, top, x + half, base, stone, body)
     if attributes["roofs"] == "battlements":
         crown = half + 0.9
-        canvas.rectangle(x - crown, top - 1.2, x + crown, top + 2.2, stone, across(x - crown, x + crown, 1.14, 0.82))
+        canvas.rectangle(
+            x - crown, top - 1.2, x + crown, top + 2.2, stone, across(x - crown, x + crown, 1.14, 0.82)
+        )
         _battlements(canvas, x - crown, x + crown, top - 1.2, stone)
     else:
         light = TIMES[attributes["time"]].light
@@ -179,4 +187,6 @@ def _foreground(canvas: Canvas, attributes, earth, base, centre, rng) -> None:
                 continue
             foot = rng.uniform(52, 58)
             colour = jitter(lit((54, 100, 84), light), rng, 5)
-            canvas.polygon([(x - 4, foot), (x + 4, foot), (x, foot - 13)], colour, across(x - 4, x + 4, 1.25, 0.7))
+            canvas.polygon(
+                [(x - 4, foot), (x + 4, foot), (x, foot - 13)], colour, across(x - 4, x + 4, 1.25, 0.7)
+            )

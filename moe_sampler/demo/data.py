@@ -49,6 +49,10 @@ class SceneSet:
             self._pictures = np.concatenate(shards)
         return self._pictures
 
+    def complete(self) -> bool:
+        """Whether every shard is on disk."""
+        return all(path.exists() for path, _, _ in self._shards())
+
     def render(self, workers: int | None = None, progress=lambda done, total: None) -> None:
         """Render the missing shards with `workers` processes (default: one a core)."""
         self.folder.mkdir(parents=True, exist_ok=True)

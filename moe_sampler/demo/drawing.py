@@ -41,7 +41,7 @@ def jitter(colour: Sequence[float], rng: np.random.Generator, amount: float = 8.
 
 @lru_cache(maxsize=16)
 def _noise_field(cell: int) -> np.ndarray:
-    """[512, 512] float32 periodic smooth noise in about -1..1 whose features are `cell` supersampled pixels wide."""
+    """[512, 512] float32 periodic smooth noise in about -1..1, features `cell` supersampled pixels wide."""
     count = max(4, round(_FIELD / cell))
     grid = np.random.default_rng(cell).uniform(-1, 1, (count, count)).astype(np.float32)
     side = _FIELD * (count + 4) // count
@@ -75,7 +75,9 @@ class Canvas:
 
     # Shapes. `detail=True` shapes exist only in the full picture.
 
-    def polygon(self, points: Sequence[Point], colour: Colour, shade: Shade | None = None, detail=False) -> None:
+    def polygon(
+        self, points: Sequence[Point], colour: Colour, shade: Shade | None = None, detail=False
+    ) -> None:
         self._shape("polygon", points, colour, shade, detail)
 
     def rectangle(self, x0, y0, x1, y1, colour: Colour, shade: Shade | None = None, detail=False) -> None:
@@ -175,7 +177,9 @@ class Canvas:
 
 def across(x0: float, x1: float, bright: float, dark: float) -> Shade:
     """Brightness from `bright` at x0 to `dark` at x1: the light and the shadow side of a body."""
-    return lambda x, y: np.interp(x[0], sorted((x0, x1)), (bright, dark) if x0 < x1 else (dark, bright))[None, :]
+    return lambda x, y: np.interp(x[0], sorted((x0, x1)), (bright, dark) if x0 < x1 else (dark, bright))[
+        None, :
+    ]
 
 
 def product(*shades: Shade) -> Shade:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .drawing import Canvas, across, blend, jitter, lit, product
+from .drawing import Canvas, across, blend, jitter, product
 
 ATTRIBUTES = {
     "hair": ("black", "brown", "blond", "red", "white"),
@@ -60,7 +60,12 @@ def draw(canvas: Canvas, attributes: dict[str, str], rng: np.random.Generator) -
         back = blend(hair, (0, 0, 0), 0.12)
         canvas.ellipse(x, y - 1, wide + 3.4, tall + 1.8, back, strands)
         hem = y + tall + rng.uniform(6, 9)
-        points = [(x - wide - 3.4, y - 2), (x + wide + 3.4, y - 2), (x + wide + 4.6, hem), (x - wide - 4.6, hem)]
+        points = [
+            (x - wide - 3.4, y - 2),
+            (x + wide + 3.4, y - 2),
+            (x + wide + 4.6, hem),
+            (x - wide - 4.6, hem),
+        ]
         canvas.polygon(points, back, strands)
     _body(canvas, attributes, x, y + tall, coat, skin, side, rng)
     _head(canvas, attributes, x, y, wide, tall, skin, hair, light, strands)
@@ -77,7 +82,9 @@ def _body(canvas, attributes, x, chin, coat, skin, side, rng) -> None:
     top = chin + 3.2
     folds = product(across(x + side * width, x - side * width, 1.14, 0.74), canvas.grain(5, 0.09, 0.45))
     canvas.ellipse(x, top + 9, width, 9.5, coat, folds)
-    canvas.polygon([(x - width, top + 9), (x + width, top + 9), (x + width + 2, 66), (x - width - 2, 66)], coat, folds)
+    canvas.polygon(
+        [(x - width, top + 9), (x + width, top + 9), (x + width + 2, 66), (x - width - 2, 66)], coat, folds
+    )
     neck = blend(skin, (60, 20, 10), 0.22)
     canvas.rectangle(x - 4, chin - 4, x + 4, top + 1.5, neck)
     canvas.polygon([(x - 5, top - 0.5), (x + 5, top - 0.5), (x, top + 7.5)], neck)
@@ -94,7 +101,9 @@ def _body(canvas, attributes, x, chin, coat, skin, side, rng) -> None:
         colour = (206, 60, 84) if attributes["coat"] not in ("red",) else (64, 110, 186)
         stripes = lambda px, py: 1 - 0.32 * (((px + 0.6 * py) / 3.0) % 1 < 0.4)  # noqa: E731
         canvas.ellipse(x, top + 0.6, 8.4, 3.7, colour, stripes)
-        canvas.polygon([(x + 2, top + 1), (x + 6.4, top + 1), (x + 7.6, top + 14), (x + 3.2, top + 14)], colour, stripes)
+        canvas.polygon(
+            [(x + 2, top + 1), (x + 6.4, top + 1), (x + 7.6, top + 14), (x + 3.2, top + 14)], colour, stripes
+        )
 
 
 def _head(canvas, attributes, x, y, wide, tall, skin, hair, light, strands) -> None:
@@ -105,11 +114,26 @@ def _head(canvas, attributes, x, y, wide, tall, skin, hair, light, strands) -> N
         canvas.ellipse(x, y - 3.6, wide + 1.7, tall - 1.6, hair, strands)
     canvas.ellipse(x, y, wide, tall, skin, light)
     # The hair line: a cap over the forehead, cut out by the oval of the face.
-    cap = [(x + (wide + 1.6) * np.cos(a), y - 2.2 + (tall - 0.4) * np.sin(a)) for a in np.linspace(np.pi, 2 * np.pi, 24)]
+    cap = [
+        (x + (wide + 1.6) * np.cos(a), y - 2.2 + (tall - 0.4) * np.sin(a))
+        for a in np.linspace(np.pi, 2 * np.pi, 24)
+    ]
     if attributes["length"] == "long":
-        inner = [(x + 8.0, y - 1.5), (x + 5.5, y - 6.6), (x - 1.5, y - 8.4), (x - 6.8, y - 4.8), (x - 8.0, y - 1.5)]
+        inner = [
+            (x + 8.0, y - 1.5),
+            (x + 5.5, y - 6.6),
+            (x - 1.5, y - 8.4),
+            (x - 6.8, y - 4.8),
+            (x - 8.0, y - 1.5),
+        ]
     else:
-        inner = [(x + 8.6, y - 3.4), (x + 6.8, y - 7.2), (x + 1.0, y - 6.4), (x - 4.0, y - 8.4), (x - 8.6, y - 3.4)]
+        inner = [
+            (x + 8.6, y - 3.4),
+            (x + 6.8, y - 7.2),
+            (x + 1.0, y - 6.4),
+            (x - 4.0, y - 8.4),
+            (x - 8.6, y - 3.4),
+        ]
     canvas.polygon([*cap, *inner], hair, strands)
     if attributes["extra"] == "hat":
         felt = (62, 54, 70) if attributes["hair"] not in ("black",) else (150, 112, 76)
@@ -139,7 +163,10 @@ def _face(canvas, attributes, x, y, wide, tall, skin, hair, side) -> None:
     if attributes["extra"] == "glasses":
         frame = (34, 30, 40)
         for s in (-1, 1):
-            ring = [(x + s * 4.1 + 3.3 * np.cos(a), y - 0.3 + 2.9 * np.sin(a)) for a in np.linspace(0, 2 * np.pi, 20)]
+            ring = [
+                (x + s * 4.1 + 3.3 * np.cos(a), y - 0.3 + 2.9 * np.sin(a))
+                for a in np.linspace(0, 2 * np.pi, 20)
+            ]
             canvas.line(ring, 0.75, frame)
             canvas.line([(x + s * 7.3, y - 0.8), (x + s * wide, y - 1.2)], 0.8, frame)
         canvas.line([(x - 1, y - 0.8), (x + 1, y - 0.8)], 0.9, frame)

@@ -22,7 +22,9 @@ class TimeOfDay:
 
 
 TIMES = {
-    "day": TimeOfDay((70, 142, 220), (128, 186, 238), (206, 230, 246), (1, 1, 1), (52, 62, 84), (255, 246, 196)),
+    "day": TimeOfDay(
+        (70, 142, 220), (128, 186, 238), (206, 230, 246), (1, 1, 1), (52, 62, 84), (255, 246, 196)
+    ),
     "dusk": TimeOfDay(
         (58, 44, 108), (204, 84, 104), (255, 182, 92), (0.56, 0.43, 0.52), (255, 206, 104), (255, 232, 150)
     ),
@@ -35,7 +37,9 @@ TIMES = {
 }
 
 
-def draw_sky(canvas: Canvas, time: str, horizon: float, rng: np.random.Generator, avoid: tuple[float, float]) -> None:
+def draw_sky(
+    canvas: Canvas, time: str, horizon: float, rng: np.random.Generator, avoid: tuple[float, float]
+) -> None:
     """Gradient, sun or moon, and (full picture only) clouds or stars.
 
     Args:
@@ -46,12 +50,19 @@ def draw_sky(canvas: Canvas, time: str, horizon: float, rng: np.random.Generator
     top, middle, low = (jitter(c, rng, 5) for c in (palette.top, palette.middle, palette.horizon))
     canvas.gradient([(0, top), (horizon * 0.55, middle), (horizon, low)])
     left_room, right_room = avoid[0], 64 - avoid[1]
-    x = rng.uniform(3, max(4, left_room - 4)) if left_room > right_room else rng.uniform(min(60, avoid[1] + 4), 61)
+    x = (
+        rng.uniform(3, max(4, left_room - 4))
+        if left_room > right_room
+        else rng.uniform(min(60, avoid[1] + 4), 61)
+    )
     heights = {"day": (7, 15), "dusk": (horizon - 9, horizon - 1), "dawn": (horizon - 11, horizon - 3)}
     y = rng.uniform(*heights.get(time, (7, 16)))
     radius = rng.uniform(4.2, 5.4) if time in ("dusk", "dawn") else rng.uniform(3.6, 4.6)
     strength = {"day": 0.5, "dusk": 0.75, "dawn": 0.7, "night": 0.15}[time]
-    clouds = [(rng.uniform(0, 64), rng.uniform(4, horizon * 0.6), rng.uniform(6, 11)) for _ in range(rng.integers(2, 5))]
+    clouds = [
+        (rng.uniform(0, 64), rng.uniform(4, horizon * 0.6), rng.uniform(6, 11))
+        for _ in range(rng.integers(2, 5))
+    ]
     stars = rng.uniform((0, 0), (64, horizon - 4), (26, 2))
     canvas.glow(x, y, radius * 3.4, palette.luminary, strength)
     if time == "night":

@@ -50,10 +50,18 @@ def draw(canvas: Canvas, attributes: dict[str, str], rng: np.random.Generator) -
     pavement = lit((172, 166, 158), light)
     canvas.rectangle(0, view.vy, 64, 64, pavement, canvas.grain(1.6, 0.05, 2))
     kerb = 0.60 * 34
-    points = [view(-kerb, ground, 0.8), view(kerb, ground, 0.8), view(kerb, ground, 14), view(-kerb, ground, 14)]
+    points = [
+        view(-kerb, ground, 0.8),
+        view(kerb, ground, 0.8),
+        view(kerb, ground, 14),
+        view(-kerb, ground, 14),
+    ]
     canvas.polygon(points, road, canvas.grain(1.4, 0.06, 2))
     for near in (0.95, 1.35, 2.0, 3.2):
-        dash = [view(sx, ground, d) for sx, d in ((-1.1, near), (1.1, near), (1.1, near * 1.2), (-1.1, near * 1.2))]
+        dash = [
+            view(sx, ground, d)
+            for sx, d in ((-1.1, near), (1.1, near), (1.1, near * 1.2), (-1.1, near * 1.2))
+        ]
         canvas.polygon(dash, lit((232, 226, 196), light), detail=True)
     end = blend(TIMES[time].horizon, lit((130, 126, 140), light), 0.55)
     canvas.rectangle(view.vx - 5, view.vy - 5, view.vx + 5, view.vy + 2.4, end)
@@ -87,7 +95,9 @@ def _row(canvas: Canvas, view: _View, attributes, side: int, ground: float, rng)
         canvas.polygon(view.wall(x, top, ground, near, far), colour, shade)
         trim = blend(colour, (255, 250, 240) if style != "glass" else (20, 30, 50), 0.35)
         canvas.polygon(view.wall(x, top, top + 2.4, near, far), trim, detail=True)
-        canvas.polygon(view.wall(x, ground - 4, ground, near, far), blend(colour, (0, 0, 0), 0.28), detail=True)
+        canvas.polygon(
+            view.wall(x, ground - 4, ground, near, far), blend(colour, (0, 0, 0), 0.28), detail=True
+        )
         _windows(canvas, view, attributes, x, near, far, top, ground, colour, pattern[i])
 
 
@@ -109,7 +119,9 @@ def _windows(canvas, view, attributes, x, near, far, top, ground, colour: Colour
             d1 = near * step ** (c + 1 - gap)
             on = attributes["windows"] == "lit" and pattern[r % 16, c] < 0.62
             fill = glow if on else pane
-            canvas.polygon(view.wall(x, y0, y0 + floor * (0.66 if glass else 0.58), d0, d1), fill, detail=True)
+            canvas.polygon(
+                view.wall(x, y0, y0 + floor * (0.66 if glass else 0.58), d0, d1), fill, detail=True
+            )
 
 
 def _roadside(canvas: Canvas, view: _View, attributes, ground: float, rng) -> None:
@@ -151,14 +163,43 @@ def _car(canvas: Canvas, view: _View, attributes, ground: float, rng) -> None:
     colour = lit(_CAR[attributes["car"]], light)
     canvas.ellipse(x, foot, 7.4 * s, 1.5 * s, lit((44, 44, 50), light))
     for side in (-1, 1):
-        canvas.rectangle(x + side * 4.9 * s - 1.1 * s, foot - 2.4 * s, x + side * 4.9 * s + 1.1 * s, foot + 0.5 * s, (26, 26, 30))
-    canvas.polygon([(x - 4.9 * s, foot - 6 * s), (x - 3.7 * s, foot - 10 * s), (x + 3.7 * s, foot - 10 * s), (x + 4.9 * s, foot - 6 * s)], colour)
+        canvas.rectangle(
+            x + side * 4.9 * s - 1.1 * s,
+            foot - 2.4 * s,
+            x + side * 4.9 * s + 1.1 * s,
+            foot + 0.5 * s,
+            (26, 26, 30),
+        )
+    canvas.polygon(
+        [
+            (x - 4.9 * s, foot - 6 * s),
+            (x - 3.7 * s, foot - 10 * s),
+            (x + 3.7 * s, foot - 10 * s),
+            (x + 4.9 * s, foot - 6 * s),
+        ],
+        colour,
+    )
     canvas.rectangle(x - 6.2 * s, foot - 6.4 * s, x + 6.2 * s, foot - 1.3 * s, colour)
     pane = lit((150, 186, 206), light)
-    canvas.polygon([(x - 3.9 * s, foot - 6.5 * s), (x - 3.0 * s, foot - 9.2 * s), (x + 3.0 * s, foot - 9.2 * s), (x + 3.9 * s, foot - 6.5 * s)], pane)
+    canvas.polygon(
+        [
+            (x - 3.9 * s, foot - 6.5 * s),
+            (x - 3.0 * s, foot - 9.2 * s),
+            (x + 3.0 * s, foot - 9.2 * s),
+            (x + 3.9 * s, foot - 6.5 * s),
+        ],
+        pane,
+    )
     lamp = (255, 70, 50) if time in ("dusk", "night") else (176, 30, 30)
     for side in (-1, 1):
-        canvas.rectangle(x + side * 4.9 * s - 1.0 * s, foot - 5.4 * s, x + side * 4.9 * s + 1.0 * s, foot - 3.8 * s, lamp, detail=True)
+        canvas.rectangle(
+            x + side * 4.9 * s - 1.0 * s,
+            foot - 5.4 * s,
+            x + side * 4.9 * s + 1.0 * s,
+            foot - 3.8 * s,
+            lamp,
+            detail=True,
+        )
         if time in ("dusk", "night"):
             canvas.glow(x + side * 4.9 * s, foot - 4.6 * s, 3.2 * s, (255, 60, 40), 0.5)
     canvas.rectangle(x - 1.7 * s, foot - 3.4 * s, x + 1.7 * s, foot - 2.1 * s, (240, 240, 236), detail=True)

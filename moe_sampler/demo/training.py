@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -44,6 +43,8 @@ class Schedule:
             rate *= self.floor + (1 - self.floor) * 0.5 * (1 + np.cos(np.pi * progress))
         return float(rate)
 
+
+LOG_EVERY = 20
 
 LossFunction = Callable[[np.random.Generator, torch.Generator, int], tuple[Tensor, dict[str, float]]]
 """(NumPy generator, torch generator, step) -> (loss, numbers to log)."""
@@ -75,7 +76,13 @@ class Stage:
     """
 
     def __init__(self, name: str, folder: Path, model: nn.Module, schedule: Schedule, seed: int) -> None:
-        self.name, self.folder, self.model, self.schedule, self.seed = name, Path(folder), model, schedule, seed
+        self.name, self.folder, self.model, self.schedule, self.seed = (
+            name,
+            Path(folder),
+            model,
+            schedule,
+            seed,
+        )
         self.path = self.folder / f"{name}.safetensors"
         self.trained = [(key, p) for key, p in model.named_parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
@@ -102,7 +109,9 @@ class Stage:
         weights, self.average = read_tensors(self.path, "model."), read_tensors(self.path, "ema.")
         first, second = read_tensors(self.path, "first."), read_tensors(self.path, "second.")
         if set(weights) != {key for key, _ in self.trained}:
-            raise ValueError(f"{self.path} belongs to another architecture: delete it or use another work folder")
+            raise ValueError(
+                f"{self.path} belongs to another architecture: delete it or use another work folder"
+            )
         with torch.no_grad():
             for key, parameter in self.trained:
                 parameter.copy_(weights[key])
@@ -127,32 +136,30 @@ class Stage:
                 parameter.copy_(self.average[key])
         return self.model.eval()
 
-    def run(self, loss: LossFunction, stop_at: int | None = None) -> nn.Module:
+    def run(
+        self, loss: LossFunction, stop_at: int | None = None, each_step: Callable[[], None] = lambda: None
+    ) -> nn.Module:
         """Train to the schedule's end (or to step `stop_at`) and return the averaged model.
 
         Args:
             loss: computes one step's loss from that step's generators.
             stop_at: end early, as an interruption would; the checkpoint then holds that step.
+            each_step: called before every step; may raise to stop.
         """
         self.load()
         end = self.schedule.steps if stop_at is None else min(stop_at, self.schedule.steps)
         self.model.train()
         recent: list[dict[str, float]] = []
         started = time.monotonic()
-        columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, TextColumn("{task.fields[note]}")) as bar:
-            task = bar.add_task(self.name, total=self.schedule.steps, completed=self.step, note="")
-            while self.step < end:
-                values = self._one_step(loss)
-                recent.append(values)
-                if self.step % 50 == 0 or self.step == end:
-                    mean = {key: float(np.nanmean([r[key] for r in recent if key in r])) for key in recent[-1]}
-                    self._log(mean, time.monotonic() - started)
-                    bar.update(task, note=" ".join(f"{key} {value:.4f}" for key, value in mean.items()))
-                    recent.clear()
-                bar.update(task, completed=self.step)
-                if self.step % self.schedule.save_every == 0 or self.step == end:
-                    self.save()
+        while self.step < end:
+            each_step()
+            recent.append(self._one_step(loss))
+            if self.step % LOG_EVERY == 0 or self.step == end:
+                mean = {key: float(np.mean([record[key] for record in recent])) for key in recent[-1]}
+                self._log(mean, time.monotonic() - started)
+                recent.clear()
+            if self.step % self.schedule.save_every == 0 or self.step == end:
+                self.save()
         return self.load_average()
 
     def _one_step(self, loss: LossFunction) -> dict[str, float]:
@@ -178,6 +185,10 @@ class Stage:
 
     def _log(self, numbers: dict[str, float], seconds: float) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        record = {"step": self.step, "seconds": round(seconds, 1), **{k: round(v, 5) for k, v in numbers.items()}}
+        record = {
+            "step": self.step,
+            "seconds": round(seconds, 1),
+            **{k: round(v, 5) for k, v in numbers.items()},
+        }
         with open(self.folder / f"{self.name}.log", "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")

@@ -1,0 +1,113 @@
+"""Attributes as class labels, and the small image network that reads them off a picture."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .scenes import KINDS, Scene
+
+HEADS: dict[str, tuple[str, ...]] = {"kind": tuple(KINDS)}
+for _kind, _module in KINDS.items():
+    HEADS.update({f"{_kind}.{name}": values for name, values in _module.ATTRIBUTES.items()})
+"""Every label there is: head name -> its classes."""
+
+
+def labels(scenes: list[Scene], said: list[dict[str, str]] | None = None) -> dict[str, Tensor]:
+    """Class index of every head, int64 [N]; -1 where the head is about another kind of scene.
+
+    Args:
+        said: with it, attributes a caption leaves out get the extra class `len(values)`.
+    """
+    result = {}
+    for head, values in HEADS.items():
+        column = []
+        for i, scene in enumerate(scenes):
+            kind, _, name = head.partition(".")
+            if head == "kind":
+                column.append(values.index(scene.kind))
+            elif kind != scene.kind:
+                column.append(-1)
+            elif said is not None and name not in said[i]:
+                column.append(len(values))
+            else:
+                column.append(values.index(scene.attributes[name]))
+        result[head] = torch.tensor(column)
+    return result
+
+
+class AttributeHeads(nn.Module):
+    """One linear classifier a head. `unsaid`: with the extra class for what a caption leaves out."""
+
+    def __init__(self, width: int, unsaid: bool = False) -> None:
+        super().__init__()
+        names = {head: head.replace(".", "_") for head in HEADS}
+        self.names = names
+        self.linears = nn.ModuleDict(
+            {
+                names[head]: nn.Linear(width, len(values) + (unsaid and head != "kind"))
+                for head, values in HEADS.items()
+            }
+        )
+
+    def forward(self, features: Tensor) -> dict[str, Tensor]:
+        """float [N, width] -> head name -> logits [N, classes]."""
+        return {head: self.linears[name](features) for head, name in self.names.items()}
+
+
+def heads_loss(logits: dict[str, Tensor], target: dict[str, Tensor]) -> tuple[Tensor, float]:
+    """Mean cross-entropy over what applies, and the accuracy there."""
+    total, count, right = 0.0, 0, 0
+    for head, values in logits.items():
+        applies = target[head] >= 0
+        total = total + F.cross_entropy(values, target[head], ignore_index=-1, reduction="sum")
+        count += int(applies.sum())
+        right += int(((values.argmax(-1) == target[head]) & applies).sum())
+    return total / max(count, 1), right / max(count, 1)
+
+
+class ImageEncoder(nn.Module):
+    """A small convolutional network: float [N, 3, 64, 64] in -1..1 -> features [N, width]."""
+
+    def __init__(self, width: int = 128, channels: tuple[int, ...] = (24, 48, 96, 128)) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        previous = 3
+        for count in channels:
+            layers += [nn.Conv2d(previous, count, 3, stride=2, padding=1), nn.GroupNorm(8, count), nn.SiLU()]
+            layers += [nn.Conv2d(count, count, 3, padding=1, groups=8), nn.GroupNorm(8, count), nn.SiLU()]
+            previous = count
+        self.layers = nn.Sequential(*layers)
+        self.project = nn.Linear(previous * 16, width)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.project(self.layers(images).flatten(1))
+
+
+class AttributeReader(nn.Module):
+    """Image encoder with attribute heads."""
+
+    def __init__(self, width: int = 128, channels: tuple[int, ...] = (24, 48, 96, 128)) -> None:
+        super().__init__()
+        self.encoder = ImageEncoder(width, channels)
+        self.heads = AttributeHeads(width)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Features [N, width] and logits a head."""
+        features = self.encoder(images)
+        return features, self.heads(F.silu(features))
+
+
+def augment(images: Tensor, rng: np.random.Generator, generator: torch.Generator, strength: float) -> Tensor:
+    """Shifts, blur, noise and tone changes, so that a classifier reads content and not pixel statistics."""
+    dy, dx = rng.integers(-2, 3, 2)
+    images = torch.roll(F.pad(images, (2, 2, 2, 2), mode="replicate"), (int(dy), int(dx)), (2, 3))[
+        ..., 2:-2, 2:-2
+    ]
+    if rng.uniform() < 0.4:
+        images = F.interpolate(F.avg_pool2d(images, 2), scale_factor=2, mode="bilinear")
+    gain = 1 + strength * 0.3 * (2 * torch.rand(len(images), 3, 1, 1, generator=generator) - 1)
+    noise = strength * 0.3 * rng.uniform() * torch.randn(images.shape, generator=generator)
+    return images * gain + noise

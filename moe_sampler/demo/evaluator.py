@@ -1,0 +1,73 @@
+"""An independent judge for generated scenes: reads attributes and gives features for distances.
+
+It shares nothing with the text encoder's training: its own network, seed and augmentation, pictures only.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .attributes import HEADS, AttributeReader, augment, heads_loss, labels
+from .autoencoder import to_model
+from .data import SceneSet
+from .scenes import Scene
+from .training import Schedule, Stage
+
+SCHEDULE = Schedule(1200, 1.5e-3, ema=0.995)
+SEED = 77
+
+
+def new_evaluator() -> AttributeReader:
+    """An untrained judge with a fixed initialisation."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        return AttributeReader(width=96, channels=(32, 64, 96, 96))
+
+
+def evaluator_loss(model: AttributeReader, scenes: SceneSet, batch: int = 48):
+    """Attributes of full pictures under strong augmentation."""
+    pictures = scenes.pictures
+
+    def loss(rng: np.random.Generator, generator: torch.Generator, step: int):
+        which = rng.integers(0, len(scenes), batch)
+        images = augment(to_model(pictures[which, 0]), rng, generator, 1.0)
+        value, accuracy = heads_loss(model(images)[1], labels([scenes.scene(i) for i in which]))
+        return value, {"accuracy": accuracy}
+
+    return loss
+
+
+def train_evaluator(scenes: SceneSet, folder: Path, schedule: Schedule = SCHEDULE) -> AttributeReader:
+    """Train the judge, or continue, or load it when done; its checkpoint lives in `folder`."""
+    model = new_evaluator()
+    return Stage("evaluator", folder, model, schedule, SEED).run(evaluator_loss(model, scenes))
+
+
+@torch.no_grad()
+def read(
+    model: AttributeReader, images: np.ndarray, batch: int = 100
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Features float64 [N, width] and the predicted class of every head [N], for uint8 [N, 64, 64, 3]."""
+    features, classes = [], {head: [] for head in HEADS}
+    for i in range(0, len(images), batch):
+        part, logits = model(to_model(images[i : i + batch]))
+        features.append(part.double().numpy())
+        for head, values in logits.items():
+            classes[head].append(values.argmax(-1).numpy())
+    return np.concatenate(features), {head: np.concatenate(parts) for head, parts in classes.items()}
+
+
+def attributes_right(
+    classes: dict[str, np.ndarray], scenes: list[Scene], said: list[dict[str, str]]
+) -> tuple[int, int]:
+    """How many of the attributes the captions mention (and the kind) the pictures show, and of how many."""
+    right = count = 0
+    for i, scene in enumerate(scenes):
+        claims = {"kind": scene.kind, **{f"{scene.kind}.{name}": value for name, value in said[i].items()}}
+        for head, value in claims.items():
+            right += int(HEADS[head][classes[head][i]] == value)
+            count += 1
+    return right, count

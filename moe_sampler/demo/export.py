@@ -1,0 +1,59 @@
+"""Write the demo experts as one folder in Stable Diffusion layout, fp16."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers import AutoencoderTiny, UNet2DConditionModel
+from transformers import CLIPTextModel
+
+from .experts import lune_scheduler, sol_scheduler
+from .tokenizer import write_tokenizer
+
+COMPONENTS = {
+    "vae": ("diffusers", "AutoencoderTiny"),
+    "text_encoder": ("transformers", "CLIPTextModel"),
+    "tokenizer": ("transformers", "CLIPTokenizer"),
+    "unet_sol": ("diffusers", "UNet2DConditionModel"),
+    "unet_lune": ("diffusers", "UNet2DConditionModel"),
+    "scheduler_sol": ("diffusers", "DDPMScheduler"),
+    "scheduler_lune": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
+}
+
+
+def export_experts(
+    output: Path,
+    vae: AutoencoderTiny,
+    text: CLIPTextModel,
+    sol: UNet2DConditionModel,
+    lune: UNet2DConditionModel,
+) -> None:
+    """Write all components to `output`.
+
+    The folder is replaced as a whole: at any time it is the old one or the complete new one. The models are
+    converted to fp16 in place.
+    """
+    output = Path(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(f".{output.name}.new")
+    shutil.rmtree(temporary, ignore_errors=True)
+    for name, model in (("vae", vae), ("text_encoder", text), ("unet_sol", sol), ("unet_lune", lune)):
+        model.to(dtype=torch.float16, memory_format=torch.contiguous_format).save_pretrained(temporary / name)
+    write_tokenizer(temporary / "tokenizer")
+    sol_scheduler().save_pretrained(temporary / "scheduler_sol")
+    lune_scheduler().save_pretrained(temporary / "scheduler_lune")
+    index = {"_class_name": "HybridPipeline", "_diffusers_version": diffusers.__version__}
+    index.update({name: list(source) for name, source in COMPONENTS.items()})
+    (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    old = output.with_name(f".{output.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if output.exists():
+        output.rename(old)
+    for file in temporary.rglob("*"):
+        file.chmod(0o755 if file.is_dir() else 0o644)
+    temporary.rename(output)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,140 @@
+"""The demo's text encoder: a small CLIPTextModel trained against pictures and attributes.
+
+Trained contrastively with an image encoder (as CLIP is), and to tell from a caption which attribute has which
+value or is left unsaid. The image encoder and the heads are scaffolding: only the text model ships.
+"""
+
+from __future__ import annotations
+
+import string
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from .attributes import AttributeHeads, ImageEncoder, augment, heads_loss, labels
+from .autoencoder import to_model
+from .captions import describe
+from .data import SceneSet
+
+WIDTH = 128
+_STRANGERS = [
+    "beautiful",
+    "dragon",
+    "detailed",
+    "of",
+    "the",
+    "very",
+    "dog",
+    "trending",
+    "cat",
+    "ship",
+    "magic",
+    "nice",
+    "mountain",
+    "fantasy",
+    "king",
+    "queen",
+    "sky",
+    "sea",
+    "big",
+    "small",
+    "huge",
+    "tiny",
+    "style",
+    "art",
+    "realistic",
+    "quality",
+    "best",
+    "and",
+    "with",
+    "a",
+]
+
+
+def new_text_encoder(tokenizer: CLIPTokenizer, width: int = WIDTH, layers: int = 2) -> CLIPTextModel:
+    """An untrained text encoder for the tokenizer's vocabulary."""
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModel(config)
+
+
+def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
+    """int64 [N, model_max_length], padded and cut as Stable Diffusion pipelines do."""
+    batch = tokenizer(
+        texts,
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    )
+    return batch.input_ids
+
+
+class TextTrainer(nn.Module):
+    """The text model with its scaffolding."""
+
+    def __init__(self, text: CLIPTextModel, width: int = WIDTH) -> None:
+        super().__init__()
+        self.text = text
+        self.images = ImageEncoder(width)
+        self.image_heads = AttributeHeads(width)
+        self.text_heads = AttributeHeads(text.config.hidden_size, unsaid=True)
+        self.project = nn.Linear(text.config.hidden_size, width)
+        self.temperature = nn.Parameter(torch.tensor(2.5))
+
+    def forward(self, ids: Tensor, images: Tensor):
+        """Contrastive logits [N, N] (text, image) and both sides' attribute logits."""
+        pooled = self.text(ids).pooler_output
+        seen = self.images(images)
+        a, b = F.normalize(self.project(pooled), dim=-1), F.normalize(seen, dim=-1)
+        return (
+            a @ b.T * self.temperature.exp().clamp(max=60),
+            self.text_heads(pooled),
+            self.image_heads(F.silu(seen)),
+        )
+
+
+def text_loss(model: TextTrainer, tokenizer: CLIPTokenizer, scenes: SceneSet, batch: int):
+    """The stage's loss: contrastive plus attributes from text and from pictures."""
+    pictures = scenes.pictures
+
+    def loss(rng: np.random.Generator, generator: torch.Generator, step: int):
+        which = rng.integers(0, len(scenes), batch)
+        drawn = [scenes.scene(i) for i in which]
+        texts, said = zip(*(describe(scene, rng) for scene in drawn), strict=True)
+        texts = [_disturb(text, rng) for text in texts]
+        images = augment(to_model(pictures[which, 0]), rng, generator, 0.4)
+        match, from_text, from_image = model(tokenize(tokenizer, texts), images)
+        # Pictures of the same description are no mistakes: captions that leave much out fit many pictures, so
+        # the contrastive part only needs to pull, softly.
+        target = torch.arange(batch)
+        contrast = F.cross_entropy(match, target) + F.cross_entropy(match.T, target)
+        read, read_accuracy = heads_loss(from_text, labels(drawn, list(said)))
+        seen, seen_accuracy = heads_loss(from_image, labels(drawn))
+        return 0.1 * contrast + read + 0.3 * seen, {"text": read_accuracy, "image": seen_accuracy}
+
+    return loss
+
+
+def _disturb(text: str, rng: np.random.Generator) -> str:
+    """Now and then a word that means nothing here, so that strange words do little harm."""
+    words = text.split(" ")
+    while rng.uniform() < 0.12:
+        stranger = str(rng.choice(_STRANGERS))
+        if rng.uniform() < 0.5:
+            stranger = "".join(rng.choice(list(string.ascii_lowercase), rng.integers(2, 8)))
+        words.insert(int(rng.integers(0, len(words) + 1)), stranger)
+    return " ".join(words)
