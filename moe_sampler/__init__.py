@@ -4,20 +4,35 @@
 kernel a step, and `HybridPipeline` is the diffusers pipeline on top of both.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .experts import Expert
-from .paths import FlowPath, Level, VPPath
-from .planning import SamplingPlan, plan
-from .predictions import add_noise, epsilon_to_x0, velocity_to_epsilon, velocity_to_x0, x0_to_epsilon
-from .routers import Boundary, Crossfade, Router, Spans
-from .sampling import sample
-
 if TYPE_CHECKING:
+    from .experts import Expert
+    from .kernels import euler_step_, philox_normal, sampler_step_, shift_sigmas, velocity_to_epsilon
+    from .paths import FlowPath, Level, VPPath
     from .pipeline import HybridPipeline
+    from .planning import SamplingPlan, plan
+    from .predictions import add_noise, epsilon_to_x0, velocity_to_x0, x0_to_epsilon
+    from .routers import Boundary, Crossfade, Router, Spans
+    from .sampling import sample
+    from .trace import Trace
+
+__version__ = "0.1.0"
+
+# torch takes a second to import and diffusers several: who asks for a name pays for what that name needs.
+_NAMES = {
+    "experts": ("Expert",),
+    "kernels": ("euler_step_", "philox_normal", "sampler_step_", "shift_sigmas", "velocity_to_epsilon"),
+    "paths": ("FlowPath", "Level", "VPPath"),
+    "pipeline": ("HybridPipeline",),
+    "planning": ("SamplingPlan", "plan"),
+    "predictions": ("add_noise", "epsilon_to_x0", "velocity_to_x0", "x0_to_epsilon"),
+    "routers": ("Boundary", "Crossfade", "Router", "Spans"),
+    "sampling": ("sample",),
+    "trace": ("Trace",),
+}
+_SOURCE = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
     "Boundary",
@@ -29,22 +44,29 @@ __all__ = [
     "Router",
     "SamplingPlan",
     "Spans",
+    "Trace",
     "VPPath",
     "add_noise",
     "epsilon_to_x0",
+    "euler_step_",
+    "philox_normal",
     "plan",
     "sample",
+    "sampler_step_",
+    "shift_sigmas",
     "velocity_to_epsilon",
     "velocity_to_x0",
     "x0_to_epsilon",
 ]
-__version__ = "0.1.0"
-
-# diffusers and transformers take seconds to import: only who asks for the pipeline pays for them.
-_LAZY = {"HybridPipeline": ".pipeline"}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_module(_LAZY[name], __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _SOURCE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_SOURCE[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

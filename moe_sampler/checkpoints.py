@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-__all__ = ["CheckpointError", "load_component", "read_model_index"]
+__all__ = ["COMPONENTS", "CheckpointError", "load_component", "read_config", "read_model_index"]
+
+COMPONENTS = ("vae", "text_encoder", "tokenizer", "unet_sol", "unet_lune", "scheduler_sol", "scheduler_lune")
+"""What a hybrid pipeline's folder holds."""
 
 _INDEX = "model_index.json"
 
@@ -24,7 +27,19 @@ def _names(keys: Sequence[Any]) -> str:
     return f"{shown} and {len(keys) - 5} more" if len(keys) > 5 else shown
 
 
-def read_model_index(folder: Path, required: Sequence[str]) -> dict[str, Any]:
+def read_config(file: Path) -> dict[str, Any]:
+    """A JSON config.
+
+    Raises:
+        CheckpointError: it isn't there or isn't JSON.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from None
+
+
+def read_model_index(folder: Path, required: Sequence[str] = COMPONENTS) -> dict[str, Any]:
     """The folder's `model_index.json`, after checking that every required component is there.
 
     Raises:
@@ -32,12 +47,9 @@ def read_model_index(folder: Path, required: Sequence[str]) -> dict[str, Any]:
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder")
-    try:
-        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} has no {_INDEX}: it is not a diffusers pipeline folder") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise CheckpointError(f"{folder / _INDEX} cannot be read: {error}") from None
+    if not (folder / _INDEX).is_file():
+        raise CheckpointError(f"{folder} has no {_INDEX}: it is not a diffusers pipeline folder")
+    index = read_config(folder / _INDEX)
     absent = [name for name in required if name not in index]
     if absent:
         raise CheckpointError(f"{folder / _INDEX} does not name {_names(absent)}")

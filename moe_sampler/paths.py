@@ -86,7 +86,9 @@ class VPPath:
         object.__setattr__(self, "betas", tuple(_check_betas(self.betas).tolist()))
 
     @classmethod
-    def linear(cls, start: float = 1e-4, end: float = 0.02, num_train_timesteps: int = 1000, **kwargs) -> VPPath:
+    def linear(
+        cls, start: float = 1e-4, end: float = 0.02, num_train_timesteps: int = 1000, **kwargs
+    ) -> VPPath:
         """Betas linear in t: diffusers' `beta_schedule="linear"`, the DDPM default and Sol's training."""
         return cls(tuple(np.linspace(start, end, num_train_timesteps)), **kwargs)
 
@@ -94,7 +96,7 @@ class VPPath:
     def scaled_linear(
         cls, start: float = 0.00085, end: float = 0.012, num_train_timesteps: int = 1000, **kwargs
     ) -> VPPath:
-        """Betas linear in their square root: diffusers' `"scaled_linear"`, Stable Diffusion 1.5's training."""
+        """Betas linear in their square root: diffusers' `"scaled_linear"`, as Stable Diffusion 1.5."""
         return cls(tuple(np.linspace(start**0.5, end**0.5, num_train_timesteps) ** 2), **kwargs)
 
     @property
@@ -175,7 +177,9 @@ class VPPath:
                 f"{end:.3f}: use fewer steps there"
             )
         if timesteps.min() < 0 or timesteps.max() > total - 1:
-            raise ValueError(f"spacing {spacing!r} with steps_offset {self.steps_offset} leaves 0..{total - 1}")
+            raise ValueError(
+                f"spacing {spacing!r} with steps_offset {self.steps_offset} leaves 0..{total - 1}"
+            )
         return [self.level(int(t)).noise for t in timesteps]
 
 
@@ -211,8 +215,8 @@ class FlowPath:
     def grid(
         self, steps: int, start: float = 1.0, end: float = 0.0, shift: float = 1.0, spacing: str = "linspace"
     ) -> list[float]:
-        """Shifted sigmas: uniform before the shift s' = k s / (1 + (k - 1) s), so that a span of a run has the
-        nodes' density of the whole run (Esser et al. 2024, arXiv:2403.03206, eq. 23)."""
+        """Shifted sigmas: uniform before the shift s' = k s / (1 + (k - 1) s), so that a span of a run has
+        the nodes' density of the whole run (Esser et al. 2024, arXiv:2403.03206, eq. 23)."""
         first, last = shift_sigma(start, 1.0 / shift), shift_sigma(end, 1.0 / shift)
         nodes = [shift_sigma(first + (last - first) * i / steps, shift) for i in range(steps)]
         nodes[0] = start
@@ -231,13 +235,17 @@ def path_from_scheduler_config(config: dict) -> Path:
     if "FlowMatch" in config.get("_class_name", "") or config.get("prediction_type") == "flow_prediction":
         return FlowPath(timestep_scale=float(total))
     if config.get("rescale_betas_zero_snr"):
-        raise ValueError("rescale_betas_zero_snr is not supported: the last level would have no signal at all")
+        raise ValueError(
+            "rescale_betas_zero_snr is not supported: the last level would have no signal at all"
+        )
     offset = config.get("steps_offset", 0)
     if config.get("trained_betas") is not None:
         return VPPath(tuple(config["trained_betas"]), steps_offset=offset)
     schedules = {"linear": VPPath.linear, "scaled_linear": VPPath.scaled_linear}
     name = config.get("beta_schedule", "linear")
     if name not in schedules:
-        raise ValueError(f'beta_schedule "{name}" is not supported: use "linear", "scaled_linear" or trained_betas')
+        raise ValueError(
+            f'beta_schedule "{name}" is not supported: use "linear", "scaled_linear" or trained_betas'
+        )
     start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
     return schedules[name](start, end, total, steps_offset=offset)

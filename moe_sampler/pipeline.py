@@ -18,21 +18,14 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from .checkpoints import load_component, read_model_index
 from .experts import Expert
-from .paths import path_from_scheduler_config
-from .planning import SamplingPlan, plan
-from .routers import Boundary, Router
+from .hybrid import DEFAULTS, hybrid_experts, hybrid_plan
+from .planning import SamplingPlan
+from .routers import Router
 from .sampling import sample
 
 __all__ = ["HybridPipeline", "HybridPipelineOutput"]
 
-_SOLVER_OF = {
-    "DDPMScheduler": "ddpm",
-    "DDIMScheduler": "ddim",
-    "FlowMatchEulerDiscreteScheduler": "euler",
-    "DPMSolverMultistepScheduler": "dpmpp_2m",
-}
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
-_EXPERTS = ("sol", "lune")
 
 
 @dataclasses.dataclass
@@ -40,7 +33,7 @@ class HybridPipelineOutput(BaseOutput):
     """What a run made.
 
     Args:
-        images: PIL images, or [B, H, W, C] float32 NumPy in [0, 1], or [B, C, H, W] tensors, by `output_type`.
+        images: PIL images, or [B, H, W, C] float32 NumPy in [0, 1], or [B, C, H, W] tensors.
         seeds: the seed of each image, or None when a generator or latents were given.
         plan: the plan that was run.
     """
@@ -76,10 +69,10 @@ class HybridPipeline(DiffusionPipeline):
         unet_lune: UNet2DConditionModel,
         scheduler_sol: SchedulerMixin,
         scheduler_lune: SchedulerMixin,
-        handoff: float = 0.7,
-        num_inference_steps: int = 30,
-        sol_guidance: float = 7.5,
-        lune_guidance: float = 7.5,
+        handoff: float = DEFAULTS["handoff"],
+        num_inference_steps: int = DEFAULTS["num_inference_steps"],
+        sol_guidance: float = DEFAULTS["sol_guidance"],
+        lune_guidance: float = DEFAULTS["lune_guidance"],
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -115,15 +108,19 @@ class HybridPipeline(DiffusionPipeline):
         path = Path(pretrained_model_name_or_path)
         folder = path if path.exists() or path.is_absolute() else None
         if folder is None:
-            folder = Path(cls.download(str(pretrained_model_name_or_path), **hub, variant=kwargs.get("variant")))
-        index = read_model_index(folder, sorted(cls._get_signature_keys(cls)[0] - {"self"}))
+            folder = Path(
+                cls.download(str(pretrained_model_name_or_path), **hub, variant=kwargs.get("variant"))
+            )
+        index = read_model_index(folder)
         models = {
             "unet_sol": UNet2DConditionModel,
             "unet_lune": UNet2DConditionModel,
             "vae": {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny},
             "text_encoder": CLIPTextModel,
         }
-        options = {name: kwargs[name] for name in ("torch_dtype", "variant") if name in kwargs}
+        if "torch_dtype" not in kwargs:
+            kwargs.setdefault("dtype", torch.float32)
+        options = {name: kwargs[name] for name in ("dtype", "torch_dtype", "variant") if name in kwargs}
         for name, model_class in models.items():
             if name in kwargs:
                 continue
@@ -140,48 +137,33 @@ class HybridPipeline(DiffusionPipeline):
         lune_guidance: float | None = None,
         shift: float | None = None,
         solver: str | Mapping[str, str] | None = None,
-        eta: float = 0.0,
+        eta: float | None = None,
     ) -> tuple[Expert, Expert]:
         """Sol and Lune as the planner sees them; None leaves a setting at this model's default."""
-        guidance = {"sol": sol_guidance, "lune": lune_guidance}
-        solvers = solver if isinstance(solver, Mapping) else {name: solver for name in _EXPERTS if solver}
-        unknown = set(solvers) - set(_EXPERTS)
-        if unknown:
-            raise ValueError(f"solver names {sorted(unknown)}, but the experts are {', '.join(_EXPERTS)}")
+        configs = {
+            name: {**scheduler.config, "_class_name": type(scheduler).__name__}
+            for name, scheduler in (("sol", self.scheduler_sol), ("lune", self.scheduler_lune))
+        }
+        guidance = {
+            "sol": self.config.sol_guidance if sol_guidance is None else sol_guidance,
+            "lune": self.config.lune_guidance if lune_guidance is None else lune_guidance,
+        }
+        experts = hybrid_experts(configs, guidance, shift=shift, solver=solver, eta=eta)
         return tuple(
-            self._expert(
-                name,
-                guidance_scale=self.config[f"{name}_guidance"] if guidance[name] is None else guidance[name],
-                solver=solvers.get(name),
-                shift=shift,
-                eta=eta,
-            )
-            for name in _EXPERTS
+            self._with_model(expert, unet) for expert, unet in zip(experts, self._unets, strict=True)
         )
 
-    def _expert(self, name: str, guidance_scale: float, solver: str | None, shift: float | None, eta: float) -> Expert:
-        unet, scheduler = getattr(self, f"unet_{name}"), getattr(self, f"scheduler_{name}")
-        config = {**scheduler.config, "_class_name": type(scheduler).__name__}
-        path = path_from_scheduler_config(config)
-        flow = "FlowMatch" in config["_class_name"]
+    @property
+    def _unets(self) -> tuple[UNet2DConditionModel, UNet2DConditionModel]:
+        return self.unet_sol, self.unet_lune
 
+    @staticmethod
+    def _with_model(expert: Expert, unet: UNet2DConditionModel) -> Expert:
         def model(x: torch.Tensor, timestep: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
             embeds = prompt_embeds.to(unet.dtype)
             return unet(x, timestep, encoder_hidden_states=embeds, return_dict=False)[0]
 
-        return Expert(
-            name,
-            path,
-            "flow_prediction" if flow else config["prediction_type"],
-            model,
-            dtype=unet.dtype,
-            solver=solver or _SOLVER_OF.get(config["_class_name"], "dpmpp_2m"),
-            eta=eta,
-            shift=config.get("shift", 1.0) if shift is None else shift,
-            spacing=config.get("timestep_spacing", "trailing"),
-            guidance_scale=guidance_scale,
-            clip_sample_range=config.get("clip_sample_range", 1.0) if config.get("clip_sample") else None,
-        )
+        return dataclasses.replace(expert, model=model, dtype=unet.dtype)
 
     def plan(
         self,
@@ -191,41 +173,19 @@ class HybridPipeline(DiffusionPipeline):
         lune_steps: int | None = None,
         handoff: float | None = None,
         router: Router | None = None,
-        **settings: Any,
+        experts: tuple[Expert, Expert] | None = None,
     ) -> SamplingPlan:
-        """The plan `__call__` would run with the same arguments. `settings` go to `experts`."""
-        return self._plan(self.experts(**settings), expert, num_inference_steps, sol_steps, lune_steps, handoff, router)
-
-    def _plan(
-        self,
-        experts: tuple[Expert, Expert],
-        expert: str,
-        num_inference_steps: int | None,
-        sol_steps: int | None,
-        lune_steps: int | None,
-        handoff: float | None,
-        router: Router | None,
-    ) -> SamplingPlan:
-        own = {"sol": sol_steps, "lune": lune_steps}
-        if expert not in ("hybrid", *_EXPERTS):
-            raise ValueError(f'unknown expert "{expert}": use hybrid, sol or lune')
-        if num_inference_steps is not None and any(own.values()):
-            raise ValueError("give either num_inference_steps or sol_steps and lune_steps, not both")
-        total = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
-        if expert != "hybrid":
-            if handoff is not None or router is not None:
-                raise ValueError(f"{expert} alone has no handoff: leave out handoff and router")
-            other = next(name for name in _EXPERTS if name != expert)
-            if own[other] is not None:
-                raise ValueError(f"{expert} alone has no {other}_steps")
-            steps = total if own[expert] is None else own[expert]
-            return plan(next(e for e in experts if e.name == expert), steps=steps)
-        if router is not None and handoff is not None:
-            raise ValueError("give either handoff or router, not both")
-        router = router or Boundary("sol", "lune", self.config.handoff if handoff is None else handoff)
-        if (sol_steps is None) != (lune_steps is None):
-            raise ValueError("sol_steps and lune_steps come together; for a total use num_inference_steps")
-        return plan(experts, router, steps=total if sol_steps is None else own)
+        """The plan `__call__` runs with the same arguments; `experts` from `HybridPipeline.experts`."""
+        return hybrid_plan(
+            self.experts() if experts is None else experts,
+            self.config,
+            expert=expert,
+            num_inference_steps=num_inference_steps,
+            sol_steps=sol_steps,
+            lune_steps=lune_steps,
+            handoff=handoff,
+            router=router,
+        )
 
     def check_inputs(
         self,
@@ -242,13 +202,13 @@ class HybridPipeline(DiffusionPipeline):
         """Everything that can be wrong with the inputs, before any work."""
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("give either prompt or prompt_embeds")
-        if prompt is not None and not isinstance(prompt, str):
-            if not isinstance(prompt, list) or not prompt or not all(isinstance(p, str) for p in prompt):
-                raise ValueError(f"prompt must be a string or a non-empty list of strings, got {prompt!r}")
+        prompts = [] if prompt is None else [prompt] if isinstance(prompt, str) else prompt
+        if not isinstance(prompts, list) or not all(isinstance(p, str) for p in prompts) or prompt == []:
+            raise ValueError(f"prompt must be a string or a non-empty list of strings, got {prompt!r}")
         if negative_prompt is not None and negative_prompt_embeds is not None:
             raise ValueError("give either negative_prompt or negative_prompt_embeds, not both")
         if isinstance(negative_prompt, list):
-            count = len(prompt) if isinstance(prompt, list) else 1 if prompt is not None else len(prompt_embeds)
+            count = len(prompts) or len(prompt_embeds)
             if len(negative_prompt) != count:
                 raise ValueError(f"{count} prompts need as many negative prompts, got {len(negative_prompt)}")
         # Every level but the first halves the latents.
@@ -262,10 +222,12 @@ class HybridPipeline(DiffusionPipeline):
             raise ValueError(f'unknown output_type "{output_type}": use pil, np, pt or latent')
         unknown = [name for name in callback_inputs if name not in self._callback_tensor_inputs]
         if unknown:
-            raise ValueError(f"callback_on_step_end_tensor_inputs may name {self._callback_tensor_inputs}, not {unknown}")
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs may name {self._callback_tensor_inputs}, not {unknown}"
+            )
 
     def encode_prompt(self, prompt: str | list[str]) -> torch.Tensor:
-        """[B, tokens, channels]: CLIP's hidden states. A prompt beyond the encoder's length is cut with a warning."""
+        """[B, tokens, channels]: CLIP's hidden states. Too long a prompt is cut, with a warning."""
         prompts = [prompt] if isinstance(prompt, str) else prompt
         length = self.tokenizer.model_max_length
         for text in prompts:
@@ -300,14 +262,18 @@ class HybridPipeline(DiffusionPipeline):
     def _seeds(
         self, seed: int | Sequence[int] | None, generator: Any, latents: torch.Tensor | None, batch: int
     ) -> list[int] | None:
-        """One seed an image: a single `seed` counts up over the batch, so that each image can be made alone."""
+        """One seed an image: a single `seed` counts up over the batch, so that each can be made alone."""
         if seed is None:
-            return None if generator is not None or latents is not None else self._seeds(secrets.randbelow(2**31), None, None, batch)
+            if generator is not None or latents is not None:
+                return None
+            seed = secrets.randbelow(2**31)
         if generator is not None:
             raise ValueError("give either seed or generator, not both")
         seeds = [seed + i for i in range(batch)] if isinstance(seed, int) else list(seed)
         if len(seeds) != batch:
-            raise ValueError(f"{batch} images need {batch} seeds, or one seed to count up from; got {len(seeds)}")
+            raise ValueError(
+                f"{batch} images need {batch} seeds, or one seed to count up from; got {len(seeds)}"
+            )
         return seeds
 
     @torch.no_grad()
@@ -320,7 +286,7 @@ class HybridPipeline(DiffusionPipeline):
         guidance_scale: float | None = None,
         negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int = 1,
-        eta: float = 0.0,
+        eta: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
@@ -348,13 +314,13 @@ class HybridPipeline(DiffusionPipeline):
                 alone. Without seed, generator and latents a random seed is drawn and returned.
             expert: "hybrid", or one of them alone.
             handoff: noise level in (0, 1) where Sol hands over to Lune; 1 is pure noise, 0 the data.
-            router: a router over "sol" and "lune" instead of a handoff, e.g. `Crossfade("sol", "lune", .8, .6)`.
+            router: over "sol" and "lune", instead of a handoff; e.g. `Crossfade("sol", "lune", 0.8, 0.6)`.
             sol_steps, lune_steps: steps of each expert, instead of `num_inference_steps` in all.
             sol_guidance, lune_guidance: guidance scales; `guidance_scale` sets both.
             shift: k of Lune's shifted sigmas.
             solver: "ddpm", "ddim", "euler" or "dpmpp_2m" for both, or by name: `{"sol": "ddpm"}`.
-            callback_on_step_end: diffusers' signature (pipeline, step, timestep, kwargs); it may return a dict
-                with new `latents`. `pred_original_sample` gives the step's x0.
+            callback_on_step_end: diffusers' signature (pipeline, step, timestep, kwargs); it may return a
+                dict with new `latents`. `pred_original_sample` gives the step's x0.
 
         Returns:
             `HybridPipelineOutput`, or with `return_dict=False` the tuple (images,).
@@ -379,7 +345,7 @@ class HybridPipeline(DiffusionPipeline):
             sol_guidance = guidance_scale if sol_guidance is None else sol_guidance
             lune_guidance = guidance_scale if lune_guidance is None else lune_guidance
         experts = self.experts(sol_guidance, lune_guidance, shift, solver, eta)
-        compiled = self._plan(experts, expert, num_inference_steps, sol_steps, lune_steps, handoff, router)
+        compiled = self.plan(expert, num_inference_steps, sol_steps, lune_steps, handoff, router, experts)
         prompts = 1 if isinstance(prompt, str) else len(prompt if prompt is not None else prompt_embeds)
         batch = prompts * num_images_per_prompt
         seeds = self._seeds(seed, generator, latents, batch)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -107,7 +107,9 @@ class SamplingPlan:
     def from_json(cls, text: str) -> SamplingPlan:
         body = json.loads(text)
         if body.get("format") != _FORMAT:
-            raise ValueError(f"this is not a sampling plan of format {_FORMAT}: format is {body.get('format')!r}")
+            raise ValueError(
+                f"this is not a sampling plan of format {_FORMAT}: format is {body.get('format')!r}"
+            )
         steps = tuple(
             PlanStep(
                 calls=tuple(ExpertCall(**call) for call in step["calls"]),
@@ -122,12 +124,25 @@ class SamplingPlan:
 
     def rows_for_display(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """Header and cells of the printed plan."""
-        header = ("step", "expert", "timestep", "noise", "alpha", "sigma", "to noise", "guidance", "solver", "fresh noise")
+        header = (
+            "step",
+            "expert",
+            "timestep",
+            "noise",
+            "alpha",
+            "sigma",
+            "to noise",
+            "guidance",
+            "solver",
+            "fresh noise",
+        )
         cells = []
         for index, step in enumerate(self.steps):
             mixed = len(step.calls) > 1
             names = (f"{c.weight:.0%} {c.name}" if mixed else c.name for c in step.calls)
-            timesteps = (f"{c.timestep}" if isinstance(c.timestep, int) else f"{c.timestep:.2f}" for c in step.calls)
+            timesteps = (
+                f"{c.timestep}" if isinstance(c.timestep, int) else f"{c.timestep:.2f}" for c in step.calls
+            )
             cells.append(
                 (
                     str(index),
@@ -147,7 +162,10 @@ class SamplingPlan:
     def __str__(self) -> str:
         header, cells = self.rows_for_display()
         widths = [max(len(row[i]) for row in [header, *cells]) for i in range(len(header))]
-        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *cells]]
+        lines = [
+            "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+            for row in [header, *cells]
+        ]
         return "\n".join([f"{len(self)} steps, {self.model_calls} model calls per sample", *lines])
 
 
@@ -164,7 +182,9 @@ class _Node:
 def _allocate(spans: Sequence[tuple[str, float, float]], steps: int, shift: float) -> list[int]:
     """Share `steps` out to spans in proportion to their length on the shifted grid, at least one each."""
     if steps < len(spans):
-        raise ValueError(f"{steps} steps cannot serve {len(spans)} spans of experts: use at least {len(spans)}")
+        raise ValueError(
+            f"{steps} steps cannot serve {len(spans)} spans of experts: use at least {len(spans)}"
+        )
     u = [shift_sigma(high, 1.0 / shift) - shift_sigma(low, 1.0 / shift) for _, high, low in spans]
     exact = [steps * length / sum(u) for length in u]
     counts = [max(1, math.floor(share)) for share in exact]
@@ -175,7 +195,9 @@ def _allocate(spans: Sequence[tuple[str, float, float]], steps: int, shift: floa
     return counts
 
 
-def _counts_by_name(spans: Sequence[tuple[str, float, float]], steps: Mapping[str, int], known: Sequence[str]) -> list[int]:
+def _counts_by_name(
+    spans: Sequence[tuple[str, float, float]], steps: Mapping[str, int], known: Sequence[str]
+) -> list[int]:
     for name in steps:
         if name not in known:
             raise ValueError(f"steps names {name!r}, but the experts are {', '.join(map(repr, known))}")
@@ -277,7 +299,10 @@ def plan(
     if not nodes or not nodes[-1].noise > end:
         raise ValueError(f"noise levels must be given, descending and above the end of the run ({end})")
 
-    targets = [*(node.level for node in nodes[1:]), Level(1.0, 0.0) if end == 0.0 else nodes[-1].lead.path.at(end)]
+    targets = [
+        *(node.level for node in nodes[1:]),
+        Level(1.0, 0.0) if end == 0.0 else nodes[-1].lead.path.at(end),
+    ]
     drafts: list[tuple[_Node, Level, list[ExpertCall], dict[str, float]]] = []
     for index, (node, target) in enumerate(zip(nodes, targets, strict=True)):
         previous = nodes[index - 1].level if index else None
@@ -292,7 +317,7 @@ def plan(
             row[f"q_cond_{slot}"], row[f"q_uncond_{slot}"] = q_cond, q_uncond
         drafts.append((node, target, calls, row))
     # The launch that ends a step also writes the next step's model inputs.
-    for (_, _, _, row), (_, _, following, _) in zip(drafts, drafts[1:], strict=False):
+    for (_, _, _, row), (_, _, following, _) in itertools.pairwise(drafts):
         for slot, call in enumerate(following):
             row[f"scale_{slot}"] = call.input_scale
 

@@ -77,5 +77,5 @@ def x0_to_epsilon(x0: torch.Tensor, x: torch.Tensor, alpha: float, sigma: float)
 
 
 def add_noise(x0: torch.Tensor, noise: torch.Tensor, alpha: float, sigma: float) -> torch.Tensor:
-    """x = alpha * x0 + sigma * noise: DDPM's forward process (VP) and flow's interpolation (1 - s, s) alike."""
+    """x = alpha * x0 + sigma * noise: DDPM's forward process and flow's interpolation (1 - s, s) alike."""
     return alpha * x0 + sigma * noise

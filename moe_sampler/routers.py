@@ -56,7 +56,9 @@ class Crossfade:
         _check_noise("a crossfade's start", self.start)
         _check_noise("a crossfade's end", self.end)
         if self.end >= self.start:
-            raise ValueError(f"a crossfade runs from noise to data: its end {self.end} must be below {self.start}")
+            raise ValueError(
+                f"a crossfade runs from noise to data: its end {self.end} must be below {self.start}"
+            )
 
     def __call__(self, noise: float) -> Mapping[str, float]:
         if noise >= self.start:
@@ -100,7 +102,9 @@ def active_experts(router: Router, noise: float, known: Sequence[str]) -> dict[s
     weights = dict(router(noise))
     unknown = [name for name in weights if name not in known]
     if unknown:
-        raise ValueError(f"the router names {unknown[0]!r}, but the experts are {', '.join(map(repr, known))}")
+        raise ValueError(
+            f"the router names {unknown[0]!r}, but the experts are {', '.join(map(repr, known))}"
+        )
     if any(not weight >= 0 for weight in weights.values()) or abs(sum(weights.values()) - 1.0) > 1e-6:
         raise ValueError(f"a router's weights are non-negative and add up to 1, got {weights} at {noise:.4f}")
     active = {name: weights[name] for name in known if weights.get(name, 0.0) > 0.0}
@@ -118,8 +122,8 @@ def lead_spans(
 ) -> list[tuple[str, float, float]]:
     """Cut [end, start] where the leading expert changes: (name, from, to) from noise to data.
 
-    A cut is the largest noise level at which the new expert leads, found by bisection to the last bit, so that
-    a `Boundary` is met exactly whatever the router is made of.
+    A cut is the largest noise level at which the new expert leads, found by bisection to the last bit, so
+    that a `Boundary` is met exactly whatever the router is made of.
     """
 
     def lead(noise: float) -> str:

@@ -47,7 +47,9 @@ def initial_latents(
 class _Conditioning:
     """Keyword arguments for a guided or unguided call, concatenated once."""
 
-    def __init__(self, cond: Mapping[str, torch.Tensor] | None, uncond: Mapping[str, torch.Tensor] | None) -> None:
+    def __init__(
+        self, cond: Mapping[str, torch.Tensor] | None, uncond: Mapping[str, torch.Tensor] | None
+    ) -> None:
         self.unguided = dict(cond or {})
         self._uncond = uncond
         self._guided: dict[str, torch.Tensor] | None = None
@@ -58,7 +60,8 @@ class _Conditioning:
                 raise ValueError("the plan uses classifier-free guidance: give `uncond` beside `cond`")
             if set(self._uncond) != set(self.unguided):
                 raise ValueError(
-                    f"cond and uncond must have the same keys, got {sorted(self.unguided)} and {sorted(self._uncond)}"
+                    f"cond and uncond must have the same keys, got {sorted(self.unguided)} "
+                    f"and {sorted(self._uncond)}"
                 )
         for kind, values in (("cond", self.unguided), ("uncond", self._uncond or {})):
             for key, value in values.items():
@@ -69,7 +72,9 @@ class _Conditioning:
         if not call.guided:
             return self.unguided
         if self._guided is None:
-            self._guided = {key: torch.cat([self._uncond[key], value]) for key, value in self.unguided.items()}
+            self._guided = {
+                key: torch.cat([self._uncond[key], value]) for key, value in self.unguided.items()
+            }
         return self._guided
 
 
@@ -87,7 +92,9 @@ class _Inputs:
         batch = self._x.shape[0] * (2 if call.guided else 1)
         key = (parity, slot, batch, self._experts[call.name].dtype)
         if key not in self._buffers:
-            self._buffers[key] = torch.empty((batch, *self._x.shape[1:]), dtype=key[-1], device=self._x.device)
+            self._buffers[key] = torch.empty(
+                (batch, *self._x.shape[1:]), dtype=key[-1], device=self._x.device
+            )
         return self._buffers[key]
 
     def write(self, calls: Sequence[ExpertCall], index: int) -> list[torch.Tensor]:
@@ -138,14 +145,14 @@ def sample(
         experts: with their models; every expert the plan names must be among them.
         x: [B, ...] float32, the state to start from (it is not modified); or give `shape` and `seeds`.
         shape: [B, ...] of the state to draw.
-        seeds: one integer a sample. Noise is a function of (seed, step, element) alone, so a sample is the same
-            alone and inside any batch.
+        seeds: one integer a sample. Noise is a function of (seed, step, element) alone, so a sample is the
+            same alone and inside any batch.
         noise: instead of `seeds` for the steps' noise: `noise(step)` returns [B, ...] float32.
         cond, uncond: keyword arguments for the models, tensors with the batch first. Guided calls get
             `cat([uncond, cond])`, diffusers' order, unguided calls `cond` alone.
         device: where to run when `x` isn't given.
-        callback: gets a dict after each step: `step`, `plan_step`, `x` (the state), `x0` (the prediction; both
-            are live buffers, clone what you keep). A returned tensor replaces the state.
+        callback: gets a dict after each step: `step`, `plan_step`, `x` (the state), `x0` (the prediction;
+            both are live buffers, clone what you keep). A returned tensor replaces the state.
 
     Returns:
         [B, ...] float32, the plan's last target.

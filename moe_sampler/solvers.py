@@ -60,7 +60,9 @@ def _dpmpp_2m(level: Level, target: Level, previous: Level | None) -> SolverRow:
     )
 
 
-def solver_row(solver: Solver, level: Level, target: Level, previous: Level | None, eta: float = 0.0) -> SolverRow:
+def solver_row(
+    solver: Solver, level: Level, target: Level, previous: Level | None, eta: float = 0.0
+) -> SolverRow:
     """Coefficients, float64, of one step from `level` to the less noisy `target`.
 
     Args:
@@ -75,7 +77,8 @@ def solver_row(solver: Solver, level: Level, target: Level, previous: Level | No
     check_solver(solver)
     if not target.noise < level.noise:
         raise ValueError(
-            f"time runs from noise to data: cannot step from noise level {level.noise:.4f} to {target.noise:.4f}"
+            f"time runs from noise to data: cannot step from noise level {level.noise:.4f} "
+            f"to {target.noise:.4f}"
         )
     if solver == "dpmpp_2m":
         return _dpmpp_2m(level, target, previous)

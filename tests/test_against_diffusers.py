@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import diffusers
 import diffusers.schedulers.scheduling_ddpm as diffusers_ddpm
 import numpy as np
@@ -15,7 +17,10 @@ from moe_sampler.sampling import initial_latents
 
 SHAPE, SEEDS, STEPS = (2, 4, 8, 8), [11, 12], 50
 SPACINGS = ["trailing", "leading", "linspace"]
-BETAS = {"linear": dict(beta_start=1e-4, beta_end=0.02), "scaled_linear": dict(beta_start=0.00085, beta_end=0.012)}
+BETAS = {
+    "linear": dict(beta_start=1e-4, beta_end=0.02),
+    "scaled_linear": dict(beta_start=0.00085, beta_end=0.012),
+}
 
 
 def ours(expert: Expert, **settings) -> torch.Tensor:
@@ -37,7 +42,9 @@ def vp_expert(mixture, schedule: str, prediction: str, **settings) -> Expert:
 
 
 def vp_scheduler(cls, schedule: str, prediction: str, **settings):
-    settings = {"clip_sample": False, **settings} if cls is not diffusers.DPMSolverMultistepScheduler else settings
+    settings = (
+        {"clip_sample": False, **settings} if cls is not diffusers.DPMSolverMultistepScheduler else settings
+    )
     return cls(beta_schedule=schedule, prediction_type=prediction, **BETAS[schedule], **settings)
 
 
@@ -54,7 +61,9 @@ def same_noise(monkeypatch):
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize(("schedule", "prediction"), [("linear", "v_prediction"), ("scaled_linear", "epsilon")])
+@pytest.mark.parametrize(
+    ("schedule", "prediction"), [("linear", "v_prediction"), ("scaled_linear", "epsilon")]
+)
 def test_ddpm(mixture, same_noise, spacing, schedule, prediction):
     expert = vp_expert(mixture, schedule, prediction, solver="ddpm", spacing=spacing)
     scheduler = vp_scheduler(diffusers.DDPMScheduler, schedule, prediction, timestep_spacing=spacing)
@@ -85,13 +94,15 @@ def test_ddpm_by_the_guides_recipe(mixture, same_noise, spacing):
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize(("schedule", "prediction"), [("linear", "v_prediction"), ("scaled_linear", "epsilon")])
+@pytest.mark.parametrize(
+    ("schedule", "prediction"), [("linear", "v_prediction"), ("scaled_linear", "epsilon")]
+)
 def test_ddim(mixture, spacing, schedule, prediction, eta):
     expert = vp_expert(mixture, schedule, prediction, solver="ddim", eta=eta, spacing=spacing)
     scheduler = vp_scheduler(diffusers.DDIMScheduler, schedule, prediction, timestep_spacing=spacing)
     scheduler.set_timesteps(STEPS)
     x, timesteps = start(), [*scheduler.timesteps.tolist(), None]
-    for index, (t, following) in enumerate(zip(timesteps, timesteps[1:], strict=False)):
+    for index, (t, following) in enumerate(itertools.pairwise(timesteps)):
         # DDIMScheduler aims 1000 // steps below t, which is not its own next node under "linspace";
         # this makes its aim the node it will really be called at.
         scheduler.num_inference_steps = 1000 // (t - following) if following is not None else 1
@@ -103,7 +114,12 @@ def test_ddim(mixture, spacing, schedule, prediction, eta):
 def test_ddim_clipped(mixture):
     expert = vp_expert(mixture, "linear", "v_prediction", solver="ddim", clip_sample_range=0.5)
     scheduler = vp_scheduler(
-        diffusers.DDIMScheduler, "linear", "v_prediction", timestep_spacing="trailing", clip_sample=True, clip_sample_range=0.5
+        diffusers.DDIMScheduler,
+        "linear",
+        "v_prediction",
+        timestep_spacing="trailing",
+        clip_sample=True,
+        clip_sample_range=0.5,
     )
     scheduler.set_timesteps(STEPS)
     x = start()
@@ -137,7 +153,9 @@ def test_flow_match_euler_on_its_default_sigmas(mixture, shift):
     torch.testing.assert_close(ours(expert, noise_levels=nodes), x, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("schedule", "prediction"), [("linear", "v_prediction"), ("scaled_linear", "epsilon")])
+@pytest.mark.parametrize(
+    ("schedule", "prediction"), [("linear", "v_prediction"), ("scaled_linear", "epsilon")]
+)
 def test_dpmpp_2m(mixture, schedule, prediction):
     expert = vp_expert(mixture, schedule, prediction, solver="dpmpp_2m")
     scheduler = vp_scheduler(
@@ -170,7 +188,9 @@ def test_timesteps_are_diffusers_own(spacing, steps):
     expert = Expert.sol(spacing=spacing)
     scheduler = diffusers.DDPMScheduler(timestep_spacing=spacing)
     scheduler.set_timesteps(steps)
-    assert [step.calls[0].timestep for step in plan(expert, steps=steps).steps] == scheduler.timesteps.tolist()
+    assert [
+        step.calls[0].timestep for step in plan(expert, steps=steps).steps
+    ] == scheduler.timesteps.tolist()
 
 
 @pytest.mark.parametrize("schedule", ["linear", "scaled_linear"])

@@ -50,7 +50,9 @@ def test_sols_velocity_must_not_be_taken_for_lunes(clean_and_noise):
     x = add_noise(clean, noise, level.alpha, level.sigma)
     v = level.alpha * noise - level.sigma * clean
     torch.testing.assert_close(velocity_to_x0(v, x, level.alpha, level.sigma), clean, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(velocity_to_epsilon(v, x, level.alpha, level.sigma), noise, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        velocity_to_epsilon(v, x, level.alpha, level.sigma), noise, atol=1e-5, rtol=1e-5
+    )
     assert (x - level.sigma * v - clean).abs().max() > 0.5  # Lune's formula on Sol's output
 
 
@@ -117,7 +119,9 @@ def test_tinyfluxs_clock_runs_the_other_way(mixture):
     """TinyFlux is told t = 1 - s and predicts data - noise; the same plan holds it."""
     lune = mixture.give_model(Expert.lune())
     path = FlowPath(timestep_scale=1.0, data_at_one=True)
-    student = mixture.give_model(Expert("tinyflux", path, "reversed_flow_prediction", solver="euler", shift=2.0))
+    student = mixture.give_model(
+        Expert("tinyflux", path, "reversed_flow_prediction", solver="euler", shift=2.0)
+    )
     told = [step.calls[0].timestep for step in plan(student, steps=4).steps]
     assert told == sorted(told) and told[0] == 0.0
     runs = [sample(plan(e, steps=10), e, shape=(2, 50), seeds=[1, 2]) for e in (lune, student)]

@@ -1,13 +1,14 @@
 """The handoff between paths, on experts whose denoisers are exact.
 
-Sol runs a one-dimensional Gaussian mixture down to t = 400 on the VP path, Lune takes it to the data. Both follow
-the same probability-flow ODE, so halving the steps' length must halve the error; a naive handoff leaves that
-ODE and no number of steps brings it back.
+Sol runs a one-dimensional Gaussian mixture down to t = 400 on the VP path, Lune takes it to the data. Both
+follow the same probability-flow ODE, so halving the steps' length must halve the error; a naive handoff
+leaves that ODE and no number of steps brings it back.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -17,6 +18,8 @@ from moe_sampler import Boundary, Crossfade, Expert, Spans, plan, sample
 
 SAMPLES = 500
 HANDOFF = Expert.sol().path.level(400).noise
+# Nearer to pure noise ln(alpha / sigma) changes so fast that no affordable step is in the asymptotic regime.
+START = Expert.sol().path.level(800)
 
 
 @pytest.fixture(scope="module")
@@ -39,23 +42,37 @@ def distance_to_truth(mixture, x: torch.Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def solution(gentle_mixture, noise) -> torch.Tensor:
-    """Where the gentle mixture's ODE leads from Sol's first node, by second-order steps on the flow path alone.
+    """Where the gentle mixture's ODE dx/ds = (x - x0) / s leads from `START`, by Runge-Kutta in float64.
 
     The errors of single samples need the gentle mixture: between sharp modes they measure who fell where.
     """
-    level = Expert.sol().path.level(999)
-    lune = gentle_mixture.give_model(Expert.lune(solver="dpmpp_2m", shift=3.0))
-    return sample(plan(lune, steps=1000, start=level.noise), lune, noise / (level.alpha + level.sigma))
+    x = noise.double() / (START.alpha + START.sigma)
+    nodes = torch.linspace(START.noise, 1e-3, 800, dtype=torch.float64).tolist()
+
+    def slope(x: torch.Tensor, s: float) -> torch.Tensor:
+        return (x - gentle_mixture.x0(x, 1 - s, s)) / s
+
+    for s, following in itertools.pairwise(nodes):
+        h = following - s
+        k1 = slope(x, s)
+        k2 = slope(x + h / 2 * k1, s + h / 2)
+        k3 = slope(x + h / 2 * k2, s + h / 2)
+        k4 = slope(x + h * k3, following)
+        x = x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+    return x - nodes[-1] * slope(x, nodes[-1])
 
 
-def errors(mixture, noise, solution, solver, router, counts=(10, 20, 40, 80)) -> list[float]:
+def errors(mixture, noise, solution, solver, router, counts=(10, 20, 40, 80), lune=1) -> list[float]:
     experts = duo(mixture, solver)
-    runs = (sample(plan(experts, router, steps={"sol": n, "lune": n}), experts, noise) for n in counts)
+    runs = (
+        sample(plan(experts, router, steps={"sol": n, "lune": lune * n}, start=START.noise), experts, noise)
+        for n in counts
+    )
     return [(run - solution).double().square().mean().sqrt().item() for run in runs]
 
 
 def orders(errors: list[float]) -> list[float]:
-    return [math.log2(coarse / fine) for coarse, fine in zip(errors, errors[1:], strict=False)]
+    return [math.log2(coarse / fine) for coarse, fine in itertools.pairwise(errors)]
 
 
 ROUTERS = {
@@ -73,9 +90,12 @@ def test_exact_handoff_converges_at_first_order(gentle_mixture, noise, solution,
 
 @pytest.mark.parametrize("router", ROUTERS.values(), ids=ROUTERS)
 def test_2m_converges_at_second_order_across_the_handoff(gentle_mixture, noise, solution, router):
-    found = errors(gentle_mixture, noise, solution, "dpmpp_2m", router)
-    assert found[-1] < 0.002
-    assert orders(found)[-1] > 1.6, (found, orders(found))
+    # On a grid uniform in s, 2M's error is O(h^2 log(1 / h)): near the data the steps in ln(alpha / sigma)
+    # stay finite. Lune's finer grid keeps that logarithm from hiding the order.
+    found = errors(gentle_mixture, noise, solution, "dpmpp_2m", router, counts=(20, 40, 80), lune=4)
+    assert found[-1] < 1e-3 and all(1.6 < order < 2.4 for order in orders(found)), (found, orders(found))
+    first_order = errors(gentle_mixture, noise, solution, "euler", router, counts=(80,), lune=4)
+    assert found[-1] < 0.1 * first_order[0]
 
 
 def test_exact_handoff_reaches_the_true_distribution(mixture, noise):
@@ -101,14 +121,16 @@ def test_naive_handoffs_plateau(mixture, noise, restart, factor):
     distances = []
     for n in (10, 20, 40, 80):
         state = sample(plan(sol, steps=n, end=HANDOFF), sol, noise)
-        distances.append(distance_to_truth(mixture, sample(plan(lune, steps=n, start=restart), lune, factor * state)))
+        distances.append(
+            distance_to_truth(mixture, sample(plan(lune, steps=n, start=restart), lune, factor * state))
+        )
     assert distances[-1] > 0.7 * distances[0]
     exact = sample(plan((sol, lune), ROUTERS["boundary"], steps={"sol": 80, "lune": 80}), (sol, lune), noise)
     assert distances[-1] > 3 * distance_to_truth(mixture, exact)
 
 
 def test_handoff_by_hand_is_a_division(mixture, noise):
-    """What the table folds in: divide the VP latent by alpha + sigma and go on at s = sigma / (alpha + sigma)."""
+    """What the table folds in: the VP latent over alpha + sigma, at s = sigma / (alpha + sigma)."""
     sol, lune = duo(mixture, "euler")
     state = sample(plan(sol, steps=10, end=HANDOFF), sol, noise)
     level = sol.path.at(HANDOFF)
@@ -119,14 +141,17 @@ def test_handoff_by_hand_is_a_division(mixture, noise):
 
 def test_the_way_back_from_flow_to_vp(gentle_mixture, noise, solution):
     experts = duo(gentle_mixture, "dpmpp_2m")
-    way_back = plan(experts, Boundary("lune", "sol", HANDOFF), steps={"sol": 60, "lune": 60}, start=0.99)
-    level = experts[1].path.at(0.99)
-    start = sample(plan(experts[1], steps=200, start=Expert.sol().path.level(999).noise, end=0.99), experts[1], noise)
-    assert way_back.steps[0].level == level
-    torch.testing.assert_close(sample(way_back, experts, start), solution, atol=0.005, rtol=0)
+    way_back = plan(
+        experts, Boundary("lune", "sol", HANDOFF), steps={"sol": 60, "lune": 60}, start=START.noise
+    )
+    assert way_back.experts == ("lune", "sol")
+    start = noise / (START.alpha + START.sigma)
+    torch.testing.assert_close(sample(way_back, experts, start).double(), solution, atol=0.002, rtol=0)
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "flow_prediction", "reversed_flow_prediction", "sample"])
+@pytest.mark.parametrize(
+    "prediction", ["epsilon", "v_prediction", "flow_prediction", "reversed_flow_prediction", "sample"]
+)
 @pytest.mark.parametrize("preset", [Expert.sol, Expert.lune, Expert.sd15])
 def test_every_prediction_on_every_path_is_the_same_sampler(mixture, noise, preset, prediction):
     reference = mixture.give_model(dataclasses.replace(preset(solver="ddim"), prediction="sample"))
@@ -140,6 +165,6 @@ def test_three_experts_of_three_parametrizations(gentle_mixture, noise, solution
     sol, lune = duo(gentle_mixture, "dpmpp_2m")
     sd15 = gentle_mixture.give_model(Expert.sd15())
     experts = (sol, lune, sd15)
-    trio = plan(experts, Spans((("sol", 0.7), ("sd15", 0.5), ("lune", 0.0))), steps=150)
+    trio = plan(experts, Spans((("sol", 0.7), ("sd15", 0.5), ("lune", 0.0))), steps=300, start=START.noise)
     assert trio.experts == ("sol", "sd15", "lune")
-    torch.testing.assert_close(sample(trio, experts, noise), solution, atol=0.005, rtol=0)
+    torch.testing.assert_close(sample(trio, experts, noise).double(), solution, atol=0.002, rtol=0)

@@ -55,7 +55,7 @@ torch.cuda.init = torch.cuda._lazy_init = deny("CUDA was initialised")
 CODE = (".py", ".pyc", ".so", ".pth", ".egg-link")
 
 def audit(event, args):
-    if event in ("socket.connect", "socket.getaddrinfo", "subprocess.Popen", "os.mkdir", "os.remove", "os.rename"):
+    if event in ("socket.connect", "socket.getaddrinfo", "subprocess.Popen", "os.mkdir", "os.remove"):
         raise AssertionError(f"{event} {args}")
     if event == "open":
         path, mode, flags = args
@@ -69,7 +69,7 @@ before = set(sys.modules)
 sys.addaudithook(audit)
 import moe_sampler, moe_sampler.kernels, moe_sampler.tinyflux, moe_sampler.demo, moe_sampler.sampling
 new = {name.split(".")[0] for name in set(sys.modules) - before}
-assert not new & {"diffusers", "transformers", "accelerate", "huggingface_hub", "PIL", "typer", "matplotlib"}, new
+assert not new & {"diffusers", "transformers", "accelerate", "huggingface_hub", "PIL", "typer"}, new
 assert not torch.cuda.is_initialized()
 """,
         tmp_path,

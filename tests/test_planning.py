@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 
@@ -52,7 +53,10 @@ def test_steps_by_expert():
 def test_guidance_gates_are_each_experts_own():
     """1.0 / 4.0 must guide the second expert, and 4.0 / 1.0 must not pay for two passes of it."""
     for sol_scale, lune_scale in ((1.0, 4.0), (4.0, 1.0)):
-        experts = (dataclasses.replace(SOL, guidance_scale=sol_scale), dataclasses.replace(LUNE, guidance_scale=lune_scale))
+        experts = (
+            dataclasses.replace(SOL, guidance_scale=sol_scale),
+            dataclasses.replace(LUNE, guidance_scale=lune_scale),
+        )
         compiled = plan(experts, Boundary("sol", "lune", 0.7), steps={"sol": 4, "lune": 6})
         assert all(c.guided == (c.guidance_scale != 1) for s in compiled.steps for c in s.calls)
         assert compiled.model_calls == (4 + 12 if sol_scale == 1 else 8 + 6)
@@ -177,6 +181,9 @@ def test_spans_are_found_to_the_last_bit():
 
 def test_crossfade_weights_are_smooth_and_add_up():
     router = Crossfade("sol", "lune", 0.8, 0.5)
-    weights = [active_experts(router, s, ["sol", "lune"]).get("lune", 0.0) for s in torch.linspace(1, 0, 200).tolist()]
+    weights = [
+        active_experts(router, s, ["sol", "lune"]).get("lune", 0.0)
+        for s in torch.linspace(1, 0, 200).tolist()
+    ]
     assert weights[0] == 0.0 and weights[-1] == 1.0
-    assert all(0 <= later - earlier < 0.05 for earlier, later in zip(weights, weights[1:], strict=False))
+    assert all(0 <= later - earlier < 0.05 for earlier, later in itertools.pairwise(weights))

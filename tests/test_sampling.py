@@ -19,7 +19,9 @@ def stochastic_duo(mixture, **settings) -> tuple[Expert, Expert]:
 
 
 def run(experts, router, seeds, **settings) -> torch.Tensor:
-    return sample(plan(experts, router, steps=12), experts, shape=(len(seeds), *SHAPE), seeds=seeds, **settings)
+    return sample(
+        plan(experts, router, steps=12), experts, shape=(len(seeds), *SHAPE), seeds=seeds, **settings
+    )
 
 
 @pytest.mark.parametrize("router", [Boundary("sol", "lune", 0.7), Crossfade("sol", "lune", 0.8, 0.5)])
@@ -59,7 +61,9 @@ def test_guidance_in_the_table_is_guidance_by_hand(mixture):
     router = Crossfade("sol", "lune", 0.8, 0.5)
     cond, uncond = {"target": torch.tensor([0.5, -0.3])}, {"target": torch.zeros(2)}
     expected = run(manual, router, [1, 2], cond=cond)
-    torch.testing.assert_close(run(folded, router, [1, 2], cond=cond, uncond=uncond), expected, atol=2e-5, rtol=0)
+    torch.testing.assert_close(
+        run(folded, router, [1, 2], cond=cond, uncond=uncond), expected, atol=2e-5, rtol=0
+    )
     assert not torch.allclose(expected, run(manual, router, [1, 2], cond=uncond), atol=0.05)
 
 
@@ -151,7 +155,12 @@ def test_injected_noise_is_asked_for_only_where_the_plan_adds_noise(mixture):
     sample(compiled, expert, torch.zeros(1, *SHAPE), noise=noise)
     sol = mixture.give_model(Expert.sol())
     asked = []
-    sample(plan(sol, steps=4), sol, torch.zeros(1, *SHAPE), noise=lambda i: asked.append(i) or torch.zeros(1, *SHAPE))
+    sample(
+        plan(sol, steps=4),
+        sol,
+        torch.zeros(1, *SHAPE),
+        noise=lambda i: asked.append(i) or torch.zeros(1, *SHAPE),
+    )
     assert asked == [0, 1, 2]  # the last step lands on the data
 
 
@@ -171,7 +180,9 @@ def test_errors_come_before_any_model_call():
         "give seeds": lambda: sample(hybrid, [sol, lune], x, cond=ok, uncond=ok),
         "give `uncond`": lambda: sample(hybrid, [sol, lune], x, seeds=seeds, cond=ok),
         "same keys": lambda: sample(hybrid, [sol, lune], x, seeds=seeds, cond=ok, uncond={"d": x}),
-        "has batch 3": lambda: sample(hybrid, [sol, lune], x, seeds=seeds, cond={"c": torch.zeros(3, 1)}, uncond=ok),
+        "has batch 3": lambda: sample(
+            hybrid, [sol, lune], x, seeds=seeds, cond={"c": torch.zeros(3, 1)}, uncond=ok
+        ),
     }.items():
         with pytest.raises(ValueError, match=message):
             call()

@@ -1,0 +1,109 @@
+"""Writing images: settings in the PNG's metadata, whole files or none, contact sheets."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+
+__all__ = ["check_writable", "contact_sheet", "read_settings", "save_png", "zoom"]
+
+_KEY = "moe-sampler"
+
+
+def check_writable(path: Path) -> None:
+    """Raise now if a PNG could not be written to `path` later."""
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"{path}: images are written as PNG, so give a name that ends in .png")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: give the name of a file")
+    folder = path.parent
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder: create it first")
+    if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise ValueError(f"{path} is not writable")
+
+
+def save_png(image: Image.Image, path: Path, settings: Mapping[str, Any] | None = None) -> None:
+    """Write the whole file or nothing. `settings` go into the metadata as JSON, for `read_settings`."""
+    info = PngInfo()
+    if settings is not None:
+        info.add_itxt(_KEY, json.dumps(dict(settings), ensure_ascii=False))
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".png")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            image.save(file, format="PNG", pnginfo=info)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings an image was made with.
+
+    Raises:
+        ValueError: not an image, or not one of ours.
+    """
+    try:
+        with Image.open(path) as image:
+            text = image.info.get(_KEY)
+    except (OSError, UnidentifiedImageError) as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from None
+    if text is None:
+        raise ValueError(f"{path} has no moe-sampler settings in its metadata")
+    return json.loads(text)
+
+
+def zoom(image: Image.Image, factor: int) -> Image.Image:
+    """Enlarged by a whole factor, bicubic."""
+    if factor < 1:
+        raise ValueError(f"zoom must be at least 1, got {factor}")
+    return (
+        image
+        if factor == 1
+        else image.resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC)
+    )
+
+
+def contact_sheet(
+    images: Sequence[Image.Image],
+    labels: Sequence[str],
+    columns: int,
+    tile: int = 192,
+    title: str | None = None,
+) -> Image.Image:
+    """Images in rows of `columns`, each scaled to `tile` pixels in width and labelled below."""
+    if len(images) != len(labels) or not images:
+        raise ValueError(f"as many labels as images, and at least one: got {len(labels)} and {len(images)}")
+    font = ImageFont.load_default(size=max(11, tile // 14))
+    line = round(font.size * 1.35)
+    text_height = line * max(label.count("\n") + 1 for label in labels) + 6
+    height = round(tile * images[0].height / images[0].width)
+    gap, top = 8, (line * 2 if title else 0)
+    rows = -(-len(images) // columns)
+    columns = min(columns, len(images))
+    sheet = Image.new(
+        "RGB",
+        (gap + columns * (tile + gap), top + gap + rows * (height + text_height + gap)),
+        (250, 250, 248),
+    )
+    draw = ImageDraw.Draw(sheet)
+    if title:
+        draw.text((gap, line // 2), title, fill=(20, 20, 20), font=font)
+    for index, (image, label) in enumerate(zip(images, labels, strict=True)):
+        x = gap + (index % columns) * (tile + gap)
+        y = top + gap + (index // columns) * (height + text_height + gap)
+        enlarge = Image.Resampling.BICUBIC if image.width < tile else Image.Resampling.LANCZOS
+        sheet.paste(image.convert("RGB").resize((tile, height), enlarge), (x, y))
+        draw.multiline_text((x, y + height + 3), label, fill=(40, 40, 40), font=font, spacing=2)
+    return sheet
