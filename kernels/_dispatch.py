@@ -18,14 +18,14 @@ _library = torch.library.Library("moe_sampler", "FRAGMENT")
 class Operator:
     """One opaque torch operator with two bodies of the same signature.
 
-    `twin` is plain torch and serves CPU tensors; `launch` runs the Triton kernel and serves CUDA tensors.
+    `launch` runs the Triton kernel and serves CUDA tensors; `twin` is plain torch and serves all others.
     """
 
     def __init__(self, schema: str, *, twin: Callable, launch: Callable, fake: Callable) -> None:
         self.twin, self.launch = twin, launch
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         name = schema.partition("(")[0]
-        _library.impl(name, twin, "CPU")
+        _library.impl(name, twin, "CompositeExplicitAutograd")
         _library.impl(name, launch, "CUDA")
         torch.library.register_fake(f"moe_sampler::{name}", fake, lib=_library)
         packet, _, overload = name.partition(".")
@@ -79,6 +79,7 @@ def check_no_overlap(
     end, last, last_written = 0, "", False
     for start, stop, is_written, name in spans:
         if start < end and (is_written or last_written):
-            raise ValueError(f"{name} and {last} share memory; give them storage of their own")
+            first, second = (name, last) if is_written else (last, name)
+            raise ValueError(f"{first} shares memory with {second}; give it storage of its own")
         if stop > end:
             end, last, last_written = stop, name, is_written

@@ -4,8 +4,8 @@
     launch = conversions.euler_launch_of(x, x.half(), step_down=0.1)
     print(compile_launch(launch, 90))
 
-A launch is compiled exactly as running it would: Triton sees the same arguments, so it specialises on the same
-sizes and alignments. Tensors on the meta device count as aligned.
+A launch is compiled exactly as running it would: Triton sees the same arguments, so it specialises on the
+same sizes and alignments. Tensors on the meta device count as aligned.
 """
 
 from __future__ import annotations

@@ -60,6 +60,21 @@ def _check(
         check_counter(step, stream)
     if noise is not None:
         check_tensor("noise", noise, device, _FLOAT32, shape)
+
+
+def _check_memory(
+    x: Tensor,
+    output_0: Tensor,
+    output_1: Tensor | None,
+    table: Tensor,
+    step: int,
+    x0_prev: Tensor | None,
+    next_0: Tensor | None,
+    next_1: Tensor | None,
+    seeds: Tensor | None,
+    noise: Tensor | None,
+    stream: int,
+) -> None:
     check_no_overlap(
         written=(("x", x), ("x0_prev", x0_prev), ("next_inputs[0]", next_0), ("next_inputs[1]", next_1)),
         read=(
@@ -107,7 +122,9 @@ def _twin(
     noise: Tensor | None,
     stream: int,
 ) -> None:
-    _check(x, output_0, output_1, table, step, x0_prev, next_0, next_1, seeds, noise, stream)
+    arguments = (x, output_0, output_1, table, step, x0_prev, next_0, next_1, seeds, noise, stream)
+    _check(*arguments)
+    _check_memory(*arguments)
     p, a, b, d, n, clip, cond_0, uncond_0, cond_1, uncond_1, scale_0, scale_1 = table[step].tolist()[
         : len(COLUMNS)
     ]
@@ -251,11 +268,8 @@ def launch_of(
 
 def _launch(x: Tensor, *args: Tensor | int | None) -> None:
     _check(x, *args)
+    _check_memory(x, *args)
     launch_of(x, *args).run(x.device)
-
-
-def _fake(*args) -> None:
-    return None
 
 
 _operator = Operator(
@@ -264,7 +278,7 @@ _operator = Operator(
     "Tensor? seeds, Tensor? noise, SymInt stream) -> ()",
     twin=_twin,
     launch=_launch,
-    fake=_fake,
+    fake=_check,
 )
 
 

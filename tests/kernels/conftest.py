@@ -1,0 +1,84 @@
+"""Every operation runs through the same checks on each of its bodies.
+
+`body` is the torch twin on the CPU, the Triton kernel in Triton's interpreter, and, with a GPU, both on CUDA.
+Triton decides once per process whether it interprets, so the `interpreter` items run in a process of their
+own, which test_interpreter.py starts; elsewhere they are deselected.
+"""
+
+import os
+from typing import NamedTuple
+
+import pytest
+import torch
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class Body(NamedTuple):
+    device: str
+    backend: str
+
+
+BODIES = [
+    pytest.param(Body("cpu", "torch"), id="twin"),
+    pytest.param(Body("cpu", "triton"), id="interpreter", marks=pytest.mark.interpreter),
+    pytest.param(Body("cuda", "triton"), id="cuda", marks=pytest.mark.gpu),
+    pytest.param(Body("cuda", "torch"), id="cuda-twin", marks=pytest.mark.gpu),
+]
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "interpreter: runs a kernel in Triton's interpreter")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    if not INTERPRETING:
+        left_out = [item for item in items if item.get_closest_marker("interpreter")]
+        if left_out:
+            config.hook.pytest_deselected(items=left_out)
+            items[:] = [item for item in items if not item.get_closest_marker("interpreter")]
+
+
+@pytest.fixture(scope="session", autouse=INTERPRETING)
+def interpreter_rounds_to_nearest():
+    """Triton's interpreter truncates float32 to bfloat16, where its compiled code rounds to nearest even."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, tl
+
+    original = InterpreterBuilder.cast_impl
+
+    def cast_impl(self, src, dst_type):
+        if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
+            rounded = torch.from_numpy(src.data).to(torch.bfloat16).view(torch.uint16).numpy()
+            return TensorHandle(rounded, dst_type.scalar)
+        return original(self, src, dst_type)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "cast_impl", cast_impl)
+        yield
+
+
+@pytest.fixture(params=BODIES)
+def body(request):
+    return request.param
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(20240607)
+
+
+@pytest.fixture(scope="session")
+def assert_within_rule():
+    """|result − reference| < 2·|eager in that precision − reference| + 1e-6, by largest error."""
+
+    def check(result, eager, reference):
+        assert result.shape == reference.shape
+        assert torch.isfinite(result).all()
+        error = (result.double().cpu() - reference).abs().max().item()
+        allowed = 2 * (eager.double().cpu() - reference).abs().max().item() + 1e-6
+        assert error < allowed, f"error {error:.3g}, allowed {allowed:.3g}"
+
+    return check

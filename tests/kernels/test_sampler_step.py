@@ -1,0 +1,273 @@
+"""`sampler_step_` against solver steps written out in float64 from their papers' formulas."""
+
+import math
+
+import pytest
+import torch
+
+from moe_sampler.kernels import make_row, philox_normal, sampler_step_
+
+SHAPES = [
+    pytest.param((1, 1), id="one element"),
+    pytest.param((3, 5), id="smaller than a vector"),
+    pytest.param((2, 4, 8, 8), id="smaller than a block"),
+    pytest.param((1, 4, 16, 16), id="exactly one block"),
+    pytest.param((2, 1021), id="prime"),
+    pytest.param((3, 3, 37, 11), id="odd, more than a block, several samples"),
+    pytest.param((2, 1040), id="multiple of 16, not of a block"),
+    pytest.param((2, 4, 32, 32), id="several blocks"),
+]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+EVEN, ODD = (2, 4, 32, 32), (3, 3, 37, 11)
+
+
+def randn(generator, *shape, dtype=torch.float32):
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+def table_of(body, *rows):
+    return torch.tensor(rows, dtype=torch.float32, device=body.device)
+
+
+def on(body, *tensors):
+    """Copies on the body's device, so that what is written cannot reach the reference's inputs."""
+    return tuple(None if t is None else t.clone().to(body.device) for t in tensors)
+
+
+def level(timestep, beta_start=1e-4, beta_end=0.02):
+    """(α, σ) of DDPM's linear schedule with 1000 timesteps."""
+    alpha_bar = 1.0
+    for i in range(timestep + 1):
+        alpha_bar *= 1 - (beta_start + (beta_end - beta_start) * i / 999)
+    return math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
+
+
+# Each step below is a function of its tensors alone: in float64 it is the reference, in the models' dtype it
+# is the eager computation that the tolerance rule compares with.
+
+
+def ddim_epsilon(x, epsilon, here, there):
+    (alpha, sigma), (alpha_next, sigma_next) = here, there
+    x0 = (x - sigma * epsilon) / alpha
+    return alpha_next * x0 + sigma_next * epsilon
+
+
+def guided(output, scale):
+    uncond, cond = output.chunk(2)
+    return uncond + scale * (cond - uncond)
+
+
+def ddpm_velocity(x, velocity, z, here, there, clip):
+    """Ho et al. 2020, posterior mean and variance of q(x_{t-1} | x_t, x0), in ᾱ notation."""
+    (alpha, sigma), (alpha_next, sigma_next) = here, there
+    x0 = (alpha * x - sigma * velocity).clamp(-clip, clip)
+    step_alpha = (alpha / alpha_next) ** 2
+    mean = (
+        alpha_next * (1 - step_alpha) / sigma**2 * x0 + math.sqrt(step_alpha) * sigma_next**2 / sigma**2 * x
+    )
+    return mean + math.sqrt(sigma_next**2 / sigma**2 * (1 - step_alpha)) * z
+
+
+def ddpm_row(here, there, clip, scale):
+    """The same posterior as a row: DESIGN's x' = α'·x0 + √(σ'² − n²)·ε̂ + n·z."""
+    (alpha, sigma), (alpha_next, sigma_next) = here, there
+    n = math.sqrt(sigma_next**2 / sigma**2 * (1 - (alpha / alpha_next) ** 2))
+    along = math.sqrt(sigma_next**2 - n**2) / sigma
+    a, b = along, alpha_next - along * alpha
+    return make_row(
+        p=alpha, a=a, b=b, n=n, clip=clip, q_cond_0=-sigma * scale, q_uncond_0=-sigma * (1 - scale)
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_unguided_ddim_step_of_a_noise_predictor(body, generator, assert_within_rule, shape, dtype):
+    x, epsilon = randn(generator, *shape), randn(generator, *shape, dtype=dtype)
+    here, there = level(600), level(550)
+    (alpha, sigma), (alpha_next, sigma_next) = here, there
+    row = make_row(
+        p=1 / alpha,
+        q_cond_0=-sigma / alpha,
+        a=sigma_next / sigma,
+        b=alpha_next - sigma_next * alpha / sigma,
+    )
+    state, output = on(body, x, epsilon)
+    result = sampler_step_(state, [output], table_of(body, row), 0, backend=body.backend)
+    assert result is state
+    reference = ddim_epsilon(x.double(), epsilon.double(), here, there)
+    assert_within_rule(result, ddim_epsilon(x.to(dtype), epsilon, here, there), reference)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_guided_euler_step_writes_the_next_input_twice(body, generator, assert_within_rule, shape, dtype):
+    x, output = randn(generator, *shape), randn(generator, 2 * shape[0], *shape[1:], dtype=dtype)
+    s, s_next, scale, next_scale = 0.7, 0.62, 4.5, 1.31
+
+    def euler(x, output):
+        return x - guided(output, scale) * (s - s_next)
+
+    b = (s_next - s) / s  # x' = x − u·(s − s') in terms of x and x0 = x − s·u
+    row = make_row(
+        p=1, q_cond_0=-s * scale, q_uncond_0=-s * (1 - scale), a=1 + b, b=-b, scale_0=next_scale, scale_1=1
+    )
+    state, model_output = on(body, x, output)
+    next_0 = torch.full_like(model_output, torch.nan)
+    next_1 = torch.full_like(state, torch.nan, dtype=torch.float16)
+    table = table_of(body, make_row(), row)
+    sampler_step_(state, [model_output], table, 1, next_inputs=[next_0, next_1], backend=body.backend)
+    reference = euler(x.double(), output.double())
+    assert_within_rule(state, euler(x.to(dtype), output), reference)
+    eager_next = (euler(x.to(dtype), output) * next_scale).to(dtype)
+    assert_within_rule(next_0[: shape[0]], eager_next, reference * next_scale)
+    assert torch.equal(next_0[: shape[0]], next_0[shape[0] :])
+    assert torch.equal(next_1, state.to(torch.float16))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("source", ["seeds", "noise"])
+@pytest.mark.parametrize("shape", [EVEN, ODD], ids=["even", "odd"])
+def test_ancestral_step_with_clipping(body, generator, assert_within_rule, shape, source, dtype):
+    x, velocity = randn(generator, *shape), randn(generator, 2 * shape[0], *shape[1:], dtype=dtype)
+    seeds = torch.arange(shape[0]) * 7919 - 3
+    step, stream, scale, clip = 2, 5, 3.0, 1.0
+    here, there = level(700), level(650)
+    z = philox_normal(shape, seeds, step, stream=stream)
+    table = table_of(body, make_row(), make_row(), ddpm_row(here, there, clip, scale))
+    state, output, noise, seeds = on(body, x, velocity, z, seeds)
+    given = {"seeds": seeds, "stream": stream} if source == "seeds" else {"noise": noise}
+    sampler_step_(state, [output], table, step, **given, backend=body.backend)
+
+    reference = ddpm_velocity(x.double(), guided(velocity.double(), scale), z.double(), here, there, clip)
+    eager = ddpm_velocity(x.to(dtype), guided(velocity, scale), z.to(dtype), here, there, clip)
+    assert_within_rule(state, eager, reference)
+    unclipped = ddpm_velocity(x.double(), guided(velocity.double(), scale), z.double(), here, there, math.inf)
+    assert (reference - unclipped).abs().max() > 0.1, "the clip must matter here"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [EVEN, ODD], ids=["even", "odd"])
+def test_multistep_history(body, generator, assert_within_rule, shape, dtype):
+    """DPM-Solver++(2M), Lu et al. 2022, algorithm 2: a first-order step, then one with history."""
+    levels = [level(t) for t in (700, 620, 500)]
+    lambdas = [math.log(alpha / sigma) for alpha, sigma in levels]
+    x, outputs = randn(generator, *shape), [randn(generator, *shape, dtype=dtype) for _ in range(2)]
+
+    def solve(x, outputs):
+        previous = None
+        for i, output in enumerate(outputs):
+            (alpha, sigma), (alpha_next, sigma_next) = levels[i], levels[i + 1]
+            x0 = (x - sigma * output) / alpha
+            h = lambdas[i + 1] - lambdas[i]
+            slope = x0
+            if previous is not None:
+                r = (lambdas[i] - lambdas[i - 1]) / h
+                slope = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * previous
+            x, previous = sigma_next / sigma * x - alpha_next * math.expm1(-h) * slope, x0
+        return x, previous
+
+    rows = []
+    for i in range(2):
+        (alpha, sigma), (alpha_next, sigma_next) = levels[i], levels[i + 1]
+        h = lambdas[i + 1] - lambdas[i]
+        weight = -alpha_next * math.expm1(-h)
+        half = h / (2 * (lambdas[i] - lambdas[i - 1])) if i else 0.0
+        rows.append(
+            make_row(
+                p=1 / alpha,
+                q_cond_0=-sigma / alpha,
+                a=sigma_next / sigma,
+                b=weight * (1 + half),
+                d=-weight * half,
+            )
+        )
+    state, *device_outputs = on(body, x, *outputs)
+    history = torch.full_like(state, torch.nan)  # unread while d = 0
+    for i, output in enumerate(device_outputs):
+        sampler_step_(state, [output], table_of(body, *rows), i, x0_prev=history, backend=body.backend)
+    reference, reference_x0 = solve(x.double(), [o.double() for o in outputs])
+    eager, eager_x0 = solve(x.to(dtype), outputs)
+    assert_within_rule(state, eager, reference)
+    assert_within_rule(history, eager_x0, reference_x0)
+
+
+@pytest.mark.parametrize("dtypes", [DTYPES[:2], DTYPES[1:], DTYPES[::2]], ids=str)
+@pytest.mark.parametrize("shape", [EVEN, ODD], ids=["even", "odd"])
+def test_two_experts_on_different_paths(body, generator, assert_within_rule, shape, dtypes):
+    """A guided velocity expert on the VP path mixed with a plain one on the flow path, 30 to 70."""
+    s, s_next, share, scale = 0.6, 0.5, 0.3, 2.0
+    total = math.hypot(1 - s, s)
+    alpha, sigma = (1 - s) / total, s / total
+    x = randn(generator, *shape)
+    v = randn(generator, 2 * shape[0], *shape[1:], dtype=dtypes[0])
+    u = randn(generator, *shape, dtype=dtypes[1])
+
+    def mixed(x, v, u):
+        x0_vp = alpha * (x / total) - sigma * guided(v, scale)
+        x0 = share * x0_vp + (1 - share) * (x - s * u)
+        noise = (x - (1 - s) * x0) / s
+        return (1 - s_next) * x0 + s_next * noise
+
+    row = make_row(
+        p=share * alpha / total + 1 - share,
+        q_cond_0=-share * sigma * scale,
+        q_uncond_0=-share * sigma * (1 - scale),
+        q_cond_1=-(1 - share) * s,
+        a=s_next / s,
+        b=(1 - s_next) - s_next * (1 - s) / s,
+    )
+    state, *outputs = on(body, x, v, u)
+    sampler_step_(state, outputs, table_of(body, row), 0, backend=body.backend)
+    low = dtypes[0] if dtypes[0] != torch.float32 else dtypes[1]
+    eager = mixed(x.to(low), v.to(low), u.to(low))
+    assert_within_rule(state, eager, mixed(x.double(), v.double(), u.double()))
+
+
+@pytest.mark.parametrize("shape", [EVEN, ODD, (3, 7)], ids=["even", "odd", "tiny"])
+def test_a_sample_does_not_notice_its_batch(body, generator, shape):
+    x, output = randn(generator, *shape[:1], *shape[1:]), randn(generator, 2 * shape[0], *shape[1:])
+    batch, seeds = shape[0], torch.arange(shape[0]) + 11
+    table = table_of(body, make_row(p=1.1, a=0.9, b=0.2, n=0.3, q_cond_0=-2.0, q_uncond_0=1.5))
+    state, device_output, device_seeds = on(body, x, output, seeds)
+    sampler_step_(state, [device_output], table, 0, seeds=device_seeds, backend=body.backend)
+    for i in range(batch):
+        alone, mine, seed = on(body, x[i : i + 1], output[[i, batch + i]], seeds[i : i + 1])
+        sampler_step_(alone, [mine], table, 0, seeds=seed, backend=body.backend)
+        assert torch.equal(alone[0], state[i])
+
+
+def test_noise_is_untouched_where_the_row_adds_none(body, generator):
+    x, output = randn(generator, *ODD), randn(generator, *ODD)
+    table = table_of(body, make_row(p=1, a=0.5, b=0.5, q_cond_0=-0.5))
+    state, same, device_output, noise = on(body, x, x, output, torch.full(ODD, torch.nan))
+    sampler_step_(state, [device_output], table, 0, noise=noise, backend=body.backend)
+    sampler_step_(same, [device_output], table, 0, seeds=on(body, torch.arange(3))[0], backend=body.backend)
+    assert torch.isfinite(state).all()
+    assert torch.equal(state, same)
+
+
+def test_nan_from_a_model_stays_visible(body, generator):
+    for clip in (math.inf, 1.0):
+        x, output = randn(generator, *ODD), randn(generator, *ODD)
+        output[1, 2, 3, 4] = torch.nan
+        state, device_output = on(body, x, output)
+        history = torch.zeros_like(state)
+        table = table_of(body, make_row(p=1, a=0.5, b=0.5, q_cond_0=-0.5, clip=clip))
+        sampler_step_(state, [device_output], table, 0, x0_prev=history, backend=body.backend)
+        assert torch.equal(state.isnan().cpu(), output.isnan())
+        assert torch.equal(history.isnan().cpu(), output.isnan())
+
+
+def test_an_empty_batch_is_nothing_to_do(body):
+    state = torch.empty(0, 4, 8, 8, device=body.device)
+    table = table_of(body, make_row(p=1, a=1))
+    assert sampler_step_(state, [torch.empty_like(state)], table, 0, backend=body.backend) is state
+
+
+def test_twin_with_and_without_x0_agrees(generator):
+    """Folding the coefficients is an optimisation of the twin: it must not change the step."""
+    x, output = randn(generator, *EVEN), randn(generator, *EVEN)
+    table = torch.tensor([make_row(p=1.7, a=0.4, b=0.6, q_cond_0=-0.9)])
+    folded = sampler_step_(x.clone(), [output], table, 0)
+    kept = sampler_step_(x.clone(), [output], table, 0, x0_prev=torch.zeros_like(x))
+    torch.testing.assert_close(folded, kept, rtol=0, atol=1e-6)
