@@ -98,7 +98,7 @@ def _crops(pictures: np.ndarray, rng: np.random.Generator, batch: int) -> Tensor
 
 
 @torch.no_grad()
-def encode_all(model: AutoencoderTiny, pictures: np.ndarray, batch: int = 64) -> np.ndarray:
+def encode_all(model: AutoencoderTiny, pictures: np.ndarray, batch: int = 16) -> np.ndarray:
     """uint8 [N, 2, 64, 64, 3] -> float32 [N, 2, 4, 16, 16], not yet scaled."""
     flat = pictures.reshape(-1, *pictures.shape[2:])
     parts = [model.encode(to_model(flat[i : i + batch])).latents.numpy() for i in range(0, len(flat), batch)]

@@ -39,22 +39,41 @@ TRAINED = ("autoencoder", "text", "trunk", "decoder", "sol", "lune")
 
 @dataclass(frozen=True)
 class Recipe:
-    """Sizes and lengths. The defaults made the experts that ship."""
+    """Sizes and lengths of a training run."""
 
-    scenes: int = 24_000
-    autoencoder: Schedule = Schedule(2400, 2e-3, warmup=50)
-    autoencoder_batch: int = 24
-    text: Schedule = Schedule(800, 1e-3, ema=0.99)
-    text_batch: int = 64
-    trunk: Schedule = Schedule(1200, 2e-3, decay_share=0.2, floor=0.5)
-    decoder: Schedule = Schedule(2400, 1.5e-3)
-    decoder_batch: int = 24
-    sol: Schedule = Schedule(3600, 1.5e-3)
-    lune: Schedule = Schedule(5600, 1.5e-3)
-    batch: int = 24
-    width: int = 32
-    decoder_width: int = 48
-    channels: tuple[int, int, int] = (32, 64, 128)
+    scenes: int
+    width: int
+    decoder_width: int
+    channels: tuple[int, int, int]
+    autoencoder: Schedule
+    autoencoder_batch: int
+    text: Schedule
+    text_batch: int
+    decoder: Schedule
+    decoder_batch: int
+    trunk: Schedule
+    sol: Schedule
+    lune: Schedule
+    batch: int
+
+
+SHIPPED = Recipe(
+    scenes=24_000,
+    width=32,
+    decoder_width=48,
+    channels=(32, 64, 128),
+    autoencoder=Schedule(2400, 2e-3, warmup=50),
+    autoencoder_batch=24,
+    text=Schedule(800, 1e-3, ema=0.99),
+    text_batch=64,
+    decoder=Schedule(2400, 1.5e-3),
+    decoder_batch=24,
+    trunk=Schedule(1200, 2e-3, decay_share=0.2, floor=0.5),
+    sol=Schedule(3600, 1.5e-3),
+    lune=Schedule(5600, 1.5e-3),
+    batch=24,
+)
+"""What made the experts that ship."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +82,7 @@ class Workshop:
 
     folder: Path
     seed: int = 0
-    recipe: Recipe = Recipe()
+    recipe: Recipe = SHIPPED
 
     @property
     def checkpoints(self) -> Path:

@@ -20,38 +20,24 @@ from .captions import describe
 from .data import SceneSet
 
 WIDTH = 128
-_STRANGERS = [
-    "beautiful",
-    "dragon",
-    "detailed",
-    "of",
-    "the",
-    "very",
-    "dog",
-    "trending",
-    "cat",
-    "ship",
-    "magic",
-    "nice",
-    "mountain",
-    "fantasy",
-    "king",
-    "queen",
-    "sky",
-    "sea",
-    "big",
-    "small",
-    "huge",
-    "tiny",
-    "style",
-    "art",
-    "realistic",
-    "quality",
-    "best",
-    "and",
-    "with",
-    "a",
-]
+_STRANGERS = (
+    *(
+        "beautiful",
+        "dragon",
+        "detailed",
+        "of",
+        "the",
+        "very",
+        "dog",
+        "trending",
+        "cat",
+        "ship",
+        "magic",
+        "nice",
+    ),
+    *("mountain", "fantasy", "king", "queen", "sky", "sea", "big", "small", "huge", "tiny", "style", "art"),
+    *("realistic", "quality", "best", "and", "with", "a"),
+)
 
 
 def new_text_encoder(tokenizer: CLIPTokenizer, width: int = WIDTH, layers: int = 2) -> CLIPTextModel:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import multiprocessing
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .stages import STAGES, TRAINED, WAVES, Recipe, Workshop
+from .stages import SHIPPED, STAGES, TRAINED, WAVES, Recipe, Workshop
 
 
 def train_demo(
@@ -26,7 +27,7 @@ def train_demo(
     work_dir: str | Path = "runs/demo",
     stage: str = "all",
     seed: int = 0,
-    recipe: Recipe | None = None,
+    recipe: Recipe = SHIPPED,
     quiet: bool = False,
 ) -> Path:
     """Render the scenes, train autoencoder, text encoder, trunk, Sol and Lune, and write the experts' folder.
@@ -50,7 +51,7 @@ def train_demo(
     """
     if stage != "all" and stage not in STAGES:
         raise ValueError(f'unknown stage "{stage}": use "all" or one of {", ".join(STAGES)}')
-    workshop = Workshop(Path(work_dir), seed, recipe or Recipe())
+    workshop = Workshop(Path(work_dir), seed, recipe)
     workshop.folder.mkdir(parents=True, exist_ok=True)
     with _sole_user(workshop), _bars(quiet) as bars:
         for wave in WAVES:
@@ -143,6 +144,7 @@ def _child(workshop: Workshop, name: str, output: Path) -> None:
             raise SystemExit("the training run was stopped")
 
     if name == "latents":
+        torch.set_num_threads(os.cpu_count() or 1)
         workshop.encode()
     elif name == "export":
         workshop.export(output)

@@ -1,0 +1,205 @@
+"""Measure the demo experts: Sol alone, Lune alone, naive handoff and hybrid, on the same prompts and seeds.
+
+`python -m moe_sampler.demo.evaluate WORK_DIR` with the work folder of a training run (for its scenes and the
+judge, which is trained there when missing) prints the tables of docs/DEMO.md and saves what it generated.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .. import HybridPipeline, plan, sample
+from ..paths import FlowPath, VPPath
+from . import experts_path
+from .autoencoder import encode_all, to_model
+from .captions import describe
+from .data import HELD_OUT_FIRST, SceneSet, write_array
+from .evaluator import attributes_right, read, train_evaluator
+from .metrics import frechet_distance, high_frequency_ratio, patch_distance
+
+METHODS = ("sol", "lune", "naive", "hybrid")
+STEPS = 20
+HELD_OUT_SCENES = 1000
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out scenes: the first `count` give the prompts, the others the reference pictures."""
+
+    scenes: SceneSet
+    count: int = 300
+
+    def prompts(self) -> tuple[list[str], list[dict[str, str]]]:
+        """Captions that mention an attribute with probability 0.8, and what they mention."""
+        rng = np.random.default_rng(5)
+        pairs = [describe(self.scenes.scene(i), rng, keep=0.8) for i in range(self.count)]
+        return [text for text, _ in pairs], [said for _, said in pairs]
+
+
+def generate(
+    pipe: HybridPipeline,
+    method: str,
+    prompts: list[str],
+    seed: int,
+    steps: int = STEPS,
+    batch: int = 50,
+    **settings,
+) -> np.ndarray:
+    """uint8 [N, 64, 64, 3]; image i of `seed` starts from the same noise whatever the method.
+
+    Args:
+        method: one of METHODS. "naive" is the hybrid with the mistake it is often built with: the VP latent
+            goes on unscaled, with s = t / 1000.
+        settings: as `HybridPipeline.__call__` takes them.
+    """
+    parts = []
+    for start in range(0, len(prompts), batch):
+        texts = prompts[start : start + batch]
+        seeds = [1_000_000 * seed + start + i for i in range(len(texts))]
+        if method == "naive":
+            latents = _naive(pipe, texts, seeds, steps, **settings)
+            images = pipe.decode_latents(latents, "np")
+        else:
+            images = pipe(
+                texts, expert=method, num_inference_steps=steps, seed=seeds, output_type="np", **settings
+            ).images
+        parts.append((images * 255).round().astype(np.uint8))
+    return np.concatenate(parts)
+
+
+@torch.no_grad()
+def _naive(pipe: HybridPipeline, prompts: list[str], seeds: list[int], steps: int, handoff=None, **settings):
+    sol, lune = pipe.experts(settings.get("sol_guidance"), settings.get("lune_guidance"))
+    right = pipe.plan("hybrid", steps, handoff=handoff, experts=(sol, lune))
+    first = next(i for i, step in enumerate(right.steps) if step.calls[0].name == "lune")
+    level = right.steps[first].level.noise
+    vp = VPPath.linear()
+    timestep = vp.nearest_timestep(level)
+    early = plan(
+        sol, noise_levels=[step.level.noise for step in right.steps[:first]], end=vp.level(timestep).noise
+    )
+    late = plan(lune, steps=steps - first, start=timestep / 1000)
+    cond = {"prompt_embeds": pipe.encode_prompt(prompts)}
+    uncond = {"prompt_embeds": pipe.encode_prompt([""] * len(prompts))}
+    side = pipe.unet_sol.config.sample_size
+    shape = (len(prompts), pipe.unet_sol.config.in_channels, side, side)
+    x = sample(early, sol, shape=shape, seeds=seeds, cond=cond, uncond=uncond)
+    return sample(late, lune, x, seeds=seeds, cond=cond, uncond=uncond)
+
+
+@torch.no_grad()
+def x0_errors(
+    pipe: HybridPipeline, test: HeldOut, levels: list[float], count: int = 500
+) -> list[dict[str, float]]:
+    """Held-out mean squared x0 error of both experts at each noise level s, without guidance.
+
+    Sol is asked at the integer timestep nearest to s and Lune at that same level; `sol_structure` is Sol's
+    error against the structure picture's latent, from that latent noised.
+    """
+    vae, flow, vp = pipe.vae, FlowPath(), VPPath.linear()
+    latents = torch.from_numpy(encode_all(vae, test.scenes.pictures[:count])) * vae.config.scaling_factor
+    rng = np.random.default_rng(6)
+    texts = [describe(test.scenes.scene(i), rng, keep=0.8)[0] for i in range(count)]
+    states = torch.cat([pipe.encode_prompt(texts[i : i + 100]) for i in range(0, count, 100)])
+    rows = []
+    for s in levels:
+        timestep = vp.nearest_timestep(s)
+        level = vp.level(timestep)
+        noise = torch.randn(latents[:, 0].shape, generator=torch.Generator().manual_seed(timestep))
+        errors = dict.fromkeys(("sol", "lune", "sol_structure"), 0.0)
+        for i in range(0, count, 50):
+            part, embeds, eps = latents[i : i + 50], states[i : i + 50], noise[i : i + 50]
+            full, structure = part[:, 0], part[:, 1]
+            x = level.alpha * full + level.sigma * eps
+            errors["sol"] += _sol_error(pipe, x, level, timestep, embeds, full)
+            x_structure = level.alpha * structure + level.sigma * eps
+            errors["sol_structure"] += _sol_error(pipe, x_structure, level, timestep, embeds, structure)
+            x = (1 - level.noise) * full + level.noise * eps
+            velocity = pipe.unet_lune(x, torch.tensor(flow.timestep(level)), embeds).sample
+            errors["lune"] += float((x - level.noise * velocity - full).square().sum())
+        mean = {name: total / latents[:, 0].numel() for name, total in errors.items()}
+        rows.append({"s": level.noise, "timestep": timestep, **mean})
+    return rows
+
+
+def _sol_error(pipe: HybridPipeline, x, level, timestep: int, embeds, target) -> float:
+    velocity = pipe.unet_sol(x, torch.tensor(timestep), embeds).sample
+    return float((level.alpha * x - level.sigma * velocity - target).square().sum())
+
+
+def crossing(rows: list[dict[str, float]]) -> float | None:
+    """The highest noise level where Lune's error falls below Sol's, interpolated; None without a crossing."""
+    ordered = sorted(rows, key=lambda row: -row["s"])
+    for above, below in pairwise(ordered):
+        a, b = above["sol"] / above["lune"] - 1, below["sol"] / below["lune"] - 1
+        if a <= 0 < b:
+            return above["s"] + (below["s"] - above["s"]) * a / (a - b)
+    return None
+
+
+def measure(
+    judge, images: np.ndarray, reference: np.ndarray, features: np.ndarray, test: HeldOut
+) -> dict[str, float]:
+    """All numbers of one set of pictures; `features` are the judge's features of the reference."""
+    own, classes = read(judge, images)
+    scenes = [test.scenes.scene(i) for i in range(test.count)]
+    right, count = attributes_right(classes, scenes, test.prompts()[1])
+    return {
+        "attributes": right / count,
+        "frechet": frechet_distance(own, features),
+        "high_frequencies": high_frequency_ratio(images, reference),
+        "patches": patch_distance(images, reference),
+    }
+
+
+@torch.no_grad()
+def reconstruct(vae, pictures: np.ndarray, batch: int = 100) -> np.ndarray:
+    """Pictures through the autoencoder and back, uint8."""
+    parts = []
+    for i in range(0, len(pictures), batch):
+        output = vae.decode(vae.encode(to_model(pictures[i : i + batch])).latents).sample
+        parts.append(((output.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy())
+    return np.concatenate(parts)
+
+
+def evaluate(work_dir: Path, experts: Path, seeds: tuple[int, ...] = (0, 1, 2), **settings) -> dict:
+    """Everything in docs/DEMO.md's tables; pictures are kept under `work_dir`/evaluation and reused."""
+    scenes = SceneSet(work_dir / "scenes", HELD_OUT_SCENES, HELD_OUT_FIRST)
+    scenes.render()
+    test = HeldOut(scenes)
+    judge = train_evaluator(SceneSet(work_dir / "scenes", 24_000), work_dir / "checkpoints")
+    pipe = HybridPipeline.from_pretrained(experts)
+    pipe.set_progress_bar_config(disable=True)
+    reconstructions = reconstruct(pipe.vae, scenes.pictures[:, 0])
+    reference = reconstructions[test.count :]
+    features = read(judge, reference)[0]
+    table: dict[str, list[dict[str, float]]] = {
+        "renders": [measure(judge, scenes.pictures[: test.count, 0], reference, features, test)],
+        "reconstructions": [measure(judge, reconstructions[: test.count], reference, features, test)],
+    }
+    prompts = test.prompts()[0]
+    folder = work_dir / "evaluation"
+    folder.mkdir(exist_ok=True)
+    for seed in seeds:
+        for method in METHODS:
+            path = folder / f"{method}-{seed}.npy"
+            if not path.exists():
+                write_array(path, generate(pipe, method, prompts, seed, **settings))
+            table.setdefault(method, []).append(measure(judge, np.load(path), reference, features, test))
+            print(method, seed, table[method][-1], file=sys.stderr, flush=True)
+    errors = x0_errors(
+        pipe, test, [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95]
+    )
+    return {"table": table, "x0_errors": errors, "crossing": crossing(errors)}
+
+
+if __name__ == "__main__":
+    result = evaluate(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else experts_path())
+    print(json.dumps(result, indent=1))
