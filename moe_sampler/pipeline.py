@@ -34,7 +34,7 @@ class HybridPipelineOutput(BaseOutput):
 
     Args:
         images: PIL images, or [B, H, W, C] float32 NumPy in [0, 1], or [B, C, H, W] tensors.
-        seeds: the seed of each image, or None when a generator or latents were given.
+        seeds: the seed of each image, or None when a generator was given.
         plan: the plan that was run.
     """
 
@@ -129,7 +129,7 @@ class HybridPipeline(DiffusionPipeline):
                     raise ValueError(f"{name} is a {index[name][1]}: use one of {', '.join(model_class)}")
                 model_class = model_class[index[name][1]]
             kwargs[name] = load_component(model_class, folder / name, **options)
-        return super().from_pretrained(folder, **kwargs)
+        return super().from_pretrained(str(folder), **kwargs)
 
     def experts(
         self,
@@ -259,16 +259,11 @@ class HybridPipeline(DiffusionPipeline):
             self.vae.decode(latents, return_dict=False)[0].float(), output_type=output_type
         )
 
-    def _seeds(
-        self, seed: int | Sequence[int] | None, generator: Any, latents: torch.Tensor | None, batch: int
-    ) -> list[int] | None:
+    @staticmethod
+    def _seeds(seed: int | Sequence[int] | None, batch: int) -> list[int]:
         """One seed an image: a single `seed` counts up over the batch, so that each can be made alone."""
         if seed is None:
-            if generator is not None or latents is not None:
-                return None
             seed = secrets.randbelow(2**31)
-        if generator is not None:
-            raise ValueError("give either seed or generator, not both")
         seeds = [seed + i for i in range(batch)] if isinstance(seed, int) else list(seed)
         if len(seeds) != batch:
             raise ValueError(
@@ -348,7 +343,13 @@ class HybridPipeline(DiffusionPipeline):
         compiled = self.plan(expert, num_inference_steps, sol_steps, lune_steps, handoff, router, experts)
         prompts = 1 if isinstance(prompt, str) else len(prompt if prompt is not None else prompt_embeds)
         batch = prompts * num_images_per_prompt
-        seeds = self._seeds(seed, generator, latents, batch)
+        if generator is not None and seed is not None:
+            raise ValueError("give either seed or generator, not both")
+        seeds = self._seeds(seed, batch) if generator is None else None
+        channels = self.unet_sol.config.in_channels
+        shape = (batch, channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
+        if latents is not None and latents.shape != shape:
+            raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}")
 
         device = self._execution_device
         cond = self.encode_prompt(prompt) if prompt_embeds is None else prompt_embeds.to(device)
@@ -361,16 +362,16 @@ class HybridPipeline(DiffusionPipeline):
             uncond = {"prompt_embeds": uncond.to(device).repeat_interleave(num_images_per_prompt, 0)}
         cond = {"prompt_embeds": cond.repeat_interleave(num_images_per_prompt, 0)}
 
-        channels = self.unet_sol.config.in_channels
-        shape = (batch, channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
         noise = None
-        if seeds is None:
+        if generator is not None:
+
+            def noise(_step: int) -> torch.Tensor:
+                return randn_tensor(shape, generator=generator, device=device)
+
             if latents is None:
                 latents = randn_tensor(shape, generator=generator, device=device) * compiled.initial_scale
+        if latents is not None:
             latents = latents.to(device, torch.float32)
-            if latents.shape != shape:
-                raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}")
-            noise = lambda step: randn_tensor(shape, generator=generator, device=device)  # noqa: E731
 
         with self.progress_bar(total=len(compiled)) as bar:
 

@@ -75,3 +75,14 @@ def mixture() -> GaussianMixture:
 def gentle_mixture() -> GaussianMixture:
     """Overlapping modes: no point where a rounding error decides which mode a sample falls to."""
     return GaussianMixture(means=(-0.4, 0.1, 0.5), stds=(0.3, 0.25, 0.3))
+
+
+@pytest.fixture(scope="session")
+def demo_pipeline():
+    """The pipeline with the demo experts that ship with the package, without its progress bar."""
+    from moe_sampler import HybridPipeline
+    from moe_sampler.demo import experts_path
+
+    pipe = HybridPipeline.from_pretrained(experts_path())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -1,0 +1,188 @@
+"""The command as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from moe_sampler import SamplingPlan, __version__
+from moe_sampler.cli import app
+from moe_sampler.demo import experts_path
+from moe_sampler.images import read_settings
+
+PROMPT = "a castle with two towers, at dusk"
+
+
+def run(*arguments: str, code: int = 0):
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == code, (result.output, result.exception)
+    return result
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def pixels(path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+def test_generate_writes_one_image_that_can_be_made_again(tmp_path):
+    assert (
+        run("generate", PROMPT, "-o", "castle.png", "--steps", 4, "--seed", 3).stdout.strip() == "castle.png"
+    )
+    settings = read_settings(tmp_path / "castle.png")
+    assert settings["prompt"] == PROMPT and settings["seed"] == 3 and settings["num_inference_steps"] == 4
+    assert settings["version"] == __version__ and 0 < settings["handoff"] < 1
+    assert Image.open("castle.png").size == (512, 512)
+    run("generate", "--like", "castle.png", "-o", "again.png")
+    assert (pixels("castle.png") == pixels("again.png")).all()
+    assert read_settings(tmp_path / "again.png") == settings
+    run("generate", "--like", "castle.png", "-o", "other.png", "--seed", 4, "--expert", "lune", "--zoom", 1)
+    assert Image.open("other.png").size == (64, 64)
+    assert read_settings(tmp_path / "other.png")["expert"] == "lune"
+
+
+def test_several_prompts_and_images_are_numbered_and_each_can_be_made_alone():
+    shown = run("generate", PROMPT, "a portrait", "-n", 2, "--seed", 7, "-o", "x.png", "--steps", 2).stdout
+    assert shown.split() == [f"x-{i}.png" for i in (1, 2, 3, 4)]
+    settings = [read_settings(f"x-{i}.png") for i in (1, 2, 3, 4)]
+    assert [(s["prompt"], s["seed"]) for s in settings] == [
+        (PROMPT, 7),
+        (PROMPT, 8),
+        ("a portrait", 9),
+        ("a portrait", 10),
+    ]
+    run("generate", "--like", "x-4.png", "-o", "alone.png")
+    # One grey level at most: the model may round differently in another batch.
+    assert np.abs(pixels("alone.png").astype(int) - pixels("x-4.png")).max() <= 1
+
+
+def test_every_option_reaches_the_pipeline():
+    run(
+        *(
+            "generate",
+            PROMPT,
+            "-o",
+            "a.png",
+            "--seed",
+            1,
+            "--sol-steps",
+            2,
+            "--lune-steps",
+            3,
+            "--handoff",
+            0.5,
+        ),
+        *("--sol-guidance", 1.5, "--lune-guidance", 2.5, "--negative", "night", "--shift", 1.5),
+        *("--solver", "dpmpp_2m", "--height", 48, "--width", 80, "--device", "cpu"),
+    )
+    settings = read_settings("a.png")
+    expected = dict(sol_steps=2, lune_steps=3, handoff=0.5, sol_guidance=1.5, lune_guidance=2.5, shift=1.5)
+    expected |= dict(negative_prompt="night", solver="dpmpp_2m", height=48, width=80, model=None)
+    assert settings == settings | expected
+    run("generate", PROMPT, "-o", "b.png", "--seed", 1, "--steps", 2, "--guidance", 3)
+    assert read_settings("b.png")["sol_guidance"] == read_settings("b.png")["lune_guidance"] == 3
+
+
+def test_trace_writes_a_contact_sheet():
+    shown = run("generate", PROMPT, "-o", "castle.png", "--steps", 4, "--seed", 0, "--trace").stdout.split()
+    assert shown == ["castle.png", "castle.trace.png"]
+    width, height = Image.open("castle.trace.png").size
+    assert width > 4 * 150 and height > 150
+
+
+def test_a_model_folder(tmp_path):
+    model = shutil.copytree(experts_path(), tmp_path / "model")
+    run("generate", PROMPT, "-o", "a.png", "--steps", 2, "--seed", 0, "--model", model)
+    run("generate", PROMPT, "-o", "b.png", "--steps", 2, "--seed", 0)
+    assert (pixels("a.png") == pixels("b.png")).all()
+    assert read_settings("a.png")["model"] == str(model)
+
+
+def test_plan_prints_the_table_and_json():
+    lines = run("plan", "--steps", 8, "--handoff", 0.6).stdout.splitlines()
+    assert lines[0].startswith("8 steps") and len(lines) == 10
+    compiled = SamplingPlan.from_json(run("plan", "--steps", 8, "--handoff", 0.6, "--json").stdout)
+    assert str(compiled).splitlines() == lines
+
+
+def test_version_and_help_teach():
+    assert run("--version").stdout.strip() == f"moe-sampler {__version__}"
+    overview = run("--help").stdout
+    assert all(name in overview for name in ("generate", "plan", "train-demo"))
+    details = run("generate", "--help").stdout
+    options = ("--seed", "--steps", "--handoff", "--guidance", "--negative", "--model", "--expert", "--trace")
+    assert all(name in details for name in (*options, "-n", "-o", "castle.png"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("x", "--expert", "luna"),
+        ("x", "--handoff", "0"),
+        ("x", "--handoff", "1"),
+        ("x", "--handoff", "nan"),
+        ("x", "--steps", "0"),
+        ("x", "--steps", "-3"),
+        ("x", "--steps", "100000"),
+        ("x", "--height", "60"),
+        ("x", "-n", "0"),
+        ("x", "--zoom", "0"),
+        ("x", "--solver", "magic"),
+        ("x", "--model", "nowhere"),
+        ("x", "--model", "."),
+        ("x", "--model", "incomplete"),
+        ("x", "--model", "unreadable"),
+        ("x", "-o", "nowhere/image.png"),
+        ("x", "-o", "image.jpg"),
+        ("x", "-o", "."),
+        ("x", "--device", "tpu"),
+        ("x", "--like", "nowhere.png"),
+        ("x", "--expert", "sol", "--handoff", "0.5"),
+        (),
+    ],
+)
+def test_wrong_input_ends_with_one_line_and_nothing_written(tmp_path, arguments):
+    shutil.copytree(experts_path(), tmp_path / "incomplete", ignore=shutil.ignore_patterns("unet_sol"))
+    broken = shutil.copytree(experts_path(), tmp_path / "unreadable")
+    (broken / "unet_lune" / "diffusion_pytorch_model.safetensors").write_bytes(b"not safetensors")
+    before = sorted(tmp_path.iterdir())
+    result = run("generate", *arguments, code=2)
+    message = result.stderr.strip().splitlines()
+    assert len(message) == 1 and message[0].startswith("error: "), result.stderr
+    assert "Traceback" not in result.output
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_unwritable_folder_is_refused_before_any_work(monkeypatch):
+    # By the answer of the system rather than by chmod: root may write anywhere.
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    assert "not writable" in run("generate", PROMPT, "-o", "image.png", code=2).stderr
+
+
+def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
+    (tmp_path / "castle.png").write_bytes(b"precious")
+
+    def fail(self, file, **_):
+        file.write(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    result = run("generate", PROMPT, "-o", "castle.png", "--steps", 2, code=2)
+    assert "No space left" in result.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["castle.png"]
+    assert (tmp_path / "castle.png").read_bytes() == b"precious"
+
+
+def test_settings_are_json_in_the_metadata():
+    run("generate", PROMPT, "-o", "castle.png", "--steps", 2, "--seed", 1)
+    assert json.loads(Image.open("castle.png").info["moe-sampler"])["seed"] == 1
