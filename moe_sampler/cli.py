@@ -111,7 +111,7 @@ def generate(
     images: Annotated[int, typer.Option("--images", "-n", help="Images per prompt.")] = 1,
     seed: Annotated[
         int | None,
-        typer.Option(help="Seed of the first image; the next ones count up. Default: drawn at random."),
+        typer.Option(help="Seed of the first image; the next ones count up. Default: 0."),
     ] = None,
     negative: Annotated[str | None, typer.Option(help="Negative prompt.")] = None,
     model: Model = None,
@@ -182,6 +182,7 @@ def generate(
         if expert not in (None, "hybrid"):
             call.pop("handoff", None)
         call.update({key: value for key, value in given.items() if value is not None})
+        call.setdefault("seed", 0)
         if images < 1:
             raise ValueError(f"images per prompt must be at least 1, got {images}")
         if zoom is not None and zoom < 1:

@@ -9,19 +9,13 @@ import torch
 
 from .experts import Expert
 from .kernels import philox_normal, sampler_step_
+from .kernels.noise import seeds_tensor
 from .planning import ExpertCall, SamplingPlan
 
 __all__ = ["initial_latents", "sample"]
 
 INITIAL_NOISE_STREAM = 1  # the steps' own noise is stream 0
 Callback = Callable[[dict[str, Any]], torch.Tensor | None]
-
-
-def _seed_tensor(seeds: Sequence[int] | torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    if not isinstance(seeds, torch.Tensor):
-        # Philox keys are 64-bit words; torch holds them as signed.
-        seeds = torch.tensor([(int(s) + 2**63) % 2**64 - 2**63 for s in seeds], dtype=torch.int64)
-    return seeds.to(device)
 
 
 def initial_latents(
@@ -39,8 +33,7 @@ def initial_latents(
     """
     if len(seeds) != shape[0]:
         raise ValueError(f"{shape[0]} samples need as many seeds, got {len(seeds)}")
-    seeds = _seed_tensor(seeds, device)
-    noise = philox_normal(tuple(shape), seeds, 0, stream=INITIAL_NOISE_STREAM, device=device)
+    noise = philox_normal(tuple(shape), seeds, stream=INITIAL_NOISE_STREAM, device=device)
     return noise.mul_(plan.initial_scale)
 
 
@@ -180,8 +173,10 @@ def sample(
     conditioning.check(plan, x.shape[0])
 
     table, timesteps = plan.table(x.device), _timesteps(plan, x.device)
-    seed_tensor = _seed_tensor(seeds, x.device) if plan.needs_noise and noise is None else None
-    x0 = torch.zeros_like(x)
+    seed_tensor = seeds_tensor(seeds, x.device) if plan.needs_noise and noise is None else None
+    # The prediction is kept only where someone reads it: a multistep solver, or the caller.
+    history = any(step.coefficients["d"] != 0.0 for step in plan.steps)
+    x0 = torch.zeros_like(x) if history or callback is not None else None
     inputs = _Inputs(x, known)
     current = inputs.write(plan.steps[0].calls, 0)
 
