@@ -354,7 +354,7 @@ class HybridPipeline(DiffusionPipeline):
         device = self._execution_device
         cond = self.encode_prompt(prompt) if prompt_embeds is None else prompt_embeds.to(device)
         uncond = None
-        if any(call.guided for step in compiled.steps for call in step.calls):
+        if compiled.guided:
             negative = negative_prompt or ""
             uncond = negative_prompt_embeds
             if uncond is None:

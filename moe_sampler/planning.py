@@ -83,6 +83,11 @@ class SamplingPlan:
         return sum(2 if call.guided else 1 for step in self.steps for call in step.calls)
 
     @property
+    def guided(self) -> bool:
+        """Whether any step uses classifier-free guidance."""
+        return any(call.guided for step in self.steps for call in step.calls)
+
+    @property
     def needs_noise(self) -> bool:
         """Whether any step adds noise."""
         return any(step.coefficients["n"] != 0.0 for step in self.steps)

@@ -37,38 +37,28 @@ def initial_latents(
     return noise.mul_(plan.initial_scale)
 
 
-class _Conditioning:
-    """Keyword arguments for a guided or unguided call, concatenated once."""
-
-    def __init__(
-        self, cond: Mapping[str, torch.Tensor] | None, uncond: Mapping[str, torch.Tensor] | None
-    ) -> None:
-        self.unguided = dict(cond or {})
-        self._uncond = uncond
-        self._guided: dict[str, torch.Tensor] | None = None
-
-    def check(self, plan: SamplingPlan, batch: int) -> None:
-        if any(call.guided for step in plan.steps for call in step.calls):
-            if self._uncond is None:
-                raise ValueError("the plan uses classifier-free guidance: give `uncond` beside `cond`")
-            if set(self._uncond) != set(self.unguided):
-                raise ValueError(
-                    f"cond and uncond must have the same keys, got {sorted(self.unguided)} "
-                    f"and {sorted(self._uncond)}"
-                )
-        for kind, values in (("cond", self.unguided), ("uncond", self._uncond or {})):
-            for key, value in values.items():
-                if value.shape[0] != batch:
-                    raise ValueError(f"{kind}[{key!r}] has batch {value.shape[0]}, the latents have {batch}")
-
-    def __call__(self, call: ExpertCall) -> dict[str, torch.Tensor]:
-        if not call.guided:
-            return self.unguided
-        if self._guided is None:
-            self._guided = {
-                key: torch.cat([self._uncond[key], value]) for key, value in self.unguided.items()
-            }
-        return self._guided
+def _conditioning(
+    plan: SamplingPlan,
+    batch: int,
+    cond: Mapping[str, torch.Tensor] | None,
+    uncond: Mapping[str, torch.Tensor] | None,
+) -> dict[bool, dict[str, torch.Tensor]]:
+    """Keyword arguments for unguided (False) and guided (True) calls."""
+    given = {"cond": dict(cond or {}), "uncond": dict(uncond or {})}
+    for kind, values in given.items():
+        for key, value in values.items():
+            if value.shape[0] != batch:
+                raise ValueError(f"{kind}[{key!r}] has batch {value.shape[0]}, the latents have {batch}")
+    if not plan.guided:
+        return {False: given["cond"]}
+    if uncond is None:
+        raise ValueError("the plan uses classifier-free guidance: give `uncond` beside `cond`")
+    if set(given["uncond"]) != set(given["cond"]):
+        raise ValueError(
+            f"cond and uncond must have the same keys, got {sorted(given['cond'])} and {sorted(given['uncond'])}"
+        )
+    both = {key: torch.cat([given["uncond"][key], value]) for key, value in given["cond"].items()}
+    return {False: given["cond"], True: both}
 
 
 class _Inputs:
@@ -169,8 +159,7 @@ def sample(
         raise ValueError("the plan adds fresh noise: give seeds (one a sample) or a noise function")
     if seeds is not None and len(seeds) != x.shape[0]:
         raise ValueError(f"{x.shape[0]} samples need as many seeds, got {len(seeds)}")
-    conditioning = _Conditioning(cond, uncond)
-    conditioning.check(plan, x.shape[0])
+    conditioning = _conditioning(plan, x.shape[0], cond, uncond)
 
     table, timesteps = plan.table(x.device), _timesteps(plan, x.device)
     seed_tensor = seeds_tensor(seeds, x.device) if plan.needs_noise and noise is None else None
@@ -182,7 +171,7 @@ def sample(
 
     for index, step in enumerate(plan.steps):
         outputs = [
-            _output(known[call.name].model(model_input, timestep, **conditioning(call)))
+            _output(known[call.name].model(model_input, timestep, **conditioning[call.guided]))
             for call, model_input, timestep in zip(step.calls, current, timesteps[index], strict=True)
         ]
         last = index + 1 == len(plan)

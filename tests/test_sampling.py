@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_sampler import Boundary, Crossfade, Expert, plan, sample
 from moe_sampler.sampling import initial_latents
@@ -188,3 +190,69 @@ def test_errors_come_before_any_model_call():
             call()
     with pytest.raises(TypeError, match="float32"):
         sample(hybrid, [sol, lune], x.half(), seeds=seeds, cond=ok, uncond=ok)
+
+
+class _Record(TorchDispatchMode):
+    """Every operator torch is asked for; what happens inside one is its own business."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_is_the_model_and_one_launch_and_nothing_is_read_back():
+    """Two guided experts, mixed, with fresh noise: still one operator a step beside the models'."""
+
+    def model(x, timestep, c):
+        return torch.tanh(x)
+
+    experts = [
+        dataclasses.replace(preset(model), guidance_scale=2.0, solver="ddpm")
+        for preset in (Expert.sol, Expert.lune)
+    ]
+    compiled = plan(experts, lambda s: {"sol": 0.5, "lune": 0.5}, steps=6)
+    cond = {"c": torch.zeros(2, 1)}
+    marks: list[int] = []
+    with _Record() as record:
+        sample(
+            compiled,
+            experts,
+            shape=(2, *SHAPE),
+            seeds=[1, 2],
+            cond=cond,
+            uncond=cond,
+            callback=lambda info: marks.append(len(record.names)),
+        )
+    for begin, end in itertools.pairwise(marks[1:]):  # by then every buffer is there
+        assert record.names[begin:end] == ["aten::tanh", "aten::tanh", "moe_sampler::sampler_step_"]
+    assert not {"aten::_local_scalar_dense", "aten::nonzero"} & set(record.names[marks[0] :])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_loop_never_waits_for_the_device():
+    def model(x, timestep):
+        return torch.tanh(x) + timestep * 0
+
+    experts = (Expert.sol(model), Expert.lune(model))
+    compiled = plan(experts, Crossfade("sol", "lune", 0.8, 0.5), steps=8)
+    x = initial_latents(compiled, (2, *SHAPE), [1, 2], "cuda")
+    started: list[bool] = []
+
+    def strict(info):
+        # From the first step on; planning and moving the table may copy.
+        torch.cuda.set_sync_debug_mode("error")
+        started.append(True)
+
+    sample(compiled, experts, x, seeds=torch.tensor([1, 2], device="cuda"))  # compiles the kernels
+    try:
+        on_gpu = sample(compiled, experts, x, seeds=torch.tensor([1, 2], device="cuda"), callback=strict)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(started) == 8
+    on_cpu = sample(compiled, experts, x.cpu(), seeds=[1, 2])
+    torch.testing.assert_close(on_gpu.cpu(), on_cpu, atol=1e-4, rtol=0)
