@@ -55,7 +55,8 @@ def _conditioning(
         raise ValueError("the plan uses classifier-free guidance: give `uncond` beside `cond`")
     if set(given["uncond"]) != set(given["cond"]):
         raise ValueError(
-            f"cond and uncond must have the same keys, got {sorted(given['cond'])} and {sorted(given['uncond'])}"
+            f"cond and uncond must have the same keys, got {sorted(given['cond'])} "
+            f"and {sorted(given['uncond'])}"
         )
     both = {key: torch.cat([given["uncond"][key], value]) for key, value in given["cond"].items()}
     return {False: given["cond"], True: both}
