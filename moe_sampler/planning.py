@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ import torch
 
 from .experts import Expert
 from .kernels.conversions import shift_sigma
-from .kernels.rows import COLUMNS, ROW_WIDTH
+from .kernels.rows import COLUMNS, make_row
 from .paths import Level
 from .predictions import x0_coefficients
 from .routers import Router, Spans, active_experts, lead_expert, lead_spans
@@ -94,7 +93,7 @@ class SamplingPlan:
 
     def table(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """[steps, ROW_WIDTH] float32: one row a step, as `sampler_step_` reads it."""
-        rows = [[*step.row, *[0.0] * (ROW_WIDTH - len(step.row))] for step in self.steps]
+        rows = [make_row(**step.coefficients) for step in self.steps]
         return torch.tensor(rows, dtype=torch.float64).float().to(device)
 
     def to_json(self, **kwargs) -> str:
@@ -216,6 +215,23 @@ def _counts_by_name(
     return counts
 
 
+def _noise_levels(
+    experts: Mapping[str, Expert], router: Router, steps: int | Mapping[str, int], start: float, end: float
+) -> list[float]:
+    """Nodes for every span, each on its leading expert's own grid."""
+    spans = lead_spans(router, list(experts), start, end)
+    if isinstance(steps, Mapping):
+        counts = _counts_by_name(spans, steps, list(experts))
+    else:
+        shifts = [e.shift for e in experts.values() if not e.path.discrete]
+        counts = _allocate(spans, steps, max(shifts, default=1.0))
+    return [
+        noise
+        for (name, high, low), count in zip(spans, counts, strict=True)
+        for noise in experts[name].path.grid(count, high, low, experts[name].shift, experts[name].spacing)
+    ]
+
+
 def _nodes(experts: Mapping[str, Expert], router: Router, noises: Sequence[float]) -> list[_Node]:
     nodes: list[_Node] = []
     for noise in noises:
@@ -248,6 +264,34 @@ def _call(expert: Expert, weight: float, state: Level) -> tuple[ExpertCall, floa
     g = expert.guidance_scale
     call = ExpertCall(expert.name, weight, timestep, g, 1.0 if own == state else scale)
     return call, weight * p * call.input_scale, (weight * g * q, weight * (1.0 - g) * q)
+
+
+def _compile(experts: Mapping[str, Expert], nodes: Sequence[_Node], end: float) -> tuple[PlanStep, ...]:
+    """One step from every node to the next; the last one goes to `end`."""
+    last = Level(1.0, 0.0) if end == 0.0 else nodes[-1].lead.path.at(end)
+    targets = [*(node.level for node in nodes[1:]), last]
+    calls: list[tuple[ExpertCall, ...]] = []
+    rows: list[dict[str, float]] = []
+    for index, (node, target) in enumerate(zip(nodes, targets, strict=True)):
+        lead, previous = node.lead, nodes[index - 1].level if index else None
+        row = dict.fromkeys(COLUMNS, 0.0)
+        row |= solver_row(lead.solver, node.level, target, previous, lead.eta)._asdict()
+        row["clip"] = math.inf if lead.clip_sample_range is None else lead.clip_sample_range
+        own = []
+        for slot, (name, weight) in enumerate(node.weights.items()):
+            call, p, (q_cond, q_uncond) = _call(experts[name], weight, node.level)
+            own.append(call)
+            row["p"] += p
+            row[f"q_cond_{slot}"], row[f"q_uncond_{slot}"] = q_cond, q_uncond
+            if rows:
+                # The launch that ends a step also writes the next step's model inputs.
+                rows[-1][f"scale_{slot}"] = call.input_scale
+        calls.append(tuple(own))
+        rows.append(row)
+    return tuple(
+        PlanStep(own, node.level, target, node.lead.solver, tuple(row[name] for name in COLUMNS))
+        for own, node, target, row in zip(calls, nodes, targets, rows, strict=True)
+    )
 
 
 def plan(
@@ -289,45 +333,8 @@ def plan(
             raise ValueError(f"steps must be whole numbers of at least 1, got {count!r}")
 
     if noise_levels is None:
-        spans = lead_spans(router, list(known), start, end)
-        if isinstance(steps, Mapping):
-            counts = _counts_by_name(spans, steps, list(known))
-        else:
-            shifts = [e.shift for e in known.values() if not e.path.discrete]
-            counts = _allocate(spans, steps, max(shifts, default=1.0))
-        noise_levels = [
-            noise
-            for (name, high, low), count in zip(spans, counts, strict=True)
-            for noise in known[name].path.grid(count, high, low, known[name].shift, known[name].spacing)
-        ]
+        noise_levels = _noise_levels(known, router, steps, start, end)
     nodes = _nodes(known, router, noise_levels)
     if not nodes or not nodes[-1].noise > end:
         raise ValueError(f"noise levels must be given, descending and above the end of the run ({end})")
-
-    targets = [
-        *(node.level for node in nodes[1:]),
-        Level(1.0, 0.0) if end == 0.0 else nodes[-1].lead.path.at(end),
-    ]
-    drafts: list[tuple[_Node, Level, list[ExpertCall], dict[str, float]]] = []
-    for index, (node, target) in enumerate(zip(nodes, targets, strict=True)):
-        previous = nodes[index - 1].level if index else None
-        solver = solver_row(node.lead.solver, node.level, target, previous, node.lead.eta)
-        clip = node.lead.clip_sample_range
-        row = dict.fromkeys(COLUMNS, 0.0) | solver._asdict() | {"clip": math.inf if clip is None else clip}
-        calls = []
-        for slot, (name, weight) in enumerate(node.weights.items()):
-            call, p, (q_cond, q_uncond) = _call(known[name], weight, node.level)
-            calls.append(call)
-            row["p"] += p
-            row[f"q_cond_{slot}"], row[f"q_uncond_{slot}"] = q_cond, q_uncond
-        drafts.append((node, target, calls, row))
-    # The launch that ends a step also writes the next step's model inputs.
-    for (_, _, _, row), (_, _, following, _) in itertools.pairwise(drafts):
-        for slot, call in enumerate(following):
-            row[f"scale_{slot}"] = call.input_scale
-
-    compiled = tuple(
-        PlanStep(tuple(calls), node.level, target, node.lead.solver, tuple(row[name] for name in COLUMNS))
-        for node, target, calls, row in drafts
-    )
-    return SamplingPlan(compiled, nodes[0].lead.path.initial_scale(nodes[0].level))
+    return SamplingPlan(_compile(known, nodes, end), nodes[0].lead.path.initial_scale(nodes[0].level))
