@@ -1,0 +1,1 @@
+"""Benchmarks with pytest-benchmark: `pytest bench --benchmark-only`."""
