@@ -84,7 +84,7 @@ def sample_offsets(numel, BLOCK: tl.constexpr):
     lengths apart from ragged ones.
     """
     program = tl.program_id(0)
-    per_sample = (numel + BLOCK - 1) // BLOCK
+    per_sample = (numel - 1) // BLOCK + 1  # numel + BLOCK could pass 2³¹
     sample = program // per_sample
     start = (program - sample * per_sample).to(tl.int64) * BLOCK
     inside = start + tl.arange(0, BLOCK)

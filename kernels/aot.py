@@ -81,13 +81,14 @@ def pretend_device(architecture: int) -> Iterator[str]:
     """Let Triton take the machine for one with a GPU of this architecture, for compiling only."""
     from triton.runtime import driver
 
-    previous = driver._active
     pretended = _Driver(architecture)
+    # Not reset_active(): without a GPU there is no driver to go back to.
+    previous = dict(vars(driver))
     driver.set_active(pretended)
     try:
         yield pretended.get_current_device()
     finally:
-        driver._active = previous
+        vars(driver).update(previous)
 
 
 def compile_launch(launch: Launch, architecture: int = 90) -> Compiled:

@@ -92,9 +92,10 @@ def fill_normal(out: Tensor, seeds: Tensor, step: int, stream: int) -> Tensor:
     """Fill out: [B, ...], any float dtype and device, from seeds: int64 [B]; reads the seeds on the host."""
     direct = out.dtype == torch.float32 and out.device.type == "cpu"
     normals = out if direct else torch.empty(out.shape, dtype=torch.float32)
+    samples = normals.view(len(out), out.numel() // max(len(out), 1)).numpy()
     # One sample at a time: vectorised loops treat the ends of an array apart, and a sample must not notice
     # where in a batch it lies.
-    for sample, seed in zip(normals.flatten(1).numpy(), seeds.tolist(), strict=True):
+    for sample, seed in zip(samples, seeds.tolist(), strict=True):
         _fill_sample(sample, seed, step, stream)
     return out if direct else out.copy_(normals)
 

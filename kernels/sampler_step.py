@@ -90,23 +90,23 @@ def _check_memory(
 def _add_output(x: Tensor, output: Tensor | None, cond: float, uncond: float) -> None:
     if output is None:
         return
-    batch = x.shape[0]
-    if output.shape[0] == batch:
+    if output.shape[0] == x.shape[0]:
         x.add_(output, alpha=cond)
     else:
-        x.add_(output[:batch], alpha=uncond).add_(output[batch:], alpha=cond)
+        first, second = output.chunk(2)
+        x.add_(first, alpha=uncond).add_(second, alpha=cond)
 
 
 def _write_next(buffer: Tensor | None, x: Tensor, scale: float) -> None:
     if buffer is None:
         return
-    first = buffer[: x.shape[0]]
-    if scale == 1.0:
-        first.copy_(x)
-    else:
-        torch.mul(x, scale, out=first)
     if buffer.shape[0] != x.shape[0]:
-        buffer[x.shape[0] :].copy_(first)
+        buffer = buffer.view(2, *x.shape)
+        x = x.expand_as(buffer)
+    if scale == 1.0:
+        buffer.copy_(x)
+    else:
+        torch.mul(x, scale, out=buffer)
 
 
 def _twin(

@@ -93,6 +93,12 @@ def test_ragged_sizes_do_not_spill_either(launch):
     assert 128 not in code.global_loads, "a sample of odd length starts anywhere"
 
 
+@pytest.mark.parametrize("shape", [(3, 1), (1, 1 << 32)], ids=["one number a sample", "past 2³¹"])
+def test_extreme_sizes_compile(shape):
+    code = aot.compile_launch(step_launch(FP16, shape=shape, **EVERYTHING), 80)
+    assert code.stack_bytes == 0 and code.spills == 0, str(code)
+
+
 def compilations(kernel, launches):
     """How many times Triton compiles for these launches, asked through its own cache."""
     with aot.pretend_device(80) as device:

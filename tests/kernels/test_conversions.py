@@ -9,6 +9,7 @@ import torch
 from moe_sampler.kernels import euler_step_, shift_sigma, shift_sigmas, velocity_to_epsilon
 
 SHAPES = [
+    pytest.param((3,), id="one number a sample"),
     pytest.param((1, 1), id="one element"),
     pytest.param((2, 4, 8, 8), id="smaller than a block"),
     pytest.param((1, 4, 16, 16), id="exactly one block"),

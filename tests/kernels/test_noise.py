@@ -10,6 +10,7 @@ from moe_sampler.kernels import philox_normal
 
 MASK = (1 << 64) - 1
 SHAPES = [
+    pytest.param((3,), id="one number a sample"),
     pytest.param((1, 1), id="one element"),
     pytest.param((2, 7), id="less than one Philox block"),
     pytest.param((3, 8), id="exactly one Philox block"),

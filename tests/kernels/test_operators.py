@@ -94,6 +94,17 @@ def test_compiles_without_graph_breaks(device, compiler):
     assert torch.equal(x, expected_x) and torch.equal(next_input, expected_next)
 
 
+def test_steps_share_one_compiled_graph():
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    step_ = torch.compile(lambda *args: sampler_step_(args[0], [args[1]], *args[2:]), backend=counter)
+    table = torch.tensor([QUIET_ROW] * 8)
+    x, output = torch.ones(SHAPE), torch.ones(SHAPE)
+    for step in range(8):
+        step_(x, output, table, step)
+    assert counter.frame_count <= 2, "torch specialises the first step on its number, no more"
+
+
 def test_import_loads_neither_triton_nor_cuda_and_works_without_triton():
     code = """
 import sys

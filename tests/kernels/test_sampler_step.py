@@ -8,6 +8,7 @@ import torch
 from moe_sampler.kernels import make_row, philox_normal, sampler_step_
 
 SHAPES = [
+    pytest.param((3,), id="one number a sample"),
     pytest.param((1, 1), id="one element"),
     pytest.param((3, 5), id="smaller than a vector"),
     pytest.param((2, 4, 8, 8), id="smaller than a block"),
