@@ -316,7 +316,11 @@ def train_demo(
     with _one_line_errors():
         from .demo.train import train_demo as train
 
-        typer.echo(str(train(output, work_dir=work_dir, stage=stage, seed=seed)))
+        try:
+            typer.echo(str(train(output, work_dir=work_dir, stage=stage, seed=seed)))
+        except RuntimeError as error:  # a stage that failed, or a folder in use: it says which
+            typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+            raise typer.Exit(1) from None
 
 
 def main() -> None:

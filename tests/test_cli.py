@@ -186,3 +186,9 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
 def test_settings_are_json_in_the_metadata():
     run("generate", PROMPT, "-o", "castle.png", "--steps", 2, "--seed", 1)
     assert json.loads(Image.open("castle.png").info["moe-sampler"])["seed"] == 1
+
+
+def test_train_demo_refuses_an_unknown_stage():
+    message = run("train-demo", "out", "--stage", "luna", code=2).stderr.strip()
+    assert message.startswith('error: unknown stage "luna"') and "trunk" in message
+    assert not os.listdir()
