@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,13 +29,15 @@ def jit(fn: Callable | None = None, **options: Any) -> Callable:
     return mark if fn is None else mark(fn)
 
 
-@cache
 def load_triton() -> None:
-    """Import Triton and make every marked function a Triton function, in its own module."""
+    """Import Triton and make every function marked so far a Triton function, in its own module."""
+    if not _marked:
+        return
     import triton
     import triton.language
 
-    for fn, options in _marked:
+    while _marked:
+        fn, options = _marked.pop()
         fn.__globals__["tl"] = triton.language
         fn.__globals__[fn.__name__] = triton.jit(fn, **options)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,70 +21,55 @@ _BLOCK = 1024
 _FLOAT32 = (torch.float32,)
 
 
-def _check(
-    x: Tensor,
-    output_0: Tensor,
-    output_1: Tensor | None,
-    table: Tensor,
-    step: int,
-    x0_prev: Tensor | None,
-    next_0: Tensor | None,
-    next_1: Tensor | None,
-    seeds: Tensor | None,
-    noise: Tensor | None,
-    stream: int,
-) -> None:
-    if x.ndim < 1:
+class Step(NamedTuple):
+    """The operator's arguments, as `sampler_step_` describes them."""
+
+    x: Tensor
+    output_0: Tensor
+    output_1: Tensor | None
+    table: Tensor
+    step: int
+    x0_prev: Tensor | None = None
+    next_0: Tensor | None = None
+    next_1: Tensor | None = None
+    seeds: Tensor | None = None
+    noise: Tensor | None = None
+    stream: int = 0
+
+
+def _check(s: Step) -> None:
+    if s.x.ndim < 1:
         raise ValueError("x must be [B, ...] with the batch first")
-    device, shape = x.device, x.shape
+    device, shape = s.x.device, s.x.shape
     doubled = (2 * shape[0], *shape[1:])
-    check_tensor("x", x, device, _FLOAT32)
-    check_tensor("outputs[0]", output_0, device, FLOATS, shape, doubled)
-    if output_1 is not None:
-        check_tensor("outputs[1]", output_1, device, FLOATS, shape, doubled)
-    check_tensor("table", table, device, _FLOAT32)
-    if table.ndim != 2 or table.shape[1] != ROW_WIDTH:
-        raise ValueError(f"table must have shape [steps, {ROW_WIDTH}], got {list(table.shape)}")
-    if not 0 <= step < table.shape[0]:
-        raise ValueError(f"step {step} is outside the table, which has {table.shape[0]} rows")
-    if x0_prev is not None:
-        check_tensor("x0_prev", x0_prev, device, _FLOAT32, shape)
-    if next_0 is not None:
-        check_tensor("next_inputs[0]", next_0, device, FLOATS, shape, doubled)
-    if next_1 is not None:
-        check_tensor("next_inputs[1]", next_1, device, FLOATS, shape, doubled)
-    if seeds is not None:
-        if noise is not None:
+    check_tensor("x", s.x, device, _FLOAT32)
+    check_tensor("outputs[0]", s.output_0, device, FLOATS, shape, doubled)
+    if s.output_1 is not None:
+        check_tensor("outputs[1]", s.output_1, device, FLOATS, shape, doubled)
+    check_tensor("table", s.table, device, _FLOAT32)
+    if s.table.ndim != 2 or s.table.shape[1] != ROW_WIDTH:
+        raise ValueError(f"table must have shape [steps, {ROW_WIDTH}], got {list(s.table.shape)}")
+    if not 0 <= s.step < s.table.shape[0]:
+        raise ValueError(f"step {s.step} is outside the table, which has {s.table.shape[0]} rows")
+    if s.x0_prev is not None:
+        check_tensor("x0_prev", s.x0_prev, device, _FLOAT32, shape)
+    if s.next_0 is not None:
+        check_tensor("next_inputs[0]", s.next_0, device, FLOATS, shape, doubled)
+    if s.next_1 is not None:
+        check_tensor("next_inputs[1]", s.next_1, device, FLOATS, shape, doubled)
+    if s.seeds is not None:
+        if s.noise is not None:
             raise ValueError("give either seeds or noise, not both")
-        check_tensor("seeds", seeds, device, (torch.int64,), shape[:1])
-        check_counter(step, stream)
-    if noise is not None:
-        check_tensor("noise", noise, device, _FLOAT32, shape)
+        check_tensor("seeds", s.seeds, device, (torch.int64,), shape[:1])
+        check_counter(s.step, s.stream)
+    if s.noise is not None:
+        check_tensor("noise", s.noise, device, _FLOAT32, shape)
 
 
-def _check_memory(
-    x: Tensor,
-    output_0: Tensor,
-    output_1: Tensor | None,
-    table: Tensor,
-    step: int,
-    x0_prev: Tensor | None,
-    next_0: Tensor | None,
-    next_1: Tensor | None,
-    seeds: Tensor | None,
-    noise: Tensor | None,
-    stream: int,
-) -> None:
-    check_no_overlap(
-        written=(("x", x), ("x0_prev", x0_prev), ("next_inputs[0]", next_0), ("next_inputs[1]", next_1)),
-        read=(
-            ("outputs[0]", output_0),
-            ("outputs[1]", output_1),
-            ("table", table),
-            ("seeds", seeds),
-            ("noise", noise),
-        ),
-    )
+def _check_memory(s: Step) -> None:
+    written = (("x", s.x), ("x0_prev", s.x0_prev), ("next_inputs[0]", s.next_0), ("next_inputs[1]", s.next_1))
+    outputs = (("outputs[0]", s.output_0), ("outputs[1]", s.output_1))
+    check_no_overlap(written, (*outputs, ("table", s.table), ("seeds", s.seeds), ("noise", s.noise)))
 
 
 def _add_output(x: Tensor, output: Tensor | None, cond: float, uncond: float) -> None:
@@ -109,47 +94,36 @@ def _write_next(buffer: Tensor | None, x: Tensor, scale: float) -> None:
         torch.mul(x, scale, out=buffer)
 
 
-def _twin(
-    x: Tensor,
-    output_0: Tensor,
-    output_1: Tensor | None,
-    table: Tensor,
-    step: int,
-    x0_prev: Tensor | None,
-    next_0: Tensor | None,
-    next_1: Tensor | None,
-    seeds: Tensor | None,
-    noise: Tensor | None,
-    stream: int,
-) -> None:
-    arguments = (x, output_0, output_1, table, step, x0_prev, next_0, next_1, seeds, noise, stream)
-    _check(*arguments)
-    _check_memory(*arguments)
-    p, a, b, d, n, clip, cond_0, uncond_0, cond_1, uncond_1, scale_0, scale_1 = table[step].tolist()[
-        : len(COLUMNS)
-    ]
-    if n != 0.0 and seeds is None and noise is None:
-        raise ValueError(f"row {step} adds noise (n = {n:g}): give seeds or noise")
-    if x0_prev is None and clip == math.inf:
+def _twin(*arguments: Tensor | int | None) -> None:
+    s = Step(*arguments)
+    _check(s)
+    _check_memory(s)
+    row = s.table[s.step].tolist()[: len(COLUMNS)]
+    p, a, b, d, n, clip, cond_0, uncond_0, cond_1, uncond_1, scale_0, scale_1 = row
+    if n != 0.0 and s.seeds is None and s.noise is None:
+        raise ValueError(f"row {s.step} adds noise (n = {n:g}): give seeds or noise")
+    x = s.x
+    if s.x0_prev is None and clip == math.inf:
         # Nobody sees x0, so its coefficients fold into the update: half the passes over memory.
         x.mul_(a + b * p)
-        _add_output(x, output_0, b * cond_0, b * uncond_0)
-        _add_output(x, output_1, b * cond_1, b * uncond_1)
+        _add_output(x, s.output_0, b * cond_0, b * uncond_0)
+        _add_output(x, s.output_1, b * cond_1, b * uncond_1)
     else:
         x0 = x * p
-        _add_output(x0, output_0, cond_0, uncond_0)
-        _add_output(x0, output_1, cond_1, uncond_1)
+        _add_output(x0, s.output_0, cond_0, uncond_0)
+        _add_output(x0, s.output_1, cond_1, uncond_1)
         if clip != math.inf:
             x0.clamp_(-clip, clip)
         x.mul_(a).add_(x0, alpha=b)
-        if x0_prev is not None:
+        if s.x0_prev is not None:
             if d != 0.0:
-                x.add_(x0_prev, alpha=d)
-            x0_prev.copy_(x0)
+                x.add_(s.x0_prev, alpha=d)
+            s.x0_prev.copy_(x0)
     if n != 0.0:
-        x.add_(fill_normal(torch.empty_like(x), seeds, step, stream) if noise is None else noise, alpha=n)
-    _write_next(next_0, x, scale_0)
-    _write_next(next_1, x, scale_1)
+        z = fill_normal(torch.empty_like(x), s.seeds, s.step, s.stream) if s.noise is None else s.noise
+        x.add_(z, alpha=n)
+    _write_next(s.next_0, x, scale_0)
+    _write_next(s.next_1, x, scale_1)
 
 
 @_jit.jit(do_not_specialize=("batch", "step", "stream"))
@@ -236,40 +210,33 @@ def _store_next(next_ptr, x, scale_ptr, here, half, mask, TWICE: tl.constexpr):
         tl.store(next_ptr + (half + here), value, mask=mask)
 
 
-def launch_of(
-    x: Tensor,
-    output_0: Tensor,
-    output_1: Tensor | None,
-    table: Tensor,
-    step: int,
-    x0_prev: Tensor | None,
-    next_0: Tensor | None,
-    next_1: Tensor | None,
-    seeds: Tensor | None,
-    noise: Tensor | None,
-    stream: int,
-) -> _jit.Launch:
-    """The kernel launch for these arguments, which `_check` has passed."""
+def launch_of(s: Step) -> _jit.Launch:
+    """The kernel launch for these arguments, which are not checked again."""
     _jit.load_triton()
-    batch = x.shape[0]
-    numel = x.numel() // max(batch, 1)
-    pointers = (x, output_0, output_1, table, x0_prev, next_0, next_1, seeds, noise)
+    batch = s.x.shape[0]
+    numel = s.x.numel() // max(batch, 1)
+
+    def doubled(tensor: Tensor | None) -> bool:
+        return tensor is not None and tensor.shape[0] != batch
+
+    pointers = (s.x, s.output_0, s.output_1, s.table, s.x0_prev, s.next_0, s.next_1, s.seeds, s.noise)
     constants = {
-        "OUTPUT_0_GUIDED": output_0.shape[0] != batch,
-        "OUTPUT_1_GUIDED": output_1 is not None and output_1.shape[0] != batch,
-        "NEXT_0_TWICE": next_0 is not None and next_0.shape[0] != batch,
-        "NEXT_1_TWICE": next_1 is not None and next_1.shape[0] != batch,
+        "OUTPUT_0_GUIDED": doubled(s.output_0),
+        "OUTPUT_1_GUIDED": doubled(s.output_1),
+        "NEXT_0_TWICE": doubled(s.next_0),
+        "NEXT_1_TWICE": doubled(s.next_1),
         "BLOCK": _BLOCK,
         "ROW_WIDTH": ROW_WIDTH,
     }
     grid = _jit.blocks(numel, batch, _BLOCK)
-    return _jit.Launch(_sampler_step_kernel, grid, (*pointers, numel, batch, step, stream), constants)
+    return _jit.Launch(_sampler_step_kernel, grid, (*pointers, numel, batch, s.step, s.stream), constants)
 
 
-def _launch(x: Tensor, *args: Tensor | int | None) -> None:
-    _check(x, *args)
-    _check_memory(x, *args)
-    launch_of(x, *args).run(x.device)
+def _launch(*arguments: Tensor | int | None) -> None:
+    s = Step(*arguments)
+    _check(s)
+    _check_memory(s)
+    launch_of(s).run(s.x.device)
 
 
 _operator = Operator(
@@ -278,7 +245,7 @@ _operator = Operator(
     "Tensor? seeds, Tensor? noise, SymInt stream) -> ()",
     twin=_twin,
     launch=_launch,
-    fake=_check,
+    fake=lambda *arguments: _check(Step(*arguments)),
 )
 
 

@@ -28,7 +28,7 @@ def step_launch(
     twice = (2 * shape[0], *shape[1:])
     outputs = [empty(twice if guided else shape, dtype) for _ in range(experts)] + [None]
     next_inputs = [empty(twice, dtype) for _ in range(nexts)] + [None, None]
-    return sampler_step.launch_of(
+    arguments = sampler_step.Step(
         empty(shape),
         outputs[0],
         outputs[1],
@@ -39,8 +39,8 @@ def step_launch(
         next_inputs[1],
         empty(shape[:1], torch.int64) if seeds else None,
         empty(shape) if noise else None,
-        0,
     )
+    return sampler_step.launch_of(arguments)
 
 
 EVERYTHING = {"guided": True, "experts": 2, "history": True, "seeds": True, "nexts": 2}
