@@ -10,8 +10,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny
-from torch import Tensor
+from torch import Tensor, nn
 
+from .attributes import ImageEncoder
 from .data import SceneSet
 
 CROP = 32
@@ -61,32 +62,50 @@ def joint_loss(model: AutoencoderTiny, scenes: SceneSet, batch: int):
 
 
 def decoder_loss(
-    model: AutoencoderTiny, latents: np.ndarray, scenes: SceneSet, batch: int, noise: float = 0.0
+    model: AutoencoderTiny,
+    eye: ImageEncoder,
+    latents: np.ndarray,
+    scenes: SceneSet,
+    batch: int,
+    noise: float = 0.05,
+    feature_weight: float = 0.2,
 ):
-    """The second stage's loss: whole pictures from cached latents.
+    """The second stage's loss: whole pictures from cached latents, compared as pixels and as features.
 
     Args:
-        latents: float [N, 2, 4, 16, 16], scaled to unit variance.
+        eye: a trained image encoder whose early features judge sharpness; frozen here.
+        latents: float32 [N, 2, 4, 16, 16], scaled to unit variance: full, structure.
         noise: standard deviation of noise on the latents, which makes the decoder forgiving.
     """
     pictures = scenes.pictures
-    crop = CROP // 4
+    eye = eye.eval().requires_grad_(False)
 
     def loss(rng: np.random.Generator, generator: torch.Generator, step: int):
         which = rng.integers(0, len(pictures), batch)
         kind = (rng.uniform(size=batch) < 0.15).astype(int)
-        y, x = rng.integers(0, 16 - crop + 1, 2)
-        z = latents[which, kind, :, y : y + crop, x : x + crop]
-        target = to_model(pictures[which, kind, 4 * y : 4 * (y + crop), 4 * x : 4 * (x + crop)])
-        z = torch.from_numpy(z.astype(np.float32))
+        target = to_model(pictures[which, kind])
+        z = torch.from_numpy(latents[which, kind])
         z = z + noise * torch.randn(z.shape, generator=generator)
         output = model.decode(z / model.config.scaling_factor).sample
-        # Away from the crop's border, whose neighbours the decoder could not see.
-        output, target = output[..., 4:-4, 4:-4], target[..., 4:-4, 4:-4]
+        features = feature_distance(eye, output, target)
         error = float(F.mse_loss(output.detach(), target))
-        return reconstruction_loss(output, target), {"psnr": psnr(error)}
+        total = reconstruction_loss(output, target) + feature_weight * features
+        return total, {"psnr": psnr(error), "features": float(features.detach())}
 
     return loss
+
+
+def feature_distance(eye: ImageEncoder, output: Tensor, target: Tensor, depth: int = 4) -> Tensor:
+    """Mean squared distance of the first `depth` activations, each position scaled to unit length."""
+    total, seen = torch.zeros(()), 0
+    for layer in eye.layers:
+        output, target = layer(output), layer(target)
+        if isinstance(layer, nn.SiLU):
+            difference = F.normalize(output, dim=1) - F.normalize(target, dim=1)
+            total, seen = total + difference.square().sum(1).mean(), seen + 1
+            if seen == depth:
+                break
+    return total / seen
 
 
 def _crops(pictures: np.ndarray, rng: np.random.Generator, batch: int) -> Tensor:

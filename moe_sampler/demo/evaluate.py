@@ -43,6 +43,7 @@ class HeldOut:
         return [text for text, _ in pairs], [said for _, said in pairs]
 
 
+@torch.no_grad()
 def generate(
     pipe: HybridPipeline,
     method: str,
@@ -74,7 +75,6 @@ def generate(
     return np.concatenate(parts)
 
 
-@torch.no_grad()
 def _naive(pipe: HybridPipeline, prompts: list[str], seeds: list[int], steps: int, handoff=None, **settings):
     sol, lune = pipe.experts(settings.get("sol_guidance"), settings.get("lune_guidance"))
     right = pipe.plan("hybrid", steps, handoff=handoff, experts=(sol, lune))

@@ -23,6 +23,8 @@ COMPONENTS = {
     "scheduler_sol": ("diffusers", "DDPMScheduler"),
     "scheduler_lune": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
 }
+SETTINGS = {"handoff": 0.7, "num_inference_steps": 24, "sol_guidance": 2.0, "lune_guidance": 2.0}
+"""What the pipeline does with these experts when not told otherwise."""
 
 
 def export_experts(
@@ -47,6 +49,7 @@ def export_experts(
     sol_scheduler().save_pretrained(temporary / "scheduler_sol")
     lune_scheduler().save_pretrained(temporary / "scheduler_lune")
     index = {"_class_name": "HybridPipeline", "_diffusers_version": diffusers.__version__}
+    index.update(SETTINGS)
     index.update({name: list(source) for name, source in COMPONENTS.items()})
     (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     old = output.with_name(f".{output.name}.old")

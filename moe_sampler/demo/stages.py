@@ -24,16 +24,16 @@ from .text import TextTrainer, new_text_encoder, text_loss
 from .tokenizer import write_tokenizer
 from .training import Schedule, Stage, read_tensors
 
-WAVES: tuple[tuple[str, ...], ...] = (
-    ("scenes",),
-    ("autoencoder", "text"),
-    ("latents",),
-    ("trunk", "decoder"),
-    ("sol", "lune"),
-    ("export",),
+WAVES: tuple[tuple[tuple[str, ...], ...], ...] = (
+    (("scenes",),),
+    (("autoencoder",), ("text",)),
+    (("latents",),),
+    (("trunk",),),
+    (("sol", "decoder"), ("lune",)),
+    (("export",),),
 )
-"""What may run side by side; each wave needs the ones before it."""
-STAGES = tuple(stage for wave in WAVES for stage in wave)
+"""Waves of chains: a wave needs the ones before it, its chains run side by side, a chain's stages in turn."""
+STAGES = tuple(stage for wave in WAVES for chain in wave for stage in chain)
 TRAINED = ("autoencoder", "text", "trunk", "decoder", "sol", "lune")
 
 
@@ -66,11 +66,11 @@ SHIPPED = Recipe(
     autoencoder_batch=24,
     text=Schedule(800, 1e-3, ema=0.99),
     text_batch=64,
-    decoder=Schedule(2400, 1.5e-3),
-    decoder_batch=24,
+    decoder=Schedule(3000, 1.5e-3),
+    decoder_batch=8,
     trunk=Schedule(1200, 2e-3, decay_share=0.2, floor=0.5),
-    sol=Schedule(3600, 1.5e-3),
-    lune=Schedule(5600, 1.5e-3),
+    sol=Schedule(2800, 1.5e-3),
+    lune=Schedule(4600, 1.5e-3),
     batch=24,
 )
 """What made the experts that ship."""
@@ -170,7 +170,8 @@ class Workshop:
         elif name == "decoder":
             model = self.autoencoder()
             model.encoder.requires_grad_(False)
-            loss = decoder_loss(model, np.load(self.latents_file), self.scenes(), recipe.decoder_batch)
+            eye = self.text_trainer().images
+            loss = decoder_loss(model, eye, np.load(self.latents_file), self.scenes(), recipe.decoder_batch)
         else:
             model = self.unet(name, trained=False)
             text: CLIPTextModel = self.text_trainer().text

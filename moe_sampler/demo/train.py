@@ -55,14 +55,12 @@ def train_demo(
     workshop.folder.mkdir(parents=True, exist_ok=True)
     with _sole_user(workshop), _bars(quiet) as bars:
         for wave in WAVES:
-            if stage != "all" and stage not in wave:
-                missing = [name for name in wave if not workshop.finished(name)]
-                if missing:
-                    raise ValueError(f'stage "{stage}" needs stage "{missing[0]}" first')
-                continue
-            names = [name for name in wave if stage in ("all", name) and not workshop.finished(name)]
-            _run_wave(workshop, names, Path(output), bars)
-            if stage in wave:
+            wanted = [tuple(name for name in chain if stage in ("all", name)) for chain in wave]
+            if any(wanted):
+                _run_wave(workshop, wanted, Path(output), bars)
+            else:
+                _check_finished(workshop, wave, stage)
+            if stage != "all" and any(wanted):
                 break
     return Path(output)
 
@@ -89,35 +87,51 @@ def _bars(quiet: bool) -> Iterator[Progress]:
         yield bars
 
 
-def _run_wave(workshop: Workshop, names: list[str], output: Path, bars: Progress) -> None:
-    """Run the named stages side by side, each in its own process, and wait for all."""
-    if "scenes" in names:
-        task = bars.add_task("scenes", total=None, note="")
-        workshop.scenes().render(progress=lambda done, total: bars.update(task, completed=done, total=total))
+def _check_finished(workshop: Workshop, wave: tuple[tuple[str, ...], ...], stage: str) -> None:
+    for name in (name for chain in wave for name in chain):
+        if not workshop.finished(name):
+            raise ValueError(f'stage "{stage}" needs stage "{name}" first')
+
+
+def _run_wave(workshop: Workshop, chains: list[tuple[str, ...]], output: Path, bars: Progress) -> None:
+    """Run chains of stages side by side, each chain in its own process, and wait for all."""
+    chains = [tuple(name for name in chain if not workshop.finished(name)) for chain in chains]
+    tasks = {
+        name: bars.add_task(name, total=_length(workshop, name), note="")
+        for chain in chains
+        for name in chain
+    }
+    if "scenes" in tasks:
+        workshop.scenes().render(
+            progress=lambda done, total: bars.update(tasks["scenes"], completed=done, total=total)
+        )
         return
     context = multiprocessing.get_context("spawn")
-    running: dict[str, tuple[BaseProcess, int]] = {}
-    for name in names:
-        process = context.Process(target=_child, args=(workshop, name, output), daemon=True)
-        process.start()
-        total = getattr(workshop.recipe, name).steps if name in TRAINED else 1
-        running[name] = (process, bars.add_task(name, total=total, note=""))
+    running: list[BaseProcess] = []
     try:
-        while any(process.is_alive() for process, _ in running.values()):
-            for name, (process, task) in running.items():
-                _show(bars, task, workshop.checkpoints / f"{name}.log")
-                if process.exitcode:
-                    raise RuntimeError(f"stage {name} failed with exit code {process.exitcode}")
+        for chain in filter(None, chains):
+            running.append(context.Process(target=_child, args=(workshop, chain, output), daemon=True))
+            running[-1].start()
+        while any(process.is_alive() for process in running) and not any(
+            process.exitcode for process in running
+        ):
             time.sleep(0.5)
-        failed = [name for name, (process, _) in running.items() if process.exitcode]
-        if failed:
-            raise RuntimeError(f"stage {failed[0]} failed with exit code {running[failed[0]][0].exitcode}")
-        for _, task in running.values():
+            for name, task in tasks.items():
+                _show(bars, task, workshop.checkpoints / f"{name}.log")
+        if any(process.exitcode for process in running):
+            raise RuntimeError(
+                f"training stopped in {' or '.join(tasks)}: the error is above; run again to continue"
+            )
+        for task in tasks.values():
             bars.update(task, completed=bars.tasks[task].total)
     finally:
-        for process, _ in running.values():
+        for process in running:
             process.terminate()
             process.join()
+
+
+def _length(workshop: Workshop, name: str) -> int:
+    return getattr(workshop.recipe, name).steps if name in TRAINED else 1
 
 
 def _show(bars: Progress, task: int, log: Path) -> None:
@@ -132,8 +146,8 @@ def _show(bars: Progress, task: int, log: Path) -> None:
         )
 
 
-def _child(workshop: Workshop, name: str, output: Path) -> None:
-    """One stage, in its own process; ends when the parent does."""
+def _child(workshop: Workshop, chain: tuple[str, ...], output: Path) -> None:
+    """Stages one after another, in a process of their own that ends when the parent does."""
     import torch
 
     torch.set_num_threads(1)
@@ -143,10 +157,11 @@ def _child(workshop: Workshop, name: str, output: Path) -> None:
         if parent is not None and not parent.is_alive():
             raise SystemExit("the training run was stopped")
 
-    if name == "latents":
-        torch.set_num_threads(os.cpu_count() or 1)
-        workshop.encode()
-    elif name == "export":
-        workshop.export(output)
-    else:
-        workshop.train(name, each_step=stop_with_parent)
+    for name in chain:
+        if name == "latents":
+            torch.set_num_threads(os.cpu_count() or 1)
+            workshop.encode()
+        elif name == "export":
+            workshop.export(output)
+        else:
+            workshop.train(name, each_step=stop_with_parent)
