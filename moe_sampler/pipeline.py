@@ -16,7 +16,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from .checkpoints import load_component, read_model_index
+from .checkpoints import CheckpointError, load_component, read_model_index
 from .experts import Expert
 from .hybrid import DEFAULTS, hybrid_experts, hybrid_plan
 from .planning import SamplingPlan
@@ -25,6 +25,7 @@ from .sampling import sample
 
 __all__ = ["HybridPipeline", "HybridPipelineOutput"]
 
+_VAES = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
 
@@ -112,23 +113,20 @@ class HybridPipeline(DiffusionPipeline):
                 cls.download(str(pretrained_model_name_or_path), **hub, variant=kwargs.get("variant"))
             )
         index = read_model_index(folder)
-        models = {
+        vae = index["vae"][1]
+        if vae not in _VAES:
+            raise CheckpointError(f"{folder}: vae is a {vae}, use one of {', '.join(_VAES)}")
+        classes = {
+            "vae": _VAES[vae],
+            "text_encoder": CLIPTextModel,
             "unet_sol": UNet2DConditionModel,
             "unet_lune": UNet2DConditionModel,
-            "vae": {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny},
-            "text_encoder": CLIPTextModel,
         }
         if "torch_dtype" not in kwargs:
             kwargs.setdefault("dtype", torch.float32)
         options = {name: kwargs[name] for name in ("dtype", "torch_dtype", "variant") if name in kwargs}
-        for name, model_class in models.items():
-            if name in kwargs:
-                continue
-            if isinstance(model_class, dict):
-                if index[name][1] not in model_class:
-                    raise ValueError(f"{name} is a {index[name][1]}: use one of {', '.join(model_class)}")
-                model_class = model_class[index[name][1]]
-            kwargs[name] = load_component(model_class, folder / name, **options)
+        for name in classes.keys() - kwargs.keys():
+            kwargs[name] = load_component(classes[name], folder / name, **options)
         return super().from_pretrained(str(folder), **kwargs)
 
     def experts(
@@ -149,13 +147,8 @@ class HybridPipeline(DiffusionPipeline):
             "lune": self.config.lune_guidance if lune_guidance is None else lune_guidance,
         }
         experts = hybrid_experts(configs, guidance, shift=shift, solver=solver, eta=eta)
-        return tuple(
-            self._with_model(expert, unet) for expert, unet in zip(experts, self._unets, strict=True)
-        )
-
-    @property
-    def _unets(self) -> tuple[UNet2DConditionModel, UNet2DConditionModel]:
-        return self.unet_sol, self.unet_lune
+        unets = (self.unet_sol, self.unet_lune)
+        return tuple(self._with_model(expert, unet) for expert, unet in zip(experts, unets, strict=True))
 
     @staticmethod
     def _with_model(expert: Expert, unet: UNet2DConditionModel) -> Expert:
@@ -384,9 +377,7 @@ class HybridPipeline(DiffusionPipeline):
                 tensors = {"latents": info["x"], "pred_original_sample": info["x0"]}
                 wanted = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                 timestep = info["plan_step"].calls[0].timestep
-                returned = callback_on_step_end(self, info["step"], timestep, wanted)
-                replaced = (returned or {}).get("latents")
-                return None if replaced is info["x"] else replaced
+                return (callback_on_step_end(self, info["step"], timestep, wanted) or {}).get("latents")
 
             bar.set_description(_names(compiled, 0))
             latents = sample(

@@ -124,6 +124,20 @@ def test_callback_on_step_end(demo_pipeline):
     assert (images == 0).all()
 
 
+def test_a_callback_may_change_the_latents_in_place(demo_pipeline):
+    def in_place(pipe, step, timestep, tensors):
+        return {"latents": tensors["latents"].mul_(0.5)}
+
+    def by_value(pipe, step, timestep, tensors):
+        return {"latents": tensors["latents"] * 0.5}
+
+    halved = [
+        demo_pipeline(PROMPT, seed=0, callback_on_step_end=halve, **QUICK).images
+        for halve in (in_place, by_value)
+    ]
+    assert torch.equal(*halved)
+
+
 def test_progress_bar_says_who_is_at_work(demo_pipeline, capsys):
     demo_pipeline.set_progress_bar_config(disable=False, mininterval=0)
     demo_pipeline(PROMPT, seed=0, num_inference_steps=4)
