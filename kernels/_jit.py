@@ -33,8 +33,13 @@ def load_triton() -> None:
     """Import Triton and make every function marked so far a Triton function, in its own module."""
     if not _marked:
         return
-    import triton
-    import triton.language
+    try:
+        import triton
+        import triton.language
+    except ImportError as error:
+        raise RuntimeError(
+            "CUDA tensors need Triton here: pip install triton, or ask for backend='torch'"
+        ) from error
 
     while _marked:
         fn, options = _marked.pop()

@@ -114,6 +114,12 @@ from moe_sampler.kernels import make_row, sampler_step_
 assert not torch.cuda.is_initialized()
 table = torch.tensor([make_row(p=1, a=0.5, b=0.25, q_cond_0=1)])
 assert sampler_step_(torch.ones(1, 4), [torch.ones(1, 4)], table, 0).tolist() == [[1.0] * 4]
+try:
+    sampler_step_(torch.ones(1, 4), [torch.ones(1, 4)], table, 0, backend="triton")
+except ValueError as error:
+    assert "pip install triton" in str(error)
+else:
+    raise AssertionError("a missing backend was not missed")
 """
     result = run_python(code)
     assert result.returncode == 0, result.stderr
