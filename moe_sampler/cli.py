@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -215,8 +216,11 @@ def _load(model: Path | None, device: str | None) -> Any:
         raise ValueError(f'"{device}" is not a device: use cpu, cuda or cuda:N') from None
     if wanted.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("CUDA is not available here: use --device cpu")
+    # Importing diffusers makes very many objects and no garbage: collecting meanwhile costs a second.
+    gc.disable()
     from .pipeline import HybridPipeline
 
+    gc.enable()
     _quiet()
     dtype = torch.float16 if wanted.type == "cuda" else torch.float32
     return HybridPipeline.from_pretrained(_folder(model), dtype=dtype).to(wanted)
