@@ -93,6 +93,14 @@ def test_ragged_sizes_do_not_spill_either(launch):
     assert 128 not in code.global_loads, "a sample of odd length starts anywhere"
 
 
+@pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
+def test_clipping_lets_nan_through(architecture):
+    """The interpreter's minimum and maximum always do; the hardware's drop a NaN unless told not to."""
+    code = aot.compile_launch(STEPS["unguided"][0], architecture)
+    assert "min.NaN.f32" in code.ptx and "max.NaN.f32" in code.ptx
+    assert "min.f32" not in code.ptx and "max.f32" not in code.ptx
+
+
 @pytest.mark.parametrize("shape", [(3, 1), (1, 1 << 32)], ids=["one number a sample", "past 2³¹"])
 def test_extreme_sizes_compile(shape):
     code = aot.compile_launch(step_launch(FP16, shape=shape, **EVERYTHING), 80)
