@@ -38,12 +38,22 @@ _CHUNK = 16384  # elements at a time
 
 
 class _Workspace(threading.local):
-    """Intermediate arrays of one thread: fresh ones would cost as much in page faults as the arithmetic."""
+    """What one thread keeps: a fresh generator and fresh arrays would cost as much as the arithmetic."""
 
     def __init__(self) -> None:
+        self._philox = np.random.Philox(0)
+        self._state = self._philox.state  # a copy, with no words buffered
         self.angles = np.empty((2, _CHUNK // 2), dtype=np.int32)
         self.units = np.empty((2, _CHUNK // 2), dtype=np.float32)
         self.radii = np.empty(_CHUNK // 2, dtype=np.float32)
+
+    def philox(self, seed: int, step: int, stream: int) -> np.random.Philox:
+        """The generator at the first word of one sample; a negative seed counts modulo 2⁶⁴."""
+        key, counter = self._state["state"]["key"], self._state["state"]["counter"]
+        key[0], key[1] = seed & _UINT64, 0
+        counter[0], counter[1], counter[2], counter[3] = 0, step, stream, 0
+        self._philox.state = self._state
+        return self._philox
 
 
 _workspace = _Workspace()
@@ -74,9 +84,7 @@ def box_muller(words: np.ndarray, out: np.ndarray) -> None:
 
 def _fill_sample(out: np.ndarray, seed: int, step: int, stream: int) -> None:
     """out: float32 [numel], contiguous."""
-    key = np.array([seed & _UINT64, 0], dtype=np.uint64)
-    counter = np.array([0, step, stream, 0], dtype=np.uint64)
-    generator = np.random.Philox(key=key, counter=counter)
+    generator = _workspace.philox(seed, step, stream)
     for start in range(0, len(out), _CHUNK):
         part = out[start : start + _CHUNK]
         words = generator.random_raw((len(part) + 1) // 2)
@@ -90,9 +98,11 @@ def _fill_sample(out: np.ndarray, seed: int, step: int, stream: int) -> None:
 
 def fill_normal(out: Tensor, seeds: Tensor, step: int, stream: int) -> Tensor:
     """Fill out: [B, ...], any float dtype and device, from seeds: int64 [B]; reads the seeds on the host."""
+    if out.numel() == 0:
+        return out
     direct = out.dtype == torch.float32 and out.device.type == "cpu"
     normals = out if direct else torch.empty(out.shape, dtype=torch.float32)
-    samples = normals.view(len(out), out.numel() // max(len(out), 1)).numpy()
+    samples = normals.numpy().reshape(out.shape[0], -1)
     # One sample at a time: vectorised loops treat the ends of an array apart, and a sample must not notice
     # where in a batch it lies.
     for sample, seed in zip(samples, seeds.tolist(), strict=True):
