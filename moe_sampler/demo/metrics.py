@@ -6,13 +6,16 @@ import numpy as np
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Fréchet distance of Gaussians fitted to two sets of features [N, D] (Heusel et al. 2017)."""
+    """Fréchet distance of Gaussians fitted to two sets of features [N, D] (Heusel et al. 2017).
+
+    In units of the second set's total variance.
+    """
     mean, cov_a, cov_b = a.mean(0) - b.mean(0), np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     values, vectors = np.linalg.eigh(cov_a)
     root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
     # tr (A B)^(1/2) = tr (A^(1/2) B A^(1/2))^(1/2), and the latter is symmetric.
     cross = np.sqrt(np.clip(np.linalg.eigvalsh(root @ cov_b @ root), 0, None)).sum()
-    return float(mean @ mean + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
+    return float((mean @ mean + np.trace(cov_a) + np.trace(cov_b) - 2 * cross) / np.trace(cov_b))
 
 
 def power_spectrum(images: np.ndarray) -> np.ndarray:

@@ -64,12 +64,12 @@ def comparison_sheet(
     pipe, prompts: Sequence[str] = EXAMPLE_PROMPTS, seed: int = 0, **settings
 ) -> Image.Image:
     """Sol alone, Lune alone, naive handoff and hybrid, from the same noise."""
-    from .evaluate import METHODS, STEPS, generate
+    from .evaluate import STEPS, generate
 
     titles = {"sol": "Sol alone", "lune": "Lune alone", "naive": "naive handoff", "hybrid": "hybrid"}
-    made = {method: generate(pipe, method, list(prompts), seed, STEPS, **settings) for method in METHODS}
-    rows = [(prompt, [made[method][i] for method in METHODS]) for i, prompt in enumerate(prompts)]
-    return contact_sheet([titles[method] for method in METHODS], rows)
+    made = {method: generate(pipe, method, list(prompts), seed, STEPS, **settings) for method in titles}
+    rows = [(prompt, [made[method][i] for method in titles]) for i, prompt in enumerate(prompts)]
+    return contact_sheet(list(titles.values()), rows)
 
 
 def main(folder: Path) -> None:

@@ -70,7 +70,7 @@ SHIPPED = Recipe(
     decoder_batch=8,
     trunk=Schedule(1200, 2e-3, decay_share=0.2, floor=0.5),
     sol=Schedule(2800, 1.5e-3),
-    lune=Schedule(4600, 1.5e-3),
+    lune=Schedule(5000, 1.5e-3),
     batch=24,
 )
 """What made the experts that ship."""
