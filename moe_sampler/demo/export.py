@@ -23,7 +23,7 @@ COMPONENTS = {
     "scheduler_sol": ("diffusers", "DDPMScheduler"),
     "scheduler_lune": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
 }
-SETTINGS = {"handoff": 0.7, "num_inference_steps": 24, "sol_guidance": 2.5, "lune_guidance": 2.5}
+SETTINGS = {"handoff": 0.9, "num_inference_steps": 24, "sol_guidance": 2.5, "lune_guidance": 2.5}
 """What the pipeline does with these experts when not told otherwise."""
 
 
