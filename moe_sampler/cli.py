@@ -46,6 +46,11 @@ Shift = Annotated[
 Solver = Annotated[
     str | None, typer.Option(help="ddpm, ddim, euler or dpmpp_2m, for both experts. Default: each one's own.")
 ]
+_CALL_SETTINGS = (
+    *("negative_prompt", "seed", "expert", "num_inference_steps", "sol_steps", "lune_steps", "handoff"),
+    *("sol_guidance", "lune_guidance", "shift", "solver", "height", "width"),
+)
+"""What an image's settings say of the pipeline's call."""
 
 
 @contextlib.contextmanager
@@ -89,6 +94,13 @@ def _quiet() -> None:
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+
+
+def _given(guidance: float | None, **options: Any) -> dict[str, Any]:
+    """The options that were given; `guidance` stands for each expert's own where that wasn't."""
+    for name in ("sol_guidance", "lune_guidance"):
+        options[name] = guidance if options[name] is None else options[name]
+    return {key: value for key, value in options.items() if value is not None}
 
 
 def _output_paths(output: Path, count: int) -> list[Path]:
@@ -155,34 +167,36 @@ def generate(
         from .images import read_settings, save_png
         from .images import zoom as enlarge
 
-        given = {
-            "negative_prompt": negative,
-            "seed": seed,
-            "expert": expert,
-            "num_inference_steps": steps,
-            "sol_steps": sol_steps,
-            "lune_steps": lune_steps,
-            "handoff": handoff,
-            "sol_guidance": guidance if sol_guidance is None else sol_guidance,
-            "lune_guidance": guidance if lune_guidance is None else lune_guidance,
-            "shift": shift,
-            "solver": solver,
-            "height": height,
-            "width": width,
-        }
+        given = _given(
+            guidance,
+            negative_prompt=negative,
+            seed=seed,
+            expert=expert,
+            num_inference_steps=steps,
+            sol_steps=sol_steps,
+            lune_steps=lune_steps,
+            handoff=handoff,
+            sol_guidance=sol_guidance,
+            lune_guidance=lune_guidance,
+            shift=shift,
+            solver=solver,
+            height=height,
+            width=width,
+        )
         settings = read_settings(like) if like is not None else {}
         prompts = prompts or ([settings["prompt"]] if like is not None else [])
         if not prompts:
             raise ValueError("give a prompt, or --like IMAGE")
         if model is None and settings.get("model") is not None:
             model = Path(settings["model"])
-        call = {key: settings[key] for key in given if settings.get(key) is not None}
+        call = {key: settings[key] for key in _CALL_SETTINGS if key in settings}
+        zoom = settings.get("zoom") if zoom is None else zoom
         if steps is not None or sol_steps is not None or lune_steps is not None:
             for key in ("num_inference_steps", "sol_steps", "lune_steps"):
                 call.pop(key, None)
         if expert not in (None, "hybrid"):
             call.pop("handoff", None)
-        call.update({key: value for key, value in given.items() if value is not None})
+        call.update(given)
         call.setdefault("seed", 0)
         if images < 1:
             raise ValueError(f"images per prompt must be at least 1, got {images}")
@@ -196,8 +210,10 @@ def generate(
         watch = _trace(call) if trace else None
         result = pipe(prompt=prompts, num_images_per_prompt=images, **call)
         for index, (image, path) in enumerate(zip(result.images, paths, strict=True)):
-            record = _record(pipe, call, prompts[index // images], result.seeds[index], model)
             factor = zoom or max(1, round(512 / max(image.size)))
+            record = _record(pipe, call, prompts[index // images], result.seeds[index], model) | {
+                "zoom": factor
+            }
             save_png(enlarge(image, factor), path, record)
             typer.echo(str(path))
             if watch is not None:
@@ -287,20 +303,19 @@ def plan(
     `moe-sampler plan --handoff 0.7 --steps 20`
     """
     with _one_line_errors():
-        settings = {
-            "expert": expert,
-            "num_inference_steps": steps,
-            "sol_steps": sol_steps,
-            "lune_steps": lune_steps,
-            "handoff": handoff,
-            "sol_guidance": guidance if sol_guidance is None else sol_guidance,
-            "lune_guidance": guidance if lune_guidance is None else lune_guidance,
-            "shift": shift,
-            "solver": solver,
-        }
-        compiled = _compile(
-            _folder(model), {key: value for key, value in settings.items() if value is not None}
+        settings = _given(
+            guidance,
+            expert=expert,
+            num_inference_steps=steps,
+            sol_steps=sol_steps,
+            lune_steps=lune_steps,
+            handoff=handoff,
+            sol_guidance=sol_guidance,
+            lune_guidance=lune_guidance,
+            shift=shift,
+            solver=solver,
         )
+        compiled = _compile(_folder(model), settings)
         typer.echo(compiled.to_json(indent=2) if as_json else str(compiled))
 
 

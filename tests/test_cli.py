@@ -49,6 +49,8 @@ def test_generate_writes_one_image_that_can_be_made_again(tmp_path):
     run("generate", "--like", "castle.png", "-o", "other.png", "--seed", 4, "--expert", "lune", "--zoom", 1)
     assert Image.open("other.png").size == (64, 64)
     assert read_settings(tmp_path / "other.png")["expert"] == "lune"
+    run("generate", "--like", "other.png", "-o", "small.png")
+    assert (pixels("other.png") == pixels("small.png")).all()
 
 
 def test_several_prompts_and_images_are_numbered_and_each_can_be_made_alone():
