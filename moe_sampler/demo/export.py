@@ -45,6 +45,12 @@ def export_experts(
     shutil.rmtree(temporary, ignore_errors=True)
     for name, model in (("vae", vae), ("text_encoder", text), ("unet_sol", sol), ("unet_lune", lune)):
         model.to(dtype=torch.float16, memory_format=torch.contiguous_format).save_pretrained(temporary / name)
+    # AutoencoderTiny sets block_out_channels itself, and warns when its own config file holds them.
+    config = temporary / "vae" / "config.json"
+    kept = {
+        key: value for key, value in json.loads(config.read_text()).items() if key != "block_out_channels"
+    }
+    config.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
     write_tokenizer(temporary / "tokenizer")
     sol_scheduler().save_pretrained(temporary / "scheduler_sol")
     lune_scheduler().save_pretrained(temporary / "scheduler_lune")

@@ -11,12 +11,10 @@ _TITLES = {
     "lune": "Lune alone",
     "naive": "naive handoff",
     "hybrid": "hybrid",
-    "lune_2m": "Lune alone, 2M",
-    "hybrid_2m": "hybrid, 2M",
 }
 _MEASURES = (
     ("attributes", "attributes right", 100.0, "{:.1f}", " %"),
-    ("frechet", "Fréchet distance", 1.0, "{:.2f}", ""),
+    ("frechet", "Fréchet distance", 1.0, "{:.3f}", ""),
     ("high_frequencies", "high frequencies", 1.0, "{:.2f}", ""),
     ("patches", "patch distance", 1.0, "{:.2f}", ""),
 )
