@@ -27,10 +27,6 @@ BODIES = [
 ]
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "interpreter: runs a kernel in Triton's interpreter")
-
-
 def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
