@@ -1,6 +1,6 @@
 """An independent judge for generated scenes: reads attributes and gives features for distances.
 
-It shares nothing with the text encoder's training: its own network, seed and augmentation, pictures only.
+It shares no weights with the text encoder's training: its own network and seed, stronger augmentation.
 """
 
 from __future__ import annotations
