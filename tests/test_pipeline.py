@@ -68,7 +68,7 @@ def test_settings_act(demo_pipeline):
         dict(handoff=0.4),
         dict(router=Crossfade("sol", "lune", 0.9, 0.4)),
         dict(num_inference_steps=5),
-        dict(num_inference_steps=None, sol_steps=1, lune_steps=3),
+        dict(num_inference_steps=None, sol_steps=2, lune_steps=2),
         dict(guidance_scale=1.0),
         dict(sol_guidance=9.0),
         dict(lune_guidance=9.0),
