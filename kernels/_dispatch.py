@@ -10,7 +10,6 @@ from torch import Tensor
 from moe_sampler.kernels import _jit
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-BACKENDS = (None, "triton", "torch")
 
 _library = torch.library.Library("moe_sampler", "FRAGMENT")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +75,9 @@ def load_component(cls: type, folder: Path, **kwargs: Any) -> torch.nn.Module:
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(f"{folder} cannot be loaded as {cls.__name__}: {reason[0]}") from error
-    problems = {name: _listed(info, name) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    problems = {name: sorted(info.get(name) or [], key=str) for name in kinds}
     found = [f"{name.removesuffix('_keys')}: {_names(keys)}" for name, keys in problems.items() if keys]
     if found:
         raise CheckpointError(f"{folder} does not hold the tensors of its {cls.__name__}; {'; '.join(found)}")
     return model.eval()
-
-
-def _listed(info: Mapping[str, Any], name: str) -> list[Any]:
-    return sorted(info.get(name) or [], key=str)

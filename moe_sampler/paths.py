@@ -19,6 +19,9 @@ from .kernels.conversions import shift_sigma
 __all__ = ["FlowPath", "Level", "Path", "VPPath", "path_from_scheduler_config"]
 
 
+SPACINGS = ("trailing", "leading", "linspace")
+
+
 @dataclass(frozen=True, slots=True)
 class Level:
     """A noise level: x = alpha * x0 + sigma * eps."""
@@ -153,10 +156,12 @@ class VPPath:
         Args:
             steps: number of nodes.
             start, end: shares of noise; the span is cut out of the timestep axis between them.
-            shift: unused, accepted for symmetry; must be 1 (VP spacings have no shift).
-            spacing: "trailing", "leading" or "linspace" (table 2 of arXiv:2305.08891). "leading" and
-                "linspace" are defined over the whole range only.
+            shift: not used: VP spacings have none.
+            spacing: "trailing", "leading" or "linspace" (table 2 of arXiv:2305.08891). All but "trailing" are
+                defined over the whole range only; a part of it is always spaced as "trailing" does.
         """
+        if spacing not in SPACINGS:
+            raise ValueError(f'unknown timestep spacing "{spacing}": use one of {", ".join(SPACINGS)}')
         whole = start >= self.level(self.num_train_timesteps - 1).noise and end <= 0.0
         total = self.num_train_timesteps
         if spacing == "trailing" or not whole:
@@ -167,10 +172,8 @@ class VPPath:
                 timesteps[0] = first - 1
         elif spacing == "leading":
             timesteps = (np.arange(steps) * (total // steps))[::-1] + self.steps_offset
-        elif spacing == "linspace":
-            timesteps = np.round(np.linspace(0, total - 1, steps))[::-1]
         else:
-            raise ValueError(f'unknown timestep spacing "{spacing}": use "trailing", "leading" or "linspace"')
+            timesteps = np.round(np.linspace(0, total - 1, steps))[::-1]
         if len(np.unique(timesteps)) < steps:
             raise ValueError(
                 f"{steps} steps do not fit on the integer timesteps between noise levels {start:.3f} and "

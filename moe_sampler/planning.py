@@ -126,7 +126,7 @@ class SamplingPlan:
         )
         return cls(steps, body["initial_scale"])
 
-    def rows_for_display(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    def _display_rows(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """Header and cells of the printed plan."""
         header = (
             "step",
@@ -164,7 +164,7 @@ class SamplingPlan:
         return header, cells
 
     def __str__(self) -> str:
-        header, cells = self.rows_for_display()
+        header, cells = self._display_rows()
         widths = [max(len(row[i]) for row in [header, *cells]) for i in range(len(header))]
         lines = [
             "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))

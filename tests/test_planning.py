@@ -35,7 +35,7 @@ def test_the_handoff_is_met_to_the_last_bit():
 
 def test_steps_connect_and_end_at_the_data():
     compiled = hybrid()
-    for step, following in zip(compiled.steps, compiled.steps[1:], strict=False):
+    for step, following in itertools.pairwise(compiled.steps):
         assert step.target == following.level
     assert compiled.steps[-1].target.sigma == 0.0 and compiled.steps[-1].target.alpha == 1.0
 
@@ -158,6 +158,8 @@ def test_errors_of_experts_and_routers():
         Expert("x", LUNE.path, "velocity")
     with pytest.raises(ValueError, match="unknown timestep spacing"):
         plan(Expert.sol(spacing="middle"))
+    with pytest.raises(ValueError, match="unknown timestep spacing"):
+        plan((Expert.sol(spacing="middle"), LUNE), Boundary("sol", "lune", 0.5))
     with pytest.raises(ValueError, match="pure noise"):
         plan(Expert("x", LUNE.path, "epsilon"))
 
