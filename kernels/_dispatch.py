@@ -10,6 +10,7 @@ from torch import Tensor
 from moe_sampler.kernels import _jit
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+WITH_FLOAT64 = (*FLOATS, torch.float64)  # twins of differentiable operators, so that gradcheck can run
 
 _library = torch.library.Library("moe_sampler", "FRAGMENT")
 
@@ -18,15 +19,29 @@ class Operator:
     """One opaque torch operator with two bodies of the same signature.
 
     `launch` runs the Triton kernel and serves CUDA tensors; `twin` is plain torch and serves all others.
+    `autograd` is what `torch.library.register_autograd` takes: (save(ctx, inputs, output), backward(ctx,
+    *gradients)), where `ctx.backend` names the body that made the output, for the backward operator's `on`.
     """
 
-    def __init__(self, schema: str, *, twin: Callable, launch: Callable, fake: Callable) -> None:
-        self.twin, self.launch = twin, launch
+    def __init__(
+        self,
+        schema: str,
+        *,
+        twin: Callable,
+        launch: Callable,
+        fake: Callable,
+        autograd: tuple[Callable, Callable] | None = None,
+    ) -> None:
+        self.twin, self.launch, self._autograd = twin, launch, autograd
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         name = schema.partition("(")[0]
         _library.impl(name, twin, "CompositeExplicitAutograd")
         _library.impl(name, launch, "CUDA")
         torch.library.register_fake(f"moe_sampler::{name}", fake, lib=_library)
+        if autograd is not None:
+            torch.library.register_autograd(
+                f"moe_sampler::{name}", autograd[1], setup_context=self._save_for(None), lib=_library
+            )
         packet, _, overload = name.partition(".")
         self.default = getattr(getattr(torch.ops.moe_sampler, packet), overload or "default")
 
@@ -35,11 +50,28 @@ class Operator:
         if backend is None or backend == ("triton" if device.type == "cuda" else "torch"):
             return self.default
         if backend == "torch":
-            return self.twin
+            return self._body(self.twin, backend)
         if backend == "triton":
             _jit.require_triton(device)
-            return self.launch
+            return self._body(self.launch, backend)
         raise ValueError(f"backend must be None, 'triton' or 'torch', got {backend!r}")
+
+    def _save_for(self, backend: str | None) -> Callable:
+        def save(ctx, inputs, output) -> None:
+            ctx.backend = backend
+            self._autograd[0](ctx, inputs, output)
+
+        return save
+
+    def _body(self, body: Callable, backend: str) -> Callable:
+        if self._autograd is None:
+            return body
+        methods = {
+            "forward": staticmethod(body),
+            "setup_context": staticmethod(self._save_for(backend)),
+            "backward": staticmethod(self._autograd[1]),
+        }
+        return type("Body", (torch.autograd.Function,), methods).apply
 
 
 def check_tensor(
