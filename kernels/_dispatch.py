@@ -100,17 +100,13 @@ def check_no_overlap(
     written: Iterable[tuple[str, Tensor | None]], read: Iterable[tuple[str, Tensor | None]]
 ) -> None:
     """Raise a ValueError if a written tensor shares memory with any other one. All are contiguous."""
-    spans = []
-    for tensors, is_written in ((written, True), (read, False)):
-        for name, t in tensors:
-            if t is not None and t.numel():
-                start = t.data_ptr()
-                spans.append((start, start + t.nbytes, is_written, name))
-    spans.sort()
-    end, last, last_written = 0, "", False
-    for start, stop, is_written, name in spans:
-        if start < end and (is_written or last_written):
-            first, second = (name, last) if is_written else (last, name)
-            raise ValueError(f"{first} shares memory with {second}; give it storage of its own")
-        if stop > end:
-            end, last, last_written = stop, name, is_written
+    seen = [(name, start := t.data_ptr(), start + t.nbytes) for name, t in read if t is not None]
+    for name, t in written:
+        if t is None:
+            continue
+        start = t.data_ptr()
+        stop = start + t.nbytes
+        for other, other_start, other_stop in seen:
+            if start < other_stop and other_start < stop:
+                raise ValueError(f"{name} shares memory with {other}; give it storage of its own")
+        seen.append((name, start, stop))

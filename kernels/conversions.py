@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -36,6 +37,12 @@ def _check_pair(x: Tensor, velocity: Tensor, x_dtypes: tuple[torch.dtype, ...], 
     check_tensor("velocity", velocity, x.device, FLOATS, x.shape)
     for name, level in levels.items():
         check_tensor(name, level, x.device, _FLOAT32, x.shape[:1])
+
+
+def _check_finite(**levels: float) -> None:
+    for name, level in levels.items():
+        if not math.isfinite(level):
+            raise ValueError(f"{name} must be finite, got {level}")
 
 
 def _extent(x: Tensor, per_sample: bool) -> tuple[int, tuple[int]]:
@@ -139,6 +146,7 @@ def velocity_to_epsilon(
     Computed in float32; returns [B, ...] in the velocity's dtype.
     """
     if not (isinstance(alpha, Tensor) or isinstance(sigma, Tensor)):
+        _check_finite(alpha=alpha, sigma=sigma)
         if alpha == 0 and sigma == 0:
             raise ValueError("alpha and sigma must not both be zero")
         return _epsilon_level.on(backend, x.device)(velocity, x, alpha, sigma)
@@ -236,6 +244,7 @@ def euler_step_(
     if isinstance(sigma, Tensor) or isinstance(sigma_next, Tensor):
         _euler.on(backend, x.device)(x, velocity, _level(sigma, x), _level(sigma_next, x))
     else:
+        _check_finite(sigma=sigma, sigma_next=sigma_next)
         _euler_level.on(backend, x.device)(x, velocity, sigma, sigma_next)
     return x
 
@@ -290,6 +299,6 @@ def shift_sigmas(sigmas: Tensor, shift: float, *, backend: str | None = None) ->
     sigmas: float32 of any shape, or float64 (in plain torch on every device), 1 = noise. shift: k > 0.
     Returns a new tensor like `sigmas`.
     """
-    if not shift > 0:
-        raise ValueError(f"shift must be positive, got {shift}")
+    if not 0 < shift < math.inf:
+        raise ValueError(f"shift must be positive and finite, got {shift}")
     return _shift.on(backend, sigmas.device)(sigmas, shift)

@@ -10,6 +10,7 @@ This module is plain Python: planning needs neither torch nor a device.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 COLUMNS = (
     "p",
@@ -32,7 +33,10 @@ ROW_WIDTH = 16
 
 
 def make_row(**columns: float) -> list[float]:
-    """One row of `ROW_WIDTH` numbers from named columns; absent ones are 0, an absent `clip` is +inf."""
+    """One row of `ROW_WIDTH` numbers from named columns; absent ones are 0, an absent `clip` is +inf.
+
+    Raises a ValueError for an unknown column and for a value that no step can have.
+    """
     unknown = sorted(set(columns) - set(COLUMNS))
     if unknown:
         raise ValueError(f"unknown column {unknown[0]!r}; the columns are {', '.join(COLUMNS)}")
@@ -40,4 +44,17 @@ def make_row(**columns: float) -> list[float]:
     row[INDEX["clip"]] = math.inf
     for name, value in columns.items():
         row[INDEX[name]] = float(value)
+    check_row(row)
     return row
+
+
+def check_row(row: Sequence[float]) -> None:
+    """Raise a ValueError unless all of a row is finite, but for `clip`, which is in [0, ∞]."""
+    at = INDEX["clip"]
+    # NaN and infinities survive a sum, so a good row costs one pass.
+    if math.isfinite(sum(row[:at]) + sum(row[at + 1 :])) and row[at] >= 0:
+        return
+    bad = [f"{n} = {v}" for n, v in zip(COLUMNS, row, strict=False) if n != "clip" and not math.isfinite(v)]
+    if not row[at] >= 0:
+        bad.append(f"clip = {row[at]}")
+    raise ValueError(f"a row's coefficients must be finite and its clip at least 0, got {', '.join(bad)}")

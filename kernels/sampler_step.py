@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_sampler.kernels import _jit
 from moe_sampler.kernels._dispatch import FLOATS, Operator, check_no_overlap, check_tensor
 from moe_sampler.kernels.noise import check_counter, fill_normal
-from moe_sampler.kernels.rows import COLUMNS, ROW_WIDTH
+from moe_sampler.kernels.rows import COLUMNS, ROW_WIDTH, check_row
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -85,13 +85,11 @@ def _add_output(x: Tensor, output: Tensor | None, cond: float, uncond: float) ->
 def _write_next(buffer: Tensor | None, x: Tensor, scale: float) -> None:
     if buffer is None:
         return
-    if buffer.shape[0] != x.shape[0]:
-        buffer = buffer.view(2, *x.shape)
-        x = x.expand_as(buffer)
-    if scale == 1.0:
-        buffer.copy_(x)
+    scaled = x if scale == 1.0 else x * scale
+    if buffer.shape[0] == x.shape[0]:
+        buffer.copy_(scaled)
     else:
-        torch.mul(x, scale, out=buffer)
+        torch.cat((scaled, scaled), out=buffer)
 
 
 def _twin(*arguments: Tensor | int | None) -> None:
@@ -99,13 +97,16 @@ def _twin(*arguments: Tensor | int | None) -> None:
     _check(s)
     _check_memory(s)
     row = s.table[s.step].tolist()[: len(COLUMNS)]
+    check_row(row)
     p, a, b, d, n, clip, cond_0, uncond_0, cond_1, uncond_1, scale_0, scale_1 = row
     if n != 0.0 and s.seeds is None and s.noise is None:
         raise ValueError(f"row {s.step} adds noise (n = {n:g}): give seeds or noise")
     x = s.x
     if s.x0_prev is None and clip == math.inf:
         # Nobody sees x0, so its coefficients fold into the update: half the passes over memory.
-        x.mul_(a + b * p)
+        from_x = a + b * p
+        if abs(from_x - 1.0) > 2.0**-24:  # else 1, but for the rounding of a and b: an Euler step of a flow
+            x.mul_(from_x)
         _add_output(x, s.output_0, b * cond_0, b * uncond_0)
         _add_output(x, s.output_1, b * cond_1, b * uncond_1)
     else:
@@ -278,7 +279,8 @@ def sampler_step_(
     seeds: int64 [B] for z = philox_normal(x.shape, seeds, step, stream=stream), made inside the kernel; or
     noise: float32 [B, ...]; where n = 0 neither is touched. Without both the noise term is absent: for a row
     with n ≠ 0 this is an error on the CPU, and goes unnoticed on CUDA, where the row cannot be read without
-    waiting for the device. backend: None picks Triton for CUDA tensors and torch for CPU tensors.
+    waiting for the device; so it is with a coefficient that is not finite, which `make_row` refuses to write.
+    backend: None picks Triton for CUDA tensors and torch for CPU tensors.
     """
     if isinstance(outputs, Tensor) or not 1 <= len(outputs) <= 2:
         raise ValueError("outputs must be a list of one or two tensors")

@@ -138,7 +138,10 @@ def test_level_zero_keeps_mixed_numbers_and_tensors(generator):
         (lambda x: velocity_to_epsilon(x, x[:1], 1, 1), ValueError, "velocity must have shape"),
         (lambda x: velocity_to_epsilon(x, x, 0, 0), ValueError, "must not both be zero"),
         (lambda x: velocity_to_epsilon(x, x.double(), 1, 1), TypeError, "x must be float32 or"),
+        (lambda x: velocity_to_epsilon(x, x, math.nan, 1), ValueError, "alpha must be finite"),
+        (lambda x: euler_step_(x, x.clone(), 1, math.nan), ValueError, "sigma_next must be finite"),
         (lambda x: shift_sigmas(x, 0), ValueError, "shift must be positive"),
+        (lambda x: shift_sigmas(x, math.nan), ValueError, "shift must be positive"),
         (lambda x: shift_sigmas(x.half(), 2), TypeError, "sigmas must be float32 or float64"),
     ],
 )

@@ -1,5 +1,6 @@
 """The operators as torch sees them, and what they refuse."""
 
+import math
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import torch
 from torch.library import opcheck
 
 from moe_sampler.kernels import (
+    COLUMNS,
     ROW_WIDTH,
     euler_step_,
     make_row,
@@ -20,6 +22,7 @@ from moe_sampler.kernels import (
 OPS = torch.ops.moe_sampler
 SHAPE = (2, 4, 8, 8)
 ROW = make_row(p=1.1, a=0.9, b=0.2, d=0.1, n=0.3, q_cond_0=-2, q_uncond_0=1.5, q_cond_1=0.4, scale_0=0.7)
+NAN_AT = (torch.tensor(1), torch.tensor(COLUMNS.index("a")))
 QUIET_ROW = make_row(p=1.1, a=0.9, b=0.2, q_cond_0=-2, scale_0=0.7)
 
 
@@ -170,6 +173,11 @@ def wrong(error, message, **changes):
         wrong(ValueError, "step 2 is outside the table", step=lambda a: 2),
         wrong(ValueError, "step -1 is outside the table", step=lambda a: -1),
         wrong(ValueError, r"table must have shape \[steps, 16\]", table=lambda a: torch.ones(2, 12)),
+        wrong(
+            ValueError,
+            "got a = nan",
+            table=lambda a: a["table"].clone().index_put_(NAN_AT, torch.tensor(math.nan)),
+        ),
         wrong(TypeError, "table must be float32", table=lambda a: torch.ones(2, ROW_WIDTH).double()),
         wrong(ValueError, "x0_prev must have shape", x0_prev=lambda a: torch.ones(1, 4, 8, 8)),
         wrong(ValueError, "shares memory with", x0_prev=lambda a: a["x"]),

@@ -28,6 +28,13 @@ def test_make_row_knows_its_columns():
         rows.make_row(q=1)
 
 
+@pytest.mark.parametrize("wrong", [{"a": math.nan}, {"scale_1": math.inf}, {"clip": math.nan}, {"clip": -1}])
+def test_a_row_of_numbers_that_no_step_has_is_refused(wrong):
+    (name,) = wrong
+    with pytest.raises(ValueError, match=f"got {name} = "):
+        rows.make_row(p=1, **wrong)
+
+
 def test_the_layout_needs_no_torch():
     code = "import runpy, sys; runpy.run_path(sys.argv[1]); assert 'torch' not in sys.modules"
     path = Path(rows.__file__)
