@@ -27,13 +27,18 @@ ARCHITECTURES = (80, 90, 100)
 
 @dataclass(frozen=True)
 class Compiled:
-    """What one compiled kernel uses. Accesses are counted in the code, by their width in bits."""
+    """What one compiled kernel uses.
+
+    Accesses are counted in the code, by their width in bits; so are the instructions, a loop's once.
+    """
 
     name: str
     architecture: int
     registers: int
     stack_bytes: int
     shared_bytes: int
+    warps: int
+    instructions: int
     local_loads: int
     local_stores: int
     global_loads: dict[int, int]
@@ -110,6 +115,8 @@ def compile_launch(launch: Launch, architecture: int = 90) -> Compiled:
         registers=usage["REG"],
         stack_bytes=usage["STACK"],
         shared_bytes=kernel.metadata.shared,
+        warps=kernel.metadata.num_warps,
+        instructions=sum(opcode != "NOP" for opcode in opcodes),
         local_loads=sum(opcode.startswith("LDL") for opcode in opcodes),
         local_stores=sum(opcode.startswith("STL") for opcode in opcodes),
         global_loads=_widths(opcodes, "LDG"),
