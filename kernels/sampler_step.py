@@ -67,9 +67,15 @@ def _check(s: Step) -> None:
 
 
 def _check_memory(s: Step) -> None:
-    written = (("x", s.x), ("x0_prev", s.x0_prev), ("next_inputs[0]", s.next_0), ("next_inputs[1]", s.next_1))
-    outputs = (("outputs[0]", s.output_0), ("outputs[1]", s.output_1))
-    check_no_overlap(written, (*outputs, ("table", s.table), ("seeds", s.seeds), ("noise", s.noise)))
+    check_no_overlap(
+        written=(
+            ("x", s.x),
+            ("x0_prev", s.x0_prev),
+            ("next_inputs[0]", s.next_0),
+            ("next_inputs[1]", s.next_1),
+        ),
+        read=(("outputs[0]", s.output_0), ("outputs[1]", s.output_1), ("noise", s.noise)),
+    )
 
 
 def _add_output(x: Tensor, output: Tensor | None, cond: float, uncond: float) -> None:
@@ -104,9 +110,9 @@ def _twin(*arguments: Tensor | int | None) -> None:
     x = s.x
     if s.x0_prev is None and clip == math.inf:
         # Nobody sees x0, so its coefficients fold into the update: half the passes over memory.
-        from_x = a + b * p
-        if abs(from_x - 1.0) > 2.0**-24:  # else 1, but for the rounding of a and b: an Euler step of a flow
-            x.mul_(from_x)
+        change = a + b * p - 1.0
+        if abs(change) > 2.0**-24:  # else none, but for the rounding of a and b: an Euler step of a flow
+            x.add_(x, alpha=change)  # x.mul_ would make a tensor of its factor first
         _add_output(x, s.output_0, b * cond_0, b * uncond_0)
         _add_output(x, s.output_1, b * cond_1, b * uncond_1)
     else:

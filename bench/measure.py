@@ -1,0 +1,159 @@
+"""Timing providers side by side: interleaved, warmed up, with what they ran on in every row."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.counting import count_dispatches, peak_memory
+from bench.roofline import DEVICES
+
+OURS = "moe-sampler"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The same work done by several providers.
+
+    Args:
+        suite: the table it belongs to.
+        case: what distinguishes it within the table.
+        providers: makes a callable per provider, ours under `OURS`; made only when it is measured.
+        moved_bytes: what the operation must read and write, for the bandwidth a GPU achieved.
+        memory: also measure the peak of what a call allocates.
+    """
+
+    suite: str
+    case: Mapping[str, str]
+    providers: Callable[[], Mapping[str, Callable[[], Any]]]
+    moved_bytes: int | None = None
+    memory: bool = False
+
+    @property
+    def title(self) -> str:
+        return ", ".join([self.suite, *self.case.values()])
+
+
+@dataclass(frozen=True)
+class Result:
+    """Seconds of every call of one provider, and what a call asks of a GPU: dispatches and waits."""
+
+    seconds: np.ndarray = field(repr=False)
+    dispatches: int
+    waits: int
+    peak_bytes: int | None
+
+    @property
+    def median(self) -> float:
+        return float(np.median(self.seconds))
+
+
+def environment() -> dict[str, str]:
+    """Columns that say what a row was measured on."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "numpy")}
+    return {"machine": _machine(), "threads": str(torch.get_num_threads()), **versions}
+
+
+def _machine() -> str:
+    if DEVICE == "cuda":
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = [line.split(":", 1)[1].strip() for line in cpuinfo.open() if line.startswith("model name")]
+        if models:
+            return f"{models[0]}, {len(models)} cores"
+    return platform.processor() or platform.machine()
+
+
+def _timed_on_cpu(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _timed_on_cuda(call: Callable[[], Any]) -> float:
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) / 1e3
+
+
+def interleave(
+    providers: Mapping[str, Callable[[], Any]], seconds: float = 0.4, turns: tuple[int, int] = (7, 60)
+) -> dict[str, np.ndarray]:
+    """Seconds per call of each provider, the providers taking turns.
+
+    A turn is one call that doesn't count, so that caches hold this provider's data and not its neighbour's, and
+    then calls for about a millisecond, at least one and at most 20, each timed. The order moves on by one every
+    round. Compilation and first allocations are excluded. seconds: for all turns together, which sets their
+    number.
+    """
+    timed = _timed_on_cuda if DEVICE == "cuda" else _timed_on_cpu
+    calls = {}
+    for name, call in providers.items():
+        for _ in range(3):
+            call()
+        once = min(timed(call) for _ in range(3))
+        calls[name] = int(min(max(1e-3 / once, 1), 20)), once
+    round_seconds = sum((count + 1) * once for count, once in calls.values())
+    names = list(providers)
+    taken: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(int(min(max(seconds / round_seconds, turns[0]), turns[1]))):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            call = providers[name]
+            call()
+            taken[name] += [timed(call) for _ in range(calls[name][0])]
+    return {name: np.asarray(values) for name, values in taken.items()}
+
+
+def measure(comparison: Comparison) -> dict[str, Result]:
+    """All providers of one comparison."""
+    providers = comparison.providers()
+    seconds = interleave(providers)
+    results = {}
+    for name, call in providers.items():
+        dispatches, waits = count_dispatches(call)
+        peak = peak_memory(call, DEVICE) if comparison.memory else None
+        results[name] = Result(seconds[name], dispatches, waits, peak)
+    return results
+
+
+def table_rows(comparison: Comparison, results: Mapping[str, Result]) -> list[dict[str, object]]:
+    """A row a provider; `times_ours` above 1 says how much faster ours is, below 1 how much slower."""
+    peak_bandwidth = {device.name: device.bandwidth for device in DEVICES}
+    found = []
+    for name, result in results.items():
+        low, high = np.percentile(result.seconds, (20, 80))
+        row = {
+            "suite": comparison.suite,
+            **comparison.case,
+            "provider": name,
+            "median_us": f"{result.median * 1e6:.1f}",
+            "p20_us": f"{low * 1e6:.1f}",
+            "p80_us": f"{high * 1e6:.1f}",
+            "times_ours": f"{result.median / results[OURS].median:.2f}",
+            "rounds": len(result.seconds),
+            "dispatches": result.dispatches,
+            "host_waits": result.waits,
+        }
+        if result.peak_bytes is not None:
+            row["peak_MiB"] = f"{result.peak_bytes / 2**20:.2f}"
+        if DEVICE == "cuda" and comparison.moved_bytes is not None:
+            achieved = comparison.moved_bytes / result.median
+            row["GB_per_s"] = f"{achieved / 1e9:.0f}"
+            peaks = [peak for device, peak in peak_bandwidth.items() if device.split()[0] in _machine()]
+            row["of_peak"] = f"{achieved / peaks[0]:.0%}" if peaks else ""
+        found.append(row | environment())
+    return found

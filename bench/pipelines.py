@@ -1,0 +1,129 @@
+"""End to end: images a second and the share of time outside the models, beside diffusers' own pipeline."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler, StableDiffusionPipeline
+
+from bench.measure import DEVICE, OURS, environment, interleave
+from moe_sampler import HybridPipeline
+from moe_sampler.demo import experts_path
+
+STEPS, PROMPT, GUIDANCE = 20, "a castle with two towers, at dusk", 2.5
+
+
+def _pipelines() -> tuple[HybridPipeline, StableDiffusionPipeline]:
+    """Both around the same modules."""
+    ours = HybridPipeline.from_pretrained(experts_path()).to(DEVICE)
+    theirs = StableDiffusionPipeline(
+        vae=ours.vae,
+        text_encoder=ours.text_encoder,
+        tokenizer=ours.tokenizer,
+        unet=ours.unet_sol,
+        scheduler=DDPMScheduler.from_config(ours.scheduler_sol.config),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    for pipe in (ours, theirs):
+        pipe.set_progress_bar_config(disable=True)
+    return ours, theirs
+
+
+@contextmanager
+def _time_inside(modules: list[torch.nn.Module]) -> Iterator[list[float]]:
+    """Seconds of every call of the modules, waiting for the device after each."""
+    taken: list[float] = []
+
+    def timed(call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            result = call(*args, **kwargs)
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
+            taken.append(time.perf_counter() - start)
+            return result
+
+        return wrapper
+
+    names = [(m, "decode" if hasattr(m, "decode") else "forward") for m in modules]
+    for module, name in names:
+        setattr(module, name, timed(getattr(module, name)))
+    try:
+        yield taken
+    finally:
+        for module, name in names:
+            delattr(module, name)
+
+
+def _outside(pipe: Any, call: Callable[[], Any]) -> float:
+    """Share of a call's time that is spent in none of the models, the median of several calls."""
+    modules = [m for m in pipe.components.values() if isinstance(m, torch.nn.Module)]
+    shares = []
+    for _ in range(5):
+        with _time_inside(modules) as taken:
+            start = time.perf_counter()
+            call()
+            shares.append(1 - sum(taken) / (time.perf_counter() - start))
+    return sorted(shares)[len(shares) // 2]
+
+
+def rows() -> list[dict[str, object]]:
+    """One row a pipeline and batch size."""
+    ours, theirs = _pipelines()
+    found = []
+    for batch in (1, 4):
+
+        def alone(batch: int = batch) -> Any:
+            return ours(
+                PROMPT,
+                expert="sol",
+                num_inference_steps=STEPS,
+                guidance_scale=GUIDANCE,
+                num_images_per_prompt=batch,
+                seed=0,
+            )
+
+        def hybrid(batch: int = batch) -> Any:
+            return ours(
+                PROMPT,
+                num_inference_steps=STEPS,
+                guidance_scale=GUIDANCE,
+                num_images_per_prompt=batch,
+                seed=0,
+            )
+
+        def diffusers(batch: int = batch) -> Any:
+            generator = torch.Generator().manual_seed(0)
+            return theirs(
+                PROMPT,
+                height=64,
+                width=64,
+                num_inference_steps=STEPS,
+                guidance_scale=GUIDANCE,
+                num_images_per_prompt=batch,
+                generator=generator,
+            )
+
+        providers = {OURS: alone, "moe-sampler, hybrid": hybrid, "diffusers": diffusers}
+        seconds = interleave(providers, seconds=6.0)
+        for name, call in providers.items():
+            pipe = theirs if name == "diffusers" else ours
+            found.append(
+                {
+                    "suite": "end to end",
+                    "batch": batch,
+                    "steps": STEPS,
+                    "provider": name,
+                    "images_per_s": f"{batch / float(torch.tensor(seconds[name]).median()):.2f}",
+                    "outside_models": f"{_outside(pipe, call):.2%}",
+                    "rounds": len(seconds[name]),
+                    **environment(),
+                }
+            )
+    return found
