@@ -17,6 +17,7 @@ from bench.counting import count_dispatches, peak_memory
 from bench.roofline import DEVICES
 
 OURS = "moe-sampler"
+Call = Callable[[], Any]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -27,14 +28,14 @@ class Comparison:
     Args:
         suite: the table it belongs to.
         case: what distinguishes it within the table.
-        providers: makes a callable per provider, ours under `OURS`; made only when it is measured.
+        providers: what makes each provider's callable, ours under `OURS`; made only when it is measured.
         moved_bytes: what the operation must read and write, for the bandwidth a GPU achieved.
         memory: also measure the peak of what a call allocates.
     """
 
     suite: str
     case: Mapping[str, str]
-    providers: Callable[[], Mapping[str, Callable[[], Any]]]
+    providers: Mapping[str, Callable[[], Call]]
     moved_bytes: int | None = None
     memory: bool = False
 
@@ -74,13 +75,13 @@ def _machine() -> str:
     return platform.processor() or platform.machine()
 
 
-def _timed_on_cpu(call: Callable[[], Any]) -> float:
+def _timed_on_cpu(call: Call) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
 
 
-def _timed_on_cuda(call: Callable[[], Any]) -> float:
+def _timed_on_cuda(call: Call) -> float:
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     call()
@@ -90,7 +91,7 @@ def _timed_on_cuda(call: Callable[[], Any]) -> float:
 
 
 def interleave(
-    providers: Mapping[str, Callable[[], Any]], seconds: float = 0.4, turns: tuple[int, int] = (7, 60)
+    providers: Mapping[str, Call], seconds: float = 0.4, turns: tuple[int, int] = (7, 60)
 ) -> dict[str, np.ndarray]:
     """Seconds per call of each provider, the providers taking turns.
 
@@ -120,7 +121,7 @@ def interleave(
 
 def measure(comparison: Comparison) -> dict[str, Result]:
     """All providers of one comparison."""
-    providers = comparison.providers()
+    providers = {name: make() for name, make in comparison.providers.items()}
     seconds = interleave(providers)
     results = {}
     for name, call in providers.items():

@@ -7,13 +7,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 
-from bench.measure import DEVICE, OURS, environment, interleave
+from bench.measure import DEVICE, OURS, Call, environment, interleave
 from moe_sampler import HybridPipeline
 from moe_sampler.demo import experts_path
 
+SUITE = "end to end"
 STEPS, PROMPT, GUIDANCE = 20, "a castle with two towers, at dusk", 2.5
 
 
@@ -61,7 +63,7 @@ def _time_inside(modules: list[torch.nn.Module]) -> Iterator[list[float]]:
             delattr(module, name)
 
 
-def _outside(pipe: Any, call: Callable[[], Any]) -> float:
+def _outside(pipe: Any, call: Call) -> float:
     """Share of a call's time that is spent in none of the models, the median of several calls."""
     modules = [m for m in pipe.components.values() if isinstance(m, torch.nn.Module)]
     shares = []
@@ -73,54 +75,43 @@ def _outside(pipe: Any, call: Callable[[], Any]) -> float:
     return sorted(shares)[len(shares) // 2]
 
 
+def _calls(
+    ours: HybridPipeline, theirs: StableDiffusionPipeline, batch: int
+) -> dict[str, tuple[Any, Call]]:
+    """By provider, its pipeline and a call that makes `batch` images."""
+    shared = {
+        "num_inference_steps": STEPS,
+        "guidance_scale": GUIDANCE,
+        "num_images_per_prompt": batch,
+    }
+    size = ours.unet_sol.config.sample_size * ours.vae_scale_factor
+
+    def diffusers() -> Any:
+        generator = torch.Generator().manual_seed(0)
+        return theirs(PROMPT, height=size, width=size, generator=generator, **shared)
+
+    return {
+        OURS: (ours, lambda: ours(PROMPT, expert="sol", seed=0, **shared)),
+        f"{OURS}, Sol and Lune": (ours, lambda: ours(PROMPT, seed=0, **shared)),
+        "diffusers": (theirs, diffusers),
+    }
+
+
 def rows() -> list[dict[str, object]]:
     """One row a pipeline and batch size."""
-    ours, theirs = _pipelines()
+    pipelines = _pipelines()
     found = []
     for batch in (1, 4):
-
-        def alone(batch: int = batch) -> Any:
-            return ours(
-                PROMPT,
-                expert="sol",
-                num_inference_steps=STEPS,
-                guidance_scale=GUIDANCE,
-                num_images_per_prompt=batch,
-                seed=0,
-            )
-
-        def hybrid(batch: int = batch) -> Any:
-            return ours(
-                PROMPT,
-                num_inference_steps=STEPS,
-                guidance_scale=GUIDANCE,
-                num_images_per_prompt=batch,
-                seed=0,
-            )
-
-        def diffusers(batch: int = batch) -> Any:
-            generator = torch.Generator().manual_seed(0)
-            return theirs(
-                PROMPT,
-                height=64,
-                width=64,
-                num_inference_steps=STEPS,
-                guidance_scale=GUIDANCE,
-                num_images_per_prompt=batch,
-                generator=generator,
-            )
-
-        providers = {OURS: alone, "moe-sampler, hybrid": hybrid, "diffusers": diffusers}
-        seconds = interleave(providers, seconds=6.0)
-        for name, call in providers.items():
-            pipe = theirs if name == "diffusers" else ours
+        calls = _calls(*pipelines, batch)
+        seconds = interleave({name: call for name, (_, call) in calls.items()}, seconds=8.0)
+        for name, (pipe, call) in calls.items():
             found.append(
                 {
-                    "suite": "end to end",
+                    "suite": SUITE,
                     "batch": batch,
                     "steps": STEPS,
                     "provider": name,
-                    "images_per_s": f"{batch / float(torch.tensor(seconds[name]).median()):.2f}",
+                    "images_per_s": f"{batch / np.median(seconds[name]):.2f}",
                     "outside_models": f"{_outside(pipe, call):.2%}",
                     "rounds": len(seconds[name]),
                     **environment(),

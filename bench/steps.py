@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from diffusers import (
 from torch import Tensor
 
 from bench import recipe
-from bench.measure import DEVICE, OURS, Comparison
+from bench.measure import DEVICE, OURS, Call, Comparison
 from moe_sampler import Expert, plan
 from moe_sampler.kernels import sampler_step_
 
@@ -25,7 +25,7 @@ SHAPES = ((4, 4, 64, 64), (1, 4, 128, 128), (16, 4, 64, 64))
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 Step = Callable[[Tensor, Tensor], Tensor]
-Call = Callable[[], Any]
+Provider = Callable[["_Latents", float], Call]
 
 
 class _Latents:
@@ -80,9 +80,10 @@ def _scheduler_step(scheduler: Any, **settings: Any) -> Step:
     return step
 
 
-def _recipe_step(scheduler: Any, timestep: int | None = None) -> Step:
+def _recipe_step(scheduler: Any, whole: bool = False) -> Step:
     scheduler.set_timesteps(STEPS, device=DEVICE)
-    timestep = scheduler.timesteps[STEP] if timestep is None else timestep
+    timestep = scheduler.timesteps[STEP]
+    timestep = int(timestep) if whole else timestep
     return lambda x, velocity: recipe.sol_step(x, velocity, timestep, scheduler)
 
 
@@ -91,64 +92,64 @@ def _recipe_euler() -> Step:
     return lambda x, velocity: recipe.lune_step(x, velocity, sigma, sigma_next, SHIFT)
 
 
-def _compiled(step: Call) -> Call:
-    return torch.compile(step, dynamic=False)
-
-
 _V = {"prediction_type": "v_prediction", "clip_sample": False}
 
 
-def _deterministic(latents: _Latents, scale: float) -> Mapping[str, Call]:
-    return {
-        OURS: latents.ours(Expert.sol(solver="ddim", guidance_scale=scale)),
-        "diffusers DDIM": latents.theirs(_scheduler_step(DDIMScheduler(**_V))),
-        "recipe, DDIM": latents.theirs(_recipe_step(DDIMScheduler(clip_sample=False))),
-        "recipe": latents.theirs(_recipe_step(DDPMScheduler(clip_sample=False))),
-    }
+def _ours(**settings: Any) -> Provider:
+    return lambda latents, scale: latents.ours(Expert.sol(guidance_scale=scale, **settings))
 
 
-def _ancestral(latents: _Latents, scale: float) -> Mapping[str, Call]:
-    return {
-        OURS: latents.ours(Expert.sol(guidance_scale=scale)),
-        "diffusers DDPM": latents.theirs(_scheduler_step(DDPMScheduler(**_V))),
-        "recipe": latents.theirs(_recipe_step(DDPMScheduler(clip_sample=False))),
-    }
+def _theirs(step: Callable[[], Step]) -> Provider:
+    return lambda latents, scale: latents.theirs(step())
 
 
-def _flow(latents: _Latents, scale: float) -> Mapping[str, Call]:
-    return {
-        OURS: latents.ours(Expert.lune(guidance_scale=scale)),
-        "diffusers FlowMatchEuler": latents.theirs(
-            _scheduler_step(FlowMatchEulerDiscreteScheduler(shift=SHIFT))
+_RECIPE = _theirs(lambda: _recipe_step(DDPMScheduler(clip_sample=False)))
+KINDS: dict[str, dict[str, Provider]] = {
+    "VP, deterministic": {
+        OURS: _ours(solver="ddim"),
+        "diffusers DDIM": _theirs(lambda: _scheduler_step(DDIMScheduler(**_V))),
+        "recipe, DDIM": _theirs(lambda: _recipe_step(DDIMScheduler(clip_sample=False))),
+        "recipe": _RECIPE,
+    },
+    "VP, ancestral": {
+        OURS: _ours(),
+        "diffusers DDPM": _theirs(lambda: _scheduler_step(DDPMScheduler(**_V))),
+        "recipe": _RECIPE,
+    },
+    "VP, 2M history": {
+        OURS: _ours(solver="dpmpp_2m"),
+        "diffusers DPMSolverMultistep": _theirs(
+            lambda: _scheduler_step(DPMSolverMultistepScheduler(prediction_type="v_prediction"))
         ),
-        "recipe": latents.theirs(_recipe_euler()),
-    }
-
-
-def _multistep(latents: _Latents, scale: float) -> Mapping[str, Call]:
-    return {
-        OURS: latents.ours(Expert.sol(solver="dpmpp_2m", guidance_scale=scale)),
-        "diffusers DPMSolverMultistep": latents.theirs(
-            _scheduler_step(DPMSolverMultistepScheduler(prediction_type="v_prediction"))
+    },
+    "flow, Euler": {
+        OURS: lambda latents, scale: latents.ours(Expert.lune(guidance_scale=scale)),
+        "diffusers FlowMatchEuler": _theirs(
+            lambda: _scheduler_step(FlowMatchEulerDiscreteScheduler(shift=SHIFT))
         ),
-    }
-
-
-KINDS = {
-    "VP, deterministic": _deterministic,
-    "VP, ancestral": _ancestral,
-    "VP, 2M history": _multistep,
-    "flow, Euler": _flow,
+        "recipe": _theirs(_recipe_euler),
+    },
+}
+# A tensor for a timestep can't be compiled on the CPU: the index is read out of it.
+_COMPILED = {
+    "VP, deterministic": _theirs(lambda: _recipe_step(DDPMScheduler(clip_sample=False), whole=True)),
+    "VP, ancestral": _theirs(lambda: _recipe_step(DDPMScheduler(clip_sample=False), whole=True)),
+    "flow, Euler": _theirs(_recipe_euler),
 }
 
 
-def _comparison(kind: str, shape: tuple[int, ...], dtype: torch.dtype, guided: bool, compiled: bool) -> Comparison:
-    def providers() -> dict[str, Call]:
-        latents = _Latents(shape, dtype, guided)
-        found = dict(KINDS[kind](latents, SCALE if guided else 1.0))
-        if compiled and "recipe" in found:
-            found["recipe, torch.compile"] = _compiled(found["recipe"])
-        return found
+def _comparison(
+    kind: str, shape: tuple[int, ...], dtype: torch.dtype, guided: bool, compiled: bool
+) -> Comparison:
+    scale = SCALE if guided else 1.0
+    make = dict(KINDS[kind])
+    if compiled and kind in _COMPILED:
+        make["recipe, torch.compile"] = lambda latents, scale: torch.compile(
+            _COMPILED[kind](latents, scale), dynamic=False
+        )
+
+    def provider(name: str) -> Callable[[], Call]:
+        return lambda: make[name](_Latents(shape, dtype, guided), scale)
 
     case = {
         "step": kind,
@@ -157,12 +158,13 @@ def _comparison(kind: str, shape: tuple[int, ...], dtype: torch.dtype, guided: b
         "guidance": "guided" if guided else "plain",
     }
     outputs = 2 if guided else 1
-    state = torch.Size(shape).numel()
-    moved = state * (8 + 2 * outputs * dtype.itemsize + (8 if kind == "VP, 2M history" else 0))
-    return Comparison("sampler step", case, providers, moved)
+    history = 8 if kind == "VP, 2M history" else 0
+    moved = torch.Size(shape).numel() * (8 + 2 * outputs * dtype.itemsize + history)
+    return Comparison("sampler step", case, {name: provider(name) for name in make}, moved)
 
 
 def comparisons() -> Iterator[Comparison]:
+    """Every kind of step: all dtypes at 1×4×64×64, float32 at the other sizes."""
     for kind in KINDS:
         for guided in (False, True):
             for dtype in DTYPES:
