@@ -75,9 +75,7 @@ def _outside(pipe: Any, call: Call) -> float:
     return sorted(shares)[len(shares) // 2]
 
 
-def _calls(
-    ours: HybridPipeline, theirs: StableDiffusionPipeline, batch: int
-) -> dict[str, tuple[Any, Call]]:
+def _calls(ours: HybridPipeline, theirs: StableDiffusionPipeline, batch: int) -> dict[str, tuple[Any, Call]]:
     """By provider, its pipeline and a call that makes `batch` images."""
     shared = {
         "num_inference_steps": STEPS,

@@ -7,7 +7,9 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor
 
 
-def sol_step(x: Tensor, velocity: Tensor, timestep: Tensor, scheduler: DDPMScheduler | DDIMScheduler) -> Tensor:
+def sol_step(
+    x: Tensor, velocity: Tensor, timestep: Tensor, scheduler: DDPMScheduler | DDIMScheduler
+) -> Tensor:
     """v → x0 → ε, then the step of an ε scheduler."""
     alpha_bar = scheduler.alphas_cumprod[timestep]
     alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()

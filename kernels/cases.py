@@ -1,8 +1,8 @@
 """Every kernel at the shapes and dtypes it is used with, as launches to compile, to count and to time on paper.
 
-    for case in cases():
-        built = case.build(case.shape, "meta")
-        print(case, aot.compile_launch(built.launch, 90))
+for case in cases():
+    built = case.build(case.shape, "meta")
+    print(case, aot.compile_launch(built.launch, 90))
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """What Triton compiles, without a GPU: no spills, no stack, 128-bit accesses, once for all steps."""
 
+import math
 import os
 
 import pytest
 import torch
 
-from moe_sampler.kernels import ROW_WIDTH, conversions, noise, sampler_step
+from moe_sampler.kernels import ROW_WIDTH, cases, noise, sampler_step
 
 pytest.importorskip("triton", reason="Triton is not available on this platform")
 pytestmark = pytest.mark.skipif(
@@ -44,46 +45,29 @@ def step_launch(
 
 
 EVERYTHING = {"guided": True, "experts": 2, "history": True, "seeds": True, "nexts": 2}
-# name: launch, whole tensors read and written by their item sizes, columns of the row read
-STEPS = {
-    "unguided": (step_launch(FP16), [4, 2], [4], 5),
-    "guided, next input twice": (step_launch(BF16, guided=True, nexts=1), [4, 2, 2], [4, 2, 2], 7),
-    "noise tensor, history": (step_launch(FP32, noise=True, history=True), [4, 4, 4, 4], [4, 4], 7),
-    "everything, float32": (step_launch(FP32, **EVERYTHING), [4] * 6, [4] * 6, 12),
-    "everything, float16": (step_launch(FP16, **EVERYTHING), [4, 4, 2, 2, 2, 2], [4, 4, 2, 2, 2, 2], 12),
-    "everything, bfloat16": (step_launch(BF16, **EVERYTHING), [4, 4, 2, 2, 2, 2], [4, 4, 2, 2, 2, 2], 12),
-}
-OTHERS = {"shift_sigmas": (conversions.shift_launch_of(empty(1024), empty(1024), 3.0), [4], [4], 0)}
-for dtype in (FP32, FP16, BF16):
-    x, v, level, size = empty(SHAPE), empty(SHAPE, dtype), empty(SHAPE[:1]), dtype.itemsize
-    OTHERS |= {
-        f"velocity_to_epsilon, {dtype}": (
-            conversions.epsilon_launch_of(v, v, x, level, level),
-            [4, size],
-            [size],
-            2,
-        ),
-        f"euler_step_, {dtype}": (conversions.euler_launch_of(x, v, step_down=0.1), [4, size], [4], 0),
-        f"philox_normal, {dtype}": (noise.launch_of(v, empty((2,), torch.int64), 0, 0), [], [size], 0),
-    }
+BUILT = [(case, case.build(case.shape, "meta")) for case in cases.cases()]
 
 
 @pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
-@pytest.mark.parametrize(
-    "launch, reads, writes, scalars", list((STEPS | OTHERS).values()), ids=list(STEPS | OTHERS)
-)
-def test_compiled_code(launch, reads, writes, scalars, architecture):
-    code = aot.compile_launch(launch, architecture)
+@pytest.mark.parametrize("case, built", BUILT, ids=[str(case) for case, _ in BUILT])
+def test_compiled_code(case, built, architecture):
+    code = aot.compile_launch(built.launch, architecture)
     assert code.stack_bytes == 0 and code.spills == 0, str(code)
+    assert f"sm_{architecture}" in code.ptx
+    if built.flops:
+        return  # loops: how often a load runs is not in the code
     assert code.registers <= 64, "more would keep fewer than 1024 threads on a multiprocessor"
-    # A thread owns 8 elements: one 128-bit access for 2-byte items, two for 4-byte items.
-    seeds = "seeds" in str(launch.kernel.arg_names) and any(
-        isinstance(a, torch.Tensor) and a.dtype == torch.int64 for a in launch.args
-    )
-    expected_loads = {128: sum(reads) // 2, 64: int(seeds), 32: scalars}
-    assert code.global_loads == {bits: count for bits, count in expected_loads.items() if count}, str(code)
-    assert code.global_stores == {128: sum(writes) // 2}, str(code)
-    assert "fma" in code.ptx and f"sm_{architecture}" in code.ptx
+    # Whatever is streamed goes in accesses of 128 bits, each element once; the rest is small shared operands.
+    threads = math.prod(built.launch.grid) * code.warps * 32
+    assert code.global_loads.get(128, 0) * 16 * threads == sum(t.nbytes for t in built.read), str(code)
+    assert code.global_stores == {128: sum(t.nbytes for t in built.written) // (16 * threads)}, str(code)
+    assert bool(set(code.global_loads) - {128}) == bool(built.cached), str(code)
+
+
+def test_every_operation_has_cases():
+    names = {name.partition(".")[0] for name in torch._C._dispatch_get_all_op_names()}
+    operations = {name.removeprefix("moe_sampler::") for name in names if name.startswith("moe_sampler::")}
+    assert {case.operation for case, _ in BUILT} == operations
 
 
 @pytest.mark.parametrize("launch", [step_launch(FP16, shape=RAGGED, **EVERYTHING)], ids=["ragged"])
@@ -96,7 +80,7 @@ def test_ragged_sizes_do_not_spill_either(launch):
 @pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
 def test_clipping_lets_nan_through(architecture):
     """The interpreter's minimum and maximum always do; the hardware's drop a NaN unless told not to."""
-    code = aot.compile_launch(STEPS["unguided"][0], architecture)
+    code = aot.compile_launch(step_launch(FP16), architecture)
     assert "min.NaN.f32" in code.ptx and "max.NaN.f32" in code.ptx
     assert "min.f32" not in code.ptx and "max.f32" not in code.ptx
 
