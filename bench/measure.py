@@ -95,10 +95,10 @@ def interleave(
 ) -> dict[str, np.ndarray]:
     """Seconds per call of each provider, the providers taking turns.
 
-    A turn is one call that doesn't count, so that caches hold this provider's data and not its neighbour's, and
-    then calls for about a millisecond, at least one and at most 20, each timed. The order moves on by one every
-    round. Compilation and first allocations are excluded. seconds: for all turns together, which sets their
-    number.
+    A turn is one call that doesn't count, so that caches hold this provider's data and not its neighbour's,
+    and then calls for about a millisecond, at least one and at most 20, each timed. The order moves on by one
+    every round. Compilation and first allocations are excluded. seconds: for all turns together, which sets
+    their number.
     """
     timed = _timed_on_cuda if DEVICE == "cuda" else _timed_on_cpu
     calls = {}

@@ -2,8 +2,8 @@
 
     python -m bench.report
 
-compiles for sm_80, sm_90 and sm_100, counts the bytes of a small launch in Triton's interpreter, prints a table
-and writes bench/results/kernels.csv and kernels.md.
+compiles for sm_80, sm_90 and sm_100, counts the bytes of a small launch in Triton's interpreter, prints a
+table and writes bench/results/kernels.csv and kernels.md.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ COLUMNS = (
     "instructions",
     "bytes_per_element",
     "minimum_bytes_per_element",
-    "reread",
+    "reads",
     "size",
     "megabytes",
     "device",
@@ -154,10 +154,10 @@ Made by `python -m bench.report` with torch {torch} and Triton {triton}; nothing
 
 Accesses are counts × width in bits; 32- and 64-bit loads are rows, levels and seeds that a whole program
 shares. Instructions are those in the code, a loop's once. Bytes per element are counted in Triton's
-interpreter on a small launch, every access through its mask; `reread` is how often, on that small launch, a
-byte of a small shared operand is asked for after its first reading, from cache. The roofline is the longest of
-memory, instruction issue, matrix products and exponentials at the stated size and the data sheet's peaks; launch
-latency comes on top.
+interpreter on a small launch, every access through its mask; `reads` is how often, on that small launch, a
+byte of a small shared operand is asked for: first from memory, then from cache. The roofline is the longest
+of memory, instruction issue, matrix products and exponentials at the stated size and the data sheet's peaks;
+launch latency comes on top.
 
 {tables}
 """

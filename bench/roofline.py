@@ -1,4 +1,4 @@
-"""How fast a kernel could be at best: bytes against bandwidth, arithmetic against its units. On paper only."""
+"""How fast a kernel could be at best: bytes against bandwidth, arithmetic against its units. On paper."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One solver step, from a model's output to its next input: ours, diffusers' schedulers, the recipe by hand."""
+"""One solver step, from a model's output to its next input: ours, diffusers' schedulers, the recipe."""
 
 from __future__ import annotations
 

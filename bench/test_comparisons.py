@@ -2,8 +2,8 @@
 
     pytest bench --benchmark-only
 
-The providers of a comparison are measured together, taking turns (`measure.interleave`), when its first one is
-asked for; pytest-benchmark is then shown the times that were taken.
+The providers of a comparison are measured together, taking turns (`measure.interleave`), when its first one
+is asked for; pytest-benchmark is then shown the times that were taken.
 """
 
 from __future__ import annotations

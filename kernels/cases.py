@@ -1,4 +1,4 @@
-"""Every kernel at the shapes and dtypes it is used with, as launches to compile, to count and to time on paper.
+"""Every kernel at the shapes and dtypes it is used with, as launches to compile, count and time.
 
 for case in cases():
     built = case.build(case.shape, "meta")
