@@ -99,6 +99,12 @@ def sample_offsets(numel, BLOCK: tl.constexpr):
 
 
 @jit
+def shift_sigma(sigma, shift):
+    """k·s / (1 + (k − 1)·s), as `conversions.shift_sigma`."""
+    return tl.div_rn(shift * sigma, 1.0 + (shift - 1.0) * sigma)
+
+
+@jit
 def log(u):
     """Natural logarithm of a normal float32 > 0, to about one unit in the last place (Cephes' logf).
 

@@ -266,7 +266,7 @@ def _shift_sigmas_kernel(out_ptr, sigmas_ptr, shift, numel, BLOCK: tl.constexpr)
     """s' = k·s / (1 + (k − 1)·s). out, sigmas: float32 [numel]. A program owns BLOCK consecutive levels."""
     _, _, _, inside, mask = _jit.sample_offsets(numel, BLOCK)
     sigma = tl.load(sigmas_ptr + inside, mask=mask, other=0.0)
-    tl.store(out_ptr + inside, tl.div_rn(shift * sigma, 1.0 + (shift - 1.0) * sigma), mask=mask)
+    tl.store(out_ptr + inside, _jit.shift_sigma(sigma, shift), mask=mask)
 
 
 def shift_launch_of(out: Tensor, sigmas: Tensor, shift: float) -> _jit.Launch:
