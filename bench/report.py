@@ -22,7 +22,8 @@ from rich.progress import track
 
 from bench.roofline import BY_ARCHITECTURE, bytes_moved, seconds
 from moe_sampler.kernels import aot
-from moe_sampler.kernels.cases import Built, Case, cases
+from moe_sampler.kernels.case import Built, Case
+from moe_sampler.kernels.cases import cases
 from moe_sampler.kernels.traffic import count_traffic
 
 RESULTS = Path(__file__).parent / "results"

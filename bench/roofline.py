@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from moe_sampler.kernels.aot import Compiled
-from moe_sampler.kernels.cases import Built
+from moe_sampler.kernels.case import Built
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def seconds(built: Built, code: Compiled, dtype: torch.dtype, device: Device) ->
         rate = device.tf32 if dtype == torch.float32 else device.half
         limits["matrix products"] = built.flops / rate
         limits["exponentials"] = built.exps / device.exp_rate()
-    else:
+    elif not built.loops:
         warps = math.prod(built.launch.grid) * code.warps
         limits["issue"] = code.instructions * warps / device.issue_rate()
     name = max(limits, key=limits.__getitem__)

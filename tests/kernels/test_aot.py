@@ -54,14 +54,19 @@ def test_compiled_code(case, built, architecture):
     code = aot.compile_launch(built.launch, architecture)
     assert code.stack_bytes == 0 and code.spills == 0, str(code)
     assert f"sm_{architecture}" in code.ptx
-    if built.flops:
-        return  # loops: how often a load runs is not in the code
-    assert code.registers <= 64, "more would keep fewer than 1024 threads on a multiprocessor"
-    # Whatever is streamed goes in accesses of 128 bits, each element once; the rest is small shared operands.
+    assert code.registers <= 128, "more would keep fewer than 512 threads on a multiprocessor"
+    # Whatever is streamed goes in accesses of 128 bits; the rest are numbers by row, sample or block. That no
+    # element is read twice shows in the interpreter (test_traffic).
     threads = math.prod(built.launch.grid) * code.warps * 32
-    assert code.global_loads.get(128, 0) * 16 * threads == sum(t.nbytes for t in built.read), str(code)
-    assert code.global_stores == {128: sum(t.nbytes for t in built.written) // (16 * threads)}, str(code)
-    assert bool(set(code.global_loads) - {128}) == bool(built.cached), str(code)
+    streamed = (sum(t.nbytes for t in ts if t.numel() >= 4 * threads) for ts in (built.read, built.written))
+    for accesses, size in zip((code.global_loads, code.global_stores), streamed, strict=True):
+        wide = accesses.get(128, 0) * 16 * threads
+        if built.loops:  # the code does not say how often
+            assert wide or not size, str(code)
+        elif accesses is code.global_stores or not built.cached:
+            assert wide == size, str(code)
+        else:  # weights by column go as wide
+            assert wide >= size, str(code)
 
 
 def test_every_operation_has_cases():
