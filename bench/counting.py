@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,7 +28,8 @@ class _Count(TorchDispatchMode):
 def count_dispatches(call: Callable[[], Any]) -> tuple[int, int]:
     """(operators dispatched, of these such that wait for the device) by one call.
 
-    What runs inside one operator counts as one: our own and torch's alike, and a compiled graph's body.
+    What runs inside one operator counts as one, our own and torch's alike. Not for compiled functions: torch
+    runs them eagerly, from then on too, once a dispatch mode has watched them.
     """
     with _Count() as count:
         call()
@@ -44,7 +47,7 @@ def peak_memory(call: Callable[[], Any], device: str) -> int:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     activity = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activity, profile_memory=True) as profile:
+    with _silent(), torch.profiler.profile(activities=activity, profile_memory=True) as profile:
         call()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
@@ -52,3 +55,16 @@ def peak_memory(call: Callable[[], Any], device: str) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without the lines that the profiler's library writes to stderr when it starts and stops."""
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)

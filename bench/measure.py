@@ -16,7 +16,7 @@ import torch
 from bench.counting import count_dispatches, peak_memory
 from bench.roofline import DEVICES
 
-OURS = "moe-sampler"
+OURS, COMPILED = "moe-sampler", "torch.compile"
 Call = Callable[[], Any]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -31,6 +31,7 @@ class Comparison:
         providers: what makes each provider's callable, ours under `OURS`; made only when it is measured.
         moved_bytes: what the operation must read and write, for the bandwidth a GPU achieved.
         memory: also measure the peak of what a call allocates.
+        slow: takes a minute; left out of pytest.
     """
 
     suite: str
@@ -38,6 +39,7 @@ class Comparison:
     providers: Mapping[str, Callable[[], Call]]
     moved_bytes: int | None = None
     memory: bool = False
+    slow: bool = False
 
     @property
     def title(self) -> str:
@@ -46,11 +48,11 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Result:
-    """Seconds of every call of one provider, and what a call asks of a GPU: dispatches and waits."""
+    """Seconds of every call of one provider, and what a call asks of a GPU; None for compiled functions."""
 
     seconds: np.ndarray = field(repr=False)
-    dispatches: int
-    waits: int
+    dispatches: int | None
+    waits: int | None
     peak_bytes: int | None
 
     @property
@@ -125,7 +127,7 @@ def measure(comparison: Comparison) -> dict[str, Result]:
     seconds = interleave(providers)
     results = {}
     for name, call in providers.items():
-        dispatches, waits = count_dispatches(call)
+        dispatches, waits = (None, None) if COMPILED in name else count_dispatches(call)
         peak = peak_memory(call, DEVICE) if comparison.memory else None
         results[name] = Result(seconds[name], dispatches, waits, peak)
     return results
@@ -146,8 +148,8 @@ def table_rows(comparison: Comparison, results: Mapping[str, Result]) -> list[di
             "p80_us": f"{high * 1e6:.1f}",
             "times_ours": f"{result.median / results[OURS].median:.2f}",
             "rounds": len(result.seconds),
-            "dispatches": result.dispatches,
-            "host_waits": result.waits,
+            "dispatches": "" if result.dispatches is None else result.dispatches,
+            "host_waits": "" if result.waits is None else result.waits,
         }
         if result.peak_bytes is not None:
             row["peak_MiB"] = f"{result.peak_bytes / 2**20:.2f}"

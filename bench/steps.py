@@ -15,10 +15,11 @@ from diffusers import (
 from torch import Tensor
 
 from bench import recipe
-from bench.measure import DEVICE, OURS, Call, Comparison
+from bench.measure import COMPILED, DEVICE, OURS, Call, Comparison
 from moe_sampler import Expert, plan
 from moe_sampler.kernels import sampler_step_
 
+SUITE = "sampler step"
 STEPS, STEP, SCALE, SHIFT = 50, 25, 7.5, 2.0
 BASE = (1, 4, 64, 64)
 SHAPES = ((4, 4, 64, 64), (1, 4, 128, 128), (16, 4, 64, 64))
@@ -144,7 +145,7 @@ def _comparison(
     scale = SCALE if guided else 1.0
     make = dict(KINDS[kind])
     if compiled and kind in _COMPILED:
-        make["recipe, torch.compile"] = lambda latents, scale: torch.compile(
+        make[f"recipe, {COMPILED}"] = lambda latents, scale: torch.compile(
             _COMPILED[kind](latents, scale), dynamic=False
         )
 
@@ -160,7 +161,7 @@ def _comparison(
     outputs = 2 if guided else 1
     history = 8 if kind == "VP, 2M history" else 0
     moved = torch.Size(shape).numel() * (8 + 2 * outputs * dtype.itemsize + history)
-    return Comparison("sampler step", case, {name: provider(name) for name in make}, moved)
+    return Comparison(SUITE, case, {name: provider(name) for name in make}, moved)
 
 
 def comparisons() -> Iterator[Comparison]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bench import steps
+from bench import features, noise, steps, training
 from bench.measure import Comparison
 
-SUITES = {"sampler step": steps.comparisons}
+SUITES = {module.SUITE: module.comparisons for module in (steps, noise, training, features)}
 
 
 def comparisons() -> Iterator[Comparison]:

@@ -80,8 +80,12 @@ def check_tensor(
     device: torch.device,
     dtypes: tuple[torch.dtype, ...],
     *shapes: tuple[int, ...],
+    strided: bool = False,
 ) -> None:
-    """Raise a TypeError or ValueError unless `tensor` is what a kernel can read."""
+    """Raise a TypeError or ValueError unless `tensor` is what a kernel can read.
+
+    `strided`: only the last dimension must be contiguous, the others may have any stride.
+    """
     if tensor.dtype not in dtypes:
         wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{name} must be {wanted}, got {str(tensor.dtype).removeprefix('torch.')}")
@@ -90,7 +94,9 @@ def check_tensor(
     if shapes and tensor.shape not in shapes:
         wanted = " or ".join(str(list(s)) for s in shapes)
         raise ValueError(f"{name} must have shape {wanted}, got {list(tensor.shape)}")
-    if not tensor.is_contiguous():
+    if strided and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+        raise ValueError(f"{name} must be contiguous in its last dimension; call .contiguous() on it")
+    if not strided and not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous; call .contiguous() on it")
     if tensor.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} requires grad, and this operation has no derivative: use torch.no_grad()")
