@@ -93,7 +93,8 @@ def _recipe_euler() -> Step:
     return lambda x, velocity: recipe.lune_step(x, velocity, sigma, sigma_next, SHIFT)
 
 
-_V = {"prediction_type": "v_prediction", "clip_sample": False}
+_PLAIN = {"clip_sample": False, "timestep_spacing": "trailing"}
+_V = {"prediction_type": "v_prediction", **_PLAIN}
 
 
 def _ours(**settings: Any) -> Provider:
@@ -104,12 +105,12 @@ def _theirs(step: Callable[[], Step]) -> Provider:
     return lambda latents, scale: latents.theirs(step())
 
 
-_RECIPE = _theirs(lambda: _recipe_step(DDPMScheduler(clip_sample=False)))
+_RECIPE = _theirs(lambda: _recipe_step(DDPMScheduler(**_PLAIN)))
 KINDS: dict[str, dict[str, Provider]] = {
     "VP, deterministic": {
         OURS: _ours(solver="ddim"),
         "diffusers DDIM": _theirs(lambda: _scheduler_step(DDIMScheduler(**_V))),
-        "recipe, DDIM": _theirs(lambda: _recipe_step(DDIMScheduler(clip_sample=False))),
+        "recipe, DDIM": _theirs(lambda: _recipe_step(DDIMScheduler(**_PLAIN))),
         "recipe": _RECIPE,
     },
     "VP, ancestral": {
@@ -133,8 +134,8 @@ KINDS: dict[str, dict[str, Provider]] = {
 }
 # A tensor for a timestep can't be compiled on the CPU: the index is read out of it.
 _COMPILED = {
-    "VP, deterministic": _theirs(lambda: _recipe_step(DDPMScheduler(clip_sample=False), whole=True)),
-    "VP, ancestral": _theirs(lambda: _recipe_step(DDPMScheduler(clip_sample=False), whole=True)),
+    "VP, deterministic": _theirs(lambda: _recipe_step(DDPMScheduler(**_PLAIN), whole=True)),
+    "VP, ancestral": _theirs(lambda: _recipe_step(DDPMScheduler(**_PLAIN), whole=True)),
     "flow, Euler": _theirs(_recipe_euler),
 }
 
