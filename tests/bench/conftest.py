@@ -1,4 +1,4 @@
-"""Makes `bench` importable without the repository's root on the path, where `kernels` means another package."""
+"""Makes `bench` importable without the repository root on the path, where `kernels` is another package."""
 
 import importlib.util
 import sys
