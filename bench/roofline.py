@@ -13,7 +13,10 @@ from moe_sampler.kernels.case import Built
 
 @dataclass(frozen=True)
 class Device:
-    """Peak figures of one GPU, dense, from NVIDIA's data sheets. Bandwidth in bytes/s, rates in FLOP/s."""
+    """Peak figures of one GPU from NVIDIA's data sheets. Bandwidth in bytes/s.
+
+    half: tensor cores on 16-bit operands, dense, FLOP/s. single: float32 without tensor cores, FLOP/s.
+    """
 
     name: str
     architecture: int
@@ -21,7 +24,7 @@ class Device:
     multiprocessors: int
     clock: float
     half: float
-    tf32: float
+    single: float
 
     def issue_rate(self) -> float:
         """Warp instructions a second: four schedulers a multiprocessor, one instruction a clock each."""
@@ -33,9 +36,9 @@ class Device:
 
 
 DEVICES = (
-    Device("A100 80GB", 80, 2.039e12, 108, 1.41e9, 312e12, 156e12),
-    Device("H100 SXM", 90, 3.35e12, 132, 1.83e9, 989e12, 495e12),
-    Device("B200", 100, 8.0e12, 148, 1.85e9, 2250e12, 1125e12),
+    Device("A100 80GB", 80, 2.039e12, 108, 1.41e9, 312e12, 19.5e12),
+    Device("H100 SXM", 90, 3.35e12, 132, 1.83e9, 989e12, 67e12),
+    Device("B200", 100, 8.0e12, 148, 1.85e9, 2250e12, 75e12),
 )
 BY_ARCHITECTURE = {device.architecture: device for device in DEVICES}
 
@@ -52,7 +55,7 @@ def seconds(built: Built, code: Compiled, dtype: torch.dtype, device: Device) ->
     """
     limits = {"memory": bytes_moved(built) / device.bandwidth}
     if built.flops:
-        rate = device.tf32 if dtype == torch.float32 else device.half
+        rate = device.single if dtype == torch.float32 else device.half
         limits["matrix products"] = built.flops / rate
         limits["exponentials"] = built.exps / device.exp_rate()
     elif not built.loops:

@@ -1,14 +1,17 @@
-"""Uses of the training kernels, at the student's sizes: hidden size 512, 4 heads of 128, 1024 tokens."""
+"""Uses of the training kernels, at the student's sizes (hidden size 512, 4 heads of 128, 1024 tokens)
+and Stable Diffusion's (8 heads of 40, 4096 tokens)."""
 
 from __future__ import annotations
 
 import torch
 
 from moe_sampler.kernels import losses, modulation, rotary, training_pairs
+from moe_sampler.kernels.attention_statistics import empty_sums, received_launch_of, rows_launch_of
 from moe_sampler.kernels.case import DTYPES, Built, Case, Tensors, using
 
 TOKENS, SMALL_TOKENS = (16, 1024, 512), (2, 64, 512)
 HEADS, SMALL_HEADS = (16, 4, 1024, 128), (2, 2, 64, 128)
+ATTENTION, SMALL_ATTENTION = (4, 8, 4096, 40), (2, 2, 256, 40)
 LATENT_TOKENS, SMALL_LATENT_TOKENS = (32, 4096, 16), (2, 1024, 16)
 
 
@@ -93,6 +96,19 @@ def _rotary(make: Tensors, shape: tuple[int, ...], dtype: torch.dtype, *, back: 
     return Built(launch, (grad_q, grad_k, q, k, factor), (out_q, out_k, slope), (cos, sin))
 
 
+def _attention(make: Tensors, shape: tuple[int, ...], dtype: torch.dtype, *, received: bool) -> Built:
+    batch, heads, tokens, size = shape
+    width = round(tokens**0.5)
+    q, k = (make((batch, tokens, heads, size), dtype).transpose(1, 2) for _ in range(2))
+    largest, weight = make((batch, heads, tokens)), make((batch, heads, tokens))
+    work = {"loops": True, "flops": 2 * batch * heads * tokens**2 * size, "exps": batch * heads * tokens**2}
+    if not received:
+        return Built(rows_launch_of(largest, weight, q, k, 0.1), (q,), (largest, weight), (k,), **work)
+    column, sums = make((batch, tokens)), empty_sums(q)
+    launch = received_launch_of(column, sums, largest, weight, q, k, width, 0.1)
+    return Built(launch, (), (column, sums), (q, k, largest, weight), **work)
+
+
 def training_cases() -> list[Case]:
     """Pairs, losses, and the student's own operations, forward and backward."""
     images = [
@@ -106,12 +122,15 @@ def training_cases() -> list[Case]:
         ("weighted_mse_backward", "", _loss_backward),
     ]
     found = [Case(name, variant, dtype, make) for name, variant, make in images for dtype in DTYPES]
+    attention = (ATTENTION, SMALL_ATTENTION)
     tokens = (LATENT_TOKENS, SMALL_LATENT_TOKENS)
     for name, variant, make, sizes in (
         ("weighted_mse", "map of tokens", using(_loss, mapped=True), tokens),
         ("rms_norm_modulate", "", _modulation, (TOKENS, SMALL_TOKENS)),
         ("rms_norm_modulate_backward", "", _modulation_backward, (TOKENS, SMALL_TOKENS)),
         ("rope_qk", "modulated", _rotary, (HEADS, SMALL_HEADS)),
+        ("attention_statistics", "softmax rows", using(_attention, received=False), attention),
+        ("attention_statistics", "received", using(_attention, received=True), attention),
         ("rope_qk_backward", "modulated", using(_rotary, back=True), (HEADS, SMALL_HEADS)),
     ):
         found += [Case(name, variant, dtype, make, *sizes) for dtype in DTYPES]

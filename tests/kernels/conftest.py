@@ -39,11 +39,12 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture(scope="session", autouse=INTERPRETING)
-def interpreter_rounds_to_nearest():
-    """Triton's interpreter truncates float32 to bfloat16, where its compiled code rounds to nearest even."""
+def interpreter_knows_bfloat16():
+    """Triton's interpreter truncates float32 to bfloat16, where compiled code rounds to nearest even, and holds
+    bfloat16 as 16-bit integers, which its dot multiplies as they are."""
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, tl
 
-    original = InterpreterBuilder.cast_impl
+    original, original_dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
 
     def cast_impl(self, src, dst_type):
         if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
@@ -51,8 +52,17 @@ def interpreter_rounds_to_nearest():
             return TensorHandle(rounded, dst_type.scalar)
         return original(self, src, dst_type)
 
+    def as_float32(operand):
+        if operand.dtype.scalar != tl.bfloat16:
+            return operand
+        return TensorHandle((operand.data.astype("uint32") << 16).view("float32"), tl.float32)
+
+    def create_dot(self, a, b, *rest):
+        return original_dot(self, as_float32(a), as_float32(b), *rest)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(InterpreterBuilder, "cast_impl", cast_impl)
+        patch.setattr(InterpreterBuilder, "create_dot", create_dot)
         yield
 
 

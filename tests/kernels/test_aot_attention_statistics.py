@@ -1,0 +1,80 @@
+"""What Triton compiles for the attention statistics: no spills, wide accesses, once for all grids."""
+
+import os
+import re
+
+import pytest
+import torch
+
+from moe_sampler.kernels.attention_statistics import empty_sums, received_launch_of, rows_launch_of
+
+pytest.importorskip("triton", reason="Triton is not available on this platform")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="an interpreted function is never compiled"
+)
+from moe_sampler.kernels import aot  # noqa: E402
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SIZES = [8, 16, 40, 64, 80, 160]
+
+
+def empty(*shape, dtype=torch.float32):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def launches(dtype, size, *, batch=2, heads=8, height=64, width=64, padding=0):
+    """Both passes over views of [B, N, heads·size + padding]."""
+    tokens = height * width
+    q = empty(batch, tokens, heads * size + padding, dtype=dtype)[..., : heads * size]
+    q = q.unflatten(-1, (heads, size)).transpose(1, 2)
+    rows = empty(batch, heads, tokens)
+    return (
+        rows_launch_of(rows, rows, q, q, 0.1),
+        received_launch_of(empty(batch, tokens), empty_sums(q), rows, rows, q, q, width, 0.1),
+    )
+
+
+@pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_compiled_code(dtype, size, architecture):
+    for launch in launches(dtype, size):
+        code = aot.compile_launch(launch, architecture)
+        assert code.stack_bytes == 0 and code.spills == 0, str(code)
+        assert code.registers > 32, "a kernel compiled to almost nothing"
+        # q and k come in 128-bit pieces, through registers or asynchronous copies; what is loaded in smaller
+        # ones is per query. A rest of 16 columns of 32 keys has only four numbers for each thread.
+        copies = re.findall(r"LDGSTS\.\S+", code.sass)
+        widths = {128, 64} if 0 < size % 32 <= 16 and dtype != torch.float32 else {128}
+        assert all(any(f".{bits}" in copy for bits in widths) for copy in copies), copies
+        assert set(code.global_loads) - {32} <= widths, str(code)
+        per_query = 0 if launch.kernel.__name__ == "_softmax_rows_kernel" else 8
+        assert sum(n for bits, n in code.global_loads.items() if bits < 64) <= per_query, str(code)
+        assert copies or code.global_loads.get(128), str(code)
+        tensor_cores = any(name in code.ptx for name in ("mma.sync", "wgmma", "tcgen05.mma"))
+        assert tensor_cores == (dtype != torch.float32)
+
+
+@pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ragged_sizes_do_not_spill_either(dtype, architecture):
+    for launch in (*launches(dtype, 40, height=9, width=11), *launches(dtype, 20, height=5, padding=1)):
+        code = aot.compile_launch(launch, architecture)
+        assert code.stack_bytes == 0 and code.spills == 0, str(code)
+
+
+def test_one_compilation_for_all_grids_batches_and_heads():
+    # Triton specialises integers on 1 and on divisibility by 16: each of these would be a trap.
+    grids = [launches(torch.float16, 40, height=h, width=w) for h, w in ((64, 64), (16, 32), (1, 64))]
+    others = [launches(torch.float16, 40, batch=b, heads=h) for b, h in ((1, 1), (1, 8), (3, 5), (16, 16))]
+    with aot.pretend_device(80) as device:
+        for passes in zip(*grids, *others, strict=True):
+            kernel = passes[0].kernel
+            kernel.device_caches.pop(device, None)
+            for launch in passes:
+                kernel.warmup(*launch.args, grid=launch.grid, **launch.constants)
+            assert len(kernel.device_caches[device][0]) == 1
+            more = launches(torch.float16, 80)
+            launch = next(launch for launch in more if launch.kernel is kernel)
+            kernel.warmup(*launch.args, grid=launch.grid, **launch.constants)
+            assert len(kernel.device_caches[device][0]) == 2, "the count counts"
