@@ -40,8 +40,8 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session", autouse=INTERPRETING)
 def interpreter_knows_bfloat16():
-    """Triton's interpreter truncates float32 to bfloat16, where compiled code rounds to nearest even, and holds
-    bfloat16 as 16-bit integers, which its dot multiplies as they are."""
+    """Triton's interpreter truncates float32 to bfloat16, where compiled code rounds to nearest even, and its
+    dot multiplies bfloat16's bits as integers."""
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, tl
 
     original, original_dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
