@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .planning import SamplingPlan, plan
     from .predictions import add_noise, epsilon_to_x0, velocity_to_x0, x0_to_epsilon
     from .routers import Boundary, Crossfade, Router, Spans
-    from .sampling import sample
+    from .sampling import SamplingRun, sample
     from .trace import Trace
 
 __version__ = "0.1.0"
@@ -29,7 +29,7 @@ _NAMES = {
     "planning": ("SamplingPlan", "plan"),
     "predictions": ("add_noise", "epsilon_to_x0", "velocity_to_x0", "x0_to_epsilon"),
     "routers": ("Boundary", "Crossfade", "Router", "Spans"),
-    "sampling": ("sample",),
+    "sampling": ("SamplingRun", "sample"),
     "trace": ("Trace",),
 }
 _SOURCE = {name: module for module, names in _NAMES.items() for name in names}
@@ -43,6 +43,7 @@ __all__ = [
     "Level",
     "Router",
     "SamplingPlan",
+    "SamplingRun",
     "Spans",
     "Trace",
     "VPPath",

@@ -10,9 +10,9 @@ import torch
 from .experts import Expert
 from .kernels import philox_normal, sampler_step_
 from .kernels.noise import seeds_tensor
-from .planning import ExpertCall, SamplingPlan
+from .planning import ExpertCall, PlanStep, SamplingPlan
 
-__all__ = ["initial_latents", "sample"]
+__all__ = ["SamplingRun", "initial_latents", "sample"]
 
 INITIAL_NOISE_STREAM = 1  # the steps' own noise is stream 0
 Callback = Callable[[dict[str, Any]], torch.Tensor | None]
@@ -37,29 +37,22 @@ def initial_latents(
     return noise.mul_(plan.initial_scale)
 
 
-def _conditioning(
+def _check_conditioning(
     plan: SamplingPlan,
     batch: int,
-    cond: Mapping[str, torch.Tensor] | None,
+    cond: Mapping[str, torch.Tensor],
     uncond: Mapping[str, torch.Tensor] | None,
-) -> dict[bool, dict[str, torch.Tensor]]:
-    """Keyword arguments for unguided (False) and guided (True) calls."""
-    given = {"cond": dict(cond or {}), "uncond": dict(uncond or {})}
-    for kind, values in given.items():
+) -> None:
+    for kind, values in {"cond": cond, "uncond": uncond or {}}.items():
         for key, value in values.items():
             if value.shape[0] != batch:
                 raise ValueError(f"{kind}[{key!r}] has batch {value.shape[0]}, the latents have {batch}")
     if not plan.guided:
-        return {False: given["cond"]}
+        return
     if uncond is None:
         raise ValueError("the plan uses classifier-free guidance: give `uncond` beside `cond`")
-    if set(given["uncond"]) != set(given["cond"]):
-        raise ValueError(
-            f"cond and uncond must have the same keys, got {sorted(given['cond'])} "
-            f"and {sorted(given['uncond'])}"
-        )
-    both = {key: torch.cat([given["uncond"][key], value]) for key, value in given["cond"].items()}
-    return {False: given["cond"], True: both}
+    if set(uncond) != set(cond):
+        raise ValueError(f"cond and uncond must have the same keys, got {sorted(cond)} and {sorted(uncond)}")
 
 
 class _Inputs:
@@ -108,7 +101,156 @@ def _output(result: Any) -> torch.Tensor:
     return (result if isinstance(result, torch.Tensor) else result[0]).contiguous()
 
 
-@torch.no_grad()
+class SamplingRun:
+    """One batch on its way through a plan; it may pause between any two steps.
+
+    Several runs may thus share a device that holds one model at a time: advance each to the handoff, swap the
+    models, advance each to the end. The result is the same to the last bit as without the pause.
+
+    Args: as `sample` takes them. Everything is checked here; device memory beyond the state is only used
+        from the first `advance` on, and between two calls of it the models' inputs are given up again.
+
+    Attributes:
+        plan: what is run.
+        index: the plan step to be run next; `len(plan)` when the run is done.
+        x: [B, ...] float32, the state, updated in place.
+        x0: [B, ...] float32, the last step's prediction, or None before the first step and where nothing
+            needs it (no multistep solver, no callback).
+        interrupted: set it to True, from a callback or from anywhere, and no more models are called; set it
+            back to False to go on.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        plan: SamplingPlan,
+        experts: Expert | Iterable[Expert],
+        x: torch.Tensor | None = None,
+        *,
+        shape: Sequence[int] | None = None,
+        seeds: Sequence[int] | torch.Tensor | None = None,
+        noise: Callable[[int], torch.Tensor] | None = None,
+        cond: Mapping[str, torch.Tensor] | None = None,
+        uncond: Mapping[str, torch.Tensor] | None = None,
+        device: torch.device | str = "cpu",
+        callback: Callback | None = None,
+    ) -> None:
+        self.plan, self.index, self.interrupted = plan, 0, False
+        self.x0: torch.Tensor | None = None
+        self._experts = {e.name: e for e in ([experts] if isinstance(experts, Expert) else experts)}
+        for name in plan.experts:
+            if name not in self._experts or self._experts[name].model is None:
+                raise ValueError(f"the plan calls expert {name!r}: pass it to sample() with its model")
+        if x is None:
+            if shape is None or seeds is None:
+                raise ValueError("give either x, or shape and seeds")
+            batch = shape[0]
+        else:
+            if x.dtype != torch.float32:
+                raise TypeError(f"the sampling state is float32 whatever the models' dtype, got {x.dtype}")
+            batch = x.shape[0]
+        if plan.needs_noise and seeds is None and noise is None:
+            raise ValueError("the plan adds fresh noise: give seeds (one a sample) or a noise function")
+        if seeds is not None and len(seeds) != batch:
+            raise ValueError(f"{batch} samples need as many seeds, got {len(seeds)}")
+        self._cond, self._uncond = dict(cond or {}), uncond
+        _check_conditioning(plan, batch, self._cond, uncond)
+        self._seeds, self._noise, self._callback = seeds, noise, callback
+        self.x = (
+            initial_latents(plan, shape, seeds, device)
+            if x is None
+            else x.clone(memory_format=torch.contiguous_format)
+        )
+        self._table: torch.Tensor | None = None
+
+    @property
+    def done(self) -> bool:
+        return self.index == len(self.plan)
+
+    def _move_to_device(self) -> None:
+        device = self.x.device
+        self._table, self._timesteps = self.plan.table(device), _timesteps(self.plan, device)
+        drawn = self.plan.needs_noise and self._noise is None
+        self._seed_tensor = seeds_tensor(self._seeds, device) if drawn else None
+        # The prediction is kept only where someone reads it: a multistep solver, or the caller.
+        history = any(step.coefficients["d"] != 0.0 for step in self.plan.steps)
+        self.x0 = torch.zeros_like(self.x) if history or self._callback is not None else None
+
+    def _conditioning(self, steps: Sequence[PlanStep]) -> dict[bool, dict[str, torch.Tensor]]:
+        """Keyword arguments for unguided (False) and guided (True) calls."""
+        both = {}
+        if any(call.guided for step in steps for call in step.calls):
+            both = {key: torch.cat([self._uncond[key], value]) for key, value in self._cond.items()}
+        return {False: self._cond, True: both}
+
+    @torch.no_grad()
+    def advance(self, until: int | None = None) -> torch.Tensor:
+        """Run the steps up to, not including, plan step `until`; None runs to the end.
+
+        Returns:
+            The state `x` itself, [B, ...] float32: the level of step `until`, or the plan's last target.
+
+        Raises:
+            ValueError: `until` lies behind the run or beyond the plan.
+        """
+        until = len(self.plan) if until is None else until
+        if isinstance(until, bool) or not isinstance(until, int) or not self.index <= until <= len(self.plan):
+            raise ValueError(
+                f"the run is at step {self.index} of {len(self.plan)}: cannot advance until {until!r}"
+            )
+        if self.index == until or self.interrupted:
+            return self.x
+        if self._table is None:
+            self._move_to_device()
+        conditioning = self._conditioning(self.plan.steps[self.index : until])
+        inputs = _Inputs(self.x, self._experts)
+        # The launch that ended the last stretch wrote no inputs: the state says the same.
+        current = inputs.write(self.plan.steps[self.index].calls, self.index)
+        while self.index < until and not self.interrupted:
+            current = self._step(inputs, current, conditioning, self.index + 1 == until)
+        return self.x
+
+    def _step(
+        self,
+        inputs: _Inputs,
+        current: list[torch.Tensor],
+        conditioning: dict[bool, dict[str, torch.Tensor]],
+        last: bool,
+    ) -> list[torch.Tensor]:
+        """One model evaluation and one launch; returns the next step's model inputs."""
+        index, step = self.index, self.plan.steps[self.index]
+        outputs = [
+            _output(self._experts[call.name].model(model_input, timestep, **conditioning[call.guided]))
+            for call, model_input, timestep in zip(step.calls, current, self._timesteps[index], strict=True)
+        ]
+        following = () if last else self.plan.steps[index + 1].calls
+        buffers = inputs.buffers(following, index + 1)
+        # Noise exists only where the row asks for it, so a deterministic step never touches the generator.
+        noisy = step.coefficients["n"] != 0.0
+        sampler_step_(
+            self.x,
+            outputs,
+            self._table,
+            index,
+            x0_prev=self.x0,
+            next_inputs=buffers,
+            seeds=self._seed_tensor if noisy else None,
+            noise=self._noise(index) if noisy and self._noise is not None else None,
+        )
+        self.index += 1
+        if self._callback is None:
+            return buffers
+        replaced = self._callback({"step": index, "plan_step": step, "x": self.x, "x0": self.x0, "run": self})
+        if replaced is None:
+            return buffers
+        if replaced.shape != self.x.shape:
+            raise ValueError(
+                f"a callback's state must have shape {list(self.x.shape)}, got {list(replaced.shape)}"
+            )
+        self.x.copy_(replaced)
+        return inputs.write(following, index + 1)
+
+
 def sample(
     plan: SamplingPlan,
     experts: Expert | Iterable[Expert],
@@ -122,7 +264,7 @@ def sample(
     device: torch.device | str = "cpu",
     callback: Callback | None = None,
 ) -> torch.Tensor:
-    """Run a plan.
+    """Run a plan from its first step to its last (`SamplingRun` can pause in between).
 
     Args:
         plan: from `moe_sampler.plan`.
@@ -136,56 +278,25 @@ def sample(
             `cat([uncond, cond])`, diffusers' order, unguided calls `cond` alone.
         device: where to run when `x` isn't given.
         callback: gets a dict after each step: `step`, `plan_step`, `x` (the state), `x0` (the prediction;
-            both are live buffers, clone what you keep). A returned tensor replaces the state.
+            both are live buffers, clone what you keep) and `run`, whose `interrupted` it may set to True. A
+            returned tensor replaces the state.
 
     Returns:
-        [B, ...] float32, the plan's last target.
+        [B, ...] float32: the state at the plan's last target, or where it was interrupted.
 
     Raises:
         ValueError: missing experts, models, seeds or conditioning, before any model call.
     """
-    known = {e.name: e for e in ([experts] if isinstance(experts, Expert) else experts)}
-    for name in plan.experts:
-        if name not in known or known[name].model is None:
-            raise ValueError(f"the plan calls expert {name!r}: pass it to sample() with its model")
-    if x is None:
-        if shape is None or seeds is None:
-            raise ValueError("give either x, or shape and seeds")
-        x = initial_latents(plan, shape, seeds, device)
-    else:
-        if x.dtype != torch.float32:
-            raise TypeError(f"the sampling state is float32 whatever the models' dtype, got {x.dtype}")
-        x = x.clone(memory_format=torch.contiguous_format)
-    if plan.needs_noise and seeds is None and noise is None:
-        raise ValueError("the plan adds fresh noise: give seeds (one a sample) or a noise function")
-    if seeds is not None and len(seeds) != x.shape[0]:
-        raise ValueError(f"{x.shape[0]} samples need as many seeds, got {len(seeds)}")
-    conditioning = _conditioning(plan, x.shape[0], cond, uncond)
-
-    table, timesteps = plan.table(x.device), _timesteps(plan, x.device)
-    seed_tensor = seeds_tensor(seeds, x.device) if plan.needs_noise and noise is None else None
-    # The prediction is kept only where someone reads it: a multistep solver, or the caller.
-    history = any(step.coefficients["d"] != 0.0 for step in plan.steps)
-    x0 = torch.zeros_like(x) if history or callback is not None else None
-    inputs = _Inputs(x, known)
-    current = inputs.write(plan.steps[0].calls, 0)
-
-    for index, step in enumerate(plan.steps):
-        outputs = [
-            _output(known[call.name].model(model_input, timestep, **conditioning[call.guided]))
-            for call, model_input, timestep in zip(step.calls, current, timesteps[index], strict=True)
-        ]
-        last = index + 1 == len(plan)
-        following = [] if last else inputs.buffers(plan.steps[index + 1].calls, index + 1)
-        fresh = noise(index) if noise is not None and step.coefficients["n"] != 0.0 else None
-        # Noise exists only where the row asks for it, so a deterministic step never touches the generator.
-        drawn = seed_tensor if step.coefficients["n"] != 0.0 else None
-        sampler_step_(x, outputs, table, index, x0_prev=x0, next_inputs=following, seeds=drawn, noise=fresh)
-        if callback is not None:
-            replaced = callback({"step": index, "plan_step": step, "x": x, "x0": x0})
-            if replaced is not None:
-                x.copy_(replaced)
-                if not last:
-                    following = inputs.write(plan.steps[index + 1].calls, index + 1)
-        current = following
-    return x
+    run = SamplingRun(
+        plan,
+        experts,
+        x,
+        shape=shape,
+        seeds=seeds,
+        noise=noise,
+        cond=cond,
+        uncond=uncond,
+        device=device,
+        callback=callback,
+    )
+    return run.advance()

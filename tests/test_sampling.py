@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe_sampler import Boundary, Crossfade, Expert, plan, sample
+from moe_sampler import Boundary, Crossfade, Expert, SamplingRun, plan, sample
 from moe_sampler.sampling import initial_latents
 
 SHAPE = (4, 5, 7)
@@ -190,6 +190,69 @@ def test_errors_come_before_any_model_call():
             call()
     with pytest.raises(TypeError, match="float32"):
         sample(hybrid, [sol, lune], x.half(), seeds=seeds, cond=ok, uncond=ok)
+
+
+def low_precision(expert: Expert, dtype: torch.dtype) -> Expert:
+    def model(x, timestep):
+        return expert.model(x.float(), timestep).to(dtype)
+
+    return dataclasses.replace(expert, model=model, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("router", [Boundary("sol", "lune", 0.7), Crossfade("sol", "lune", 0.8, 0.5)])
+def test_a_run_may_pause_between_any_two_steps(mixture, router, dtype):
+    """Batches side by side, each advanced in turn: to the last bit what they are uninterrupted."""
+    experts = (Expert.sol(), Expert.lune(solver="dpmpp_2m"))
+    experts = [low_precision(mixture.give_model(e), dtype) for e in experts]
+    compiled = plan(experts, router, steps=12)
+    batches = {seed: SamplingRun(compiled, experts, shape=(2, *SHAPE), seeds=[seed, 9]) for seed in (1, 2)}
+    for until in (0, 1, 5, 5, 9, 12):
+        for paused in batches.values():
+            assert paused.advance(until) is paused.x and paused.index == until
+    for seed, finished in batches.items():
+        assert finished.done and torch.equal(finished.x, run(experts, router, [seed, 9]))
+        for wrong in (11, 13, 2.0, True):
+            with pytest.raises(ValueError, match="at step 12 of 12"):
+                finished.advance(wrong)
+
+
+def test_a_queued_run_is_checked_and_costs_its_state_only(mixture):
+    sol = mixture.give_model(Expert.sol())
+    queued = SamplingRun(plan(sol, steps=4), sol, shape=(1, *SHAPE), seeds=[1])
+    held = {name for name, value in vars(queued).items() if isinstance(value, torch.Tensor)}
+    assert held == {"x"} and queued.x0 is None and queued.index == 0
+
+
+def test_an_interrupted_run_calls_no_more_models_and_goes_on_where_it_stopped(mixture):
+    experts = stochastic_duo(mixture)
+    compiled = plan(experts, Boundary("sol", "lune", 0.7), steps=12)
+    seen = []
+
+    def stop(info):
+        seen.append(info["step"])
+        info["run"].interrupted = info["step"] == 4
+
+    stopped = SamplingRun(compiled, experts, shape=(1, *SHAPE), seeds=[3], callback=stop)
+    state = stopped.advance().clone()
+    assert seen == [0, 1, 2, 3, 4] and stopped.index == 5 and not stopped.done
+    assert torch.equal(stopped.advance(), state) and len(seen) == 5
+    whole = {}
+    run(
+        experts,
+        Boundary("sol", "lune", 0.7),
+        [3],
+        callback=lambda i: whole.update({i["step"]: i["x"].clone()}),
+    )
+    assert torch.equal(state, whole[4])
+    stopped.interrupted = False
+    assert torch.equal(stopped.advance(), whole[11])
+
+
+def test_a_callbacks_state_must_have_the_states_shape(mixture):
+    lune = mixture.give_model(Expert.lune())
+    with pytest.raises(ValueError, match="a callback's state"):
+        sample(plan(lune, steps=2), lune, shape=(2, 4), seeds=[0, 1], callback=lambda info: torch.zeros(4))
 
 
 class _Record(TorchDispatchMode):
