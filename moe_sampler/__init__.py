@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .predictions import add_noise, epsilon_to_x0, velocity_to_x0, x0_to_epsilon
     from .routers import Boundary, Crossfade, Router, Spans
     from .sampling import SamplingRun, sample
+    from .schedulers import FusedDDIMScheduler, FusedDDPMScheduler, FusedFlowMatchEulerScheduler
     from .trace import Trace
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ _NAMES = {
     "predictions": ("add_noise", "epsilon_to_x0", "velocity_to_x0", "x0_to_epsilon"),
     "routers": ("Boundary", "Crossfade", "Router", "Spans"),
     "sampling": ("SamplingRun", "sample"),
+    "schedulers": ("FusedDDIMScheduler", "FusedDDPMScheduler", "FusedFlowMatchEulerScheduler"),
     "trace": ("Trace",),
 }
 _SOURCE = {name: module for module, names in _NAMES.items() for name in names}
@@ -39,6 +41,9 @@ __all__ = [
     "Crossfade",
     "Expert",
     "FlowPath",
+    "FusedDDIMScheduler",
+    "FusedDDPMScheduler",
+    "FusedFlowMatchEulerScheduler",
     "HybridPipeline",
     "Level",
     "Router",
