@@ -12,10 +12,12 @@ if TYPE_CHECKING:
     from .kernels import euler_step_, philox_normal, sampler_step_, shift_sigmas, velocity_to_epsilon
     from .paths import FlowPath, Level, VPPath
     from .pipeline import HybridPipeline
+    from .plan_display import plan_table
+    from .plan_figure import draw_plan
     from .planning import SamplingPlan, plan
     from .predictions import add_noise, epsilon_to_x0, velocity_to_x0, x0_to_epsilon
-    from .routers import Boundary, Crossfade, Router, Spans
-    from .sampling import SamplingRun, sample
+    from .routers import Boundary, Crossfade, PerStep, Router, Spans
+    from .sampling import SamplingRun, initial_latents, noised, sample
     from .schedulers import FusedDDIMScheduler, FusedDDPMScheduler, FusedFlowMatchEulerScheduler
     from .trace import Trace
 
@@ -27,10 +29,12 @@ _NAMES = {
     "kernels": ("euler_step_", "philox_normal", "sampler_step_", "shift_sigmas", "velocity_to_epsilon"),
     "paths": ("FlowPath", "Level", "VPPath"),
     "pipeline": ("HybridPipeline",),
+    "plan_display": ("plan_table",),
+    "plan_figure": ("draw_plan",),
     "planning": ("SamplingPlan", "plan"),
     "predictions": ("add_noise", "epsilon_to_x0", "velocity_to_x0", "x0_to_epsilon"),
-    "routers": ("Boundary", "Crossfade", "Router", "Spans"),
-    "sampling": ("SamplingRun", "sample"),
+    "routers": ("Boundary", "Crossfade", "PerStep", "Router", "Spans"),
+    "sampling": ("SamplingRun", "initial_latents", "noised", "sample"),
     "schedulers": ("FusedDDIMScheduler", "FusedDDPMScheduler", "FusedFlowMatchEulerScheduler"),
     "trace": ("Trace",),
 }
@@ -46,6 +50,7 @@ __all__ = [
     "FusedFlowMatchEulerScheduler",
     "HybridPipeline",
     "Level",
+    "PerStep",
     "Router",
     "SamplingPlan",
     "SamplingRun",
@@ -53,10 +58,14 @@ __all__ = [
     "Trace",
     "VPPath",
     "add_noise",
+    "draw_plan",
     "epsilon_to_x0",
     "euler_step_",
+    "initial_latents",
+    "noised",
     "philox_normal",
     "plan",
+    "plan_table",
     "sample",
     "sampler_step_",
     "shift_sigmas",

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 
 from .experts import Expert
+from .guidance import Conditioning, GuidanceInputs, rescaled_guidance
 from .kernels import philox_normal, sampler_step_
 from .kernels.noise import seeds_tensor
-from .planning import ExpertCall, PlanStep, SamplingPlan
+from .plans import ExpertCall, SamplingPlan
+from .predictions import add_noise
 
-__all__ = ["SamplingRun", "initial_latents", "sample"]
+__all__ = ["SamplingRun", "initial_latents", "noised", "sample"]
 
 INITIAL_NOISE_STREAM = 1  # the steps' own noise is stream 0
 Callback = Callable[[dict[str, Any]], torch.Tensor | None]
@@ -26,6 +28,8 @@ def initial_latents(
 ) -> torch.Tensor:
     """The state a plan starts from: float32 noise that depends on each sample's seed alone.
 
+    For plans that begin at pure noise; one that begins further down starts from an image (see `noised`).
+
     Args:
         plan: decides the scale.
         shape: of the batch, [B, ...].
@@ -37,22 +41,35 @@ def initial_latents(
     return noise.mul_(plan.initial_scale)
 
 
-def _check_conditioning(
+def noised(
     plan: SamplingPlan,
-    batch: int,
-    cond: Mapping[str, torch.Tensor],
-    uncond: Mapping[str, torch.Tensor] | None,
-) -> None:
-    for kind, values in {"cond": cond, "uncond": uncond or {}}.items():
-        for key, value in values.items():
-            if value.shape[0] != batch:
-                raise ValueError(f"{kind}[{key!r}] has batch {value.shape[0]}, the latents have {batch}")
-    if not plan.guided:
-        return
-    if uncond is None:
-        raise ValueError("the plan uses classifier-free guidance: give `uncond` beside `cond`")
-    if set(uncond) != set(cond):
-        raise ValueError(f"cond and uncond must have the same keys, got {sorted(cond)} and {sorted(uncond)}")
+    x0: torch.Tensor,
+    *,
+    seeds: Sequence[int] | torch.Tensor | None = None,
+    noise: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The state a plan starts from if it starts from an image: alpha * x0 + sigma * noise at its first level.
+
+    Args:
+        plan: one that begins below pure noise, `plan(..., start=0.6)`; `plan.start_level` is the level.
+        x0: [B, ...] float32, clean latents.
+        seeds: B integers, one a sample, for the noise `initial_latents` would draw; or
+        noise: [B, ...] float32, N(0, 1).
+
+    Returns:
+        [B, ...] float32.
+    """
+    if (seeds is None) == (noise is None):
+        raise ValueError("give either seeds or noise")
+    if x0.dtype != torch.float32:
+        raise TypeError(f"the sampling state is float32 whatever the models' dtype, got {x0.dtype}")
+    if seeds is not None:
+        if len(seeds) != x0.shape[0]:
+            raise ValueError(f"{x0.shape[0]} samples need as many seeds, got {len(seeds)}")
+        noise = philox_normal(tuple(x0.shape), seeds, stream=INITIAL_NOISE_STREAM, device=x0.device)
+    elif noise.shape != x0.shape:
+        raise ValueError(f"noise must have shape {list(x0.shape)}, got {list(noise.shape)}")
+    return add_noise(x0, noise, plan.start_level.alpha, plan.start_level.sigma)
 
 
 class _Inputs:
@@ -97,10 +114,6 @@ def _timesteps(plan: SamplingPlan, device: torch.device) -> list[list[torch.Tens
     return [[pick(call) for call in step.calls] for step in plan.steps]
 
 
-def _output(result: Any) -> torch.Tensor:
-    return (result if isinstance(result, torch.Tensor) else result[0]).contiguous()
-
-
 class SamplingRun:
     """One batch on its way through a plan; it may pause between any two steps.
 
@@ -130,8 +143,8 @@ class SamplingRun:
         shape: Sequence[int] | None = None,
         seeds: Sequence[int] | torch.Tensor | None = None,
         noise: Callable[[int], torch.Tensor] | None = None,
-        cond: Mapping[str, torch.Tensor] | None = None,
-        uncond: Mapping[str, torch.Tensor] | None = None,
+        cond: Conditioning | None = None,
+        uncond: Conditioning | None = None,
         device: torch.device | str = "cpu",
         callback: Callback | None = None,
     ) -> None:
@@ -153,8 +166,7 @@ class SamplingRun:
             raise ValueError("the plan adds fresh noise: give seeds (one a sample) or a noise function")
         if seeds is not None and len(seeds) != batch:
             raise ValueError(f"{batch} samples need as many seeds, got {len(seeds)}")
-        self._cond, self._uncond = dict(cond or {}), uncond
-        _check_conditioning(plan, batch, self._cond, uncond)
+        self._guidance = GuidanceInputs(plan, list(self._experts), batch, cond, uncond)
         self._seeds, self._noise, self._callback = seeds, noise, callback
         self.x = (
             initial_latents(plan, shape, seeds, device)
@@ -176,13 +188,6 @@ class SamplingRun:
         history = any(step.coefficients["d"] != 0.0 for step in self.plan.steps)
         self.x0 = torch.zeros_like(self.x) if history or self._callback is not None else None
 
-    def _conditioning(self, steps: Sequence[PlanStep]) -> dict[bool, dict[str, torch.Tensor]]:
-        """Keyword arguments for unguided (False) and guided (True) calls."""
-        both = {}
-        if any(call.guided for step in steps for call in step.calls):
-            both = {key: torch.cat([self._uncond[key], value]) for key, value in self._cond.items()}
-        return {False: self._cond, True: both}
-
     @torch.no_grad()
     def advance(self, until: int | None = None) -> torch.Tensor:
         """Run the steps up to, not including, plan step `until`; None runs to the end.
@@ -202,7 +207,8 @@ class SamplingRun:
             return self.x
         if self._table is None:
             self._move_to_device()
-        conditioning = self._conditioning(self.plan.steps[self.index : until])
+        steps = self.plan.steps[self.index : until]
+        conditioning = self._guidance.of(call for step in steps for call in step.calls)
         inputs = _Inputs(self.x, self._experts)
         # The launch that ended the last stretch wrote no inputs: the state says the same.
         current = inputs.write(self.plan.steps[self.index].calls, self.index)
@@ -210,17 +216,26 @@ class SamplingRun:
             current = self._step(inputs, current, conditioning, self.index + 1 == until)
         return self.x
 
+    def _predict(
+        self, call: ExpertCall, x: torch.Tensor, timestep: torch.Tensor, conditioning: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        output = self._experts[call.name].model(x, timestep, **conditioning)
+        output = output if isinstance(output, torch.Tensor) else output[0]
+        if call.guidance_rescale:
+            return rescaled_guidance(output, call.guidance_scale, call.guidance_rescale)
+        return output.contiguous()
+
     def _step(
         self,
         inputs: _Inputs,
         current: list[torch.Tensor],
-        conditioning: dict[bool, dict[str, torch.Tensor]],
+        conditioning: Mapping[tuple[str, bool], dict[str, torch.Tensor]],
         last: bool,
     ) -> list[torch.Tensor]:
         """One model evaluation and one launch; returns the next step's model inputs."""
         index, step = self.index, self.plan.steps[self.index]
         outputs = [
-            _output(self._experts[call.name].model(model_input, timestep, **conditioning[call.guided]))
+            self._predict(call, model_input, timestep, conditioning[call.name, call.guided])
             for call, model_input, timestep in zip(step.calls, current, self._timesteps[index], strict=True)
         ]
         following = () if last else self.plan.steps[index + 1].calls
@@ -259,8 +274,8 @@ def sample(
     shape: Sequence[int] | None = None,
     seeds: Sequence[int] | torch.Tensor | None = None,
     noise: Callable[[int], torch.Tensor] | None = None,
-    cond: Mapping[str, torch.Tensor] | None = None,
-    uncond: Mapping[str, torch.Tensor] | None = None,
+    cond: Conditioning | None = None,
+    uncond: Conditioning | None = None,
     device: torch.device | str = "cpu",
     callback: Callback | None = None,
 ) -> torch.Tensor:
@@ -274,7 +289,8 @@ def sample(
         seeds: one integer a sample. Noise is a function of (seed, step, element) alone, so a sample is the
             same alone and inside any batch.
         noise: instead of `seeds` for the steps' noise: `noise(step)` returns [B, ...] float32.
-        cond, uncond: keyword arguments for the models, tensors with the batch first. Guided calls get
+        cond, uncond: keyword arguments for the models, tensors with the batch first; or a mapping of them for
+            each expert, by name, `{"sol": {"prompt_embeds": ...}, "lune": {...}}`. Guided calls get
             `cat([uncond, cond])`, diffusers' order, unguided calls `cond` alone.
         device: where to run when `x` isn't given.
         callback: gets a dict after each step: `step`, `plan_step`, `x` (the state), `x0` (the prediction;
