@@ -22,6 +22,9 @@ _SOLVER_OF_SCHEDULER = {
     "FlowMatchHeunDiscreteScheduler": "heun",
     "HeunDiscreteScheduler": "heun",
     "DPMSolverMultistepScheduler": "dpmpp_2m",
+    "FusedDDPMScheduler": "ddpm",
+    "FusedDDIMScheduler": "ddim",
+    "FusedFlowMatchEulerScheduler": "euler",
 }
 # What a run would silently do differently, and the setting that makes it harmless when given.
 _UNSUPPORTED_OPTIONS = {
@@ -95,13 +98,13 @@ class Expert:
                 f"{self.name}: guidance_rescale must lie between 0 and 1, got {self.guidance_rescale}"
             )
         if self.guidance_window is not None:
-            high, low = map(float, self.guidance_window)
-            if not 0 <= low < high <= 1:
+            window = tuple(map(float, self.guidance_window))
+            if len(window) != 2 or not 0 <= window[1] < window[0] <= 1:
                 raise ValueError(
                     f"{self.name}: guidance_window is (high, low) with 0 <= low < high <= 1, from noise (1) "
                     f"to data (0), got {self.guidance_window}"
                 )
-            object.__setattr__(self, "guidance_window", (high, low))
+            object.__setattr__(self, "guidance_window", window)
 
     @property
     def guided(self) -> bool:

@@ -11,7 +11,14 @@ import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
-from moe_sampler import Expert, VPPath, plan, sample
+from moe_sampler import (
+    Expert,
+    FusedDDIMScheduler,
+    FusedFlowMatchEulerScheduler,
+    VPPath,
+    plan,
+    sample,
+)
 from moe_sampler.guidance import rescaled_guidance
 from moe_sampler.kernels import philox_normal
 from moe_sampler.predictions import velocity_to_epsilon, velocity_to_x0, x0_to_epsilon
@@ -277,6 +284,7 @@ def test_solvers_are_read_from_diffusers_configs():
 
     assert solver(diffusers.FlowMatchHeunDiscreteScheduler()) == "heun"
     assert solver(diffusers.HeunDiscreteScheduler()) == "heun"
+    assert solver(FusedDDIMScheduler()) == "ddim" and solver(FusedFlowMatchEulerScheduler()) == "euler"
     multistep = diffusers.DPMSolverMultistepScheduler
     assert solver(multistep()) == "dpmpp_2m"
     assert solver(multistep(algorithm_type="sde-dpmsolver++")) == "dpmpp_2m_sde"

@@ -253,6 +253,7 @@ def test_plans_written_before_there_was_a_rescale_are_read():
         (dict(guidance_window=(0.2, 0.8)), "guidance_window is"),
         (dict(guidance_window=(1.1, 0.8)), "guidance_window is"),
         (dict(guidance_window=(math.nan, 0.1)), "guidance_window is"),
+        (dict(guidance_window=(0.8,)), "guidance_window is"),
         (dict(guidance_rescale=1.2), "guidance_rescale must lie"),
         (dict(shift=math.inf), "shift must be positive"),
         (dict(shift=0.0), "shift must be positive"),

@@ -316,7 +316,7 @@ def test_guidance_rescale_is_by_expert_and_sample(mixture, router):
 
 
 def test_a_rescaled_sample_is_the_same_alone_and_in_any_batch(mixture):
-    """Large samples: a reduction over the whole batch would add up in another order."""
+    """Its standard deviation is its own, added up in the same order whatever else is there."""
     expert = dataclasses.replace(
         Expert.lune(lambda x, t, c: torch.tanh(x) + c.view(-1, 1, 1)),
         guidance_scale=3.0,
@@ -326,7 +326,7 @@ def test_a_rescaled_sample_is_the_same_alone_and_in_any_batch(mixture):
 
     def made(seeds):
         c = torch.ones(len(seeds), 1)
-        shape = (len(seeds), 200, 333)
+        shape = (len(seeds), 50, 333)
         return sample(compiled, expert, shape=shape, seeds=seeds, cond={"c": c}, uncond={"c": 0.5 * c})
 
     batch = made([3, 7, 9])
@@ -491,6 +491,25 @@ def test_a_step_is_the_model_and_one_launch_and_nothing_is_read_back():
         )
     for begin, end in itertools.pairwise(marks[1:]):  # by then every buffer is there
         assert record.names[begin:end] == ["aten::tanh", "aten::tanh", "moe_sampler::sampler_step_"]
+    assert not {"aten::_local_scalar_dense", "aten::nonzero"} & set(record.names[marks[0] :])
+
+
+def test_a_rescale_reads_nothing_back_either():
+    expert = Expert.lune(
+        lambda x, timestep, c: torch.tanh(x) + c.view(-1, 1, 1, 1), guidance_scale=3.0, guidance_rescale=0.7
+    )
+    marks: list[int] = []
+    with _Record() as record:
+        sample(
+            plan(expert, steps=4),
+            expert,
+            shape=(2, *SHAPE),
+            seeds=[1, 2],
+            cond={"c": torch.ones(2, 1)},
+            uncond={"c": torch.zeros(2, 1)},
+            callback=lambda info: marks.append(len(record.names)),
+        )
+    assert "aten::std.correction" in record.names[marks[0] : marks[1]]
     assert not {"aten::_local_scalar_dense", "aten::nonzero"} & set(record.names[marks[0] :])
 
 
