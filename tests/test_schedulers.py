@@ -110,36 +110,39 @@ def mixture(gentle_mixture):
     return gentle_mixture
 
 
+CONFIGS = [
+    {},
+    LATENT,
+    SCALED | LATENT | dict(steps_offset=1),
+    SCALED | LATENT | dict(prediction_type="v_prediction", timestep_spacing="trailing"),
+    LATENT | dict(prediction_type="sample", timestep_spacing="linspace"),
+    dict(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction"),
+    dict(beta_schedule="squaredcos_cap_v2", clip_sample_range=2.0),
+    LATENT | dict(trained_betas=TRAINED, num_train_timesteps=500),
+    LATENT | dict(num_train_timesteps=200, prediction_type="v_prediction"),
+    dict(clip_sample_range=0.4, prediction_type="v_prediction", timestep_spacing="trailing"),
+    dict(clip_sample_range=0.4, prediction_type="sample"),
+]
+WAYS = [
+    (FusedDDPMScheduler, dict(variance_type="fixed_large"), {}),
+    (FusedDDPMScheduler, dict(variance_type="fixed_small_log"), {}),
+    (FusedDDIMScheduler, {}, dict(eta=0.5)),
+    (FusedDDIMScheduler, dict(set_alpha_to_one=False), dict(eta=0.5)),
+    (FusedDDIMScheduler, {}, dict(eta=1.0, use_clipped_model_output=True)),
+]
+
+
 @pytest.mark.parametrize(
-    "config",
+    ("cls", "config", "options"),
     [
-        {},
-        LATENT,
-        SCALED | LATENT | dict(steps_offset=1),
-        SCALED | LATENT | dict(prediction_type="v_prediction", timestep_spacing="trailing"),
-        LATENT | dict(prediction_type="sample", timestep_spacing="linspace"),
-        dict(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction"),
-        dict(beta_schedule="squaredcos_cap_v2", clip_sample_range=2.0),
-        LATENT | dict(trained_betas=TRAINED, num_train_timesteps=500),
-        LATENT | dict(num_train_timesteps=200, prediction_type="v_prediction"),
-        dict(clip_sample_range=0.4, prediction_type="v_prediction", timestep_spacing="trailing"),
-        dict(clip_sample_range=0.4, prediction_type="sample"),
+        *((cls, config, {}) for config in CONFIGS for cls in VP),
+        *((cls, config | extra, options) for cls, extra, options in WAYS for config in CONFIGS[:9:4]),
+        *((cls, config | extra, options) for cls, extra, options in WAYS for config in CONFIGS[9:]),
     ],
 )
-@pytest.mark.parametrize(
-    ("cls", "extra", "options"),
-    [
-        (FusedDDPMScheduler, {}, {}),
-        (FusedDDPMScheduler, dict(variance_type="fixed_large"), {}),
-        (FusedDDPMScheduler, dict(variance_type="fixed_small_log"), {}),
-        (FusedDDIMScheduler, {}, {}),
-        (FusedDDIMScheduler, dict(set_alpha_to_one=False), dict(eta=0.5)),
-        (FusedDDIMScheduler, {}, dict(eta=1.0, use_clipped_model_output=True)),
-    ],
-)
-def test_whole_loops_are_diffusers_own(mixture, noise_of_one_dtype, cls, extra, options, config):
-    fused, original = cls(**config, **extra), ORIGINALS[cls](**config, **extra)
-    for steps in (1, 5, 20):
+def test_whole_loops_are_diffusers_own(mixture, noise_of_one_dtype, cls, config, options):
+    fused, original = cls(**config), ORIGINALS[cls](**config)
+    for steps in (1, 20):
         for scheduler in (fused, original):
             scheduler.set_timesteps(steps)
         model, exact = vp_model(mixture, original), in_float64(original)
@@ -672,3 +675,41 @@ def test_a_pipeline_with_a_fused_scheduler_is_saved_and_loaded(demo_pipeline, tm
     )
     assert type(loaded.scheduler) is FusedDDIMScheduler
     assert loaded.scheduler.config.prediction_type == "v_prediction"
+
+
+@pytest.mark.parametrize("config", [dict(shift=3.0), dict(use_dynamic_shifting=True)])
+def test_in_flux(config):
+    """A flow pipeline: sigmas, mu and a begin index come from it."""
+    torch.manual_seed(0)
+    transformer = diffusers.FluxTransformer2DModel(
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=[4, 4, 8],
+    ).eval()
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(4,), norm_num_groups=1, latent_channels=1, shift_factor=0.0, scaling_factor=1.0
+    ).eval()
+    embeds = dict(prompt_embeds=torch.randn(1, 6, 32), pooled_prompt_embeds=torch.randn(1, 32))
+    images = []
+    for cls in (FusedFlowMatchEulerScheduler, diffusers.FlowMatchEulerDiscreteScheduler):
+        pipe = diffusers.FluxPipeline(
+            scheduler=cls(**config),
+            vae=vae,
+            text_encoder=None,
+            tokenizer=None,
+            text_encoder_2=None,
+            tokenizer_2=None,
+            transformer=transformer,
+        )
+        pipe.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(3)
+        settings = dict(height=16, width=16, num_inference_steps=4, output_type="np")
+        images.append(pipe(**embeds, **settings, generator=generator).images)
+        assert pipe.scheduler.step_index == 4 and pipe.scheduler.begin_index == 0
+    np.testing.assert_allclose(*images, atol=1e-4)
+    assert np.ptp(images[0]) > 0.1

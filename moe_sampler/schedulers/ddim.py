@@ -110,7 +110,8 @@ class FusedDDIMScheduler(VPScheduler):
             timestep: one of `timesteps`, or any integer of the training range.
             eta: share of the posterior's noise, 0 to 1.
             use_clipped_model_output: take the direction from the clipped x0, too.
-            generator: for the fresh noise, drawn as the original draws it, where eta > 0.
+            generator: for the fresh noise, drawn as the original draws it, where eta > 0; None is torch's
+                global one.
             variance_noise: [B, ...], the noise itself instead.
             return_dict: an output with `prev_sample` and `pred_original_sample`, or the two as a tuple.
 

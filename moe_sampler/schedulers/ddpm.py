@@ -126,7 +126,8 @@ class FusedDDPMScheduler(VPScheduler):
             model_output, sample: [B, ...] float32, float16 or bfloat16; neither is modified.
             timestep: one of `timesteps`, or any integer of the training range, which steps to the schedule's
                 next node below it.
-            generator: for the fresh noise, drawn as the original draws it, at every timestep above 0.
+            generator: for the fresh noise, drawn as the original draws it, at every timestep above 0; None is
+                torch's global one.
             return_dict: an output with `prev_sample` and `pred_original_sample`, or the two as a tuple.
 
         Returns:

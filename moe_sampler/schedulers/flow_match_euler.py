@@ -276,7 +276,7 @@ class FusedFlowMatchEulerScheduler(FusedScheduler):
             model_output, sample: [B, ...] float32, float16 or bfloat16; neither is modified.
             timestep: one of `timesteps`.
             s_churn, s_tmin, s_tmax, s_noise: only their defaults; the original doesn't use them either.
-            generator: for `stochastic_sampling`.
+            generator: for `stochastic_sampling`; None is torch's global one.
             per_token_timesteps: only None.
             return_dict: an output with `prev_sample`, or a tuple of it.
 

@@ -40,6 +40,8 @@ def view_index(timestep: Any, schedule: torch.Tensor) -> int | None:
     """
     if not isinstance(timestep, torch.Tensor) or timestep.numel() != 1 or timestep.dtype != schedule.dtype:
         return None
+    if timestep.device != schedule.device:
+        return None
     if timestep.untyped_storage().data_ptr() != schedule.untyped_storage().data_ptr():
         return None
     index = timestep.storage_offset() - schedule.storage_offset()

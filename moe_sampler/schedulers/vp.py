@@ -102,9 +102,10 @@ class VPScheduler(FusedScheduler):
         index = view_index(timestep, self._scheduled)
         if index is not None:
             return self._steps[index]
-        t = int(timestep)
-        if t != timestep if not isinstance(timestep, torch.Tensor) else timestep.is_floating_point():
+        floating = timestep.is_floating_point() if isinstance(timestep, torch.Tensor) else timestep % 1 != 0
+        if floating:
             raise ValueError(f"timesteps of {type(self).__name__} are integers, got {timestep}")
+        t = int(timestep)
         if not 0 <= t < self.config.num_train_timesteps:
             raise ValueError(f"timestep {t} is outside 0..{self.config.num_train_timesteps - 1}")
         return t
