@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.utils import is_peft_available, recurse_remove_peft_layers
+from safetensors import SafetensorError
 
 from .checkpoints import CheckpointError, names
 
@@ -53,7 +54,7 @@ class AdapterMixin:
             state, alphas, metadata = StableDiffusionLoraLoaderMixin.lora_state_dict(
                 source, use_safetensors=True, return_lora_metadata=True, unet_config=unet.config, **kwargs
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise CheckpointError(f"{source if isinstance(source, str) else 'LoRA'}: {reason}") from error
         foreign = [key for key in state if not key.startswith(("unet.", "text_encoder."))]

@@ -190,7 +190,7 @@ def hybrid_plan(
     if expert not in ("hybrid", *names):
         raise ValueError(f'unknown expert "{expert}": use hybrid, {" or ".join(names)}')
     own = _own_steps(names, num_inference_steps, sol_steps, lune_steps)
-    total = num_inference_steps if isinstance(num_inference_steps, int) else defaults["num_inference_steps"]
+    total = defaults["num_inference_steps"] if num_inference_steps is None or own else num_inference_steps
     if expert != "hybrid" or len(names) == 1:
         return _alone(experts, names[0] if expert == "hybrid" else expert, own, total, handoff, router)
     if router is not None and handoff is not None:
