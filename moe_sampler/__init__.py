@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .plan_figure import draw_plan
     from .planning import SamplingPlan, plan
     from .predictions import add_noise, epsilon_to_x0, velocity_to_x0, x0_to_epsilon
+    from .presets import ExpertSource
     from .routers import Boundary, Crossfade, PerStep, Router, Spans
     from .sampling import SamplingRun, initial_latents, noised, sample
     from .schedulers import FusedDDIMScheduler, FusedDDPMScheduler, FusedFlowMatchEulerScheduler
@@ -33,6 +34,7 @@ _NAMES = {
     "plan_figure": ("draw_plan",),
     "planning": ("SamplingPlan", "plan"),
     "predictions": ("add_noise", "epsilon_to_x0", "velocity_to_x0", "x0_to_epsilon"),
+    "presets": ("ExpertSource",),
     "routers": ("Boundary", "Crossfade", "PerStep", "Router", "Spans"),
     "sampling": ("SamplingRun", "initial_latents", "noised", "sample"),
     "schedulers": ("FusedDDIMScheduler", "FusedDDPMScheduler", "FusedFlowMatchEulerScheduler"),
@@ -44,6 +46,7 @@ __all__ = [
     "Boundary",
     "Crossfade",
     "Expert",
+    "ExpertSource",
     "FlowPath",
     "FusedDDIMScheduler",
     "FusedDDPMScheduler",

@@ -138,7 +138,7 @@ class ExpertPipeline(DiffusionPipeline):
     def _at_work(self, component: str) -> Iterator[None]:
         """A component that isn't an expert, on the device that computes for as long as the block lasts."""
         module = getattr(self, component)
-        moves = self._offload is not None and self._offload.device.type != "cpu"
+        moves = self._offload is not None and module.device != self._offload.device
         if moves:
             module.to(self._offload.device)
         try:

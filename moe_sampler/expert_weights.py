@@ -103,10 +103,9 @@ class ExpertWeights:
 
     def _pin(self) -> None:
         """Keep pinned host copies, in the dtype that is computed in."""
-        if self._slots.keys() <= self._host.keys():
-            return
         for key, tensor in self._sources().items():
-            self._host[key] = tensor.to(self._parameter(key).dtype).pin_memory()
+            if not tensor.is_pinned():
+                self._host[key] = tensor.to(self._parameter(key).dtype).pin_memory()
 
     def prefetch(self, device: torch.device, stream: torch.cuda.Stream) -> None:
         """Begin to copy the weights to a CUDA device, beside whatever it is doing, if there is room."""

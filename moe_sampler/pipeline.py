@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,14 +29,11 @@ from .inputs import (
     seeds_of,
 )
 from .latents import check_image, decode_latents, encode_images, image_size
-from .loading import Dtypes, check_experts_fit, check_names, load_parts
-from .offload import Offload, check_offload
+from .loading import check_experts_fit, check_names
 from .plans import SamplingPlan
-from .presets import ExpertSource
-from .presets import preset as find_preset
+from .pretrained import PretrainedMixin
 from .prompts import Negative, check_prompts, encode_prompts, negative_embeds, prompt_count
 from .routers import PerStep, Router
-from .sources import Hub
 
 __all__ = ["HybridPipeline", "HybridPipelineOutput"]
 
@@ -57,7 +53,7 @@ class HybridPipelineOutput(BaseOutput):
     plan: SamplingPlan
 
 
-class HybridPipeline(AdapterMixin, ExpertPipeline):
+class HybridPipeline(PretrainedMixin, AdapterMixin, ExpertPipeline):
     """Text to image with several experts: Sol lays the image out, Lune paints it; or others, by any names.
 
     Args:
@@ -111,89 +107,6 @@ class HybridPipeline(AdapterMixin, ExpertPipeline):
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self._interrupt = False
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | Path | None = None,
-        *,
-        preset: str | None = None,
-        sol: ExpertSource | str | Path | None = None,
-        lune: ExpertSource | str | Path | None = None,
-        sd15: ExpertSource | str | Path | None = None,
-        experts: Mapping[str, ExpertSource | str | Path] | None = None,
-        dtype: Dtypes | None = None,
-        torch_dtype: Dtypes | None = None,
-        variant: str | None = None,
-        revision: str | None = None,
-        offload: Offload = "none",
-        device: torch.device | str | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
-        force_download: bool = False,
-        **parts: Any,
-    ) -> HybridPipeline:
-        """Load the parts experts share from one place, and the experts from there or from anywhere.
-
-        Args:
-            pretrained_model_name_or_path: the base, a local folder or a hub id: of a pipeline like this one
-                (`unet_sol/`, `scheduler_sol/` ...), or of Stable Diffusion, whose VAE, text encoder and
-                tokenizer are then used.
-            preset: "sd15" for Stable Diffusion 1.5 with the published Sol and Lune; what else is given takes
-                precedence.
-            sol, lune, sd15: an expert of that name, trained as that name says unless a scheduler config lies
-                beside it: a diffusers folder, a hub id `owner/name`, a hub file `owner/name:file`, or a file
-                (see `ExpertSource`, which also takes a revision and other training settings).
-            experts: experts by any name, in the order they work in; they follow those above.
-            dtype, torch_dtype: of all models, or by component with "default" for the others. float32.
-            variant: prefer `*.<variant>.safetensors`, such as "fp16".
-            revision: of the base on the hub.
-            offload, device: see `set_offload`.
-            cache_dir, local_files_only, token, force_download: for the hub.
-            parts: components to use instead of loading them, and default settings (`handoff`,
-                `num_inference_steps`, `<name>_guidance`).
-
-        Raises:
-            CheckpointError: anything missing, unreadable, unexpected or misshapen, by name.
-            ValueError: parts that don't fit each other.
-        """
-        check_offload(offload)
-        named = {"sol": sol, "lune": lune, "sd15": sd15}
-        given = {name: source for name, source in named.items() if source is not None} | dict(experts or {})
-        base = pretrained_model_name_or_path
-        if preset is not None:
-            known = find_preset(preset)
-            base, given = known.base if base is None else base, {**known.experts, **given}
-        if base is None:
-            raise ValueError("give the folder or hub id of the base, or preset=")
-        if dtype is not None and torch_dtype is not None:
-            raise ValueError("dtype and torch_dtype are the same: give one of them")
-        dtype = torch_dtype if dtype is None else dtype
-        modules = {key: value for key, value in parts.items() if key.split("_")[0] in _COMPONENT_WORDS}
-        loaded = load_parts(
-            base,
-            given,
-            dtypes=torch.float32 if dtype is None else dtype,
-            hub=Hub(cache_dir, local_files_only, token, force_download),
-            revision=revision,
-            variant=variant,
-            passed=modules,
-            resident=offload != "expert",
-        )
-        settings = {key: value for key, value in parts.items() if key not in modules}
-        settings = {**_settings_of(loaded.index, loaded.experts), **settings}
-        pipe = cls(**loaded.components, experts=loaded.experts, **settings)
-        pipe.register_to_config(_name_or_path=str(base))
-        pipe._weights.update(loaded.weights)
-        if offload != "none" or device is not None:
-            pipe.set_offload(offload, device)
-        return pipe
-
-    @classmethod
-    def from_preset(cls, name: str = "sd15", **kwargs: Any) -> HybridPipeline:
-        """A pipeline by name; kwargs are for `from_pretrained`."""
-        return cls.from_pretrained(preset=name, **kwargs)
 
     def experts(
         self,
@@ -270,23 +183,33 @@ class HybridPipeline(AdapterMixin, ExpertPipeline):
         levels = max(len(self.expert_unet(name).config.block_out_channels) for name in self.expert_names)
         return self.vae_scale_factor * 2 ** (levels - 1)
 
-    def encode_prompt(self, prompt: str | list[str]) -> torch.Tensor:
-        """[B, tokens, channels]: CLIP's hidden states. Too long a prompt is cut, with a warning."""
+    def encode_prompt(self, prompt: str | list[str], batch_size: int | None = None) -> torch.Tensor:
+        """[B, tokens, channels]: CLIP's hidden states, of `batch_size` prompts at once. Too long a prompt is
+        cut, with a warning."""
         prompts = [prompt] if isinstance(prompt, str) else prompt
+        device, size = self._execution_device, batch_size or len(prompts)
         with self._at_work("text_encoder"):
-            return encode_prompts(prompts, self.tokenizer, self.text_encoder, self._execution_device)
+            parts = [
+                encode_prompts(prompts[i : i + size], self.tokenizer, self.text_encoder, device)
+                for i in range(0, len(prompts), size)
+            ]
+        return torch.cat(parts)
 
     def decode_latents(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
         """Images from float32 latents [B, C, h, w]."""
         with self._at_work("vae"):
             return decode_latents(latents, self.vae, self.image_processor, output_type)
 
-    def _image_latents(self, image: Any, height: int, width: int, images: int) -> torch.Tensor:
+    def _image_latents(
+        self, image: Any, height: int, width: int, images: int, batch_size: int
+    ) -> torch.Tensor:
         """float32 latents [images, C, h, w] of the images that images start from."""
-        pixels = self.image_processor.preprocess(image, height, width).to(self._execution_device)
+        pixels = self.image_processor.preprocess(image, height, width)
         with self._at_work("vae"):
-            latents = encode_images(pixels, self.vae)
-        return latents.repeat_interleave(images // len(latents), 0)
+            parts = [
+                encode_images(part.to(self._execution_device), self.vae) for part in pixels.split(batch_size)
+            ]
+        return torch.cat(parts).repeat_interleave(images // len(pixels), 0)
 
     @torch.no_grad()
     def __call__(
@@ -398,13 +321,14 @@ class HybridPipeline(AdapterMixin, ExpertPipeline):
         check_latents(latents, shape)
 
         self._interrupt = False
-        device = self._execution_device
-        cond = self.encode_prompt(prompt) if prompt_embeds is None else prompt_embeds.to(device)
+        batch_size = batch_size or images
+        device, encode = self._execution_device, partial(self.encode_prompt, batch_size=batch_size)
+        cond = encode(prompt) if prompt_embeds is None else prompt_embeds.to(device)
         guided = list(dict.fromkeys(c.name for s in compiled.steps for c in s.calls if c.guided))
         uncond = negative_embeds(
-            negative_prompt, negative_prompt_embeds, guided, self.expert_names, prompts, self.encode_prompt
+            negative_prompt, negative_prompt_embeds, guided, self.expert_names, prompts, encode
         )
-        start = None if image is None else self._image_latents(image, height, width, images)
+        start = None if image is None else self._image_latents(image, height, width, images, batch_size)
         batches = Batches(
             self,
             compiled,
@@ -413,7 +337,7 @@ class HybridPipeline(AdapterMixin, ExpertPipeline):
             cond={"prompt_embeds": cond},
             uncond={name: {"prompt_embeds": embeds.to(device)} for name, embeds in uncond.items()},
             images_per_prompt=num_images_per_prompt,
-            batch_size=batch_size or images,
+            batch_size=batch_size,
             seeds=seeds,
             generator=generator,
             latents=latents,
@@ -426,12 +350,3 @@ class HybridPipeline(AdapterMixin, ExpertPipeline):
         )
         self.maybe_free_model_hooks()
         return HybridPipelineOutput(made, seeds, compiled) if return_dict else (made,)
-
-
-_COMPONENT_WORDS = ("vae", "text", "tokenizer", "unet", "scheduler")
-
-
-def _settings_of(index: Mapping[str, Any], experts: Sequence[str]) -> dict[str, Any]:
-    """The default settings a model index has for these experts."""
-    keys = ("handoff", "num_inference_steps", *(f"{name}_guidance" for name in experts))
-    return {key: index[key] for key in keys if key in index}

@@ -113,8 +113,8 @@ def negative_embeds(
             result[name] = given[name].expand(count, -1, -1)
             continue
         text = own.get(name) or ""
-        texts = tuple([text] * count if isinstance(text, str) else text)
+        texts = (text,) if isinstance(text, str) else tuple(text)
         if texts not in encoded:
-            encoded[texts] = encode(list(texts))
+            encoded[texts] = encode(list(texts)).expand(count, -1, -1)
         result[name] = encoded[texts]
     return result

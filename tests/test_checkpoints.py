@@ -15,11 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moe_sampler import HybridPipeline, expert_weights
+from moe_sampler import ExpertSource, HybridPipeline, expert_weights
 from moe_sampler.checkpoints import CheckpointError
 from moe_sampler.demo import experts_path
 from moe_sampler.expert_weights import ExpertWeights, empty_unet, file_tensors
-from moe_sampler.presets import PRESETS, ExpertSource
+from moe_sampler.presets import PRESETS
 from moe_sampler.sources import UNetFiles
 from moe_sampler.state_dicts import read_tensors
 
@@ -497,7 +497,7 @@ def test_parts_that_do_not_fit_are_refused_when_they_are_put_together(demo_pipel
         (dict(sol=SOL, experts={"hybrid": SOL}), ValueError, "but not hybrid"),
         (dict(sol=SOL, experts={"My Expert": SOL}), ValueError, "lower-case word"),
         (dict(sol=SOL, offload="disk"), ValueError, 'unknown offload "disk"'),
-        (dict(sol=SOL, stride=3), TypeError, "unknown parts .*stride"),
+        (dict(sol=SOL, stride=3), TypeError, "unknown arguments or parts of a pipeline: stride"),
         (dict(sol=SOL.with_suffix(".onnx")), CheckpointError, "there is no"),
         (dict(sol=SOL, dtype=torch.half, torch_dtype=torch.half), ValueError, "are the same"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 
 import pytest
@@ -108,7 +109,8 @@ def test_nobody_is_in_memory_while_images_are_decoded_and_prompts_encoded(monkey
             module, method, lambda *a, o=original, n=name, **k: seen.append((n, resident(pipe))) or o(*a, **k)
         )
     pipe(PROMPTS, batch_size=2, seed=0, num_inference_steps=2)
-    assert seen == [("text_encoder", [])] * 2 + [("vae", [])] * 2
+    # Two batches of prompts, what guidance leads away from, two batches of images.
+    assert seen == [("text_encoder", [])] * 3 + [("vae", [])] * 2
 
 
 def test_a_crossfade_needs_both_and_only_there(monkeypatch):
@@ -235,3 +237,36 @@ def test_an_expert_without_files_works_from_host_memory(demo_pipeline):
         assert not weights.resident
         weights.take("cpu")
         assert all(torch.equal(value, before[key]) for key, value in unet.state_dict().items())
+
+
+def test_a_prefetched_expert_is_used_only_after_its_copy_arrived(monkeypatch):
+    """CUDA's part stood in for: what is asked of streams and events, in which order."""
+    log = []
+
+    class Stream:
+        def record_event(self):
+            log.append("copied")
+            return "event"
+
+        def wait_event(self, event):
+            log.append(f"waited for the {event}")
+
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: log.append("recorded"))
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: getattr(tensor, "pinned", False))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: (log.append("pinned"), tensor.clone())[1])
+    room = [0]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (room[0], 0))
+    weights = load(offload="expert")._expert_weights()["sol"]
+    count, cpu = len(list(weights.unet.parameters())), torch.device("cpu")
+    weights.prefetch(cpu, Stream())
+    assert log == []  # no room
+    room[0] = 2 * weights.nbytes
+    weights.prefetch(cpu, Stream())
+    assert log == ["pinned"] * count + ["copied"] and not weights.resident
+    weights.take(cpu)
+    assert log[count:] == ["copied", "waited for the event", *["recorded"] * count] and weights.resident
+    assert torch.equal(weights.unet.conv_in.weight, load().unet_sol.conv_in.weight)
+    weights.prefetch(cpu, Stream())
+    assert log.count("copied") == 1  # it is there
