@@ -12,10 +12,14 @@ if TYPE_CHECKING:
     from .kernels import euler_step_, philox_normal, sampler_step_, shift_sigmas, velocity_to_epsilon
     from .paths import FlowPath, Level, VPPath
     from .pipeline import HybridPipeline
+    from .plan_display import plan_table
+    from .plan_figure import draw_plan
     from .planning import SamplingPlan, plan
     from .predictions import add_noise, epsilon_to_x0, velocity_to_x0, x0_to_epsilon
-    from .routers import Boundary, Crossfade, Router, Spans
-    from .sampling import sample
+    from .presets import ExpertSource
+    from .routers import Boundary, Crossfade, PerStep, Router, Spans
+    from .sampling import SamplingRun, initial_latents, noised, sample
+    from .schedulers import FusedDDIMScheduler, FusedDDPMScheduler, FusedFlowMatchEulerScheduler
     from .trace import Trace
 
 __version__ = "0.1.0"
@@ -26,10 +30,14 @@ _NAMES = {
     "kernels": ("euler_step_", "philox_normal", "sampler_step_", "shift_sigmas", "velocity_to_epsilon"),
     "paths": ("FlowPath", "Level", "VPPath"),
     "pipeline": ("HybridPipeline",),
+    "plan_display": ("plan_table",),
+    "plan_figure": ("draw_plan",),
     "planning": ("SamplingPlan", "plan"),
     "predictions": ("add_noise", "epsilon_to_x0", "velocity_to_x0", "x0_to_epsilon"),
-    "routers": ("Boundary", "Crossfade", "Router", "Spans"),
-    "sampling": ("sample",),
+    "presets": ("ExpertSource",),
+    "routers": ("Boundary", "Crossfade", "PerStep", "Router", "Spans"),
+    "sampling": ("SamplingRun", "initial_latents", "noised", "sample"),
+    "schedulers": ("FusedDDIMScheduler", "FusedDDPMScheduler", "FusedFlowMatchEulerScheduler"),
     "trace": ("Trace",),
 }
 _SOURCE = {name: module for module, names in _NAMES.items() for name in names}
@@ -38,19 +46,29 @@ __all__ = [
     "Boundary",
     "Crossfade",
     "Expert",
+    "ExpertSource",
     "FlowPath",
+    "FusedDDIMScheduler",
+    "FusedDDPMScheduler",
+    "FusedFlowMatchEulerScheduler",
     "HybridPipeline",
     "Level",
+    "PerStep",
     "Router",
     "SamplingPlan",
+    "SamplingRun",
     "Spans",
     "Trace",
     "VPPath",
     "add_noise",
+    "draw_plan",
     "epsilon_to_x0",
     "euler_step_",
+    "initial_latents",
+    "noised",
     "philox_normal",
     "plan",
+    "plan_table",
     "sample",
     "sampler_step_",
     "shift_sigmas",

@@ -1,4 +1,4 @@
-"""Strict loading of a pipeline folder: what is missing, unexpected or misshapen is an error that names it."""
+"""Reading a pipeline folder strictly: what is missing, unexpected or misshapen is an error that names it."""
 
 from __future__ import annotations
 
@@ -10,19 +10,31 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-__all__ = ["COMPONENTS", "CheckpointError", "load_component", "read_config", "read_model_index"]
+__all__ = [
+    "COMPONENTS",
+    "CheckpointError",
+    "expert_names",
+    "load_component",
+    "names",
+    "read_config",
+    "read_model_index",
+]
 
-COMPONENTS = ("vae", "text_encoder", "tokenizer", "unet_sol", "unet_lune", "scheduler_sol", "scheduler_lune")
-"""What a hybrid pipeline's folder holds."""
+SHARED = ("vae", "text_encoder", "tokenizer")
+"""What all experts of a pipeline share."""
 
-_INDEX = "model_index.json"
+COMPONENTS = (*SHARED, "unet_sol", "unet_lune", "scheduler_sol", "scheduler_lune")
+"""What the folder of a pipeline of Sol and Lune holds."""
+
+INDEX = "model_index.json"
 
 
 class CheckpointError(ValueError):
     """A model folder or file that cannot be used, with the reason."""
 
 
-def _names(keys: Sequence[Any]) -> str:
+def names(keys: Sequence[Any]) -> str:
+    """The first five of some names, and how many more there are."""
     shown = ", ".join(str(key) for key in list(keys)[:5])
     return f"{shown} and {len(keys) - 5} more" if len(keys) > 5 else shown
 
@@ -34,29 +46,49 @@ def read_config(file: Path) -> dict[str, Any]:
         CheckpointError: it isn't there or isn't JSON.
     """
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file} cannot be read: it holds no JSON object")
+    return config
 
 
-def read_model_index(folder: Path, required: Sequence[str] = COMPONENTS) -> dict[str, Any]:
+def read_model_index(folder: Path, required: Sequence[str] | None = None) -> dict[str, Any]:
     """The folder's `model_index.json`, after checking that every required component is there.
+
+    Args:
+        folder: of a diffusers pipeline.
+        required: components; by default what the experts it names need, and of those at least one.
 
     Raises:
         CheckpointError: not a pipeline folder, or a component is missing from it.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder")
-    if not (folder / _INDEX).is_file():
-        raise CheckpointError(f"{folder} has no {_INDEX}: it is not a diffusers pipeline folder")
-    index = read_config(folder / _INDEX)
+    if not (folder / INDEX).is_file():
+        raise CheckpointError(f"{folder} has no {INDEX}: it is not a diffusers pipeline folder")
+    index = read_config(folder / INDEX)
+    if required is None:
+        experts = expert_names(index)
+        if not experts:
+            raise CheckpointError(f"{folder / INDEX} names no unet_sol, unet_lune or other expert")
+        required = [*SHARED, *(f"{part}_{name}" for name in experts for part in ("unet", "scheduler"))]
     absent = [name for name in required if name not in index]
     if absent:
-        raise CheckpointError(f"{folder / _INDEX} does not name {_names(absent)}")
+        raise CheckpointError(f"{folder / INDEX} does not name {names(absent)}")
     empty = [name for name in required if not any((folder / name).glob("*"))]
     if empty:
-        raise CheckpointError(f"{folder} is incomplete: it has no {_names([f'{name}/' for name in empty])}")
+        raise CheckpointError(f"{folder} is incomplete: it has no {names([f'{name}/' for name in empty])}")
     return index
+
+
+def expert_names(index: dict[str, Any]) -> list[str]:
+    """A pipeline folder's experts, from noise to data: as `experts` in its index says, else Sol before Lune
+    before any others."""
+    found = [key.removeprefix("unet_") for key in index if key.startswith("unet_")]
+    order = index.get("experts") or ["sol", "lune", *sorted(found)]
+    return [name for name in dict.fromkeys([*order, *sorted(found)]) if name in found]
 
 
 def load_component(cls: type, folder: Path, **kwargs: Any) -> torch.nn.Module:
@@ -77,7 +109,16 @@ def load_component(cls: type, folder: Path, **kwargs: Any) -> torch.nn.Module:
         raise CheckpointError(f"{folder} cannot be loaded as {cls.__name__}: {reason[0]}") from error
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
     problems = {name: sorted(info.get(name) or [], key=str) for name in kinds}
-    found = [f"{name.removesuffix('_keys')}: {_names(keys)}" for name, keys in problems.items() if keys]
+    found = [f"{name.removesuffix('_keys')}: {names(keys)}" for name, keys in problems.items() if keys]
     if found:
         raise CheckpointError(f"{folder} does not hold the tensors of its {cls.__name__}; {'; '.join(found)}")
+    for parameter in model.parameters():
+        parameter.data = aligned(parameter.data)
     return model.eval()
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor at an address as torch's own allocator gives, a copy if need be. In a mapped file it may lie
+    anywhere, and a CPU's matrix products round differently there, so saved weights would not make the same
+    image to the last bit."""
+    return tensor if tensor.device.type != "cpu" or tensor.data_ptr() % 64 == 0 else tensor.clone()

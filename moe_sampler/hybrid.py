@@ -1,53 +1,163 @@
-"""Sol and Lune together: settings by the experts' names, compiled into a plan. Needs no weights."""
+"""Several experts together: settings by the experts' names, compiled into a plan. Needs no weights."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from .checkpoints import expert_names, read_config, read_model_index
 from .experts import Expert
-from .planning import SamplingPlan, plan
-from .routers import Boundary, Router
+from .planning import plan
+from .plans import SamplingPlan
+from .presets import preset, training_config
+from .routers import Boundary, PerStep, Router, Spans
 
-__all__ = ["DEFAULTS", "EXPERTS", "hybrid_experts", "hybrid_plan"]
+__all__ = [
+    "DEFAULTS",
+    "EXPERTS",
+    "by_expert",
+    "enter_plan",
+    "hybrid_experts",
+    "hybrid_plan",
+    "model_settings",
+    "preset_settings",
+]
 
 EXPERTS = ("sol", "lune")
 DEFAULTS = {"handoff": 0.7, "num_inference_steps": 30, "sol_guidance": 7.5, "lune_guidance": 7.5}
 """Settings of a model folder whose `model_index.json` has none of its own."""
+
+_GUIDANCE = 7.5
+"""The guidance scale of an expert that has no default of its own."""
+
+
+def model_settings(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """What a model folder says without its weights.
+
+    Returns:
+        The scheduler configs by expert, from noise to data, and the default settings: `handoff`,
+        `num_inference_steps` and each expert's `<name>_guidance`.
+
+    Raises:
+        CheckpointError: the folder is incomplete.
+    """
+    index = read_model_index(folder)
+    configs = {
+        name: read_config(folder / f"scheduler_{name}" / "scheduler_config.json")
+        for name in expert_names(index)
+    }
+    return configs, default_settings(configs, index)
+
+
+def preset_settings(name: str) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """The same of a preset, from its name alone."""
+    experts = preset(name).experts
+    configs = {expert: training_config(source.training or expert) for expert, source in experts.items()}
+    return configs, default_settings(configs)
+
+
+def default_settings(experts: Sequence[str], given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The default settings of a pipeline of these experts, where `given` has none."""
+    own = {f"{name}_guidance": DEFAULTS.get(f"{name}_guidance", _GUIDANCE) for name in experts}
+    defaults = {key: DEFAULTS[key] for key in ("handoff", "num_inference_steps")} | own
+    return {key: (given or {}).get(key, value) for key, value in defaults.items()}
+
+
+def by_expert(what: str, value: Any, names: Sequence[str]) -> dict[str, Any]:
+    """A setting for every expert: one value stands for all, a mapping names them, None leaves it to each."""
+    if not isinstance(value, Mapping):
+        return dict.fromkeys(names, value)
+    unknown = sorted(str(name) for name in value if name not in names)
+    if unknown:
+        raise ValueError(f"{what} names {', '.join(unknown)}, but the experts are {', '.join(names)}")
+    return {name: value.get(name) for name in names}
 
 
 def hybrid_experts(
     scheduler_configs: Mapping[str, Mapping[str, Any]],
     guidance: Mapping[str, float],
     *,
-    shift: float | None = None,
+    shift: float | Mapping[str, float] | None = None,
     solver: str | Mapping[str, str] | None = None,
-    eta: float | None = None,
-) -> tuple[Expert, Expert]:
-    """Sol and Lune from their scheduler configs; None leaves a setting to the config.
+    eta: float | Mapping[str, float] | None = None,
+    guidance_rescale: float | Mapping[str, float] | None = None,
+    guidance_window: tuple[float, float] | Mapping[str, tuple[float, float]] | None = None,
+) -> tuple[Expert, ...]:
+    """Experts from their scheduler configs; None leaves a setting to the config.
 
     Args:
         scheduler_configs: by expert, with `_class_name`.
         guidance: guidance scale by expert.
         shift: k of the shifted sigmas.
-        solver: for both, or by expert.
-        eta: share of noise of DDIM.
+        solver, eta, guidance_rescale, guidance_window: as `Expert` takes them.
+
+    All settings are one for all experts, or by expert.
+
+    Raises:
+        ValueError: a setting that is out of range or names an expert there isn't.
     """
-    solvers = dict(solver) if isinstance(solver, Mapping) else dict.fromkeys(EXPERTS, solver)
-    unknown = sorted(set(solvers) - set(EXPERTS))
-    if unknown:
-        raise ValueError(f"solver names {', '.join(unknown)}, but the experts are {', '.join(EXPERTS)}")
+    names = list(scheduler_configs)
+    settings = {
+        "shift": by_expert("shift", shift, names),
+        "solver": by_expert("solver", solver, names),
+        "eta": by_expert("eta", eta, names),
+        "guidance_rescale": by_expert("guidance_rescale", guidance_rescale, names),
+        "guidance_window": by_expert("guidance_window", guidance_window, names),
+        "guidance_scale": by_expert("guidance_scale", guidance, names),
+    }
+    for name, scale in settings["guidance_scale"].items():
+        if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+            raise ValueError(f"{name}: the guidance scale must be a finite number, got {scale!r}")
     return tuple(
         Expert.from_scheduler_config(
-            name,
-            scheduler_configs[name],
-            guidance_scale=guidance[name],
-            solver=solvers.get(name),
-            shift=shift,
-            eta=eta,
+            name, scheduler_configs[name], **{key: values[name] for key, values in settings.items()}
         )
-        for name in EXPERTS
+        for name in names
     )
+
+
+def _own_steps(
+    names: Sequence[str], steps: int | Mapping[str, int] | None, sol: int | None, lune: int | None
+) -> dict[str, int]:
+    """The experts' own step counts, where they were given."""
+    own = {name: count for name, count in (("sol", sol), ("lune", lune)) if count is not None}
+    if own and steps is not None:
+        raise ValueError("give either a number of steps in all or each expert's, not both")
+    if isinstance(steps, Mapping):
+        own = {name: count for name, count in by_expert("steps", steps, names).items() if count is not None}
+        if not own:
+            raise ValueError("steps by expert must name at least one")
+    by_expert("steps", own, names)
+    return own
+
+
+def _alone(
+    experts: Sequence[Expert], name: str, own: Mapping[str, int], total: int, handoff: Any, router: Any
+) -> SamplingPlan:
+    if handoff is not None or router is not None:
+        raise ValueError(f"{name} alone has no handoff: leave out handoff and router")
+    useless = [other for other in own if other != name]
+    if useless:
+        raise ValueError(f"{name} alone has no use for steps of {useless[0]}")
+    return plan(next(e for e in experts if e.name == name), steps=own.get(name, total))
+
+
+def _default_router(names: Sequence[str], handoff: float | Sequence[float]) -> Router:
+    """Each expert in its turn, from noise to data, between the handoffs."""
+    levels = list(handoff) if isinstance(handoff, Sequence) else [handoff]
+    for level in levels:
+        if isinstance(level, bool) or not isinstance(level, int | float):
+            raise ValueError(f"a handoff is a noise level between 0 and 1, got {level!r}")
+    if len(levels) != len(names) - 1:
+        raise ValueError(
+            f"{len(names)} experts need {len(names) - 1} handoffs, from noise to data, or a router; "
+            f"got {len(levels)}"
+        )
+    # A boundary checks its level; spans check their order.
+    boundaries = [Boundary(a, b, at) for a, b, at in zip(names, names[1:], levels, strict=False)]
+    return boundaries[0] if len(boundaries) == 1 else Spans(tuple(zip(names, [*levels, 0.0], strict=True)))
 
 
 def hybrid_plan(
@@ -55,36 +165,66 @@ def hybrid_plan(
     defaults: Mapping[str, Any],
     *,
     expert: str = "hybrid",
-    num_inference_steps: int | None = None,
+    num_inference_steps: int | Mapping[str, int] | None = None,
     sol_steps: int | None = None,
     lune_steps: int | None = None,
-    handoff: float | None = None,
-    router: Router | None = None,
+    handoff: float | Sequence[float] | None = None,
+    router: Router | PerStep | None = None,
 ) -> SamplingPlan:
     """Compile what was asked for; `defaults` gives `num_inference_steps` and `handoff` where nothing was.
+
+    Args:
+        experts: from noise to data.
+        defaults: settings of the model.
+        expert: "hybrid", or the name of one that works alone.
+        num_inference_steps: in all, or by expert.
+        sol_steps, lune_steps: the same for these two.
+        handoff: the noise level where the first expert hands over to the second; of more experts, one level
+            fewer than there are experts, descending.
+        router: instead of handoffs.
 
     Raises:
         ValueError: settings that contradict each other or are out of range.
     """
-    own = {"sol": sol_steps, "lune": lune_steps}
-    if expert not in ("hybrid", *EXPERTS):
-        raise ValueError(f'unknown expert "{expert}": use hybrid, sol or lune')
-    if num_inference_steps is not None and any(count is not None for count in own.values()):
-        raise ValueError("give either a number of steps in all or each expert's, not both")
-    total = defaults["num_inference_steps"] if num_inference_steps is None else num_inference_steps
-    if expert != "hybrid":
-        if handoff is not None or router is not None:
-            raise ValueError(f"{expert} alone has no handoff: leave out handoff and router")
-        other = next(name for name in EXPERTS if name != expert)
-        if own[other] is not None:
-            raise ValueError(f"{expert} alone has no use for steps of {other}")
-        alone = next(e for e in experts if e.name == expert)
-        return plan(alone, steps=total if own[expert] is None else own[expert])
+    names = [e.name for e in experts]
+    if expert not in ("hybrid", *names):
+        raise ValueError(f'unknown expert "{expert}": use hybrid, {" or ".join(names)}')
+    own = _own_steps(names, num_inference_steps, sol_steps, lune_steps)
+    total = defaults["num_inference_steps"] if num_inference_steps is None or own else num_inference_steps
+    if expert != "hybrid" or len(names) == 1:
+        return _alone(experts, names[0] if expert == "hybrid" else expert, own, total, handoff, router)
     if router is not None and handoff is not None:
         raise ValueError("give either a handoff or a router, not both")
-    if (sol_steps is None) != (lune_steps is None):
+    if own and router is None and set(own) != set(names):
         raise ValueError(
-            "steps of sol and of lune come together; for a total give the number of steps in all"
+            f"steps of {' and of '.join(names)} come together; for a total give the number of steps in all"
         )
-    router = router or Boundary("sol", "lune", defaults["handoff"] if handoff is None else handoff)
-    return plan(experts, router, steps=total if sol_steps is None else own)
+    if isinstance(router, PerStep):
+        return plan(experts, router, steps=own or num_inference_steps)
+    router = router or _default_router(names, defaults["handoff"] if handoff is None else handoff)
+    return plan(experts, router, steps=own or total)
+
+
+def enter_plan(experts: Sequence[Expert], whole: SamplingPlan, strength: float) -> SamplingPlan:
+    """The last part of a plan, for a start from an image: whichever expert works there works.
+
+    Args:
+        experts: the plan's.
+        whole: the plan of a start from noise.
+        strength: in (0, 1], the share of the steps that are run, as in diffusers.
+
+    Raises:
+        ValueError: no step would be run.
+    """
+    nodes = [step for step in whole.steps if not step.corrects]
+    count = min(int(len(nodes) * strength), len(nodes))
+    if count < 1:
+        raise ValueError(
+            f"strength {strength} leaves none of {len(nodes)} steps to run: "
+            f"give at least {1 / len(nodes):.3f}"
+        )
+    # Planned anew rather than cut: a multistep solver has no history where the run begins.
+    late = nodes[len(nodes) - count :]
+    used = [e for e in experts if e.name in {call.name for step in late for call in step.calls}]
+    router = PerStep([{call.name: call.weight for call in step.calls} for step in late])
+    return plan(used, router, noise_levels=[step.level.noise for step in late])

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-__all__ = ["check_writable", "contact_sheet", "read_settings", "save_png", "zoom"]
+__all__ = ["check_writable", "contact_sheet", "read_settings", "save_png", "save_webp", "zoom"]
+
+BACKGROUND = (250, 250, 248)
+"""Of contact sheets and figures."""
 
 _KEY = "moe-sampler"
+_KINDS = {".png": "images are written as PNG", ".webp": "animations are written as WebP"}
 
 
-def check_writable(path: Path) -> None:
-    """Raise now if a PNG could not be written to `path` later."""
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"{path}: images are written as PNG, so give a name that ends in .png")
+def check_writable(path: Path, suffix: str = ".png") -> None:
+    """Raise now if a PNG, or an animation with the suffix ".webp", could not be written to `path` later."""
+    if path.suffix.lower() != suffix:
+        raise ValueError(f"{path}: {_KINDS[suffix]}, so give a name that ends in {suffix}")
     if path.is_dir():
         raise ValueError(f"{path} is a folder: give the name of a file")
     folder = path.parent
@@ -30,15 +35,13 @@ def check_writable(path: Path) -> None:
         raise ValueError(f"{path} is not writable")
 
 
-def save_png(image: Image.Image, path: Path, settings: Mapping[str, Any] | None = None) -> None:
-    """Write the whole file or nothing. `settings` go into the metadata as JSON, for `read_settings`."""
-    info = PngInfo()
-    if settings is not None:
-        info.add_itxt(_KEY, json.dumps(dict(settings), ensure_ascii=False))
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".png")
+@contextlib.contextmanager
+def _whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` once everything is written to it, and else leaves no trace."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
     try:
         with os.fdopen(handle, "wb") as file:
-            image.save(file, format="PNG", pnginfo=info)
+            yield file
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
@@ -46,6 +49,34 @@ def save_png(image: Image.Image, path: Path, settings: Mapping[str, Any] | None 
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def save_png(image: Image.Image, path: Path, settings: Mapping[str, Any] | None = None) -> None:
+    """Write the whole file or nothing. `settings` go into the metadata as JSON, for `read_settings`."""
+    info = PngInfo()
+    if settings is not None:
+        info.add_itxt(_KEY, json.dumps(dict(settings), ensure_ascii=False))
+    with _whole_file(path) as file:
+        image.save(file, format="PNG", pnginfo=info)
+
+
+def save_webp(frames: Sequence[Image.Image], durations: Sequence[int], path: Path) -> None:
+    """Write an animation that repeats for ever, the whole file or nothing.
+
+    Args:
+        frames: of one size.
+        durations: of each frame, in milliseconds.
+        path: of a .webp file.
+    """
+    if len(frames) != len(durations) or not frames:
+        raise ValueError(
+            f"as many durations as frames, and at least one: got {len(durations)} and {len(frames)}"
+        )
+    first, *others = frames
+    options = dict(save_all=True, append_images=others, duration=list(durations), loop=0)
+    with _whole_file(path) as file:
+        # The texture of the first previews is noise, which compresses badly without loss.
+        first.save(file, format="WEBP", quality=90, method=4, **options)
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -95,7 +126,7 @@ def contact_sheet(
     sheet = Image.new(
         "RGB",
         (gap + columns * (tile + gap), top + gap + rows * (height + text_height + gap)),
-        (250, 250, 248),
+        BACKGROUND,
     )
     draw = ImageDraw.Draw(sheet)
     if title:

@@ -157,23 +157,20 @@ class VPPath:
             steps: number of nodes.
             start, end: shares of noise; the span is cut out of the timestep axis between them.
             shift: not used: VP spacings have none.
-            spacing: "trailing", "leading" or "linspace" (table 2 of arXiv:2305.08891). All but "trailing" are
-                defined over the whole range only; a part of it is always spaced as "trailing" does.
+            spacing: "trailing", "leading" or "linspace" (table 2 of arXiv:2305.08891). They differ at the
+                ends of the axis only: "leading" begins a stride below its top, "leading" and "linspace" have
+                their last node at its bottom (plus `steps_offset`, for "leading"). A part of the axis that
+                shares an end with it is spaced like it there; at a handoff, nodes begin right there, and end
+                a stride before it.
         """
         if spacing not in SPACINGS:
             raise ValueError(f'unknown timestep spacing "{spacing}": use one of {", ".join(SPACINGS)}')
-        whole = start >= self.level(self.num_train_timesteps - 1).noise and end <= 0.0
         total = self.num_train_timesteps
-        if spacing == "trailing" or not whole:
-            first = total if whole else self.nearest_timestep(start) + 1
-            last = 0.0 if end <= 0.0 else self.timestep(self.at(end)) + 1
-            timesteps = np.round(first - (first - last) / steps * np.arange(steps)) - 1
-            if not whole:
-                timesteps[0] = first - 1
-        elif spacing == "leading":
-            timesteps = (np.arange(steps) * (total // steps))[::-1] + self.steps_offset
+        from_noise, to_data = start >= self.level(total - 1).noise, end <= 0.0
+        if from_noise and to_data:
+            timesteps = self._whole_axis(steps, spacing)
         else:
-            timesteps = np.round(np.linspace(0, total - 1, steps))[::-1]
+            timesteps = self._part_of_axis(steps, start, end, spacing, from_noise, to_data)
         if len(np.unique(timesteps)) < steps:
             raise ValueError(
                 f"{steps} steps do not fit on the integer timesteps between noise levels {start:.3f} and "
@@ -184,6 +181,35 @@ class VPPath:
                 f"spacing {spacing!r} with steps_offset {self.steps_offset} leaves 0..{total - 1}"
             )
         return [self.level(int(t)).noise for t in timesteps]
+
+    def _whole_axis(self, steps: int, spacing: str) -> np.ndarray:
+        total = self.num_train_timesteps
+        if spacing == "trailing":
+            return np.round(total - total / steps * np.arange(steps)) - 1
+        if spacing == "leading":
+            return (np.arange(steps) * (total // steps))[::-1] + self.steps_offset
+        return np.round(np.linspace(0, total - 1, steps))[::-1]
+
+    def _part_of_axis(
+        self, steps: int, start: float, end: float, spacing: str, from_noise: bool, to_data: bool
+    ) -> np.ndarray:
+        top = self.num_train_timesteps - 1 if from_noise else self.nearest_timestep(start)
+        if not from_noise and self.level(top).noise <= end:
+            top += (
+                1  # the nearest timestep lies beyond so short a span; the next noisier one is in front of it
+            )
+        # As timesteps of one more, so that the data lie at 0: the axis then has `total` equal strides.
+        first, last = top + 1.0, 0.0 if to_data else self.timestep(self.at(end)) + 1.0
+        if spacing == "leading" and from_noise:
+            first -= (first - last) / (steps + 1)
+        if spacing != "trailing" and to_data:
+            bottom = 1.0 + (self.steps_offset if spacing == "leading" else 0)
+            timesteps = np.round(np.linspace(first, bottom, steps)) - 1
+        else:
+            timesteps = np.round(first - (first - last) / steps * np.arange(steps)) - 1
+        if not from_noise:
+            timesteps[0] = top
+        return timesteps
 
 
 @dataclass(frozen=True)

@@ -2,175 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from .experts import Expert
 from .kernels.conversions import shift_sigma
-from .kernels.rows import COLUMNS, make_row
+from .kernels.rows import COLUMNS
 from .paths import Level
+from .plans import ExpertCall, PlanStep, SamplingPlan
 from .predictions import x0_coefficients
-from .routers import Router, Spans, active_experts, lead_expert, lead_spans
-from .solvers import solver_row
+from .routers import PerStep, Router, Spans, active_experts, lead_expert, lead_spans
+from .solvers import HEUN_CORRECTOR, SolverRow, heun_corrector_row, solver_row
 
 __all__ = ["ExpertCall", "PlanStep", "SamplingPlan", "plan"]
 
-_FORMAT = 1
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertCall:
-    """One expert's part in one step."""
-
-    name: str
-    weight: float
-    timestep: float
-    """What the model is told; an int where the expert's path is discrete."""
-    guidance_scale: float
-    input_scale: float
-    """Factor from the state to this expert's input: 1 unless two paths are mixed."""
-
-    @property
-    def guided(self) -> bool:
-        return self.guidance_scale != 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class PlanStep:
-    """One model evaluation (of one or two experts) and the update that follows it."""
-
-    calls: tuple[ExpertCall, ...]
-    level: Level
-    target: Level
-    solver: str
-    row: tuple[float, ...]
-    """The update's coefficients, float64, in the order of `moe_sampler.kernels.rows.COLUMNS`."""
-
-    @property
-    def coefficients(self) -> dict[str, float]:
-        return dict(zip(COLUMNS, self.row, strict=True))
-
-
-@dataclass(frozen=True)
-class SamplingPlan:
-    """A whole run, known before it starts. Immutable, printable, JSON-serialisable.
-
-    Args:
-        steps: from noise to data.
-        initial_scale: factor on N(0, 1) noise that makes the first state.
-    """
-
-    steps: tuple[PlanStep, ...]
-    initial_scale: float
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    @property
-    def experts(self) -> tuple[str, ...]:
-        """Names of the experts at work, in order of appearance."""
-        return tuple(dict.fromkeys(call.name for step in self.steps for call in step.calls))
-
-    @property
-    def model_calls(self) -> int:
-        """Passes through a model per sample; guidance costs two."""
-        return sum(2 if call.guided else 1 for step in self.steps for call in step.calls)
-
-    @property
-    def guided(self) -> bool:
-        """Whether any step uses classifier-free guidance."""
-        return any(call.guided for step in self.steps for call in step.calls)
-
-    @property
-    def needs_noise(self) -> bool:
-        """Whether any step adds noise."""
-        return any(step.coefficients["n"] != 0.0 for step in self.steps)
-
-    def table(self, device: torch.device | str = "cpu") -> torch.Tensor:
-        """[steps, ROW_WIDTH] float32: one row a step, as `sampler_step_` reads it."""
-        rows = [make_row(**step.coefficients) for step in self.steps]
-        return torch.tensor(rows, dtype=torch.float64).float().to(device)
-
-    def to_json(self, **kwargs) -> str:
-        """JSON that `from_json` reads back to an equal plan, bit for bit. kwargs go to `json.dumps`."""
-        body = dataclasses.asdict(self)
-        for step in body["steps"]:
-            # JSON has no infinity: null is "no clip".
-            step["row"] = {
-                name: (value if math.isfinite(value) else None)
-                for name, value in zip(COLUMNS, step["row"], strict=True)
-            }
-        return json.dumps({"format": _FORMAT, **body}, **kwargs)
-
-    @classmethod
-    def from_json(cls, text: str) -> SamplingPlan:
-        body = json.loads(text)
-        if body.get("format") != _FORMAT:
-            raise ValueError(
-                f"this is not a sampling plan of format {_FORMAT}: format is {body.get('format')!r}"
-            )
-        steps = tuple(
-            PlanStep(
-                calls=tuple(ExpertCall(**call) for call in step["calls"]),
-                level=Level(**step["level"]),
-                target=Level(**step["target"]),
-                solver=step["solver"],
-                row=tuple(math.inf if step["row"][name] is None else step["row"][name] for name in COLUMNS),
-            )
-            for step in body["steps"]
-        )
-        return cls(steps, body["initial_scale"])
-
-    def _display_rows(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-        """Header and cells of the printed plan."""
-        header = (
-            "step",
-            "expert",
-            "timestep",
-            "noise",
-            "alpha",
-            "sigma",
-            "to noise",
-            "guidance",
-            "solver",
-            "fresh noise",
-        )
-        cells = []
-        for index, step in enumerate(self.steps):
-            mixed = len(step.calls) > 1
-            names = (f"{c.weight:.0%} {c.name}" if mixed else c.name for c in step.calls)
-            timesteps = (
-                f"{c.timestep}" if isinstance(c.timestep, int) else f"{c.timestep:.2f}" for c in step.calls
-            )
-            cells.append(
-                (
-                    str(index),
-                    " + ".join(names),
-                    " + ".join(timesteps),
-                    f"{step.level.noise:.4f}",
-                    f"{step.level.alpha:.4f}",
-                    f"{step.level.sigma:.4f}",
-                    f"{step.target.noise:.4f}",
-                    " + ".join(f"{c.guidance_scale:g}" for c in step.calls),
-                    step.solver,
-                    f"{step.coefficients['n']:.4f}",
-                )
-            )
-        return header, cells
-
-    def __str__(self) -> str:
-        header, cells = self._display_rows()
-        widths = [max(len(row[i]) for row in [header, *cells]) for i in range(len(header))]
-        lines = [
-            "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-            for row in [header, *cells]
-        ]
-        return "\n".join([f"{len(self)} steps, {self.model_calls} model calls per sample", *lines])
+_DEFAULT_STEPS = 20
+_LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +32,16 @@ class _Node:
     weights: Mapping[str, float]
     lead: Expert
     level: Level
+
+
+@dataclass(frozen=True, slots=True)
+class _Evaluation:
+    """One evaluation of a node's experts, and what the solver makes of it."""
+
+    node: _Node
+    target: Level
+    solver: str
+    update: SolverRow
 
 
 def _allocate(spans: Sequence[tuple[str, float, float]], steps: int, shift: float) -> list[int]:
@@ -232,23 +93,51 @@ def _noise_levels(
     ]
 
 
-def _nodes(experts: Mapping[str, Expert], router: Router, noises: Sequence[float]) -> list[_Node]:
-    nodes: list[_Node] = []
-    for noise in noises:
-        weights = active_experts(router, noise, list(experts))
-        lead = experts[lead_expert(weights)]
-        # A discrete-time model sees only its integer grid; a continuous one follows it anywhere.
-        grid = next((e.path for e in (lead, *(experts[name] for name in weights)) if e.path.discrete), None)
-        level = lead.path.at(noise)
-        if grid is not None:
-            on_grid = grid.level(round(grid.timestep(level)))
-            noise = on_grid.noise
-            level = on_grid if lead.path is grid else lead.path.at(noise)
-        if nodes and not noise < nodes[-1].noise:
+def _levels_per_step(
+    experts: Mapping[str, Expert], leads: Sequence[str], start: float, end: float
+) -> list[float]:
+    """Nodes of a `PerStep`: the lead changes where the shared grid has the change's step, and every stretch
+    between two changes is a span on its leading expert's own grid."""
+    flows = [experts[name] for name in dict.fromkeys(leads) if not experts[name].path.discrete]
+    shared = max(flows, key=lambda e: e.shift, default=experts[leads[0]])
+    nodes = shared.path.grid(len(leads), start, end, shared.shift, shared.spacing)
+    changes = [i for i in range(1, len(leads)) if leads[i] != leads[i - 1]]
+    edges = [(0, start), *((i, nodes[i]) for i in changes), (len(leads), end)]
+    levels = []
+    for (first, high), (stop, low) in itertools.pairwise(edges):
+        lead = experts[leads[first]]
+        levels += lead.path.grid(stop - first, high, low, lead.shift, lead.spacing)
+    return levels
+
+
+def _node(experts: Mapping[str, Expert], weights: Mapping[str, float], noise: float) -> _Node:
+    lead = experts[lead_expert(weights)]
+    # A discrete-time model sees only its integer grid; a continuous one follows it anywhere.
+    grid = next((e.path for e in (lead, *(experts[name] for name in weights)) if e.path.discrete), None)
+    level = lead.path.at(noise)
+    if grid is not None:
+        on_grid = grid.level(round(grid.timestep(level)))
+        noise = on_grid.noise
+        level = on_grid if lead.path is grid else lead.path.at(noise)
+    return _Node(noise, weights, lead, level)
+
+
+def _weights(experts: Mapping[str, Expert], router: Router, noise: float) -> Mapping[str, float]:
+    """The router's weights where the models really look: on a discrete expert's grid, if one is at work."""
+    weights = active_experts(router, noise, list(experts))
+    seen = active_experts(router, _node(experts, weights, noise).noise, list(experts))
+    return seen if seen.keys() == weights.keys() else weights
+
+
+def _nodes(
+    experts: Mapping[str, Expert], noises: Sequence[float], weights: Sequence[Mapping[str, float]]
+) -> list[_Node]:
+    nodes = [_node(experts, own, noise) for noise, own in zip(noises, weights, strict=True)]
+    for earlier, later in itertools.pairwise(nodes):
+        if not later.noise < earlier.noise:
             raise ValueError(
-                f"two steps fall on noise level {noise:.4f} of the integer timesteps: use fewer steps"
+                f"two steps fall on noise level {later.noise:.4f} of the integer timesteps: use fewer steps"
             )
-        nodes.append(_Node(noise, weights, lead, level))
     return nodes
 
 
@@ -259,27 +148,66 @@ def _call(expert: Expert, weight: float, state: Level) -> tuple[ExpertCall, floa
     if expert.path.discrete and abs(timestep - round(timestep)) < 1e-6:
         timestep = round(timestep)
         own = expert.path.level(timestep)
-    scale = own.sigma / state.sigma
+    scale = 1.0 if own == state else own.sigma / state.sigma
     p, q = x0_coefficients(expert.prediction, own)
-    g = expert.guidance_scale
-    call = ExpertCall(expert.name, weight, timestep, g, 1.0 if own == state else scale)
-    return call, weight * p * call.input_scale, (weight * g * q, weight * (1.0 - g) * q)
+    g = expert.guidance_at(state.noise)
+    rescale = expert.guidance_rescale if g != 1.0 else 0.0
+    call = ExpertCall(expert.name, weight, timestep, g, scale, rescale)
+    # A rescaled prediction comes to the row with its guidance already in it.
+    folded = 1.0 if rescale else g
+    return call, weight * p * scale, (weight * folded * q, weight * (1.0 - folded) * q)
 
 
-def _compile(experts: Mapping[str, Expert], nodes: Sequence[_Node], end: float) -> tuple[PlanStep, ...]:
-    """One step from every node to the next; the last one goes to `end`."""
-    last = Level(1.0, 0.0) if end == 0.0 else nodes[-1].lead.path.at(end)
-    targets = [*(node.level for node in nodes[1:]), last]
+def _corrector_at(experts: Mapping[str, Expert], last: _Node, end: float) -> _Node | None:
+    """The last node's experts at the end of a run that keeps some noise, if their grids hold that level."""
+    node = _node(experts, last.weights, end)
+    return node if math.isclose(node.noise, end, rel_tol=1e-9) else None
+
+
+def _evaluations(experts: Mapping[str, Expert], nodes: Sequence[_Node], end: float) -> Iterator[_Evaluation]:
+    """One step from every node to the next; the last one goes to `end`.
+
+    A Heun step evaluates a second time where it arrives. Who works at that level is the router's to say, so
+    across a handoff the next expert does, and is told a timestep of its own grid. Into the data, and to an
+    end between two integer timesteps, there is no second evaluation.
+    """
+    previous = None  # the level x0_prev was predicted at
+    for node, following in zip(nodes, [*nodes[1:], None], strict=True):
+        heun = node.lead.solver == "heun"
+        if following is None:
+            target = Level(1.0, 0.0) if end == 0.0 else node.lead.path.at(end)
+            following = _corrector_at(experts, node, end) if heun and end > 0.0 else None
+        if following is not None:
+            target = following.level
+        update = solver_row(node.lead.solver, node.level, target, previous, node.lead.eta)
+        yield _Evaluation(node, target, node.lead.solver, update)
+        previous = node.level
+        if heun and following is not None:
+            yield _Evaluation(following, target, HEUN_CORRECTOR, heun_corrector_row(node.level, target))
+            previous = target
+
+
+def _check_row(row: Mapping[str, float], calls: Sequence[ExpertCall], index: int, step: _Evaluation) -> None:
+    numbers = {**row, "clip": 0.0, **{f"{call.name}'s timestep": call.timestep for call in calls}}
+    bad = [f"{name} = {value:g}" for name, value in numbers.items() if not abs(value) <= _LARGEST]
+    if bad:
+        raise ValueError(
+            f"step {index} ({' + '.join(step.node.weights)}, {step.solver}, noise {step.node.noise:.6g} to "
+            f"{step.target.noise:.6g}) has coefficients that are no finite float32 numbers: "
+            f"{', '.join(bad)}. Choose other noise levels, another prediction type or another solver"
+        )
+
+
+def _compile(experts: Mapping[str, Expert], evaluations: Sequence[_Evaluation]) -> tuple[PlanStep, ...]:
     calls: list[tuple[ExpertCall, ...]] = []
     rows: list[dict[str, float]] = []
-    for index, (node, target) in enumerate(zip(nodes, targets, strict=True)):
-        lead, previous = node.lead, nodes[index - 1].level if index else None
-        row = dict.fromkeys(COLUMNS, 0.0)
-        row |= solver_row(lead.solver, node.level, target, previous, lead.eta)._asdict()
-        row["clip"] = math.inf if lead.clip_sample_range is None else lead.clip_sample_range
+    for step in evaluations:
+        clip = step.node.lead.clip_sample_range
+        row = dict.fromkeys(COLUMNS, 0.0) | step.update._asdict()
+        row["clip"] = math.inf if clip is None else clip
         own = []
-        for slot, (name, weight) in enumerate(node.weights.items()):
-            call, p, (q_cond, q_uncond) = _call(experts[name], weight, node.level)
+        for slot, (name, weight) in enumerate(step.node.weights.items()):
+            call, p, (q_cond, q_uncond) = _call(experts[name], weight, step.node.level)
             own.append(call)
             row["p"] += p
             row[f"q_cond_{slot}"], row[f"q_uncond_{slot}"] = q_cond, q_uncond
@@ -288,17 +216,47 @@ def _compile(experts: Mapping[str, Expert], nodes: Sequence[_Node], end: float) 
                 rows[-1][f"scale_{slot}"] = call.input_scale
         calls.append(tuple(own))
         rows.append(row)
+    for index, (step, own, row) in enumerate(zip(evaluations, calls, rows, strict=True)):
+        _check_row(row, own, index, step)
     return tuple(
-        PlanStep(own, node.level, target, node.lead.solver, tuple(row[name] for name in COLUMNS))
-        for own, node, target, row in zip(calls, nodes, targets, rows, strict=True)
+        PlanStep(own, step.node.level, step.target, step.solver, tuple(row[name] for name in COLUMNS))
+        for own, step, row in zip(calls, evaluations, rows, strict=True)
     )
+
+
+def _check_steps(steps: int | Mapping[str, int] | None, router: Router | PerStep) -> int | Mapping[str, int]:
+    for count in steps.values() if isinstance(steps, Mapping) else [] if steps is None else [steps]:
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"steps must be whole numbers of at least 1, got {count!r}")
+    if isinstance(router, PerStep):
+        if steps is not None and steps != len(router.steps):
+            raise ValueError(
+                f"the router decides {len(router.steps)} steps one by one, but steps is {steps!r}: "
+                "leave it out"
+            )
+        return len(router.steps)
+    return _DEFAULT_STEPS if steps is None else steps
+
+
+def _check_noise_levels(noise_levels: Sequence[float], end: float) -> list[float]:
+    levels = [float(noise) for noise in noise_levels]
+    if (
+        not levels
+        or not all(end < later < earlier for earlier, later in itertools.pairwise([math.inf, *levels]))
+        or levels[0] > 1.0
+    ):
+        raise ValueError(
+            f"noise levels must be given from noise to data, descending, at most 1 and above the end of the "
+            f"run ({end})"
+        )
+    return levels
 
 
 def plan(
     experts: Expert | Sequence[Expert],
-    router: Router | None = None,
+    router: Router | PerStep | None = None,
     *,
-    steps: int | Mapping[str, int] = 20,
+    steps: int | Mapping[str, int] | None = None,
     start: float = 1.0,
     end: float = 0.0,
     noise_levels: Sequence[float] | None = None,
@@ -308,16 +266,20 @@ def plan(
     Args:
         experts: one or several. Their solver, shift, spacing, guidance and clipping are their own.
         router: who works at which noise level; not needed for a single expert.
-        steps: in all, shared out over the experts' spans by their length on the shifted grid; or by name,
-            `{"sol": 8, "lune": 12}`.
-        start, end: the noise levels (`Level.noise`) the run begins and ends at.
-        noise_levels: the nodes themselves, descending, instead of `steps`, `start` and the experts' grids.
+        steps: in all (20 by default), shared out over the experts' spans by their length on the shifted grid;
+            or by name, `{"sol": 8, "lune": 12}`. A Heun step counts once and is two rows. A `PerStep` router
+            brings its own count.
+        start, end: the noise levels (`Level.noise`) the run begins and ends at. A discrete-time expert begins
+            at its timestep nearest to `start`: `SamplingPlan.start_level` says where the run really begins.
+        noise_levels: the nodes themselves, descending, instead of `steps`, `start` and the experts' grids;
+            where a discrete-time expert is at work, its nearest timesteps.
 
     Returns:
         An immutable `SamplingPlan`.
 
     Raises:
-        ValueError: anything out of range or inconsistent, before any work.
+        ValueError: anything out of range or inconsistent, or a coefficient that is not finite, before any
+            work.
     """
     known = {e.name: e for e in ([experts] if isinstance(experts, Expert) else experts)}
     if not known or len(known) < (1 if isinstance(experts, Expert) else len(experts)):
@@ -326,15 +288,32 @@ def plan(
         if len(known) > 1:
             raise ValueError(f"{len(known)} experts need a router that says which works when")
         router = Spans(((next(iter(known)), 0.0),))
+    if not (callable(router) or isinstance(router, PerStep)):
+        raise TypeError(f"a router is a callable from noise level to weights, or a PerStep, got {router!r}")
     if not 0.0 <= end < start <= 1.0:
         raise ValueError(f"a run goes from start to end with 0 <= end < start <= 1, got {start} to {end}")
-    for count in steps.values() if isinstance(steps, Mapping) else [steps]:
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"steps must be whole numbers of at least 1, got {count!r}")
+    steps = _check_steps(steps, router)
 
-    if noise_levels is None:
-        noise_levels = _noise_levels(known, router, steps, start, end)
-    nodes = _nodes(known, router, noise_levels)
-    if not nodes or not nodes[-1].noise > end:
-        raise ValueError(f"noise levels must be given, descending and above the end of the run ({end})")
-    return SamplingPlan(_compile(known, nodes, end), nodes[0].lead.path.initial_scale(nodes[0].level))
+    if noise_levels is not None:
+        noise_levels = _check_noise_levels(noise_levels, end)
+    if isinstance(router, PerStep):
+        weights = router.weights(list(known))
+        if noise_levels is None:
+            noise_levels = _levels_per_step(known, [lead_expert(own) for own in weights], start, end)
+        elif len(noise_levels) != len(weights):
+            raise ValueError(
+                f"the router decides {len(weights)} steps one by one, but there are "
+                f"{len(noise_levels)} noise levels"
+            )
+    else:
+        if noise_levels is None:
+            noise_levels = _noise_levels(known, router, steps, start, end)
+        weights = [_weights(known, router, noise) for noise in noise_levels]
+    nodes = _nodes(known, noise_levels, weights)
+    if not nodes[-1].noise > end:
+        raise ValueError(
+            f"the last step's integer timestep is noise level {nodes[-1].noise:.4f}, not above the end of "
+            f"the run ({end:.4f}): end further down"
+        )
+    evaluations = list(_evaluations(known, nodes, end))
+    return SamplingPlan(_compile(known, evaluations), nodes[0].lead.path.initial_scale(nodes[0].level))

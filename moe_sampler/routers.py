@@ -1,8 +1,9 @@
-"""Routers: which expert is at work, decided by noise level and never by step index.
+"""Routers: which expert is at work, decided by noise level so that it stays right under any shift or count.
 
 A router is any callable from a share of noise (`Level.noise`: 1 at pure noise, 0 at data) to a mapping from
 expert name to weight; the weights at a level add up to 1 and at most two are non-zero. It is consulted while
-planning, so it costs nothing in the sampling loop.
+planning, so it costs nothing in the sampling loop. `PerStep` is the exception for who wants to decide step by
+step.
 """
 
 from __future__ import annotations
@@ -13,12 +14,18 @@ from typing import Protocol
 
 from .paths import FlowPath
 
-__all__ = ["Boundary", "Crossfade", "Router", "Spans", "active_experts", "lead_spans"]
+__all__ = ["Boundary", "Crossfade", "PerStep", "Router", "Spans", "active_experts", "lead_spans"]
 
 _SCAN = 4096  # spans narrower than 1 / _SCAN of the noise axis are not resolved
 
 
 class Router(Protocol):
+    """Implement this, or pass a function, to bring your own.
+
+    It must always give the same answer at the same level: the planner asks at many levels to find where the
+    leading expert changes, and asks again at every node.
+    """
+
     def __call__(self, noise: float) -> Mapping[str, float]:
         """Weights of the experts at a share of noise in [0, 1]."""
 
@@ -93,24 +100,66 @@ class Spans:
         return {self.spans[-1][0]: 1.0}
 
 
-def active_experts(router: Router, noise: float, known: Sequence[str]) -> dict[str, float]:
-    """The non-zero weights at a noise level, checked, in `known`'s order.
+@dataclass(frozen=True)
+class PerStep:
+    """Who works at each step, listed: `PerStep(["sol", "sol", {"sol": 0.5, "lune": 0.5}, "lune"])`.
 
-    Raises:
-        ValueError: unknown names, negative weights, a sum other than 1, more than two experts at once.
+    The list is as long as the run: `plan` takes its step count from it, and accepts `steps` only if it is
+    that number. Where the steps lie: on the grid that the flow expert with the largest shift (without one,
+    the first expert) would have alone with that many steps, except that every stretch led by one expert is
+    spaced by that expert, on its integer timesteps if it has such. So `PerStep(["sol"] * 4 + ["lune"] * 8)`
+    is a `Boundary` at the fifth of twelve nodes with `steps={"sol": 4, "lune": 8}`. A fixed list moves the
+    boundaries' noise levels with the shift and the count, which a router by noise level does not.
+
+    It isn't called with noise levels and so is no `Router`; `plan` takes either.
     """
-    weights = dict(router(noise))
+
+    steps: Sequence[str | Mapping[str, float]]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.steps, str) or not self.steps:
+            raise ValueError(f"a router per step lists at least one step, got {self.steps!r}")
+        steps = []
+        for index, step in enumerate(self.steps):
+            if not isinstance(step, str | Mapping):
+                raise ValueError(
+                    f"a router per step lists an expert's name or a mapping from names to weights, "
+                    f"got {step!r} at step {index}"
+                )
+            steps.append({step: 1.0} if isinstance(step, str) else dict(step))
+        object.__setattr__(self, "steps", tuple(steps))
+
+    def weights(self, known: Sequence[str]) -> list[dict[str, float]]:
+        """The non-zero weights of every step, checked, in `known`'s order."""
+        return [_active(weights, f"step {index}", known) for index, weights in enumerate(self.steps)]
+
+
+def _active(weights: Mapping[str, float], where: str, known: Sequence[str]) -> dict[str, float]:
+    if not isinstance(weights, Mapping) or not all(isinstance(w, int | float) for w in weights.values()):
+        raise ValueError(f"a router gives a mapping from expert names to weights, got {weights!r} at {where}")
     unknown = [name for name in weights if name not in known]
     if unknown:
         raise ValueError(
             f"the router names {unknown[0]!r}, but the experts are {', '.join(map(repr, known))}"
         )
-    if any(not weight >= 0 for weight in weights.values()) or abs(sum(weights.values()) - 1.0) > 1e-6:
-        raise ValueError(f"a router's weights are non-negative and add up to 1, got {weights} at {noise:.4f}")
-    active = {name: weights[name] for name in known if weights.get(name, 0.0) > 0.0}
+    if any(not weight >= 0 for weight in weights.values()) or not abs(sum(weights.values()) - 1.0) <= 1e-6:
+        raise ValueError(
+            f"a router's weights are non-negative and add up to 1, got {dict(weights)} at {where}"
+        )
+    active = {name: float(weights[name]) for name in known if weights.get(name, 0.0) > 0.0}
     if len(active) > 2:
-        raise ValueError(f"at most two experts can be at work at one noise level, got {', '.join(active)}")
+        raise ValueError(f"at most two experts can be at work at once, got {', '.join(active)} at {where}")
     return active
+
+
+def active_experts(router: Router, noise: float, known: Sequence[str]) -> dict[str, float]:
+    """The non-zero weights at a noise level, checked, in `known`'s order.
+
+    Raises:
+        ValueError: no mapping, unknown names, negative weights, a sum other than 1, more than two experts at
+            once.
+    """
+    return _active(router(noise), f"noise level {noise:.4f}", known)
 
 
 def lead_expert(weights: Mapping[str, float]) -> str:

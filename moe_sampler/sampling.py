@@ -8,11 +8,13 @@ from typing import Any
 import torch
 
 from .experts import Expert
+from .guidance import Conditioning, GuidanceInputs, rescaled_guidance
 from .kernels import philox_normal, sampler_step_
 from .kernels.noise import seeds_tensor
-from .planning import ExpertCall, SamplingPlan
+from .plans import ExpertCall, SamplingPlan
+from .predictions import add_noise
 
-__all__ = ["initial_latents", "sample"]
+__all__ = ["SamplingRun", "initial_latents", "noised", "sample"]
 
 INITIAL_NOISE_STREAM = 1  # the steps' own noise is stream 0
 Callback = Callable[[dict[str, Any]], torch.Tensor | None]
@@ -26,6 +28,8 @@ def initial_latents(
 ) -> torch.Tensor:
     """The state a plan starts from: float32 noise that depends on each sample's seed alone.
 
+    For plans that begin at pure noise; one that begins further down starts from an image (see `noised`).
+
     Args:
         plan: decides the scale.
         shape: of the batch, [B, ...].
@@ -37,29 +41,35 @@ def initial_latents(
     return noise.mul_(plan.initial_scale)
 
 
-def _conditioning(
+def noised(
     plan: SamplingPlan,
-    batch: int,
-    cond: Mapping[str, torch.Tensor] | None,
-    uncond: Mapping[str, torch.Tensor] | None,
-) -> dict[bool, dict[str, torch.Tensor]]:
-    """Keyword arguments for unguided (False) and guided (True) calls."""
-    given = {"cond": dict(cond or {}), "uncond": dict(uncond or {})}
-    for kind, values in given.items():
-        for key, value in values.items():
-            if value.shape[0] != batch:
-                raise ValueError(f"{kind}[{key!r}] has batch {value.shape[0]}, the latents have {batch}")
-    if not plan.guided:
-        return {False: given["cond"]}
-    if uncond is None:
-        raise ValueError("the plan uses classifier-free guidance: give `uncond` beside `cond`")
-    if set(given["uncond"]) != set(given["cond"]):
-        raise ValueError(
-            f"cond and uncond must have the same keys, got {sorted(given['cond'])} "
-            f"and {sorted(given['uncond'])}"
-        )
-    both = {key: torch.cat([given["uncond"][key], value]) for key, value in given["cond"].items()}
-    return {False: given["cond"], True: both}
+    x0: torch.Tensor,
+    *,
+    seeds: Sequence[int] | torch.Tensor | None = None,
+    noise: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The state a plan starts from if it starts from an image: alpha * x0 + sigma * noise at its first level.
+
+    Args:
+        plan: one that begins below pure noise, `plan(..., start=0.6)`; `plan.start_level` is the level.
+        x0: [B, ...] float32, clean latents.
+        seeds: B integers, one a sample, for the noise `initial_latents` would draw; or
+        noise: [B, ...] float32, N(0, 1).
+
+    Returns:
+        [B, ...] float32.
+    """
+    if (seeds is None) == (noise is None):
+        raise ValueError("give either seeds or noise")
+    if x0.dtype != torch.float32:
+        raise TypeError(f"the sampling state is float32 whatever the models' dtype, got {x0.dtype}")
+    if seeds is not None:
+        if len(seeds) != x0.shape[0]:
+            raise ValueError(f"{x0.shape[0]} samples need as many seeds, got {len(seeds)}")
+        noise = philox_normal(tuple(x0.shape), seeds, stream=INITIAL_NOISE_STREAM, device=x0.device)
+    elif noise.shape != x0.shape:
+        raise ValueError(f"noise must have shape {list(x0.shape)}, got {list(noise.shape)}")
+    return add_noise(x0, noise, plan.start_level.alpha, plan.start_level.sigma)
 
 
 class _Inputs:
@@ -104,11 +114,158 @@ def _timesteps(plan: SamplingPlan, device: torch.device) -> list[list[torch.Tens
     return [[pick(call) for call in step.calls] for step in plan.steps]
 
 
-def _output(result: Any) -> torch.Tensor:
-    return (result if isinstance(result, torch.Tensor) else result[0]).contiguous()
+class SamplingRun:
+    """One batch on its way through a plan; it may pause between any two steps.
+
+    Several runs may thus share a device that holds one model at a time: advance each to the handoff, swap the
+    models, advance each to the end. The result is the same to the last bit as without the pause.
+
+    Args: as `sample` takes them. Everything is checked here; device memory beyond the state is only used
+        from the first `advance` on, and between two calls of it the models' inputs are given up again.
+
+    Attributes:
+        plan: what is run.
+        index: the plan step to be run next; `len(plan)` when the run is done.
+        x: [B, ...] float32, the state, updated in place.
+        x0: [B, ...] float32, the last step's prediction, or None before the first step and where nothing
+            needs it (no multistep solver, no callback).
+        interrupted: set it to True, from a callback or from anywhere, and no more models are called; set it
+            back to False to go on.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        plan: SamplingPlan,
+        experts: Expert | Iterable[Expert],
+        x: torch.Tensor | None = None,
+        *,
+        shape: Sequence[int] | None = None,
+        seeds: Sequence[int] | torch.Tensor | None = None,
+        noise: Callable[[int], torch.Tensor] | None = None,
+        cond: Conditioning | None = None,
+        uncond: Conditioning | None = None,
+        device: torch.device | str = "cpu",
+        callback: Callback | None = None,
+    ) -> None:
+        self.plan, self.index, self.interrupted = plan, 0, False
+        self.x0: torch.Tensor | None = None
+        self._experts = {e.name: e for e in ([experts] if isinstance(experts, Expert) else experts)}
+        for name in plan.experts:
+            if name not in self._experts or self._experts[name].model is None:
+                raise ValueError(f"the plan calls expert {name!r}: pass it to sample() with its model")
+        if x is None:
+            if shape is None or seeds is None:
+                raise ValueError("give either x, or shape and seeds")
+            batch = shape[0]
+        else:
+            if x.dtype != torch.float32:
+                raise TypeError(f"the sampling state is float32 whatever the models' dtype, got {x.dtype}")
+            batch = x.shape[0]
+        if plan.needs_noise and seeds is None and noise is None:
+            raise ValueError("the plan adds fresh noise: give seeds (one a sample) or a noise function")
+        if seeds is not None and len(seeds) != batch:
+            raise ValueError(f"{batch} samples need as many seeds, got {len(seeds)}")
+        self._guidance = GuidanceInputs(plan, list(self._experts), batch, cond, uncond)
+        self._seeds, self._noise, self._callback = seeds, noise, callback
+        self.x = (
+            initial_latents(plan, shape, seeds, device)
+            if x is None
+            else x.clone(memory_format=torch.contiguous_format)
+        )
+        self._table: torch.Tensor | None = None
+
+    @property
+    def done(self) -> bool:
+        return self.index == len(self.plan)
+
+    def _move_to_device(self) -> None:
+        device = self.x.device
+        self._table, self._timesteps = self.plan.table(device), _timesteps(self.plan, device)
+        drawn = self.plan.needs_noise and self._noise is None
+        self._seed_tensor = seeds_tensor(self._seeds, device) if drawn else None
+        # The prediction is kept only where someone reads it: a multistep solver, or the caller.
+        history = any(step.coefficients["d"] != 0.0 for step in self.plan.steps)
+        self.x0 = torch.zeros_like(self.x) if history or self._callback is not None else None
+
+    @torch.no_grad()
+    def advance(self, until: int | None = None) -> torch.Tensor:
+        """Run the steps up to, not including, plan step `until`; None runs to the end.
+
+        Returns:
+            The state `x` itself, [B, ...] float32: the level of step `until`, or the plan's last target.
+
+        Raises:
+            ValueError: `until` lies behind the run or beyond the plan.
+        """
+        until = len(self.plan) if until is None else until
+        if isinstance(until, bool) or not isinstance(until, int) or not self.index <= until <= len(self.plan):
+            raise ValueError(
+                f"the run is at step {self.index} of {len(self.plan)}: cannot advance until {until!r}"
+            )
+        if self.index == until or self.interrupted:
+            return self.x
+        if self._table is None:
+            self._move_to_device()
+        steps = self.plan.steps[self.index : until]
+        conditioning = self._guidance.of(call for step in steps for call in step.calls)
+        inputs = _Inputs(self.x, self._experts)
+        # The launch that ended the last stretch wrote no inputs: the state says the same.
+        current = inputs.write(self.plan.steps[self.index].calls, self.index)
+        while self.index < until and not self.interrupted:
+            current = self._step(inputs, current, conditioning, self.index + 1 == until)
+        return self.x
+
+    def _predict(
+        self, call: ExpertCall, x: torch.Tensor, timestep: torch.Tensor, conditioning: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        output = self._experts[call.name].model(x, timestep, **conditioning)
+        output = output if isinstance(output, torch.Tensor) else output[0]
+        if call.guidance_rescale:
+            return rescaled_guidance(output, call.guidance_scale, call.guidance_rescale)
+        return output.contiguous()
+
+    def _step(
+        self,
+        inputs: _Inputs,
+        current: list[torch.Tensor],
+        conditioning: Mapping[tuple[str, bool], dict[str, torch.Tensor]],
+        last: bool,
+    ) -> list[torch.Tensor]:
+        """One model evaluation and one launch; returns the next step's model inputs."""
+        index, step = self.index, self.plan.steps[self.index]
+        outputs = [
+            self._predict(call, model_input, timestep, conditioning[call.name, call.guided])
+            for call, model_input, timestep in zip(step.calls, current, self._timesteps[index], strict=True)
+        ]
+        following = () if last else self.plan.steps[index + 1].calls
+        buffers = inputs.buffers(following, index + 1)
+        # Noise exists only where the row asks for it, so a deterministic step never touches the generator.
+        noisy = step.coefficients["n"] != 0.0
+        sampler_step_(
+            self.x,
+            outputs,
+            self._table,
+            index,
+            x0_prev=self.x0,
+            next_inputs=buffers,
+            seeds=self._seed_tensor if noisy else None,
+            noise=self._noise(index) if noisy and self._noise is not None else None,
+        )
+        self.index += 1
+        if self._callback is None:
+            return buffers
+        replaced = self._callback({"step": index, "plan_step": step, "x": self.x, "x0": self.x0, "run": self})
+        if replaced is None:
+            return buffers
+        if replaced.shape != self.x.shape:
+            raise ValueError(
+                f"a callback's state must have shape {list(self.x.shape)}, got {list(replaced.shape)}"
+            )
+        self.x.copy_(replaced)
+        return inputs.write(following, index + 1)
 
 
-@torch.no_grad()
 def sample(
     plan: SamplingPlan,
     experts: Expert | Iterable[Expert],
@@ -117,12 +274,12 @@ def sample(
     shape: Sequence[int] | None = None,
     seeds: Sequence[int] | torch.Tensor | None = None,
     noise: Callable[[int], torch.Tensor] | None = None,
-    cond: Mapping[str, torch.Tensor] | None = None,
-    uncond: Mapping[str, torch.Tensor] | None = None,
+    cond: Conditioning | None = None,
+    uncond: Conditioning | None = None,
     device: torch.device | str = "cpu",
     callback: Callback | None = None,
 ) -> torch.Tensor:
-    """Run a plan.
+    """Run a plan from its first step to its last (`SamplingRun` can pause in between).
 
     Args:
         plan: from `moe_sampler.plan`.
@@ -132,60 +289,30 @@ def sample(
         seeds: one integer a sample. Noise is a function of (seed, step, element) alone, so a sample is the
             same alone and inside any batch.
         noise: instead of `seeds` for the steps' noise: `noise(step)` returns [B, ...] float32.
-        cond, uncond: keyword arguments for the models, tensors with the batch first. Guided calls get
+        cond, uncond: keyword arguments for the models, tensors with the batch first; or a mapping of them for
+            each expert, by name, `{"sol": {"prompt_embeds": ...}, "lune": {...}}`. Guided calls get
             `cat([uncond, cond])`, diffusers' order, unguided calls `cond` alone.
         device: where to run when `x` isn't given.
         callback: gets a dict after each step: `step`, `plan_step`, `x` (the state), `x0` (the prediction;
-            both are live buffers, clone what you keep). A returned tensor replaces the state.
+            both are live buffers, clone what you keep) and `run`, whose `interrupted` it may set to True. A
+            returned tensor replaces the state.
 
     Returns:
-        [B, ...] float32, the plan's last target.
+        [B, ...] float32: the state at the plan's last target, or where it was interrupted.
 
     Raises:
         ValueError: missing experts, models, seeds or conditioning, before any model call.
     """
-    known = {e.name: e for e in ([experts] if isinstance(experts, Expert) else experts)}
-    for name in plan.experts:
-        if name not in known or known[name].model is None:
-            raise ValueError(f"the plan calls expert {name!r}: pass it to sample() with its model")
-    if x is None:
-        if shape is None or seeds is None:
-            raise ValueError("give either x, or shape and seeds")
-        x = initial_latents(plan, shape, seeds, device)
-    else:
-        if x.dtype != torch.float32:
-            raise TypeError(f"the sampling state is float32 whatever the models' dtype, got {x.dtype}")
-        x = x.clone(memory_format=torch.contiguous_format)
-    if plan.needs_noise and seeds is None and noise is None:
-        raise ValueError("the plan adds fresh noise: give seeds (one a sample) or a noise function")
-    if seeds is not None and len(seeds) != x.shape[0]:
-        raise ValueError(f"{x.shape[0]} samples need as many seeds, got {len(seeds)}")
-    conditioning = _conditioning(plan, x.shape[0], cond, uncond)
-
-    table, timesteps = plan.table(x.device), _timesteps(plan, x.device)
-    seed_tensor = seeds_tensor(seeds, x.device) if plan.needs_noise and noise is None else None
-    # The prediction is kept only where someone reads it: a multistep solver, or the caller.
-    history = any(step.coefficients["d"] != 0.0 for step in plan.steps)
-    x0 = torch.zeros_like(x) if history or callback is not None else None
-    inputs = _Inputs(x, known)
-    current = inputs.write(plan.steps[0].calls, 0)
-
-    for index, step in enumerate(plan.steps):
-        outputs = [
-            _output(known[call.name].model(model_input, timestep, **conditioning[call.guided]))
-            for call, model_input, timestep in zip(step.calls, current, timesteps[index], strict=True)
-        ]
-        last = index + 1 == len(plan)
-        following = [] if last else inputs.buffers(plan.steps[index + 1].calls, index + 1)
-        fresh = noise(index) if noise is not None and step.coefficients["n"] != 0.0 else None
-        # Noise exists only where the row asks for it, so a deterministic step never touches the generator.
-        drawn = seed_tensor if step.coefficients["n"] != 0.0 else None
-        sampler_step_(x, outputs, table, index, x0_prev=x0, next_inputs=following, seeds=drawn, noise=fresh)
-        if callback is not None:
-            replaced = callback({"step": index, "plan_step": step, "x": x, "x0": x0})
-            if replaced is not None:
-                x.copy_(replaced)
-                if not last:
-                    following = inputs.write(plan.steps[index + 1].calls, index + 1)
-        current = following
-    return x
+    run = SamplingRun(
+        plan,
+        experts,
+        x,
+        shape=shape,
+        seeds=seeds,
+        noise=noise,
+        cond=cond,
+        uncond=uncond,
+        device=device,
+        callback=callback,
+    )
+    return run.advance()

@@ -1,7 +1,8 @@
 """Solvers as rows: one step between two noise levels, x <- a * x + b * x0 + d * x0_prev + n * z.
 
 A solver sees only (alpha, sigma) of where it is and where it goes, so one formula serves every path, and a
-target on *another* path is an exact handoff: it needs no code of its own.
+target on *another* path is an exact handoff: it needs no code of its own. A Heun step is two rows, one for
+each of its model evaluations.
 """
 
 from __future__ import annotations
@@ -11,10 +12,21 @@ from typing import Literal, NamedTuple, get_args
 
 from .paths import Level
 
-__all__ = ["SOLVERS", "Solver", "SolverRow", "check_solver", "solver_row"]
+__all__ = [
+    "HEUN_CORRECTOR",
+    "SOLVERS",
+    "Solver",
+    "SolverRow",
+    "check_solver",
+    "heun_corrector_row",
+    "solver_row",
+]
 
-Solver = Literal["ddpm", "ddim", "euler", "dpmpp_2m"]
+Solver = Literal["ddpm", "ddim", "euler", "heun", "dpmpp_2m", "dpmpp_2m_sde"]
 SOLVERS: tuple[str, ...] = get_args(Solver)
+
+HEUN_CORRECTOR = "heun_corrector"
+"""How plans call the row of a Heun step's second evaluation."""
 
 
 class SolverRow(NamedTuple):
@@ -46,18 +58,60 @@ def _posterior_std(level: Level, target: Level) -> float:
     return target.sigma * math.sqrt(-math.expm1(2.0 * (level.half_log_snr - target.half_log_snr)))
 
 
-def _dpmpp_2m(level: Level, target: Level, previous: Level | None) -> SolverRow:
-    """DPM-Solver++(2M), arXiv:2211.01095, algorithm 2, in half-log-SNR time. First order without history, and
-    into sigma' = 0, where the step in that time is infinite."""
-    if previous is None or target.sigma == 0.0 or math.isinf(previous.half_log_snr):
-        return _first_order(level, target)
+def _dpmpp_2m(level: Level, target: Level, previous: Level | None, stochastic: bool) -> SolverRow:
+    """DPM-Solver++(2M), arXiv:2211.01095, algorithm 2, in half-log-SNR time, and its SDE (appendix B).
+
+    First order without history at a noisier level, and into sigma' = 0, where the step in that time is
+    infinite. The SDE's first order is DDPM's ancestral step.
+    """
+    noise = _posterior_std(level, target) if stochastic else 0.0
+    if (
+        previous is None
+        or not previous.noise > level.noise
+        or target.sigma == 0.0
+        or math.isinf(previous.half_log_snr)
+    ):
+        return _first_order(level, target, noise)
     h = target.half_log_snr - level.half_log_snr
     h_previous = level.half_log_snr - previous.half_log_snr
-    weight = -target.alpha * math.expm1(-h)
+    weight = -target.alpha * math.expm1(-2.0 * h if stochastic else -h)
     extrapolation = h / (2.0 * h_previous)
     return SolverRow(
-        a=target.sigma / level.sigma, b=weight * (1.0 + extrapolation), d=-weight * extrapolation
+        a=target.sigma / level.sigma * (math.exp(-h) if stochastic else 1.0),
+        b=weight * (1.0 + extrapolation),
+        d=-weight * extrapolation,
+        n=noise,
     )
+
+
+def heun_corrector_row(level: Level, target: Level) -> SolverRow:
+    """The second half of a Heun step from `level` to `target`, as a row of its own, float64.
+
+    The first half is the first-order step to x~. With c = alpha + k * sigma the scaled state y = x / c obeys
+    dy / dtau = (y - x0) / tau in the time tau = sigma / c, so the average of the slopes at both ends gives
+
+        x' = x~ + c' * (tau / tau' - 1) / 2 * (x0(x~) - x0(x)):
+
+    x itself is no longer needed. k = 0 is EDM's time sigma / alpha (arXiv:2206.00364, algorithm 1), taken on
+    the VP path as diffusers' HeunDiscreteScheduler does; k = 1 is the flow's own time s, which stays finite
+    at pure noise, taken where alpha + sigma = 1 as FlowMatchHeunDiscreteScheduler does.
+
+    Args:
+        level, target: may lie on different paths; `level` decides the time.
+
+    Raises:
+        ValueError: a target without noise, where the slope is unknown: Heun ends with a first-order step.
+    """
+    if target.sigma == 0.0:
+        raise ValueError("Heun's corrector has no slope at sigma = 0: the last step is first order")
+    k = 1.0 if math.isclose(level.alpha + level.sigma, 1.0, rel_tol=1e-9) else 0.0
+
+    def time(at: Level) -> float:
+        return at.sigma / (at.alpha + k * at.sigma)
+
+    scale = target.alpha + k * target.sigma
+    weight = 0.5 * scale * (time(level) / time(target) - 1.0)
+    return SolverRow(a=1.0, b=weight, d=-weight)
 
 
 def solver_row(
@@ -66,7 +120,8 @@ def solver_row(
     """Coefficients, float64, of one step from `level` to the less noisy `target`.
 
     Args:
-        solver: "ddpm" (ancestral), "ddim" (with `eta`), "euler" (first order), "dpmpp_2m".
+        solver: "ddpm" (ancestral), "ddim" (with `eta`), "euler" (first order), "heun" (its predictor; see
+            `heun_corrector_row`), "dpmpp_2m", "dpmpp_2m_sde".
         level, target: may lie on different paths.
         previous: the level x0_prev was predicted at, or None without history.
         eta: DDIM's share of the posterior's noise, 0 to 1.
@@ -80,7 +135,7 @@ def solver_row(
             f"time runs from noise to data: cannot step from noise level {level.noise:.4f} "
             f"to {target.noise:.4f}"
         )
-    if solver == "dpmpp_2m":
-        return _dpmpp_2m(level, target, previous)
-    share = {"ddpm": 1.0, "ddim": eta, "euler": 0.0}[solver]
+    if solver in ("dpmpp_2m", "dpmpp_2m_sde"):
+        return _dpmpp_2m(level, target, previous, stochastic=solver == "dpmpp_2m_sde")
+    share = {"ddpm": 1.0, "ddim": eta, "euler": 0.0, "heun": 0.0}[solver]
     return _first_order(level, target, share * _posterior_std(level, target))

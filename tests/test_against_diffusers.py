@@ -9,8 +9,17 @@ import diffusers.schedulers.scheduling_ddpm as diffusers_ddpm
 import numpy as np
 import pytest
 import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
-from moe_sampler import Expert, VPPath, plan, sample
+from moe_sampler import (
+    Expert,
+    FusedDDIMScheduler,
+    FusedFlowMatchEulerScheduler,
+    VPPath,
+    plan,
+    sample,
+)
+from moe_sampler.guidance import rescaled_guidance
 from moe_sampler.kernels import philox_normal
 from moe_sampler.predictions import velocity_to_epsilon, velocity_to_x0, x0_to_epsilon
 from moe_sampler.sampling import initial_latents
@@ -180,6 +189,135 @@ def test_dpmpp_2m_on_the_flow_path(mixture):
     nodes = scheduler.sigmas[:-1].double().tolist()
     mine = sample(plan(expert, noise_levels=nodes), expert, start())
     torch.testing.assert_close(mine, x, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_match_heun(mixture, shift):
+    expert = mixture.give_model(Expert.lune(solver="heun"))
+    scheduler = diffusers.FlowMatchHeunDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(STEPS)
+    x = start()
+    for t in scheduler.timesteps:
+        x = scheduler.step(expert.model(x, t), t, x).prev_sample
+    # Every level but the first is there twice, and the zero at the end.
+    nodes = [scheduler.sigmas[0].item(), *scheduler.sigmas[1:-1:2].tolist()]
+    compiled = plan(expert, noise_levels=nodes)
+    assert len(compiled) == len(scheduler.timesteps) == 2 * STEPS - 1
+    torch.testing.assert_close(sample(compiled, expert, start()), x, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "leading"])  # its "linspace" isn't rounded to timesteps
+@pytest.mark.parametrize(
+    ("schedule", "prediction"), [("linear", "v_prediction"), ("scaled_linear", "epsilon")]
+)
+def test_heun(mixture, spacing, schedule, prediction):
+    """diffusers keeps x / alpha, whose noise has the standard deviation sigma / alpha."""
+    expert = vp_expert(mixture, schedule, prediction, solver="heun", spacing=spacing)
+    settings = {"timestep_spacing": spacing, "prediction_type": prediction, **BETAS[schedule]}
+    scheduler = diffusers.HeunDiscreteScheduler(beta_schedule=schedule, **settings)
+    scheduler.set_timesteps(STEPS)
+    x = start() * (scheduler.sigmas[0] ** 2 + 1) ** 0.5
+    told = []
+    for t in scheduler.timesteps:
+        told.append(t.item())
+        x = scheduler.step(expert.model(scheduler.scale_model_input(x, t), t.long()), t, x).prev_sample
+    compiled = plan(expert, steps=STEPS)
+    assert [step.calls[0].timestep for step in compiled.steps] == told
+    torch.testing.assert_close(sample(compiled, expert, start()), x, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("steps", [10, STEPS])
+@pytest.mark.parametrize(
+    ("schedule", "prediction"), [("linear", "v_prediction"), ("scaled_linear", "epsilon")]
+)
+def test_dpmpp_2m_sde(mixture, schedule, prediction, steps):
+    expert = vp_expert(mixture, schedule, prediction, solver="dpmpp_2m_sde")
+    scheduler = vp_scheduler(
+        diffusers.DPMSolverMultistepScheduler,
+        schedule,
+        prediction,
+        timestep_spacing="trailing",
+        algorithm_type="sde-dpmsolver++",
+    )
+    scheduler.set_timesteps(steps)
+    x = start()
+    for index, t in enumerate(scheduler.timesteps):
+        output = expert.model(x, t)
+        x = scheduler.step(output, t, x, variance_noise=step_noise(index)).prev_sample
+    mine = sample(plan(expert, steps=steps), expert, shape=SHAPE, seeds=SEEDS)
+    torch.testing.assert_close(mine, x, atol=1e-5, rtol=0)
+
+
+def test_dpmpp_2m_sde_on_the_flow_path(mixture):
+    expert = mixture.give_model(Expert.lune(solver="dpmpp_2m_sde"))
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction", algorithm_type="sde-dpmsolver++"
+    )
+    scheduler.set_timesteps(STEPS)
+    x = start()
+    for index, (sigma, t) in enumerate(zip(scheduler.sigmas[:-1], scheduler.timesteps, strict=True)):
+        output = expert.model(x, 1000 * sigma)
+        x = scheduler.step(output, t, x, variance_noise=step_noise(index)).prev_sample
+    nodes = scheduler.sigmas[:-1].double().tolist()
+    mine = sample(plan(expert, noise_levels=nodes), expert, start(), seeds=SEEDS)
+    torch.testing.assert_close(mine, x, atol=1e-5, rtol=0)
+
+
+def test_few_steps_of_dpmpp_2m(mixture):
+    """With fewer than 15 steps diffusers' `lower_order_final` would matter, had its last step not to be first
+    order anyway."""
+    expert = vp_expert(mixture, "scaled_linear", "epsilon", solver="dpmpp_2m")
+    scheduler = vp_scheduler(
+        diffusers.DPMSolverMultistepScheduler, "scaled_linear", "epsilon", timestep_spacing="trailing"
+    )
+    scheduler.set_timesteps(8)
+    x = start()
+    for t in scheduler.timesteps:
+        x = scheduler.step(expert.model(x, t), t, x).prev_sample
+    torch.testing.assert_close(sample(plan(expert, steps=8), expert, start()), x, atol=1e-5, rtol=0)
+
+
+def test_solvers_are_read_from_diffusers_configs():
+    def solver(scheduler, **settings) -> str:
+        config = {**scheduler.config, "_class_name": type(scheduler).__name__}
+        return Expert.from_scheduler_config("x", config, **settings).solver
+
+    assert solver(diffusers.FlowMatchHeunDiscreteScheduler()) == "heun"
+    assert solver(diffusers.HeunDiscreteScheduler()) == "heun"
+    assert solver(FusedDDIMScheduler()) == "ddim" and solver(FusedFlowMatchEulerScheduler()) == "euler"
+    multistep = diffusers.DPMSolverMultistepScheduler
+    assert solver(multistep()) == "dpmpp_2m"
+    assert solver(multistep(algorithm_type="sde-dpmsolver++")) == "dpmpp_2m_sde"
+    for unknown in (
+        multistep(algorithm_type="dpmsolver", final_sigmas_type="sigma_min"),
+        multistep(solver_order=3),
+        multistep(solver_type="heun"),
+    ):
+        with pytest.raises(ValueError, match="solver_order 2"):
+            solver(unknown)
+        assert solver(unknown, solver="ddim") == "ddim"
+    for option in ("use_karras_sigmas", "use_exponential_sigmas", "thresholding"):
+        with pytest.raises(ValueError, match=f"{option} is not supported"):
+            solver(multistep(**{option: True}))
+    dynamic = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    with pytest.raises(ValueError, match="use_dynamic_shifting"):
+        solver(dynamic)
+    assert solver(dynamic, shift=2.0) == "euler"
+    flow = multistep(use_flow_sigmas=True, flow_shift=5.0, prediction_type="flow_prediction")
+    config = {**flow.config, "_class_name": "DPMSolverMultistepScheduler"}
+    assert Expert.from_scheduler_config("x", config).shift == 5.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_guidance_rescale(dtype):
+    generator = torch.Generator().manual_seed(3)
+    output = torch.randn(6, 4, 8, 8, generator=generator) * torch.linspace(0.5, 2, 6).view(-1, 1, 1, 1)
+    output = output.to(dtype)
+    uncond, cond = output.float().chunk(2)
+    guided = uncond + 7.5 * (cond - uncond)
+    for rescale in (0.3, 1.0):
+        expected = rescale_noise_cfg(guided, cond, rescale)
+        torch.testing.assert_close(rescaled_guidance(output, 7.5, rescale), expected, atol=1e-5, rtol=1e-6)
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)

@@ -98,6 +98,24 @@ def test_2m_converges_at_second_order_across_the_handoff(gentle_mixture, noise, 
     assert found[-1] < 0.1 * first_order[0]
 
 
+@pytest.mark.parametrize("router", ROUTERS.values(), ids=ROUTERS)
+def test_heun_converges_at_second_order_across_the_handoff(gentle_mixture, noise, solution, router):
+    """Its corrector at the handoff is Lune's, its predictor Sol's; where they mix, so do both."""
+    found = errors(gentle_mixture, noise, solution, "heun", router, counts=(10, 20, 40))
+    assert found[-1] < 1e-3 and all(1.8 < order < 2.2 for order in orders(found)), (found, orders(found))
+
+
+@pytest.mark.parametrize(("first", "then"), [("heun", "dpmpp_2m"), ("dpmpp_2m", "heun")])
+def test_solvers_of_second_order_may_hand_over_to_each_other(gentle_mixture, noise, solution, first, then):
+    experts = [gentle_mixture.give_model(e) for e in (Expert.sol(solver=first), Expert.lune(solver=then))]
+    found = []
+    for n in (20, 40, 80):
+        compiled = plan(experts, ROUTERS["boundary"], steps={"sol": n, "lune": 4 * n}, start=START.noise)
+        run = sample(compiled, experts, noise)
+        found.append((run - solution).double().square().mean().sqrt().item())
+    assert found[-1] < 1e-3 and all(1.5 < order < 2.4 for order in orders(found)), (found, orders(found))
+
+
 def test_exact_handoff_reaches_the_true_distribution(mixture, noise):
     experts = duo(mixture, "euler")
     distances = [

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import pairwise
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from moe_sampler import Crossfade, HybridPipeline
+from moe_sampler import Crossfade, HybridPipeline, Spans
 from moe_sampler.checkpoints import CheckpointError
 from moe_sampler.demo import experts_path
 from moe_sampler.kernels import philox_normal
@@ -138,6 +140,214 @@ def test_a_callback_may_change_the_latents_in_place(demo_pipeline):
     assert torch.equal(*halved)
 
 
+def test_guidance_and_its_negative_prompt_are_each_experts_own(demo_pipeline):
+    """By whose steps change: Sol's latents at the handoff, or only Lune's after it."""
+
+    def run(**settings):
+        states = []
+
+        def watch(pipe, step, timestep, tensors):
+            states.append(tensors["latents"].clone())
+            return {}
+
+        made = demo_pipeline(
+            PROMPT, seed=1, callback_on_step_end=watch, **{**QUICK, "handoff": 0.7, **settings}
+        )
+        first = next(i for i, step in enumerate(made.plan.steps) if step.calls[0].name == "lune")
+        return states[first - 1], made.images
+
+    handed, finished = run()
+    night = "a city street at night"
+    for settings in (
+        dict(negative_prompt={"lune": night}),
+        dict(guidance_scale={"lune": 9.0}),
+        dict(guidance_rescale={"lune": 0.7}),
+        dict(guidance_window={"lune": (0.5, 0.2)}),
+        dict(solver={"lune": "heun"}),
+    ):
+        sols, lunes = run(**settings)
+        assert torch.equal(sols, handed) and not torch.equal(lunes, finished), settings
+    for settings in (dict(negative_prompt={"sol": night}), dict(guidance_scale={"sol": 9.0})):
+        sols, lunes = run(**settings)
+        assert not torch.equal(sols, handed) and not torch.equal(lunes, finished), settings
+    assert torch.equal(run(negative_prompt=night)[1], run(negative_prompt={"sol": night, "lune": night})[1])
+    embeds = demo_pipeline.encode_prompt(night)
+    by_embeds = run(negative_prompt_embeds={"sol": embeds, "lune": embeds})[1]
+    assert torch.equal(by_embeds, run(negative_prompt=night)[1])
+    # Whoever isn't guided is called once a step, whatever the others do.
+    calls = []
+    hook = demo_pipeline.unet_sol.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
+    run(guidance_scale={"sol": 1.0, "lune": 4.0})
+    hook.remove()
+    assert set(calls) == {1}
+
+
+def test_lists_of_prompts_and_generators_are_paired(demo_pipeline):
+    prompts = [PROMPT, "a portrait"]
+    made = demo_pipeline(
+        prompts, negative_prompt=["night", ""], num_images_per_prompt=2, seed=[4, 9, 4, 1], **QUICK
+    )
+    assert made.seeds == [4, 9, 4, 1]
+    for i, (prompt, negative) in enumerate(zip(prompts, ("night", ""), strict=True)):
+        alone = demo_pipeline(prompt, negative_prompt=negative, seed=4, **QUICK).images
+        torch.testing.assert_close(made.images[2 * i : 2 * i + 1], alone, atol=2e-4, rtol=0)
+
+    def generators():
+        return [torch.Generator().manual_seed(s) for s in (4, 9, 4, 1)]
+
+    whole = demo_pipeline(prompts, num_images_per_prompt=2, generator=generators(), **QUICK).images
+    halves = demo_pipeline(
+        prompts, num_images_per_prompt=2, generator=generators(), batch_size=3, **QUICK
+    ).images
+    torch.testing.assert_close(halves, whole, atol=2e-4, rtol=0)
+    last = demo_pipeline("a portrait", generator=generators()[3], **QUICK).images
+    torch.testing.assert_close(last, whole[3:], atol=2e-4, rtol=0)
+
+
+def test_image_to_image_enters_the_plan_at_the_right_expert(demo_pipeline):
+    pipe, steps = demo_pipeline, 10
+    picture = pipe(PROMPT, seed=0, num_inference_steps=12).images[0]
+    settings = dict(seed=5, num_inference_steps=steps, handoff=0.7, output_type="latent")
+    whole = pipe.plan(num_inference_steps=steps, handoff=0.7)
+    for strength, count in ((1.0, 10), (0.8, 8), (0.35, 3), (0.1, 1)):
+        made = pipe("a portrait", image=picture, strength=strength, **settings)
+        assert [(s.calls[0].name, s.level) for s in made.plan.steps] == [
+            (s.calls[0].name, s.level) for s in whole.steps[steps - count :]
+        ]
+    assert len(pipe("a portrait", image=picture, **settings).plan) == 8  # diffusers' default strength
+    # By hand: the image's latents, this seed's noise in this level's shares, the remaining steps.
+    made = pipe("a portrait", image=picture, strength=0.35, guidance_scale=1.0, **settings)
+    assert made.plan.experts == ("lune",)
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 127.5 - 1
+    with torch.no_grad():
+        clean = pipe.vae.encode(pixels).latents * pipe.vae.config.scaling_factor
+        noise = philox_normal(tuple(clean.shape), torch.tensor([5]), 0, stream=1)
+        sigmas = [*(step.level.sigma for step in made.plan.steps), 0.0]
+        x, embeds = (1 - sigmas[0]) * clean + sigmas[0] * noise, pipe.encode_prompt("a portrait")
+        for sigma, following in pairwise(sigmas):
+            x = x - (sigma - following) * pipe.unet_lune(x, torch.tensor(1000 * sigma), embeds).sample
+    torch.testing.assert_close(made.images, x, atol=1e-4, rtol=0)
+    little = (pipe(PROMPT, image=picture, strength=0.1, **settings).images - clean).abs().mean()
+    much = (pipe(PROMPT, image=picture, strength=0.9, **settings).images - clean).abs().mean()
+    assert little < 0.5 * much
+
+
+def test_images_of_every_kind_are_the_same_image(demo_pipeline):
+    rng = np.random.default_rng(0)
+    array = rng.integers(0, 256, (48, 80, 3), dtype=np.uint8)
+    picture, unit = Image.fromarray(array), array.astype(np.float32) / 255
+    tensor = torch.from_numpy(unit).permute(2, 0, 1)
+    settings = dict(strength=0.5, seed=2, **QUICK)
+    wanted = demo_pipeline(PROMPT, image=picture, **settings).images
+    assert wanted.shape == (1, 4, 12, 20)  # the image's own size
+    for image in (unit, unit[None], tensor, tensor[None], [picture], [tensor]):
+        torch.testing.assert_close(
+            demo_pipeline(PROMPT, image=image, **settings).images, wanted, atol=1e-4, rtol=0
+        )
+    both = demo_pipeline(
+        [PROMPT, PROMPT],
+        image=[picture, picture.rotate(180)],
+        num_images_per_prompt=2,
+        batch_size=3,
+        **settings,
+    ).images
+    torch.testing.assert_close(both[:1], wanted, atol=2e-4, rtol=0)
+    assert (both[2] - wanted[0]).abs().max() > 0.1
+    resized = demo_pipeline(PROMPT, image=picture, height=64, width=64, **settings).images
+    assert resized.shape == (1, 4, 16, 16)
+    given = torch.Generator().manual_seed(1)
+    other = demo_pipeline(PROMPT, image=picture, strength=0.5, generator=given, **QUICK)
+    assert other.seeds is None and not torch.equal(other.images, wanted)
+
+
+def test_an_interrupted_run_stops_and_shows_what_there_is(demo_pipeline):
+    seen, states = [], []
+
+    def stop(pipe, step, timestep, tensors):
+        seen.append(step)
+        states.append(tensors["latents"].clone())
+        pipe._interrupt = step == 1
+        return {}
+
+    made = demo_pipeline([PROMPT, "a portrait"], seed=0, batch_size=1, callback_on_step_end=stop, **QUICK)
+    # Both batches did Sol's step; the first one began Lune's.
+    assert seen == [0, 0, 1] and demo_pipeline.interrupt
+    assert torch.equal(made.images, torch.cat([states[2], states[1]]))
+    assert len(demo_pipeline(PROMPT, seed=0, callback_on_step_end=None, **QUICK).images) == 1
+    assert not demo_pipeline.interrupt
+
+
+def test_three_experts(demo_pipeline):
+    """A pipeline's experts are its own: components, attributes, settings by any name."""
+    parts = {k: v for k, v in demo_pipeline.components.items() if k in ("vae", "text_encoder", "tokenizer")}
+    pipe = HybridPipeline(
+        **parts,
+        unet_sol=demo_pipeline.unet_sol,
+        scheduler_sol=demo_pipeline.scheduler_sol,
+        unet_lune=demo_pipeline.unet_lune,
+        scheduler_lune=demo_pipeline.scheduler_lune,
+        unet_detail=demo_pipeline.unet_lune,
+        scheduler_detail=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        detail_guidance=1.5,
+        handoff=[0.8, 0.3],
+    )
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.expert_names == ("sol", "lune", "detail") and pipe.unet_detail is demo_pipeline.unet_lune
+    assert set(pipe.components) == {*demo_pipeline.components, "unet_detail", "scheduler_detail"}
+    made = pipe(PROMPT, seed=0, num_inference_steps={"sol": 2, "lune": 3, "detail": 4}, output_type="latent")
+    assert [s.calls[0].name for s in made.plan.steps] == ["sol"] * 2 + ["lune"] * 3 + ["detail"] * 4
+    assert made.plan.steps[-1].calls[0].guidance_scale == 1.5
+    router = Spans((("lune", 0.5), ("detail", 0.0)))
+    assert pipe.plan(router=router).experts == ("lune", "detail")
+    assert pipe.plan("detail", 5).experts == ("detail",)
+    assert pipe.model_cpu_offload_seq == "text_encoder->unet_sol->unet_lune->unet_detail->vae"
+    again = HybridPipeline(**pipe.components, **pipe.parameters)
+    again.set_progress_bar_config(disable=True)
+    same = dict(seed=0, num_inference_steps={"sol": 2, "lune": 3, "detail": 4}, output_type="latent")
+    assert torch.equal(again(PROMPT, **same).images, made.images)
+    for arguments, message in (
+        (dict(handoff=0.5), "3 experts need 2 handoffs"),
+        (dict(handoff=[0.3, 0.8]), "each ending below the last"),
+        (dict(num_inference_steps={"sol": 2, "lune": 3}), "come together"),
+        (dict(num_inference_steps={"moon": 2}), "steps names moon"),
+        (dict(negative_prompt={"moon": "x"}), "negative_prompt names moon"),
+        (dict(guidance_scale={"moon": 2.0}), "guidance_scale names moon"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipe(PROMPT, **arguments)
+
+
+def test_what_diffusers_offers_passes_through(demo_pipeline):
+    pipe = HybridPipeline.from_pretrained(experts_path())
+    pipe.set_progress_bar_config(disable=True)
+    wanted = pipe(PROMPT, seed=0, num_inference_steps=2, output_type="np").images
+    pipe.enable_attention_slicing()
+    processors = {
+        type(p).__name__ for u in (pipe.unet_sol, pipe.unet_lune) for p in u.attn_processors.values()
+    }
+    assert processors == {"SlicedAttnProcessor"}
+    pipe.enable_vae_slicing()
+    assert pipe.vae.use_slicing
+    made = pipe(PROMPT, seed=0, num_inference_steps=2, output_type="np").images
+    np.testing.assert_allclose(made, wanted, atol=0.05)
+    pipe.disable_attention_slicing()
+    pipe.disable_vae_slicing()
+    pipe.enable_vae_tiling()
+    assert pipe.vae.use_tiling and not pipe.vae.use_slicing
+    pipe.disable_vae_tiling()
+    assert not pipe.vae.use_tiling
+    assert pipe.to(torch.float64).unet_sol.dtype == torch.float64 and pipe.dtype == torch.float64
+
+
+def test_compiled_experts_make_the_same_image(demo_pipeline):
+    pipe = HybridPipeline.from_pretrained(experts_path())
+    pipe.set_progress_bar_config(disable=True)
+    pipe.compile(backend="aot_eager")
+    wanted = demo_pipeline(PROMPT, seed=0, **QUICK).images
+    torch.testing.assert_close(pipe(PROMPT, seed=0, **QUICK).images, wanted, atol=1e-3, rtol=0)
+    assert pipe.unet_sol._compiled_call_impl is not None
+
+
 def test_progress_bar_says_who_is_at_work(demo_pipeline, capsys):
     demo_pipeline.set_progress_bar_config(disable=False, mininterval=0)
     demo_pipeline(PROMPT, seed=0, num_inference_steps=4)
@@ -253,6 +463,34 @@ def test_the_folder_is_plain_json_and_safetensors():
         (dict(seed=1, generator=torch.Generator()), "seed or generator"),
         (dict(latents=torch.zeros(1, 4, 8, 8)), "must have shape"),
         (dict(callback_on_step_end_tensor_inputs=["x"]), "may name"),
+        (dict(height=70), "use 64 or 80"),
+        (dict(batch_size=0), "batch_size must be at least 1"),
+        (dict(num_inference_steps=2.5), "whole numbers"),
+        (dict(guidance_scale=float("nan")), "guidance scale must be a finite number"),
+        (dict(guidance_scale={"sol": "high"}), "sol: the guidance scale must be"),
+        (dict(guidance_scale={"luna": 2.0}), "guidance_scale names luna"),
+        (dict(guidance_rescale=1.5), "between 0 and 1"),
+        (dict(guidance_window=(0.1, 0.5)), "guidance_window is"),
+        (dict(handoff=0.0), "strictly between"),
+        (dict(handoff=[0.8, 0.4]), "2 experts need 1 handoffs"),
+        (dict(handoff="late"), "noise level"),
+        (dict(strength=0.5), "give image too"),
+        (dict(image=Image.new("RGB", (64, 64)), strength=0.0), "strength must lie above 0"),
+        (dict(image=Image.new("RGB", (64, 64)), strength=1.1), "at most at 1"),
+        (dict(image=Image.new("RGB", (64, 64)), strength=0.1, num_inference_steps=4), "at least 0.25"),
+        (dict(image=Image.new("RGB", (60, 64))), "width must be a positive multiple of 16, got 60"),
+        (dict(image="castle.png"), "must be a PIL image"),
+        (dict(image=[]), "at least one image"),
+        (dict(image=torch.zeros(1, 1, 64, 64)), "three channels"),
+        (dict(image=torch.zeros(2, 3, 64, 64)), "1 prompts need one image or as many, got 2"),
+        (dict(image=Image.new("RGB", (64, 64)), latents=torch.zeros(1, 4, 16, 16)), "not both"),
+        (dict(seed="seven"), "seed must be an integer"),
+        (dict(seed=True), "seed must be an integer"),
+        (dict(generator=[torch.Generator()] * 2), "one generator or 1, got 2"),
+        (dict(prompt=None, prompt_embeds=torch.zeros(1, 32, 64)), "must be .prompts, tokens, 128."),
+        (dict(negative_prompt="a", negative_prompt_embeds=torch.zeros(1, 32, 128)), "not both"),
+        (dict(negative_prompt={"luna": "a"}), "negative_prompt names luna"),
+        (dict(negative_prompt={"sol": 3}), "sol: a negative prompt is"),
     ],
 )
 def test_wrong_input_is_refused_before_any_work(demo_pipeline, monkeypatch, arguments, message):

@@ -5,12 +5,21 @@ import itertools
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from moe_sampler import Boundary, Crossfade, Expert, SamplingPlan, Spans, plan
+from moe_sampler import (
+    Boundary,
+    Crossfade,
+    Expert,
+    FlowPath,
+    Level,
+    SamplingPlan,
+    VPPath,
+    plan,
+)
 from moe_sampler.kernels.rows import COLUMNS, ROW_WIDTH
-from moe_sampler.routers import active_experts, lead_spans
 
 SOL, LUNE = Expert.sol(), Expert.lune()
 
@@ -132,26 +141,11 @@ def test_errors_say_what_is_wrong(arguments, message):
         hybrid(**arguments)
 
 
-def test_errors_of_experts_and_routers():
+def test_errors_of_experts():
     with pytest.raises(ValueError, match="need a router"):
         plan((SOL, LUNE))
     with pytest.raises(ValueError, match="name of its own"):
         plan((SOL, SOL), Boundary("sol", "lune", 0.5))
-    with pytest.raises(ValueError, match="the router names 'luna'"):
-        plan((SOL, LUNE), Boundary("sol", "luna", 0.5))
-    for at in (0.0, 1.0, -0.2, 1.3, math.nan):
-        with pytest.raises(ValueError, match="strictly between 0"):
-            Boundary("sol", "lune", at)
-    with pytest.raises(ValueError, match="below"):
-        Crossfade("sol", "lune", 0.4, 0.6)
-    with pytest.raises(ValueError, match="add up to 1"):
-        plan((SOL, LUNE), lambda s: {"sol": 0.7, "lune": 0.7})
-    with pytest.raises(ValueError, match="at most two"):
-        plan((SOL, LUNE, Expert.sd15()), lambda s: {"sol": 0.4, "lune": 0.3, "sd15": 0.3})
-    with pytest.raises(ValueError, match="end at noise level 0"):
-        Spans((("sol", 0.5),))
-    with pytest.raises(ValueError, match="each ending below"):
-        Spans((("sol", 0.5), ("lune", 0.6), ("sol", 0.0)))
     with pytest.raises(ValueError, match="unknown solver"):
         Expert.sol(solver="magic")
     with pytest.raises(ValueError, match="unknown prediction"):
@@ -164,28 +158,141 @@ def test_errors_of_experts_and_routers():
         plan(Expert("x", LUNE.path, "epsilon"))
 
 
-def test_a_router_is_any_callable():
-    def mine(noise: float) -> dict[str, float]:
-        return {"sol": 1.0} if noise > 0.62 else {"lune": 1.0}
+@pytest.mark.parametrize("count", [1, 2, 7, 20])
+@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
+def test_spacings_at_the_ends_of_a_hybrid_run(spacing, count):
+    """Each spacing keeps what it stands for at an end of the timestep axis that the span has."""
+    path = VPPath.scaled_linear(steps_offset=1)
+    sd15 = Expert("sd15", path, "epsilon", spacing=spacing)
 
-    assert plan((SOL, LUNE), mine, steps=9) == plan((SOL, LUNE), Boundary("sol", "lune", 0.62), steps=9)
+    def timesteps(first: str, then: str) -> list[int]:
+        compiled = plan(
+            (sd15, LUNE), Boundary(first, then, path.level(500).noise), steps={"sd15": count, "lune": 3}
+        )
+        return [s.calls[0].timestep for s in compiled.steps if s.calls[0].name == "sd15"]
+
+    early = timesteps("sd15", "lune")  # from noise to the handoff at 500
+    stride = 499 / (count + 1) if spacing == "leading" else 499 / count
+    top = 999 - stride if spacing == "leading" else 999
+    assert early == pytest.approx([top - stride * i for i in range(count)], abs=0.51)
+    late = timesteps("lune", "sd15")  # from the handoff to the data
+    bottom = {"trailing": 501 / count - 1, "leading": 1, "linspace": 0}[spacing]
+    expected = np.linspace(500, bottom, count) if count > 1 else [500]
+    assert late == pytest.approx(expected, abs=1.0) and late[0] == 500
+    if spacing != "trailing" and count > 1:
+        assert late[-1] == bottom
 
 
-def test_spans_are_found_to_the_last_bit():
-    router = Spans((("sol", 0.705), ("lune", 0.7), ("sol", 0.123456789), ("lune", 0.0)))
-    assert lead_spans(router, ["sol", "lune"]) == [
-        ("sol", 1.0, 0.705),
-        ("lune", 0.705, 0.7),
-        ("sol", 0.7, 0.123456789),
-        ("lune", 0.123456789, 0.0),
-    ]
+def test_noise_levels_are_the_solvers_nodes_and_say_the_same_run_again():
+    heun = dataclasses.replace(LUNE, solver="heun")
+    for experts in ((SOL, LUNE), (SOL, heun)):
+        router = Crossfade("sol", "lune", 0.8, 0.5)
+        whole = plan(experts, router, steps=12)
+        assert len(whole.noise_levels) == 12
+        assert plan(experts, router, noise_levels=whole.noise_levels) == whole
+        tail = plan(experts, router, noise_levels=whole.noise_levels[5:])
+        assert tail.noise_levels == whole.noise_levels[5:] and tail.start_level == tail.steps[0].level
 
 
-def test_crossfade_weights_are_smooth_and_add_up():
-    router = Crossfade("sol", "lune", 0.8, 0.5)
-    weights = [
-        active_experts(router, s, ["sol", "lune"]).get("lune", 0.0)
-        for s in torch.linspace(1, 0, 200).tolist()
-    ]
-    assert weights[0] == 0.0 and weights[-1] == 1.0
-    assert all(0 <= later - earlier < 0.05 for earlier, later in itertools.pairwise(weights))
+def test_a_late_start_enters_at_the_expert_and_node_of_its_noise_level():
+    for start in (0.95, 0.71, 0.7001, 0.7, 0.69, 0.2):
+        compiled = hybrid(
+            start=start, steps={"sol": 3, "lune": 3} if start > 0.71 else 3 if start <= 0.7 else 6
+        )
+        first = compiled.steps[0]
+        expected = "sol" if start > 0.7 else "lune"
+        assert first.calls[0].name == expected and compiled.start_level == first.level
+        if expected == "sol":
+            timestep = first.calls[0].timestep
+            assert first.level == SOL.path.level(timestep) and first.level.noise > 0.7
+            assert abs(first.level.noise - start) < 0.001
+        else:
+            assert first.level == LUNE.path.at(start)
+        levels = [step.level.noise for step in compiled.steps]
+        assert levels == sorted(levels, reverse=True)
+
+
+def test_guidance_outside_its_window_is_off_and_free():
+    windowed = dataclasses.replace(LUNE, guidance_scale=4.0, guidance_window=(0.8, 0.25))
+    compiled = plan(windowed, steps=10)
+    for step in compiled.steps:
+        inside = 0.25 <= step.level.noise <= 0.8
+        assert step.calls[0].guidance_scale == (4.0 if inside else 1.0)
+        assert step.calls[0].guided == inside
+        assert (step.coefficients["q_uncond_0"] != 0.0) == inside
+    on = sum(0.25 <= step.level.noise <= 0.8 for step in compiled.steps)
+    assert 0 < on < 10 and compiled.model_calls == 10 + on
+    always = plan(dataclasses.replace(LUNE, guidance_scale=4.0), steps=10)
+    assert plan(dataclasses.replace(windowed, guidance_window=(1.0, 0.0)), steps=10) == always
+    assert not plan(dataclasses.replace(windowed, guidance_window=(0.79, 0.78)), steps=3).guided
+
+
+def test_a_rescaled_prediction_comes_to_the_row_with_its_guidance_in_it():
+    rescaled = dataclasses.replace(LUNE, guidance_scale=4.0, guidance_rescale=0.7, guidance_window=(1.0, 0.5))
+    compiled, plain = plan(rescaled, steps=6), plan(LUNE, steps=6)
+    for step, unguided in zip(compiled.steps, plain.steps, strict=True):
+        assert step.row == unguided.row
+        assert step.calls[0].guidance_rescale == (0.7 if step.level.noise >= 0.5 else 0.0)
+    assert SamplingPlan.from_json(compiled.to_json()) == compiled and "4 rescaled 0.7" in str(compiled)
+
+
+def test_plans_written_before_there_was_a_rescale_are_read():
+    body = json.loads(hybrid().to_json())
+    body["format"] = 1
+    for step in body["steps"]:
+        for call in step["calls"]:
+            del call["guidance_rescale"]
+    assert SamplingPlan.from_json(json.dumps(body)) == hybrid()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(guidance_scale=math.inf), "guidance_scale must be finite"),
+        (dict(guidance_scale=math.nan), "guidance_scale must be finite"),
+        (dict(guidance_window=(0.2, 0.8)), "guidance_window is"),
+        (dict(guidance_window=(1.1, 0.8)), "guidance_window is"),
+        (dict(guidance_window=(math.nan, 0.1)), "guidance_window is"),
+        (dict(guidance_window=(0.8,)), "guidance_window is"),
+        (dict(guidance_rescale=1.2), "guidance_rescale must lie"),
+        (dict(shift=math.inf), "shift must be positive"),
+        (dict(shift=0.0), "shift must be positive"),
+        (dict(eta=1.5), "eta must lie"),
+        (dict(clip_sample_range=0.0), "clip_sample_range must be positive"),
+    ],
+)
+def test_settings_of_an_expert_out_of_range(settings, message):
+    with pytest.raises(ValueError, match=f"sol: {message}"):
+        Expert.sol(**settings)
+
+
+@pytest.mark.parametrize(
+    "levels", [[], [1.2, 0.5], [0.5, 0.5], [0.3, 0.5], [0.5, 0.0], [math.nan, 0.5], [0.5, math.nan]]
+)
+def test_noise_levels_that_cannot_be(levels):
+    with pytest.raises(ValueError, match="noise levels must be given"):
+        plan(LUNE, noise_levels=levels)
+
+
+def test_a_row_that_is_not_finite_is_refused_while_planning():
+    flow_epsilon = Expert("x", LUNE.path, "epsilon")
+    assert plan(flow_epsilon, noise_levels=[1 - 1e-12, 0.5])
+    with pytest.raises(ValueError, match="pure noise"):
+        plan(flow_epsilon, steps=3)
+
+    class Faint(FlowPath):
+        def at(self, noise):
+            return Level(1e-60 * (1.0 - noise), 1e-60 * noise)
+
+    with pytest.raises(ValueError, match=r"step 0 \(x, euler.*p = 1e\+60"):
+        plan(Expert("x", Faint(), "flow_prediction", solver="euler"), steps=3)
+
+    class Timeless(FlowPath):
+        def timestep(self, level):
+            return math.nan
+
+    with pytest.raises(ValueError, match="x's timestep = nan"):
+        plan(Expert("x", Timeless(), "flow_prediction"), steps=3)
+    huge = dataclasses.replace(LUNE, guidance_scale=1e39)
+    with pytest.raises(ValueError, match=r"step 0 \(lune.*no finite float32 numbers: q_cond_0"):
+        plan(huge, steps=2)

@@ -1,0 +1,153 @@
+"""What the schedulers on DDPM's integer timesteps share: betas, levels, timesteps, forward noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
+
+from ..paths import SPACINGS, Level, VPPath, path_from_scheduler_config
+from ..predictions import add_noise, x0_coefficients
+from .fused_step import FusedScheduler, make_table, view_index
+
+__all__ = ["VPScheduler", "cosine_betas"]
+
+_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+_PREDICTIONS = ("epsilon", "v_prediction", "sample")
+
+
+def cosine_betas(num_train_timesteps: int, largest: float = 0.999) -> np.ndarray:
+    """[T] float64 with abar(u) = cos^2(pi/2 (u + 0.008) / 1.008), u = t / T (arXiv:2102.09672, eq. 17)."""
+    u = np.arange(num_train_timesteps + 1) / num_train_timesteps
+    abar = np.cos((u + 0.008) / 1.008 * math.pi / 2.0) ** 2
+    return np.minimum(1.0 - abar[1:] / abar[:-1], largest)
+
+
+class VPScheduler(FusedScheduler):
+    """Base of the schedulers on a `VPPath`. Subclasses say where a step goes and with which row."""
+
+    _compatibles: ClassVar[list[str]] = [scheduler.name for scheduler in KarrasDiffusionSchedulers]
+    _other_solvers_fields = frozenset(
+        {
+            *("variance_type", "set_alpha_to_one", "skip_prk_steps", "solver_order", "solver_type"),
+            *("algorithm_type", "lower_order_final", "euler_at_final", "final_sigmas_type", "predict_x0"),
+            *("solver_p", "disable_corrector", "lambda_min_clipped", "interpolation_type", "timestep_type"),
+            *("noise_sampler_seed", "flow_shift", "time_shift_type"),
+        }
+    )
+
+    def _check_config(self) -> None:
+        config = self.config
+        self._check_choice("prediction_type", _PREDICTIONS)
+        self._check_choice("timestep_spacing", SPACINGS)
+        if config.trained_betas is None:
+            self._check_choice("beta_schedule", _BETA_SCHEDULES)
+        elif len(config.trained_betas) != config.num_train_timesteps:
+            self._refuse("num_train_timesteps", f"trained_betas has {len(config.trained_betas)} values")
+        if config.thresholding:
+            self._refuse("thresholding", "use clip_sample with a clip_sample_range, or diffusers' scheduler")
+        if config.rescale_betas_zero_snr:
+            self._refuse("rescale_betas_zero_snr", "the first level would have no signal to divide by")
+        if config.clip_sample and not config.clip_sample_range > 0:
+            self._refuse("clip_sample_range", "use a positive range, or clip_sample=False")
+
+    def _compile_config(self) -> None:
+        config = self.config
+        if config.trained_betas is None and config.beta_schedule == "squaredcos_cap_v2":
+            betas = cosine_betas(config.num_train_timesteps)
+            self._path = VPPath(tuple(betas), steps_offset=config.steps_offset)
+        else:
+            self._path = path_from_scheduler_config({**config, "_class_name": type(self).__name__})
+        self.betas = torch.tensor(self._path.betas, dtype=torch.float32)
+        self.alphas = 1.0 - self.betas
+        self.alphas_cumprod = torch.from_numpy(self._path.alphas**2).float()
+        self._forward_levels = torch.from_numpy(np.stack([self._path.alphas, self._path.sigmas])).float()
+        self._tables: dict[tuple, torch.Tensor] = {}
+
+    def _start(self) -> None:
+        """The state of a scheduler that was just made: every training timestep, no step count."""
+        self._follow_config()
+        self.num_inference_steps: int | None = None
+        self._schedule(range(self.config.num_train_timesteps - 1, -1, -1), None)
+
+    def _schedule(self, timesteps: Sequence[int], device: torch.device | str | None) -> None:
+        self._steps = list(timesteps)
+        self._indices = {t: index for index, t in enumerate(self._steps)}
+        self.timesteps = torch.tensor(self._steps, dtype=torch.int64).to(device)
+        # A pipeline may put something else into `timesteps`; views are looked up in what was made here.
+        self._scheduled = self.timesteps
+        self._tables.clear()
+
+    def _spaced(self, num_inference_steps: int) -> list[int]:
+        """diffusers' timesteps for the config's spacing."""
+        total = self.config.num_train_timesteps
+        if not 1 <= num_inference_steps <= total:
+            raise ValueError(
+                f"num_inference_steps must lie between 1 and num_train_timesteps = {total}, got "
+                f"{num_inference_steps}"
+            )
+        if self.config.timestep_spacing == "trailing":
+            # NumPy's arange decides which way the original's halves round; its float error may add a node -1.
+            nodes = np.arange(total, 0, -total / num_inference_steps)[:num_inference_steps]
+            return [round(node) - 1 for node in nodes]
+        nodes = self._path.grid(num_inference_steps, spacing=self.config.timestep_spacing)
+        return [self._path.nearest_timestep(noise) for noise in nodes]
+
+    def _timestep(self, timestep: int | torch.Tensor) -> int:
+        """The timestep as an integer; waits for the device only where a device tensor isn't one of ours."""
+        index = view_index(timestep, self._scheduled)
+        if index is not None:
+            return self._steps[index]
+        floating = timestep.is_floating_point() if isinstance(timestep, torch.Tensor) else timestep % 1 != 0
+        if floating:
+            raise ValueError(f"timesteps of {type(self).__name__} are integers, got {timestep}")
+        t = int(timestep)
+        if not 0 <= t < self.config.num_train_timesteps:
+            raise ValueError(f"timestep {t} is outside 0..{self.config.num_train_timesteps - 1}")
+        return t
+
+    @property
+    def _clip(self) -> float:
+        return self.config.clip_sample_range if self.config.clip_sample else math.inf
+
+    def _x0(self, level: Level) -> tuple[float, float]:
+        return x0_coefficients(self.config.prediction_type, level)
+
+    def _row(self, t: int, *options: Any) -> list[float]:
+        """The row of the step from timestep `t`."""
+        raise NotImplementedError
+
+    def _table(self, t: int, device: torch.device, *options: Any) -> tuple[torch.Tensor, int]:
+        """A table on the device with the row of `t`, and where in it: the schedule's, or one of its own."""
+        index = self._indices.get(t)
+        key = (None if index is not None else t, device, *options)
+        if key not in self._tables:
+            timesteps = self._steps if index is not None else [t]
+            self._tables[key] = make_table((self._row(each, *options) for each in timesteps), device)
+        return self._tables[key], index or 0
+
+    def _levels(self, timesteps: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(alpha, sigma) at timesteps [B] or 0-d, broadcast against `like`, in its dtype."""
+        self._follow_config()
+        self._forward_levels = self._forward_levels.to(like.device)
+        alpha, sigma = self._forward_levels[:, timesteps.to(like.device).flatten()].to(like.dtype)
+        shape = (-1, *(1,) * (like.ndim - 1))
+        return alpha.view(shape), sigma.view(shape)
+
+    def add_noise(
+        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.IntTensor
+    ) -> torch.Tensor:
+        """alpha * x0 + sigma * noise at integer timesteps [B]. original_samples, noise: [B, ...]."""
+        return add_noise(original_samples, noise, *self._levels(timesteps, original_samples))
+
+    def get_velocity(
+        self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.IntTensor
+    ) -> torch.Tensor:
+        """v = alpha * noise - sigma * x0 at integer timesteps [B]. sample (x0), noise: [B, ...]."""
+        alpha, sigma = self._levels(timesteps, sample)
+        # x0 and noise in each other's places: the velocity is the state a quarter turn further on.
+        return add_noise(noise, sample, alpha, -sigma)
