@@ -1,8 +1,11 @@
 """What only a GPU can show: no waiting for the device, CUDA graphs, grids and devices beyond the first."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
+from moe_sampler import Crossfade, Expert, SamplingRun, plan
 from moe_sampler.kernels import euler_step_, make_row, philox_normal, sampler_step_
 
 pytestmark = pytest.mark.gpu
@@ -26,16 +29,67 @@ def advance(x, output, table, history, next_input, seeds):
     return x
 
 
-def test_a_loop_never_waits_for_the_device():
-    given = arguments()
-    advance(*given)  # compiles
+@contextmanager
+def waiting_is_an_error():
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        advance(*given)
-        philox_normal(SHAPE, given[-1], 3)
+        yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_loop_never_waits_for_the_device():
+    given = arguments()
+    advance(*given)  # compiles
+    with waiting_is_an_error():
+        advance(*given)
+        philox_normal(SHAPE, given[-1], 3)
+
+
+def shifted(x, timestep, shift):
+    return (0.3 * x.float() + shift.view(-1, 1, 1, 1)).to(x.dtype)
+
+
+def sampler_run(device="cuda"):
+    """Both experts, each guided, faded into each other, with fresh noise and history: every kind of step."""
+    experts = [
+        Expert.sol(shifted, guidance_scale=3.0, dtype=torch.float16),
+        Expert.lune(shifted, guidance_scale=2.0, dtype=torch.bfloat16, solver="dpmpp_2m"),
+    ]
+    compiled = plan(experts, Crossfade("sol", "lune", start=0.8, end=0.6), steps=12)
+    cond = {"shift": torch.tensor([0.1, 0.2], device=device)}
+    uncond = {"shift": torch.zeros(2, device=device)}
+    return SamplingRun(compiled, experts, shape=SHAPE, seeds=[1, 2], cond=cond, uncond=uncond, device=device)
+
+
+def test_a_sampler_run_never_waits_for_the_device():
+    expected = sampler_run().advance()  # compiles
+    run = sampler_run()
+    run.advance(1)  # the plan's table goes to the device
+    with waiting_is_an_error():
+        latents = run.advance()
+    assert torch.equal(latents, expected)
+
+
+def test_a_captured_sampler_run_replays():
+    expected = sampler_run().advance()
+    run = sampler_run()
+    run.advance(1)
+    state = run.x
+    start = state.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run.advance()
+    state.copy_(start)
+    graph.replay()
+    torch.testing.assert_close(state, expected, rtol=0, atol=0)
+
+
+def test_a_sampler_run_on_cuda_is_the_cpus():
+    """To the rounding of the models' half precision."""
+    there, here = sampler_run().advance().cpu(), sampler_run("cpu").advance()
+    torch.testing.assert_close(there, here, rtol=0, atol=0.02)
 
 
 def test_a_captured_loop_replays():
