@@ -151,30 +151,48 @@ class ExpertPipeline(DiffusionPipeline):
         """A block in which an expert's weights are in memory."""
         return nullcontext() if self._offload is None else self._offload.using(expert)
 
-    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
         """Write one folder, as diffusers does, that `from_pretrained` reads back to the same bits.
+
+        Args:
+            save_directory: created if need be.
+            safe_serialization: always; there is no other format here.
+            variant, max_shard_size, push_to_hub, kwargs: as diffusers takes them.
 
         Raises:
             ValueError: an expert has LoRA adapters, which a folder of this layout doesn't hold.
         """
-        parts = {
-            **{name: self.expert_unet(name) for name in self.expert_names},
-            "text_encoder": self.text_encoder,
-        }
+        if not safe_serialization:
+            raise ValueError("weights are written as safetensors only: leave out safe_serialization=False")
+        experts = {name: self.expert_unet(name) for name in self.expert_names}
+        parts = {**experts, "text_encoder": self.text_encoder}
         adapted = [name for name, part in parts.items() if getattr(part, "peft_config", None)]
         if adapted:
             raise ValueError(
                 f"{', '.join(adapted)} has LoRA adapters: fuse them or call unload_lora_weights() first"
             )
+        options = {"variant": variant, "max_shard_size": max_shard_size}
         if self._offload is None:
-            super().save_pretrained(save_directory, *args, **kwargs)
-            return
-        device = self._offload.device
-        self._offload.end("cpu")
-        try:
-            super().save_pretrained(save_directory, *args, **kwargs)
-        finally:
-            self._offload = ExpertOffload(self._expert_weights(), device)
+            super().save_pretrained(save_directory, push_to_hub=push_to_hub, **options, **kwargs)
+        elif push_to_hub:
+            raise ValueError('pushing needs all experts in memory: call set_offload("none") first')
+        else:
+            self._save_one_by_one(Path(save_directory), {k: v for k, v in options.items() if v is not None})
+
+    def _save_one_by_one(self, folder: Path, options: Mapping[str, Any]) -> None:
+        for name, part in self.components.items():
+            expert = name.removeprefix("unet_") if name.startswith("unet_") else None
+            with nullcontext() if expert is None else self._with_expert(expert):
+                part.save_pretrained(folder / name, **(options if isinstance(part, torch.nn.Module) else {}))
+        self.save_config(folder)
 
     def compile(self, **kwargs: Any) -> None:
         """`torch.compile` every expert; kwargs are for it. Each size's first image takes longer."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import shutil
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from moe_sampler import Boundary, Crossfade, Expert, HybridPipeline, Spans, plan
@@ -171,6 +173,31 @@ def test_changed_weights_are_kept(demo_pipeline):
     for offload in ("none", "expert"):
         pipe.set_offload(offload)
         assert torch.equal(pipe(PROMPTS[0], **QUICK).images, wanted)
+
+
+def test_saving_takes_one_expert_at_a_time(tmp_path, monkeypatch):
+    pipe, seen = load(offload="expert"), []
+    save = UNet2DConditionModel.save_pretrained
+
+    @functools.wraps(save)
+    def watching(unet, *args, **kwargs):
+        seen.append(resident(pipe))
+        save(unet, *args, **kwargs)
+
+    monkeypatch.setattr(UNet2DConditionModel, "save_pretrained", watching)
+    pipe.save_pretrained(tmp_path / "one", variant="fp16", max_shard_size="4MB")
+    assert sorted(seen) == [["lune"], ["sol"]] and resident(pipe) == []
+    load().save_pretrained(tmp_path / "both", variant="fp16", max_shard_size="4MB")
+    folders = (tmp_path / "one", tmp_path / "both")
+    one, both = (
+        {str(f.relative_to(d)): f.read_bytes() for f in d.rglob("*") if f.is_file()} for d in folders
+    )
+    assert one == both and any("fp16-00001-of" in name for name in one)
+    again = HybridPipeline.from_pretrained(folders[0], variant="fp16")
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(again(PROMPTS[0], **QUICK).images, pipe(PROMPTS[0], **QUICK).images)
+    with pytest.raises(ValueError, match="safetensors only"):
+        pipe.save_pretrained(tmp_path / "pickled", safe_serialization=False)
 
 
 def test_files_that_changed_underneath_are_noticed(tmp_path):
