@@ -51,7 +51,11 @@ class Trace:
     def __call__(
         self, pipe: Any, step: int, timestep: float, tensors: dict[str, torch.Tensor]
     ) -> dict[str, Any]:
-        self.predictions.append(tensors["pred_original_sample"].clone())
+        x0 = tensors["pred_original_sample"].clone()
+        if step < len(self.predictions):  # another batch of the same queue
+            self.predictions[step] = torch.cat([self.predictions[step], x0])
+        else:
+            self.predictions.append(x0)
         return {}
 
     def images(self, pipe: Any, index: int = 0, batch_size: int = 8) -> list[Image.Image]:

@@ -144,3 +144,20 @@ def test_a_failed_write_leaves_nothing_new(tmp_path):
     with pytest.raises(Exception, match=r"."):
         Animation((Image.new("RGB", (8, 8)), Image.new("RGB", (9, 9))), (100, 100)).save(path)
     assert path.read_bytes() == before and [left.name for left in tmp_path.iterdir()] == ["trace.webp"]
+
+
+def test_a_trace_of_a_queue_has_all_its_images(demo_pipeline):
+    whole, queued = Trace(), Trace()
+    settings = {"num_inference_steps": 3, "num_images_per_prompt": 3, "seed": 5}
+    for trace, batch_size in ((whole, None), (queued, 2)):
+        demo_pipeline(
+            "a castle",
+            batch_size=batch_size,
+            callback_on_step_end=trace,
+            callback_on_step_end_tensor_inputs=trace.tensor_inputs,
+            output_type="latent",
+            **settings,
+        )
+    assert len(queued.predictions) == len(whole.predictions) == 3
+    for mine, theirs in zip(queued.predictions, whole.predictions, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=2e-4, rtol=0)
