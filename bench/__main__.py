@@ -10,6 +10,7 @@ docs/PERFORMANCE.md.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -92,7 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     unknown = [name for name in chosen if name not in names]
     if unknown:
         parser.error(f"unknown suite {unknown[0]!r}: use {', '.join(names)}")
-    console = Console()
+    # A table is unreadable in a pipe's 80 columns.
+    console = Console() if sys.stdout.isatty() else Console(width=200)
     for suite in chosen:
         rows = measured(suite)
         show(rows, console)

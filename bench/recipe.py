@@ -18,6 +18,27 @@ def sol_step(
     return scheduler.step(epsilon, timestep, x).prev_sample
 
 
+def sol_step_written_out(
+    x: Tensor, velocity: Tensor, alpha_bar: Tensor, alpha_bar_next: Tensor, ancestral: bool
+) -> Tensor:
+    """`sol_step` with DDPM's (Ho et al. 2020) or DDIM's (Song et al. 2021) step in place of the scheduler's.
+
+    alpha_bar, alpha_bar_next: 0-d, at this timestep and the next. The schedulers themselves break the graph
+    of torch.compile at every look-up; this compiles to one.
+    """
+    alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    x0 = alpha * x - sigma * velocity
+    epsilon = (x - alpha * x0) / sigma
+    x0 = (x - sigma * epsilon) / alpha
+    if not ancestral:
+        return alpha_bar_next.sqrt() * x0 + (1 - alpha_bar_next).sqrt() * epsilon
+    step_alpha = alpha_bar / alpha_bar_next
+    of_x0 = alpha_bar_next.sqrt() * (1 - step_alpha) / (1 - alpha_bar)
+    of_x = step_alpha.sqrt() * (1 - alpha_bar_next) / (1 - alpha_bar)
+    variance = (1 - alpha_bar_next) / (1 - alpha_bar) * (1 - step_alpha)
+    return of_x0 * x0 + of_x * x + variance.sqrt() * torch.randn_like(x)
+
+
 def lune_step(x: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor, shift: float) -> Tensor:
     """Shift both sigmas, then subtract the velocity."""
     sigma = shift * sigma / (1 + (shift - 1) * sigma)

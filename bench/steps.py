@@ -81,11 +81,17 @@ def _scheduler_step(scheduler: Any, **settings: Any) -> Step:
     return step
 
 
-def _recipe_step(scheduler: Any, whole: bool = False) -> Step:
+def _recipe_step(scheduler: Any) -> Step:
     scheduler.set_timesteps(STEPS, device=DEVICE)
     timestep = scheduler.timesteps[STEP]
-    timestep = int(timestep) if whole else timestep
     return lambda x, velocity: recipe.sol_step(x, velocity, timestep, scheduler)
+
+
+def _written_out_step(ancestral: bool) -> Step:
+    scheduler = DDPMScheduler(**_PLAIN)
+    scheduler.set_timesteps(STEPS)
+    here, there = (scheduler.alphas_cumprod[t].to(DEVICE) for t in scheduler.timesteps[STEP : STEP + 2])
+    return lambda x, velocity: recipe.sol_step_written_out(x, velocity, here, there, ancestral)
 
 
 def _recipe_euler() -> Step:
@@ -132,10 +138,9 @@ KINDS: dict[str, dict[str, Provider]] = {
         "recipe": _theirs(_recipe_euler),
     },
 }
-# A tensor for a timestep can't be compiled on the CPU: the index is read out of it.
 _COMPILED = {
-    "VP, deterministic": _theirs(lambda: _recipe_step(DDPMScheduler(**_PLAIN), whole=True)),
-    "VP, ancestral": _theirs(lambda: _recipe_step(DDPMScheduler(**_PLAIN), whole=True)),
+    "VP, deterministic": _theirs(lambda: _written_out_step(ancestral=False)),
+    "VP, ancestral": _theirs(lambda: _written_out_step(ancestral=True)),
     "flow, Euler": _theirs(_recipe_euler),
 }
 
@@ -146,7 +151,7 @@ def _comparison(
     scale = SCALE if guided else 1.0
     make = dict(KINDS[kind])
     if compiled and kind in _COMPILED:
-        make[f"recipe, {COMPILED}"] = lambda latents, scale: torch.compile(
+        make[f"recipe written out, {COMPILED}"] = lambda latents, scale: torch.compile(
             _COMPILED[kind](latents, scale), dynamic=False
         )
 

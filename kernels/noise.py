@@ -34,7 +34,7 @@ _BLOCK = 1024
 _QUARTER_TURN = np.int32(1 << 30)
 _TURNS_TO_RADIANS = np.float32(2.0 * math.pi * 2.0**-32)
 _UINT64 = (1 << 64) - 1
-_CHUNK = 16384  # elements at a time
+_CHUNK = 32768  # elements at a time
 
 
 class _Workspace(threading.local):

@@ -1,5 +1,6 @@
 """The benchmarks measure what they say: the same work by every provider, counted and timed in turns."""
 
+import diffusers
 import pytest
 import torch
 
@@ -38,7 +39,20 @@ def test_the_recipe_asks_for_what_its_table_says():
     assert 60 <= dispatches <= 80 and 10 <= waits <= 16
 
 
-def test_the_recipe_is_the_flow_and_the_ddim_step():
+@pytest.mark.parametrize("ancestral", [False, True])
+def test_the_recipe_written_out_is_the_schedulers_step(ancestral):
+    scheduler = (diffusers.DDPMScheduler if ancestral else diffusers.DDIMScheduler)(**steps._PLAIN)
+    scheduler.set_timesteps(50)
+    here, there = scheduler.timesteps[25:27]
+    x, velocity = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+    torch.manual_seed(0)
+    expected = recipe.sol_step(x, velocity, here, scheduler)
+    torch.manual_seed(0)
+    bars = scheduler.alphas_cumprod[here], scheduler.alphas_cumprod[there]
+    torch.testing.assert_close(recipe.sol_step_written_out(x, velocity, *bars, ancestral), expected)
+
+
+def test_the_recipe_is_the_flow_step_and_guidance():
     x, velocity = torch.randn(2, 4, 8, 8).double(), torch.randn(2, 4, 8, 8).double()
     half = torch.tensor(0.5, dtype=torch.float64)
     stepped = recipe.lune_step(x, velocity, half, half / 2, shift=3.0)
