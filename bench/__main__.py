@@ -19,11 +19,10 @@ from rich.progress import track
 from rich.table import Table
 
 from bench import pipelines, plots, suites
-from bench.measure import OURS, measure, table_rows
+from bench.measure import ENVIRONMENT, OURS, measure, table_rows
 from bench.report import RESULTS, markdown, write_csv
 
 PERFORMANCE = Path(__file__).parents[1] / "docs" / "PERFORMANCE.md"
-ENVIRONMENT = ("machine", "threads", "torch", "diffusers", "numpy")
 Rows = list[dict[str, object]]
 
 

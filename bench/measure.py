@@ -16,6 +16,7 @@ import torch
 from bench.counting import count_dispatches, peak_memory
 from bench.roofline import DEVICES
 
+ENVIRONMENT = ("machine", "threads", "torch", "diffusers", "numpy")
 OURS, COMPILED = "moe-sampler", "torch.compile"
 Call = Callable[[], Any]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -62,8 +63,8 @@ class Result:
 
 def environment() -> dict[str, str]:
     """Columns that say what a row was measured on."""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "numpy")}
-    return {"machine": _machine(), "threads": str(torch.get_num_threads()), **versions}
+    machine = {"machine": _machine(), "threads": str(torch.get_num_threads())}
+    return machine | {name: importlib.metadata.version(name) for name in ENVIRONMENT[2:]}
 
 
 def _machine() -> str:
