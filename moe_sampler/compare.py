@@ -44,7 +44,7 @@ class Comparison:
         Args:
             tile: width of each image in the sheet, in pixels.
         """
-        large, small = (ImageFont.load_default(size=max(11, round(tile / part))) for part in (14, 20))
+        large, small = (ImageFont.load_default(size=max(13, round(tile / part))) for part in (14, 20))
         gap, line = max(8, tile // 28), round(small.size * 1.35)
         height = round(tile * self.images[0][0].height / self.images[0][0].width)
         lines = max(note.count("\n") + 1 for note in self.notes)
@@ -55,10 +55,10 @@ class Comparison:
         draw = ImageDraw.Draw(sheet)
         for column, (title, note) in enumerate(zip(self.titles, self.notes, strict=True)):
             x = gap + column * (tile + gap)
-            draw.text((x, gap), title, fill=_INK, font=large)
-            draw.multiline_text(
-                (x, gap + round(large.size * 1.4)), note, fill=_FAINT, font=small, spacing=line - small.size
-            )
+            draw.text((x, gap), fitted(title, large, tile), fill=_INK, font=large)
+            for number, text in enumerate(note.split("\n")):
+                y = gap + round(large.size * 1.4) + number * line
+                draw.text((x, y), fitted(text, small, tile), fill=_FAINT, font=small)
         for index, text in enumerate(self.rows):
             y = top + index * row
             draw.text((gap, y), fitted(text, small, width - 2 * gap), fill=_INK, font=small)
@@ -140,7 +140,7 @@ def _notes(
     noise = next(s.level.noise for s in right.steps if s.calls[0].name == experts[1].name)
     told = next(s.level.noise for s in wrong.steps if s.calls[0].name == experts[1].name)
     texts = [f"{e.prediction.replace('_prediction', '')}-prediction, {e.solver}" for e in experts]
-    texts += [f"latent unconverted, s = t / 1000 = {told:.2f}", f"exact, at noise {noise:.2f}"]
+    texts += [f"not converted, s = t / 1000 = {told:.2f}", f"exact, at noise {noise:.2f}"]
     return tuple(
         f"{text}\n{shares(one)} steps" for text, one in zip(texts, (*alone, wrong, right), strict=True)
     )
