@@ -214,7 +214,7 @@ def _as_lune(path):
     return ExpertSource(path, "lune")
 
 
-def test_a_preset(tmp_path, monkeypatch, demo_pipeline):
+def test_a_preset_and_a_hub_id(tmp_path, monkeypatch, demo_pipeline):
     """From a cache as the hub client leaves it, with tiny weights in place of the published ones."""
 
     def cached(repo: str, files: dict[str, Path]) -> None:
@@ -228,10 +228,11 @@ def test_a_preset(tmp_path, monkeypatch, demo_pipeline):
 
     base = {str(f.relative_to(experts_path())): f for f in experts_path().rglob("*") if f.is_file()}
     index = tmp_path / "model_index.json"
-    shared = {key: value for key, value in json.loads(base["model_index.json"].read_text()).items()}
+    shared = json.loads(base["model_index.json"].read_text())
     keys = ("_class_name", "vae", "text_encoder", "tokenizer")
     index.write_text(json.dumps({key: shared[key] for key in keys}))
     cached(PRESETS["sd15"].base, base | {"model_index.json": index})
+    cached("someone/hybrid", base)
     files = {"sd15-flow-sol-unet.safetensors": SOL, "sd15-flow-lune-unet.safetensors": LUNE}
     cached("AbstractPhil/tinyflux-experts", files)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -241,6 +242,12 @@ def test_a_preset(tmp_path, monkeypatch, demo_pipeline):
     assert (pixels("a.png") == np.asarray(made.images[0])).all()
     assert read_settings(Path("a.png"))["preset"] == "sd15"
     assert SamplingPlan.from_json(run(f"plan --json {flags}").stdout) == made.plan
+    flags = "--model someone/hybrid --local-files-only --steps 4"
+    run(f"generate castle --zoom 1 -o b.png {flags}")
+    assert (pixels("b.png") == np.asarray(made.images[0])).all()
+    assert SamplingPlan.from_json(run(f"plan --json {flags}").stdout) == made.plan
+    run("generate --like b.png --local-files-only -o c.png")
+    assert (pixels("c.png") == pixels("b.png")).all()
 
 
 def test_offload_batches_and_dtype(demo_pipeline):
