@@ -13,17 +13,31 @@ from typing import Any, BinaryIO
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-__all__ = ["check_writable", "contact_sheet", "read_settings", "save_png", "save_webp", "zoom"]
+__all__ = [
+    "check_writable",
+    "contact_sheet",
+    "fitted",
+    "read_settings",
+    "save_latents",
+    "save_png",
+    "save_webp",
+    "zoom",
+]
 
 BACKGROUND = (250, 250, 248)
 """Of contact sheets and figures."""
 
 _KEY = "moe-sampler"
-_KINDS = {".png": "images are written as PNG", ".webp": "animations are written as WebP"}
+_KINDS = {
+    ".png": "images are written as PNG",
+    ".webp": "animations are written as WebP",
+    ".safetensors": "latents are written as safetensors",
+}
 
 
 def check_writable(path: Path, suffix: str = ".png") -> None:
-    """Raise now if a PNG, or an animation with the suffix ".webp", could not be written to `path` later."""
+    """Raise now if a PNG, or with another suffix an animation or latents, could not be written to `path`
+    later."""
     if path.suffix.lower() != suffix:
         raise ValueError(f"{path}: {_KINDS[suffix]}, so give a name that ends in {suffix}")
     if path.is_dir():
@@ -58,6 +72,16 @@ def save_png(image: Image.Image, path: Path, settings: Mapping[str, Any] | None 
         info.add_itxt(_KEY, json.dumps(dict(settings), ensure_ascii=False))
     with _whole_file(path) as file:
         image.save(file, format="PNG", pnginfo=info)
+
+
+def save_latents(latents: Any, path: Path, settings: Mapping[str, Any]) -> None:
+    """Write latents [B, C, h, w] under that name into a .safetensors file, the whole file or nothing, with
+    `settings` in the metadata."""
+    from safetensors.torch import save
+
+    metadata = {_KEY: json.dumps(dict(settings), ensure_ascii=False)}
+    with _whole_file(path) as file:
+        file.write(save({"latents": latents.cpu().contiguous()}, metadata))
 
 
 def save_webp(frames: Sequence[Image.Image], durations: Sequence[int], path: Path) -> None:
@@ -104,6 +128,15 @@ def zoom(image: Image.Image, factor: int) -> Image.Image:
         if factor == 1
         else image.resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC)
     )
+
+
+def fitted(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+    """The text, cut with dots if it is wider than `width`."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text.rstrip() + "..."
 
 
 def contact_sheet(

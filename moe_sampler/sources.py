@@ -12,7 +12,7 @@ from .checkpoints import INDEX, SHARED, CheckpointError, expert_names, read_conf
 from .presets import SD15_UNET, TRAINING, ExpertSource, training_config
 from .state_dicts import SUFFIXES
 
-__all__ = ["Hub", "UNetFiles", "component_variant", "find_base", "find_expert"]
+__all__ = ["Hub", "UNetFiles", "component_variant", "find_base", "find_expert", "find_training", "is_hub_id"]
 
 WEIGHTS = ("diffusion_pytorch_model", "model")
 """What diffusers and transformers call a component's weights."""
@@ -67,7 +67,8 @@ class UNetFiles:
     training: Mapping[str, Any]
 
 
-def _is_hub_id(text: str) -> bool:
+def is_hub_id(text: str) -> bool:
+    """Whether a text that names nothing on this machine may be owner/name on the hub."""
     return bool(_REPO.match(text)) and not text.startswith(".") and Path(text).suffix not in SUFFIXES
 
 
@@ -98,7 +99,7 @@ def find_base(
             f"{base} is a file: the base is a folder or hub id with vae/, text_encoder/ and tokenizer/, and "
             "files are experts (sol=, lune=, sd15= or experts=)"
         )
-    if not path.exists() and _is_hub_id(str(base)):
+    if not path.exists() and is_hub_id(str(base)):
         index = read_config(hub.file(str(base), INDEX, revision))
         own = [name for name in expert_names(index) if name not in replaced]
         parts = [*SHARED, *(f"{part}_{name}" for name in own for part in ("unet", "scheduler"))]
@@ -153,24 +154,52 @@ def _base_unet_config(base: Path) -> Mapping[str, Any]:
     return next((read_config(file) for file in found if file.is_file()), SD15_UNET)
 
 
-def _locate(name: str, source: ExpertSource, hub: Hub, variant: str | None) -> Path:
+def _locate(name: str, source: ExpertSource, hub: Hub, variant: str | None, weights: bool = True) -> Path:
+    """Where it is on this machine; without weights, a hub repository's configs alone."""
     path = Path(source.weights)
     if path.exists():
         return path
     text = str(source.weights)
     repo, colon, file = text.partition(":")
-    if _is_hub_id(repo):
+    if is_hub_id(repo):
         if colon:
-            return hub.file(repo, file, source.revision)
+            return hub.file(repo, file, source.revision) if weights else Path(file)
         parts = [pattern for part in ("unet", f"unet_{name}") for pattern in _patterns(part, variant)]
         root = [pattern.removeprefix("unet/") for pattern in _patterns("unet", variant)]
-        return hub.folder(
-            repo, [*root, *parts, "scheduler/*.json", f"scheduler_{name}/*.json"], source.revision
-        )
+        patterns = [*root, *parts, "scheduler/*.json", f"scheduler_{name}/*.json"]
+        wanted = [pattern for pattern in patterns if weights or pattern.endswith(".json")]
+        return hub.folder(repo, wanted, source.revision)
     raise CheckpointError(
         f"{name}: there is no {text}; give a folder, a file, a hub id owner/name or a hub file "
         "owner/name:file"
     )
+
+
+def _training(name: str, source: ExpertSource, beside: Path | None) -> dict[str, Any]:
+    """What an expert was trained on: what its source says, else the config beside it, else its name."""
+    training = source.training
+    if training is None:
+        training = read_config(beside) if beside is not None else (name if name in TRAINING else None)
+    if training is None:
+        raise CheckpointError(
+            f"{name}: nothing says what it was trained on; give ExpertSource(..., training=), or "
+            f"--expert-training {name}= on the command line, either one of "
+            f"{', '.join(TRAINING)} or a diffusers scheduler config"
+        )
+    return training_config(training)
+
+
+def find_training(name: str, source: ExpertSource | str | Path, hub: Hub) -> dict[str, Any]:
+    """What an expert was trained on, as `find_expert` says it; of the hub, configs alone are downloaded.
+
+    Raises:
+        CheckpointError: it isn't there, or nothing says what it was trained on.
+    """
+    if not isinstance(source, ExpertSource):
+        source = ExpertSource(source)
+    path = _locate(name, source, hub, None, weights=False)
+    beside = _unet_folder(path, name)[1] if path.is_dir() else None
+    return _training(name, source, beside)
 
 
 def find_expert(
@@ -198,12 +227,4 @@ def find_expert(
     kind = config.get("_class_name", "UNet2DConditionModel")
     if kind != "UNet2DConditionModel":
         raise CheckpointError(f"{name}: {source.weights} is a {kind}, not a UNet2DConditionModel")
-    training = source.training
-    if training is None:
-        training = read_config(beside) if beside is not None else (name if name in TRAINING else None)
-    if training is None:
-        raise CheckpointError(
-            f"{name}: nothing says what it was trained on; give ExpertSource(..., training=), either one of "
-            f"{', '.join(TRAINING)} or a diffusers scheduler config"
-        )
-    return UNetFiles(name, folder, weights, config, training_config(training))
+    return UNetFiles(name, folder, weights, config, _training(name, source, beside))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from .images import BACKGROUND, check_writable, contact_sheet, save_webp, zoom
+from .images import BACKGROUND, check_writable, contact_sheet, fitted, save_webp, zoom
 from .plan_figure import expert_colors, mixed_color
 from .plans import PlanStep, SamplingPlan
 
@@ -119,15 +119,6 @@ def _how(step: PlanStep) -> str:
     return f"noise {step.level.noise:.2f}, guidance {guidance}"
 
 
-def _fitted(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    """The text, cut with dots if it is wider than `width`."""
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "...") > width:
-        text = text[:-1]
-    return text.rstrip() + "..."
-
-
 def _frame(image: Image.Image, plan: SamplingPlan, index: int, title: str | None) -> Image.Image:
     """The image, below it who is at work and how, and a bar of the run in the experts' colours."""
     step, colors = plan.steps[index], expert_colors(plan)
@@ -142,7 +133,7 @@ def _frame(image: Image.Image, plan: SamplingPlan, index: int, title: str | None
     frame = Image.new("RGB", (width + 2 * pad, bar + thick + pad), BACKGROUND)
     draw = ImageDraw.Draw(frame)
     if title:
-        draw.text((pad, pad), _fitted(title, small, width), fill=_INK, font=small)
+        draw.text((pad, pad), fitted(title, small, width), fill=_INK, font=small)
     frame.paste(image, (pad, top))
     draw.text((pad, caption), _who(step), fill=mixed_color(step, colors), font=large)
     place = f"{index + 1} / {len(plan)}"

@@ -8,6 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -29,6 +30,15 @@ def run(*arguments: str, code: int = 0):
 def in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tiny models: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def pixels(path) -> np.ndarray:
@@ -120,8 +130,9 @@ def test_plan_prints_the_table_and_json():
 def test_version_and_help_teach():
     assert run("--version").stdout.strip() == f"moe-sampler {__version__}"
     overview = run("--help").stdout
-    assert all(name in overview for name in ("generate", "plan", "train-demo"))
+    assert all(name in overview for name in ("generate", "plan", "compare", "train-demo"))
     details = run("generate", "--help").stdout
+    assert "sol 4 lune 8" in " ".join(details.replace("│", " ").split())
     options = ("--seed", "--steps", "--handoff", "--guidance", "--negative", "--model", "--expert", "--trace")
     assert all(name in details for name in (*options, "-n", "-o", "castle.png"))
 
@@ -150,10 +161,55 @@ def test_version_and_help_teach():
         ("x", "--device", "tpu"),
         ("x", "--like", "nowhere.png"),
         ("x", "--expert", "sol", "--handoff", "0.5"),
+        ("x", "--steps", "4", "--sol-steps", "2"),
+        ("x", "--steps", "many"),
+        ("x", "--steps", "luna=4"),
+        ("x", "--guidance", "luna=4"),
+        ("x", "--guidance", "strong"),
+        ("x", "--guidance", "inf"),
+        ("x", "--guidance", "2", "--guidance", "3"),
+        ("x", "--guidance", "sol=2", "--sol-guidance", "3"),
+        ("x", "--guidance-window", "0.3"),
+        ("x", "--guidance-window", "0.3:0.8"),
+        ("x", "--guidance-rescale", "2"),
+        ("x", "--eta", "2"),
+        ("x", "--shift", "0"),
+        ("x", "--router", "magic"),
+        ("x", "--router", "crossfade 0.8 0.6", "--handoff", "0.7"),
+        ("x", "--router", "steps sol 2 lune 2", "--steps", "4"),
+        ("x", "--handoff", "0.8", "--handoff", "0.6"),
+        ("x", "--image", "nowhere.png"),
+        ("x", "--strength", "0.5"),
+        ("x", "--image", "blue.png", "--strength", "0"),
+        ("x", "--image", "blue.png", "--strength", "0.01"),
+        ("x", "--image", "blue.png", "--height", "60"),
+        ("x", "--preset", "sd16"),
+        ("x", "--sol", "sol.safetensors"),
+        ("x", "--model", "demo", "--sol", "sol.safetensors"),
+        ("x", "--model", "demo", "--expert-source", "unet"),
+        ("x", "--model", "demo", "--expert-source", "mine=blue.png"),
+        ("x", "--model", "demo", "--expert-training", "mine=sol"),
+        ("x", "--model", "demo", "--sol", "blue.png", "--expert-training", "sol=moon"),
+        ("x", "--revision", "sol=main"),
+        ("x", "--offload", "disk"),
+        ("x", "--offload", "model", "--device", "cpu"),
+        ("x", "--dtype", "int8"),
+        ("x", "--batch-size", "0"),
+        ("x", "--lora", "style.safetensors"),
+        ("x", "--lora", "sol=style.safetensors"),
+        ("x", "--lora", "luna=blue.png"),
+        ("x", "--trace", "-o", "latents.safetensors"),
+        ("x", "--like", "blue.png"),
         (),
     ],
 )
-def test_wrong_input_ends_with_one_line_and_nothing_written(tmp_path, arguments):
+def test_wrong_input_ends_with_one_line_and_nothing_read_or_written(tmp_path, monkeypatch, arguments):
+    def read(*_, **__):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("moe_sampler.loading.load_component", read)
+    monkeypatch.setattr("moe_sampler.expert_weights.ExpertWeights.take", read)
+    Image.new("RGB", (72, 72), "blue").save("blue.png")
     shutil.copytree(experts_path(), tmp_path / "incomplete", ignore=shutil.ignore_patterns("unet_sol"))
     broken = shutil.copytree(experts_path(), tmp_path / "unreadable")
     (broken / "unet_lune" / "diffusion_pytorch_model.safetensors").write_bytes(b"not safetensors")

@@ -1,0 +1,284 @@
+"""`moe-sampler generate`."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .models import Lora, Machine, Model, merge_models
+from .options import (
+    ExpertOptions,
+    GuidanceOptions,
+    LoraOptions,
+    MachineOptions,
+    ModelOptions,
+    StepOptions,
+    takes,
+)
+from .settings import ByExpert, call_of, compile_plan, merge_runs, record_defaults
+
+__all__ = ["generate"]
+
+_KEPT = ("seed", "height", "width", "strength", "zoom")
+
+
+@takes(
+    run=StepOptions,
+    experts=ExpertOptions,
+    guidance=GuidanceOptions,
+    where=ModelOptions,
+    lora=LoraOptions,
+    machine=MachineOptions,
+)
+def generate(
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="One or several prompts.", show_default=False)
+    ] = None,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="PNG to write; several images are numbered. A name that ends in .safetensors gets latents.",
+            metavar="PATH",
+        ),
+    ] = Path("image.png"),
+    images: Annotated[int, typer.Option("--images", "-n", help="Images per prompt.", metavar="N")] = 1,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Seed of the first image; the next ones count up. Default: 0.", metavar="N"),
+    ] = None,
+    negative: Annotated[
+        list[str] | None,
+        typer.Option(help="Negative prompt, of all experts or of one.", metavar="TEXT|NAME=TEXT"),
+    ] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="Start from this image instead of from noise.", metavar="PATH")
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(
+            help="With --image: how much is changed: the share of the steps that are run. Default: 0.8.",
+        ),
+    ] = None,
+    height: Annotated[
+        int | None,
+        typer.Option(help="In pixels. Default: the model's own, in --image's proportions.", metavar="N"),
+    ] = None,
+    width: Annotated[int | None, typer.Option(help="In pixels.", metavar="N")] = None,
+    zoom: Annotated[
+        int | None,
+        typer.Option(
+            help="Enlarge the written image. Default: small images to about 512 pixels.", metavar="N"
+        ),
+    ] = None,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="Also write a contact sheet of every step, NAME.trace.png.")
+    ] = False,
+    animate: Annotated[
+        bool, typer.Option("--animate", help="Also write the steps as an animation, NAME.webp.")
+    ] = False,
+    like: Annotated[
+        Path | None,
+        typer.Option(
+            help="Take the settings of an image made before; options given here override them.",
+            metavar="PATH",
+        ),
+    ] = None,
+    *,
+    run: StepOptions,
+    experts: ExpertOptions,
+    guidance: GuidanceOptions,
+    where: ModelOptions,
+    lora: LoraOptions,
+    machine: MachineOptions,
+) -> None:
+    """Make images.
+
+    `moe-sampler generate "a castle with two towers, at dusk" -o castle.png`
+
+    `moe-sampler generate "a portrait" "a city street at night" -n 3 --seed 7 -o pictures.png`
+
+    The settings are in each PNG's metadata, so `moe-sampler generate --like castle.png -o again.png` makes it
+    again. VALUE|NAME=VALUE options may be repeated: `--guidance 5 --guidance lune=3`.
+    """
+    from ..images import read_settings
+
+    # What is wrong with the settings, the folder or the machine shows before any weights are read.
+    previous = read_settings(like) if like is not None else {}
+    prompts = prompts or ([previous["prompt"]] if "prompt" in previous else [])
+    if not prompts:
+        raise ValueError(
+            "give a prompt" + (", which this image has none of" if like else ", or --like IMAGE")
+        )
+    if images < 1:
+        raise ValueError(f"images per prompt must be at least 1, got {images}")
+    model = Model(merge_models(previous, where), where.local_files_only)
+    configs, defaults = model.training()
+    names = list(configs)
+    settings = merge_runs(previous, run, experts, guidance, names)
+    options = dict(seed=seed, height=height, width=width, strength=strength, zoom=zoom)
+    settings |= {key: previous[key] for key in _KEPT if previous.get(key) is not None}
+    settings |= {key: value for key, value in options.items() if value is not None}
+    settings.setdefault("seed", 0)
+    negatives = ByExpert.read("--negative", negative, known=names).over(
+        previous.get("negative_prompt"), names
+    )
+    settings |= {"negative_prompt": negatives} if negatives is not None else {}
+    start = _start_image(settings, previous, image)
+    if settings.get("zoom", 1) < 1:
+        raise ValueError(f"zoom must be at least 1, got {settings['zoom']}")
+    loras, text_encoder = _loras(previous, lora, names)
+    if loras:
+        settings |= {"loras": [[each.expert, each.path, each.scale] for each in loras]}
+        settings |= {} if text_encoder is None else {"lora_text_encoder": text_encoder}
+    call = call_of(settings, names)
+    latents = output.suffix == ".safetensors"
+    if latents and (trace or animate):
+        raise ValueError("--trace and --animate go with images: give a name that ends in .png")
+    compile_plan(configs, defaults, call)
+    files = _Files(output, len(prompts) * images, trace, animate)
+    computer = Machine.read(machine, previous)
+    if start is not None or "height" in call or "width" in call:
+        settings |= _size(model, settings, start)
+        call |= {key: settings[key] for key in ("height", "width") if key in settings}
+
+    pipe = model.load(computer, loras, text_encoder)
+    watch = _Watch(len(prompts) * images, machine.batch_size) if trace or animate else None
+    if watch is not None:
+        call |= {"callback_on_step_end": watch, "callback_on_step_end_tensor_inputs": watch.tensor_inputs}
+    result = pipe(
+        prompt=prompts,
+        num_images_per_prompt=images,
+        image=start,
+        batch_size=machine.batch_size,
+        output_type="latent" if latents else "pil",
+        **call,
+    )
+    record = record_defaults(settings, defaults, names) | model.settings | {"dtype": computer.dtype}
+    for index in range(len(result.images)):
+        own = {"prompt": prompts[index // images], "seed": result.seeds[index]}
+        files.write(pipe, result, index, record | own, watch)
+
+
+def _start_image(settings: dict[str, Any], previous: Mapping[str, Any], image: Path | None) -> Any:
+    """The PIL image to start from, its place noted in `settings`."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    from ..inputs import check_strength
+
+    kept = image is None and previous.get("image") is not None
+    path = Path(previous["image"]) if kept else image
+    if path is None:
+        check_strength(settings.get("strength"), None, None)
+        return None
+    try:
+        content = path.read_bytes()
+        opened = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from None
+    digest = hashlib.sha256(content).hexdigest()
+    if kept and digest != previous["image_sha256"]:
+        raise ValueError(f"{path} is no longer the image that was started from: give --image")
+    settings |= {"image": str(path.resolve()), "image_sha256": digest}
+    settings["strength"] = check_strength(settings.get("strength"), opened, None)
+    return opened
+
+
+def _loras(
+    previous: Mapping[str, Any], options: LoraOptions, names: Sequence[str]
+) -> tuple[list[Lora], bool | None]:
+    loras = [Lora.read(text) for text in options.lora or ()]
+    if not loras:
+        loras = [Lora(*each) for each in previous.get("loras", ())]
+    text_encoder = options.lora_text_encoder
+    text_encoder = previous.get("lora_text_encoder") if text_encoder is None else text_encoder
+    for each in loras:
+        each.check(names, text_encoder)
+    return loras, text_encoder
+
+
+def _size(model: Model, settings: Mapping[str, Any], start: Any) -> dict[str, int]:
+    """Height and width as far as they are known: what was given, or the start's proportions in about the size
+    the model was made for, so that any photo fits."""
+    from ..inputs import check_size
+
+    side, multiple = model.sizes()
+    size = {key: settings[key] for key in ("height", "width") if key in settings}
+    if start is not None:
+        scale = side / math.sqrt(start.height * start.width)
+        scale = next((size[key] / getattr(start, key) for key in size), scale)
+        for key in {"height", "width"} - size.keys():
+            size[key] = max(1, round(getattr(start, key) * scale / multiple)) * multiple
+    check_size(size.get("height", multiple), size.get("width", multiple), multiple)
+    return size
+
+
+class _Watch:
+    """A trace for every batch. A batch goes through a stage of the plan before the next one does, so a step
+    is told once by each, in their order."""
+
+    tensor_inputs = ("pred_original_sample",)
+
+    def __init__(self, images: int, batch_size: int | None) -> None:
+        from ..trace import Trace
+
+        self._size = batch_size or images
+        self._traces = [Trace() for _ in range(0, images, self._size)]
+        self._told: Counter[int] = Counter()
+
+    def __call__(self, pipe: Any, step: int, timestep: float, tensors: dict[str, Any]) -> dict[str, Any]:
+        trace = self._traces[self._told[step]]
+        self._told[step] += 1
+        return trace(pipe, step, timestep, tensors)
+
+    def of(self, index: int) -> tuple[Any, int]:
+        """An image's trace, and its place in it."""
+        return self._traces[index // self._size], index % self._size
+
+
+class _Files:
+    """What will be written, checked now: one name as it is given, several numbered from 1."""
+
+    def __init__(self, output: Path, count: int, trace: bool, animate: bool) -> None:
+        from ..images import check_writable
+
+        stems = [output] if count == 1 else [output.with_stem(f"{output.stem}-{i + 1}") for i in range(count)]
+        self.paths = stems
+        self.sheets = [path.with_suffix(".trace.png") for path in stems] if trace else []
+        self.animations = [path.with_suffix(".webp") for path in stems] if animate else []
+        for path in self.paths + self.sheets:
+            check_writable(path, ".safetensors" if output.suffix == ".safetensors" else ".png")
+        for path in self.animations:
+            check_writable(path, ".webp")
+
+    def write(self, pipe: Any, result: Any, index: int, record: dict[str, Any], watch: _Watch | None) -> None:
+        from .. import __version__
+        from ..images import save_latents, save_png
+        from ..images import zoom as enlarge
+
+        made, path = result.images[index], self.paths[index]
+        record["version"] = __version__
+        if path.suffix == ".safetensors":
+            save_latents(made[None], path, record)
+            typer.echo(str(path))
+            return
+        record["zoom"] = record.get("zoom") or max(1, round(512 / max(made.size)))
+        save_png(enlarge(made, record["zoom"]), path, record)
+        typer.echo(str(path))
+        if watch is None:
+            return
+        trace, place = watch.of(index)
+        title = f'"{record["prompt"]}", seed {record["seed"]}'
+        if self.sheets:
+            save_png(trace.sheet(pipe, result.plan, place, title=title), self.sheets[index], record)
+            typer.echo(str(self.sheets[index]))
+        if self.animations:
+            trace.animation(pipe, result.plan, place, title=title).save(self.animations[index])
+            typer.echo(str(self.animations[index]))

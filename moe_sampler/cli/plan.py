@@ -1,0 +1,72 @@
+"""`moe-sampler plan`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .models import Model, merge_models
+from .options import ExpertOptions, GuidanceOptions, ModelOptions, StepOptions, takes
+from .settings import call_of, compile_plan, merge_runs
+
+__all__ = ["plan"]
+
+
+@takes(run=StepOptions, experts=ExpertOptions, guidance=GuidanceOptions, where=ModelOptions)
+def plan(
+    strength: Annotated[
+        float | None,
+        typer.Option(help="As when starting from an image: the share of the steps that are run."),
+    ] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="Also draw the plan into this PNG.", metavar="PATH.png")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole plan as JSON.")] = False,
+    *,
+    run: StepOptions,
+    experts: ExpertOptions,
+    guidance: GuidanceOptions,
+    where: ModelOptions,
+) -> None:
+    """Print the table a run would follow: who works at which noise level, and how. No weights are read.
+
+    `moe-sampler plan --handoff 0.7 --steps 20 --image plan.png`
+    """
+    model = Model(merge_models({}, where), where.local_files_only)
+    if image is not None:
+        from ..images import check_writable
+
+        check_writable(image)
+    if strength is not None:
+        from ..inputs import check_strength
+
+        check_strength(strength, "an image", None)
+    configs, defaults = model.training()
+    settings = merge_runs({}, run, experts, guidance, list(configs))
+    compiled = compile_plan(configs, defaults, call_of(settings, list(configs)) | {"strength": strength})
+    if as_json:
+        typer.echo(compiled.to_json(indent=2))
+    elif not (sys.stdout.isatty() and _print_table(compiled)):
+        typer.echo(str(compiled))
+    if image is not None:
+        from ..plan_figure import draw_plan
+
+        draw_plan(compiled, image)
+        typer.echo(str(image), err=as_json)
+
+
+def _print_table(compiled: object) -> bool:
+    """The table in colour, if the terminal is wide enough for it."""
+    from rich.console import Console
+
+    from ..plan_display import plan_table
+
+    console, table = Console(), plan_table(compiled)
+    # Asked as if there were room: in too narrow a terminal cells would be cut.
+    if console.measure(table, options=console.options.update(width=1000)).maximum > console.width:
+        return False
+    console.print(table)
+    return True

@@ -1,0 +1,34 @@
+"""`moe-sampler train-demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import one_line_errors
+
+__all__ = ["train_demo"]
+
+
+def train_demo(
+    output: Annotated[Path, typer.Argument(help="Folder to write the trained experts to.")],
+    work_dir: Annotated[
+        Path, typer.Option(help="Folder for the rendered scenes, checkpoints and logs; kept for resuming.")
+    ] = Path("runs/demo"),
+    stage: Annotated[str, typer.Option(help="One stage by name, or all.")] = "all",
+    seed: Annotated[int, typer.Option(help="Seed of data, weights and training.")] = 0,
+) -> None:
+    """Draw the scenes and train the demo experts: about two hours on two cores.
+
+    Called again with the same arguments it continues where it stopped.
+    """
+    with one_line_errors():
+        from ..demo.train import train_demo as train
+
+        try:
+            typer.echo(str(train(output, work_dir=work_dir, stage=stage, seed=seed)))
+        except RuntimeError as error:  # a stage that failed, or a folder in use: it says which
+            typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+            raise typer.Exit(1) from None
