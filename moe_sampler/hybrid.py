@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from .checkpoints import expert_names, read_config, read_model_index
 from .experts import Expert
 from .planning import plan
 from .plans import SamplingPlan
-from .presets import preset, training_config
 from .routers import Boundary, PerStep, Router, Spans
 
 __all__ = [
@@ -21,8 +18,6 @@ __all__ = [
     "enter_plan",
     "hybrid_experts",
     "hybrid_plan",
-    "model_settings",
-    "preset_settings",
 ]
 
 EXPERTS = ("sol", "lune")
@@ -31,31 +26,6 @@ DEFAULTS = {"handoff": 0.7, "num_inference_steps": 30, "sol_guidance": 7.5, "lun
 
 _GUIDANCE = 7.5
 """The guidance scale of an expert that has no default of its own."""
-
-
-def model_settings(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """What a model folder says without its weights.
-
-    Returns:
-        The scheduler configs by expert, from noise to data, and the default settings: `handoff`,
-        `num_inference_steps` and each expert's `<name>_guidance`.
-
-    Raises:
-        CheckpointError: the folder is incomplete.
-    """
-    index = read_model_index(folder)
-    configs = {
-        name: read_config(folder / f"scheduler_{name}" / "scheduler_config.json")
-        for name in expert_names(index)
-    }
-    return configs, default_settings(configs, index)
-
-
-def preset_settings(name: str) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """The same of a preset, from its name alone."""
-    experts = preset(name).experts
-    configs = {expert: training_config(source.training or expert) for expert, source in experts.items()}
-    return configs, default_settings(configs)
 
 
 def default_settings(experts: Sequence[str], given: Mapping[str, Any] | None = None) -> dict[str, Any]:
