@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from bench.measure import ENVIRONMENT, OURS
+from bench.measure import OURS
 
 _GROUPS_A_COLUMN = 25
 Groups = dict[str, dict[str, float]]

@@ -28,6 +28,7 @@ class Batches:
     Args:
         pipe: whose experts work; told which of them do.
         plan, experts: what is run.
+        device: where.
         shape: of all images' latents.
         cond: text features, one a prompt.
         uncond: those of guidance, by expert.
@@ -47,6 +48,7 @@ class Batches:
         experts: Sequence[Expert],
         shape: Sequence[int],
         *,
+        device: torch.device,
         cond: Features,
         uncond: Mapping[str, Features],
         images_per_prompt: int,
@@ -60,7 +62,6 @@ class Batches:
     ) -> None:
         self._pipe, self._plan, self._batch_size = pipe, plan, batch_size
         self._callback, self._callback_inputs = callback, tuple(callback_inputs)
-        device = pipe._execution_device
         starts = range(0, shape[0], batch_size)
         self._runs = []
         for first in starts:

@@ -170,6 +170,7 @@ def _run(
             compiled,
             experts,
             (len(prompts), unet.in_channels, *size),
+            device=device,
             cond={"prompt_embeds": pipe.encode_prompt(prompts)},
             uncond={name: {"prompt_embeds": embeds.to(device)} for name, embeds in uncond.items()},
             images_per_prompt=1,

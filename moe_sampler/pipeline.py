@@ -138,11 +138,13 @@ class HybridPipeline(PretrainedMixin, AdapterMixin, ExpertPipeline):
 
     @staticmethod
     def _with_model(expert: Expert, unet: UNet2DConditionModel) -> Expert:
+        dtype = unet.dtype  # diffusers looks through all modules for it
+
         def model(x: torch.Tensor, timestep: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
-            embeds = prompt_embeds.to(unet.dtype)
+            embeds = prompt_embeds.to(dtype)
             return unet(x, timestep, encoder_hidden_states=embeds, return_dict=False)[0]
 
-        return dataclasses.replace(expert, model=model, dtype=unet.dtype)
+        return dataclasses.replace(expert, model=model, dtype=dtype)
 
     def plan(
         self,
@@ -183,11 +185,13 @@ class HybridPipeline(PretrainedMixin, AdapterMixin, ExpertPipeline):
         levels = max(len(self.expert_unet(name).config.block_out_channels) for name in self.expert_names)
         return self.vae_scale_factor * 2 ** (levels - 1)
 
-    def encode_prompt(self, prompt: str | list[str], batch_size: int | None = None) -> torch.Tensor:
+    def encode_prompt(
+        self, prompt: str | list[str], batch_size: int | None = None, device: torch.device | None = None
+    ) -> torch.Tensor:
         """[B, tokens, channels]: CLIP's hidden states, of `batch_size` prompts at once. Too long a prompt is
-        cut, with a warning."""
+        cut, with a warning. device: where the pipeline computes, by default."""
         prompts = [prompt] if isinstance(prompt, str) else prompt
-        device, size = self._execution_device, batch_size or len(prompts)
+        device, size = device or self._execution_device, batch_size or len(prompts)
         with self._at_work("text_encoder"):
             parts = [
                 encode_prompts(prompts[i : i + size], self.tokenizer, self.text_encoder, device)
@@ -201,14 +205,12 @@ class HybridPipeline(PretrainedMixin, AdapterMixin, ExpertPipeline):
             return decode_latents(latents, self.vae, self.image_processor, output_type)
 
     def _image_latents(
-        self, image: Any, height: int, width: int, images: int, batch_size: int
+        self, image: Any, height: int, width: int, images: int, batch_size: int, device: torch.device
     ) -> torch.Tensor:
         """float32 latents [images, C, h, w] of the images that images start from."""
         pixels = self.image_processor.preprocess(image, height, width)
         with self._at_work("vae"):
-            parts = [
-                encode_images(part.to(self._execution_device), self.vae) for part in pixels.split(batch_size)
-            ]
+            parts = [encode_images(part.to(device), self.vae) for part in pixels.split(batch_size)]
         return torch.cat(parts).repeat_interleave(images // len(pixels), 0)
 
     @torch.no_grad()
@@ -322,13 +324,16 @@ class HybridPipeline(PretrainedMixin, AdapterMixin, ExpertPipeline):
 
         self._interrupt = False
         batch_size = batch_size or images
-        device, encode = self._execution_device, partial(self.encode_prompt, batch_size=batch_size)
+        device = self._execution_device  # found by looking through all modules, so once
+        encode = partial(self.encode_prompt, batch_size=batch_size, device=device)
         cond = encode(prompt) if prompt_embeds is None else prompt_embeds.to(device)
         guided = list(dict.fromkeys(c.name for s in compiled.steps for c in s.calls if c.guided))
         uncond = negative_embeds(
             negative_prompt, negative_prompt_embeds, guided, self.expert_names, prompts, encode
         )
-        start = None if image is None else self._image_latents(image, height, width, images, batch_size)
+        start = (
+            None if image is None else self._image_latents(image, height, width, images, batch_size, device)
+        )
         batches = Batches(
             self,
             compiled,
@@ -336,6 +341,7 @@ class HybridPipeline(PretrainedMixin, AdapterMixin, ExpertPipeline):
             shape,
             cond={"prompt_embeds": cond},
             uncond={name: {"prompt_embeds": embeds.to(device)} for name, embeds in uncond.items()},
+            device=device,
             images_per_prompt=num_images_per_prompt,
             batch_size=batch_size,
             seeds=seeds,

@@ -8,6 +8,7 @@ step.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -23,7 +24,8 @@ class Router(Protocol):
     """Implement this, or pass a function, to bring your own.
 
     It must always give the same answer at the same level: the planner asks at many levels to find where the
-    leading expert changes, and asks again at every node.
+    leading expert changes, and asks again at every node. A router that knows its levels may say so: with an
+    attribute `knots`, levels between which the leading expert changes at most once, it is asked there alone.
     """
 
     def __call__(self, noise: float) -> Mapping[str, float]:
@@ -46,6 +48,10 @@ class Boundary:
     def __post_init__(self) -> None:
         _check_noise("the handoff", self.at)
 
+    @property
+    def knots(self) -> tuple[float, ...]:
+        return (self.at,)
+
     def __call__(self, noise: float) -> Mapping[str, float]:
         return {self.first if noise > self.at else self.then: 1.0}
 
@@ -66,6 +72,10 @@ class Crossfade:
             raise ValueError(
                 f"a crossfade runs from noise to data: its end {self.end} must be below {self.start}"
             )
+
+    @property
+    def knots(self) -> tuple[float, ...]:
+        return (self.start, self.end)
 
     def __call__(self, noise: float) -> Mapping[str, float]:
         if noise >= self.start:
@@ -92,6 +102,10 @@ class Spans:
             raise ValueError("the last span must end at noise level 0 (data)")
         if any(later >= earlier for earlier, later in zip([1.0, *ends[:-1]], ends, strict=True)):
             raise ValueError(f"spans run from noise (1) to data (0), each ending below the last: got {ends}")
+
+    @property
+    def knots(self) -> tuple[float, ...]:
+        return tuple(end for _, end in self.spans)
 
     def __call__(self, noise: float) -> Mapping[str, float]:
         for name, end in self.spans:
@@ -178,12 +192,15 @@ def lead_spans(
     def lead(noise: float) -> str:
         return lead_expert(active_experts(router, noise, known))
 
+    # Where the range ends nobody predicts any more: a change exactly there is no span.
+    if hasattr(router, "knots"):
+        levels = [*router.knots, math.nextafter(end, start)]
+    else:
+        levels = [start + (end - start) * i / _SCAN for i in range(1, _SCAN)]
     spans, above, opened = [], start, start
     current = lead(start)
-    for i in range(1, _SCAN + 1):
-        below = start + (end - start) * i / _SCAN if i < _SCAN else end
-        # Where the range ends nobody predicts any more: a change exactly there is no span.
-        following = lead(below) if i < _SCAN else current
+    for below in sorted((level for level in levels if end < level < start), reverse=True):
+        following = lead(below)
         if following != current:
             high, low = above, below
             while low < (middle := 0.5 * (high + low)) < high:

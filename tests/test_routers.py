@@ -149,3 +149,35 @@ def test_errors_of_routers():
         plan((SOL, LUNE), lambda s: "sol")
     with pytest.raises(TypeError, match="a router is a callable"):
         plan((SOL, LUNE), {"sol": 0.7, "lune": 0.3})
+
+
+@pytest.mark.parametrize(
+    "router",
+    [
+        Boundary("sol", "lune", 0.7),
+        Boundary("sol", "lune", 0.0313),
+        Crossfade("sol", "lune", start=0.8, end=0.55),
+        Spans((("sol", 0.7), ("sd15", 0.41), ("sol", 0.2), ("lune", 0.0))),
+    ],
+    ids=lambda router: type(router).__name__,
+)
+@pytest.mark.parametrize("end", [0.0, 0.3, 0.6, 0.7])
+@pytest.mark.parametrize("start", [1.0, 0.9, 0.72])
+def test_knots_find_what_asking_everywhere_finds(router, start, end):
+    known = ["sol", "sd15", "lune"]
+    searched = lead_spans(lambda noise: router(noise), known, start, end)
+    assert lead_spans(router, known, start, end) == searched
+
+
+def test_a_router_with_knots_is_asked_little():
+    asked = []
+
+    class Counted:
+        knots = (0.5,)
+
+        def __call__(self, noise):
+            asked.append(noise)
+            return {"sol" if noise > 0.5 else "lune": 1.0}
+
+    assert lead_spans(Counted(), ["sol", "lune"]) == [("sol", 1.0, 0.5), ("lune", 0.5, 0.0)]
+    assert len(asked) < 100
