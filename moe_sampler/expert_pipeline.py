@@ -29,6 +29,7 @@ class ExpertPipeline(DiffusionPipeline):
         self.expert_names = tuple(n.removeprefix("unet_") for n in components if n.startswith("unet_"))
         self._weights: dict[str, ExpertWeights] = {}
         self._offload: ExpertOffload | None = None
+        self._found_device: tuple[list[tuple], torch.device] | None = None
         self.register_modules(**components)
         self.register_to_config(**settings)
         self.model_cpu_offload_seq = "->".join(
@@ -132,7 +133,16 @@ class ExpertPipeline(DiffusionPipeline):
     def _execution_device(self) -> torch.device:
         if self._offload is not None:
             return self._offload.device
-        return super()._execution_device
+        # diffusers looks through every module for hooks, which takes as long as a few steps: once for as long
+        # as no component moves or is hooked.
+        modules = [m for m in self.components.values() if isinstance(m, torch.nn.Module)]
+        state = [
+            (id(m), next(m.parameters()).device, hasattr(m, "_hf_hook"), hasattr(m, "_diffusers_hook"))
+            for m in modules
+        ]
+        if self._found_device is None or self._found_device[0] != state:
+            self._found_device = state, super()._execution_device
+        return self._found_device[1]
 
     @contextmanager
     def _at_work(self, component: str) -> Iterator[None]:
