@@ -1,4 +1,4 @@
-"""What the experts teach, against diffusers' own attention scores and schedulers, and against common sense."""
+"""What the experts teach, against diffusers' own attention scores and schedulers."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def expected_lune(unet, x, timestep, embeds) -> torch.Tensor:
 
 
 def test_the_buckets():
-    assert T_BUCKETS == pytest.approx(np.linspace(0.05, 0.95, 10), abs=1e-12)
+    assert pytest.approx(np.linspace(0.05, 0.95, 10), abs=1e-12) == T_BUCKETS
 
 
 def test_features_are_those_of_each_experts_own_path(demo, demo_pipeline, latents):
