@@ -16,8 +16,8 @@ from torch.autograd.function import once_differentiable
 
 __all__ = ["Linear", "linear"]
 
-# oneDNN lays the weight out anew in every call, which few rows don't repay. Rows of a sample, so that the choice
-# doesn't depend on the batch.
+# oneDNN lays the weight out anew in every call, which few rows don't repay. These are a sample's
+# rows, so that the choice doesn't depend on the batch.
 _FEWEST_ROWS = 16
 
 

@@ -155,10 +155,12 @@ def _weights_file(
         locate = _in_folder(folder)
         if ema is True:
             return _ema_in_folder(folder, locate), locate, False
+        place = str(folder)
     else:
         locate = _on_hub(source, subfolder, hub)
+        place = f"{source}, or the hub cannot be reached"
     wanted = (ema,) if isinstance(ema, str) else EMA_WEIGHTS if ema else WEIGHTS
-    return _found(locate(wanted), f"{' or '.join(wanted)} in {source}"), locate, False
+    return _found(locate(wanted), f"{' or '.join(wanted)} in {place}"), locate, False
 
 
 def _found(file: Path | None, what: str) -> Path:
