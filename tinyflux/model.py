@@ -104,6 +104,10 @@ class TinyFlux(ModelMixin, ConfigMixin):
         self.final_linear = linear(width, config.in_channels, gain=0.0)
         self.register_load_state_dict_pre_hook(self._leave_out_ignored)
 
+    def to(self, *args: Any, **kwargs: Any) -> TinyFlux:
+        """As `torch.nn.Module.to`. diffusers' own warns of modules that stay float32; here they see to it."""
+        return nn.Module.to(self, *args, **kwargs)
+
     # Loading and saving: `save_pretrained` is diffusers' own.
 
     @classmethod
