@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bench import features, noise, steps, training
+from bench import features, noise, steps, student, training
 from bench.measure import Comparison
 
-SUITES = {module.SUITE: module.comparisons for module in (steps, noise, training, features)}
+SUITES = {module.SUITE: module.comparisons for module in (steps, noise, training, student, features)}
 
 
 def comparisons() -> Iterator[Comparison]:

@@ -1,0 +1,215 @@
+"""A training step of the student beside the same blocks computed as upstream's TinyFlux computes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.measure import DEVICE, OURS, Call, Comparison
+from moe_sampler.kernels.losses import weighted_mse
+from moe_sampler.tinyflux import TinyFlux, TinyFluxConfig
+from moe_sampler.tinyflux.dense import Linear
+
+SUITE = "student"
+BATCH, SIDE, LENGTH = 8, 16, 64
+SIZES = {
+    "hidden_size": 256,
+    "num_attention_heads": 4,
+    "attention_head_dim": 64,
+    "num_double_layers": 4,
+    "num_single_layers": 6,
+    "axes_dims_rope": (16, 24, 24),
+    "lune_dropout": 0.0,
+}
+
+
+def new_model(**settings: object) -> TinyFlux:
+    """The mid-size model with weights that make every part of it count."""
+    torch.manual_seed(0)
+    model = TinyFlux(TinyFluxConfig.deep_v4(**{**SIZES, **settings}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return model.to(DEVICE)
+
+
+def new_inputs(model: TinyFlux) -> tuple[dict[str, Tensor], Tensor]:
+    """(What the model eats, the velocity it should predict)."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(BATCH, *shape, generator=generator).to(DEVICE)  # noqa: E731
+    config = model.config
+    inputs = {
+        "hidden_states": draw(SIDE**2, config.in_channels),
+        "encoder_hidden_states": draw(LENGTH, config.joint_attention_dim),
+        "pooled_projections": draw(config.pooled_projection_dim),
+        "timestep": torch.linspace(0.05, 0.95, BATCH, device=DEVICE),
+    }
+    return inputs, draw(SIDE**2, config.in_channels)
+
+
+# Upstream's way: the same weights, operation by operation, everything anew in every block.
+
+
+def _linear(x: Tensor, layer: nn.Linear) -> Tensor:
+    return F.linear(x, layer.weight, layer.bias)
+
+
+def _norm(x: Tensor, norm: nn.Module) -> Tensor:
+    return (x * (x.float().pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()).to(x.dtype) * norm.weight
+
+
+def _modulated(x: Tensor, norm: nn.Module, scale: Tensor, shift: Tensor) -> Tensor:
+    return _norm(x, norm) * (1 + scale[:, None]) + shift[:, None]
+
+
+def _rotate(x: Tensor, turns: Tensor) -> Tensor:
+    cos, sin = (part.repeat_interleave(2, -1) for part in turns.unbind(-1))
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return (x.float() * cos + torch.stack([-odd, even], -1).flatten(-2).float() * sin).to(x.dtype)
+
+
+def _turns(model: TinyFlux, ids: Tensor) -> Tensor:
+    angles = [ids[:, i : i + 1].float() * freqs for i, freqs in enumerate(model.rope.buffers())]
+    return torch.stack([torch.cat(angles, -1).cos(), torch.cat(angles, -1).sin()], -1)
+
+
+def _heads(x: Tensor, projection: nn.Linear, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    return _linear(x, projection).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def _map_factor(attention: nn.Module, spatial: Tensor) -> Tensor:
+    resized = F.interpolate(spatial[:, None], size=(SIDE, SIDE), mode="bilinear", align_corners=False)
+    return attention.spatial_to_mod(resized).flatten(2).clamp(-2, 2).exp()[..., None]
+
+
+def _scale(temperature: Tensor, width: int) -> Tensor:
+    return (width**-0.5 / temperature.mean(1).clamp(min=0.1)).sqrt().view(-1, 1, 1, 1)
+
+
+def _merged(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).flatten(2)
+
+
+def _mlp(x: Tensor, mlp: nn.Module) -> Tensor:
+    return _linear(F.gelu(_linear(x, mlp.fc1), approximate="tanh"), mlp.fc2)
+
+
+def _double(
+    block: nn.Module, txt: Tensor, img: Tensor, vec: Tensor, turns: Tensor, sol
+) -> tuple[Tensor, Tensor]:
+    rows = [_linear(F.silu(vec), norm.linear).chunk(6, -1) for norm in (block.txt_norm1, block.img_norm1)]
+    attention, heads = block.attn, block.attn.shape[1]
+    txt_in = _modulated(txt, block.txt_norm1.norm, rows[0][1], rows[0][0])
+    img_in = _modulated(img, block.img_norm1.norm, rows[1][1], rows[1][0])
+    txt_q, txt_k, txt_v = _heads(txt_in, attention.txt_qkv, heads)
+    img_q, img_k, img_v = _heads(img_in, attention.img_qkv, heads)
+    factor = _map_factor(attention, sol.importance)
+    img_q, img_k = _rotate(img_q, turns) * factor, _rotate(img_k, turns) * factor
+    k, v = torch.cat([txt_k, img_k], 2), torch.cat([txt_v, img_v], 2)
+    of_txt = F.scaled_dot_product_attention(txt_q, k, v)
+    scale = _scale(sol.temperature, k.shape[-1])
+    of_img = F.scaled_dot_product_attention(img_q * scale, k * scale, v, scale=1.0)
+    txt = txt + rows[0][2][:, None] * _linear(_merged(of_txt), attention.txt_out)
+    img = img + rows[1][2][:, None] * _linear(_merged(of_img), attention.img_out)
+    txt_in = _modulated(txt, block.txt_norm2, rows[0][4], rows[0][3])
+    img_in = _modulated(img, block.img_norm2, rows[1][4], rows[1][3])
+    txt = txt + rows[0][5][:, None] * _mlp(txt_in, block.txt_mlp)
+    return txt, img + rows[1][5][:, None] * _mlp(img_in, block.img_mlp)
+
+
+def _single(
+    block: nn.Module, txt: Tensor, img: Tensor, vec: Tensor, turns: Tensor, sol
+) -> tuple[Tensor, Tensor]:
+    x, length = torch.cat([txt, img], 1), txt.shape[1]
+    shift, scale, gate = _linear(F.silu(vec), block.norm.linear).chunk(3, -1)
+    q, k, v = _heads(_modulated(x, block.norm.norm, scale, shift), block.attn.qkv, block.attn.shape[1])
+    factor = _map_factor(block.attn, sol.importance)
+    factor = torch.cat([factor.new_ones(*factor.shape[:2], length, 1), factor], 2)
+    q, k = _rotate(q, turns) * factor, _rotate(k, turns) * factor
+    scale = _scale(sol.temperature, k.shape[-1])
+    out = F.scaled_dot_product_attention(q * scale, k * scale, v, scale=1.0)
+    x = x + gate[:, None] * _linear(_merged(out), block.attn.out_proj)
+    x = x + _mlp(_norm(x, block.norm2), block.mlp)
+    return x.split([length, x.shape[1] - length], 1)
+
+
+def upstreams_forward(
+    model: TinyFlux,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    pooled_projections: Tensor,
+    timestep: Tensor,
+) -> Tensor:
+    """The velocity [B, N, C] that `model(...)` predicts, of square latents."""
+    time = model.time_in(timestep)
+    vec = time + model._text_vector(encoder_hidden_states, pooled_projections, None)
+    both = torch.cat([time, pooled_projections], -1)
+    vec = vec + model.lune_predictor(both, None)[0]
+    sol = model.sol_prior(both, timestep, None, None)
+    img, txt = _linear(hidden_states, model.img_in), _linear(encoder_hidden_states, model.txt_in)
+    ids = model.create_img_ids(SIDE, SIDE, device=img.device)
+    turns = _turns(model, ids)
+    for block in model.double_blocks:
+        txt, img = _double(block, txt, img, vec, turns, sol)
+    turns = _turns(model, torch.cat([ids.new_zeros(txt.shape[1], 3), ids]))
+    for block in model.single_blocks:
+        txt, img = _single(block, txt, img, vec, turns, sol)
+    return _linear(_norm(img, model.final_norm), model.final_linear)
+
+
+# Steps
+
+
+def _ours(checkpointing: bool = False, linear: type[nn.Linear] = Linear) -> Callable[[], Call]:
+    def make() -> Call:
+        model = new_model()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        for module in model.modules():
+            if type(module) is Linear:
+                module.__class__ = linear
+        return _step(model, lambda inputs: model(**inputs).sample, weighted_mse)
+
+    return make
+
+
+def _upstreams() -> Call:
+    model = new_model()
+    inputs, _ = new_inputs(model)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            upstreams_forward(model, **inputs), model(**inputs).sample, rtol=1e-4, atol=1e-4
+        )
+    return _step(model, lambda inputs: upstreams_forward(model, **inputs), F.mse_loss)
+
+
+def _step(
+    model: TinyFlux, predict: Callable[[dict], Tensor], loss: Callable[[Tensor, Tensor], Tensor]
+) -> Call:
+    """Forward, loss and the gradient of every parameter that is used."""
+    inputs, target = new_inputs(model)
+    parameters = [p for name, p in model.named_parameters() if "spatial_to_qk_scale" not in name]
+
+    def step() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(loss(predict(inputs), target), parameters, allow_unused=True)
+
+    return step
+
+
+def comparisons() -> Iterator[Comparison]:
+    case = {
+        "operation": "training step",
+        "variant": "hidden 256, 4 + 6 blocks, 16x16 latents, 64 text tokens",
+        "shape": f"batch {BATCH}",
+        "dtype": "float32",
+    }
+    providers = {
+        OURS: _ours(),
+        f"{OURS}, torch's linear layers": _ours(linear=nn.Linear),
+        f"{OURS}, checkpointing": _ours(checkpointing=True),
+        "upstream's way": _upstreams,
+    }
+    yield Comparison(SUITE, case, providers, memory=True, slow=True)
