@@ -66,6 +66,7 @@ class Linear(nn.Linear):
             and not torch.is_autocast_enabled("cpu")
             and torch.backends.mkldnn.enabled
             and torch.backends.mkldnn.is_available()
+            and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # inductor's operator, which torch may rename
         )
 
 
