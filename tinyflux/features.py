@@ -11,6 +11,7 @@ all times, so what changes between two of them is the noise level alone:
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
@@ -38,7 +39,7 @@ from moe_sampler.tinyflux.attention_capture import (
 if TYPE_CHECKING:
     from moe_sampler.pipeline import HybridPipeline
 
-__all__ = ["CONVENTIONS", "T_BUCKETS", "Convention", "ExpertFeatures", "Features", "check_times"]
+__all__ = ["CONVENTIONS", "T_BUCKETS", "Convention", "ExpertFeatures", "Features", "check_buckets"]
 
 T_BUCKETS = tuple((5 + 10 * i) / 100 for i in range(10))
 """0.05, 0.15 ... 0.95: where caches hold features, unless told otherwise."""
@@ -65,6 +66,14 @@ def check_times(t: Sequence[float]) -> tuple[float, ...]:
     if not times or not all(0.0 <= value <= 1.0 for value in times):
         raise ValueError(f"times must lie between 0 (noise) and 1 (data), and be at least one, got {times}")
     return times
+
+
+def check_buckets(t_buckets: Sequence[float]) -> tuple[float, ...]:
+    """Increasing times in [0, 1], or a ValueError."""
+    buckets = check_times(t_buckets)
+    if any(a >= b for a, b in itertools.pairwise(buckets)):
+        raise ValueError(f"t_buckets must increase, got {buckets}")
+    return buckets
 
 
 class ExpertFeatures:
