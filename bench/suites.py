@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bench import features, noise, steps, student, training
+from bench import features, noise, steps, student, student_features, training
 from bench.measure import Comparison
 
-SUITES = {module.SUITE: module.comparisons for module in (steps, noise, training, student, features)}
+SUITES = {
+    module.SUITE: module.comparisons
+    for module in (steps, noise, training, student, features, student_features)
+}
 
 
 def comparisons() -> Iterator[Comparison]:

@@ -4,26 +4,54 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .cache_build import Teachers, build_cache
+    from .cache_read import FeatureCache, MultiSource, at_time
     from .config import TinyFluxConfig
+    from .encoders import StudentEncoders, TextEncoder
+    from .exchange import export_upstream, import_upstream
+    from .features import T_BUCKETS, ExpertFeatures, Features
     from .interop import load_tinyflux
     from .model import TinyFlux, TinyFluxOutput
     from .sampling import StudentModel, tinyflux_expert
+    from .sources import DemoScenes, ImageFolder, TarFiles, open_source
 
 # diffusers takes seconds to import: who asks for a name pays for what that name needs.
 _NAMES = {
+    "cache_build": ("Teachers", "build_cache"),
+    "cache_read": ("FeatureCache", "MultiSource", "at_time"),
     "config": ("TinyFluxConfig",),
+    "encoders": ("StudentEncoders", "TextEncoder"),
+    "exchange": ("export_upstream", "import_upstream"),
+    "features": ("T_BUCKETS", "ExpertFeatures", "Features"),
     "interop": ("load_tinyflux",),
     "model": ("TinyFlux", "TinyFluxOutput"),
     "sampling": ("StudentModel", "tinyflux_expert"),
+    "sources": ("DemoScenes", "ImageFolder", "TarFiles", "open_source"),
 }
 _SOURCE = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
+    "T_BUCKETS",
+    "DemoScenes",
+    "ExpertFeatures",
+    "FeatureCache",
+    "Features",
+    "ImageFolder",
+    "MultiSource",
+    "StudentEncoders",
     "StudentModel",
+    "TarFiles",
+    "Teachers",
+    "TextEncoder",
     "TinyFlux",
     "TinyFluxConfig",
     "TinyFluxOutput",
+    "at_time",
+    "build_cache",
+    "export_upstream",
+    "import_upstream",
     "load_tinyflux",
+    "open_source",
     "tinyflux_expert",
 ]
 

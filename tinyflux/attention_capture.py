@@ -43,15 +43,16 @@ def first_layers(unet: UNet2DConditionModel, up_blocks: int) -> UNet2DConditionM
 
 
 @contextmanager
-def capture_self_attention(unet: UNet2DConditionModel, on_layer: OnLayer) -> Iterator[None]:
+def capture_self_attention(unet: UNet2DConditionModel, on_layer: OnLayer) -> Iterator[Callable[[], None]]:
     """Within the context, every self-attention layer of a forward pass is shown to `on_layer`.
+
+    Yields what to call after each forward pass: it checks that every layer was seen.
 
     Forward hooks see the projections that the model computes anyway, whatever attention processor it has;
     q and k are let go before the layer itself attends. The hooks are gone afterwards, also after an error.
 
     Raises:
-        CaptureError: at the end, if a layer was not seen in one forward pass; at once, if its tokens are no
-            grid or its queries and keys are not its projections' outputs.
+        CaptureError: after a pass, if a layer was not seen in it; at once, if a layer's tokens are no grid.
     """
     layers = self_attention_layers(unet)
     if not layers:
@@ -99,6 +100,12 @@ def capture_self_attention(unet: UNet2DConditionModel, on_layer: OnLayer) -> Ite
             handles.append(layer.to_q.register_forward_hook(on_q))
             handles.append(layer.to_k.register_forward_hook(on_k))
 
+    def check() -> None:
+        missed = [name for name in layers if name not in seen]
+        if missed:
+            raise CaptureError(f"{_names(missed)} did not show queries and keys through their projections")
+        seen.clear()
+
     ancestors = {name.rsplit(".", depth)[0] for name in layers for depth in range(name.count(".") + 1)}
     modules = dict(unet.named_modules())
     try:
@@ -106,13 +113,10 @@ def capture_self_attention(unet: UNet2DConditionModel, on_layer: OnLayer) -> Ite
             handles.append(modules[name].register_forward_pre_hook(note_grid, with_kwargs=True))
         for name, layer in layers.items():
             watch(name, layer)
-        yield
+        yield check
     finally:
         for handle in handles:
             handle.remove()
-    missed = [name for name in layers if name not in seen]
-    if missed:
-        raise CaptureError(f"{_names(missed)} did not show queries and keys through their projections")
 
 
 def _names(names: list[str]) -> str:

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from moe_sampler import __version__
-from moe_sampler.tinyflux.cache_build import build_shards, check_buckets
 from moe_sampler.tinyflux.cache_format import CacheError, Manifest, checksum, write_whole
 from moe_sampler.tinyflux.cache_read import FeatureCache
-from moe_sampler.tinyflux.features import CONVENTIONS, Convention
+from moe_sampler.tinyflux.cache_shards import build_shards
+from moe_sampler.tinyflux.features import CONVENTIONS, Convention, check_buckets
 
 __all__ = ["export_upstream", "import_upstream"]
 

@@ -10,7 +10,9 @@ all times, so what changes between two of them is the noise level alone:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
@@ -37,7 +39,7 @@ from moe_sampler.tinyflux.attention_capture import (
 if TYPE_CHECKING:
     from moe_sampler.pipeline import HybridPipeline
 
-__all__ = ["CONVENTIONS", "T_BUCKETS", "Convention", "ExpertFeatures", "Features", "check_times"]
+__all__ = ["CONVENTIONS", "T_BUCKETS", "Convention", "ExpertFeatures", "Features", "check_buckets"]
 
 T_BUCKETS = tuple((5 + 10 * i) / 100 for i in range(10))
 """0.05, 0.15 ... 0.95: where caches hold features, unless told otherwise."""
@@ -64,6 +66,14 @@ def check_times(t: Sequence[float]) -> tuple[float, ...]:
     if not times or not all(0.0 <= value <= 1.0 for value in times):
         raise ValueError(f"times must lie between 0 (noise) and 1 (data), and be at least one, got {times}")
     return times
+
+
+def check_buckets(t_buckets: Sequence[float]) -> tuple[float, ...]:
+    """Increasing times in [0, 1], or a ValueError."""
+    buckets = check_times(t_buckets)
+    if any(a >= b for a, b in itertools.pairwise(buckets)):
+        raise ValueError(f"t_buckets must increase, got {buckets}")
+    return buckets
 
 
 class ExpertFeatures:
@@ -120,7 +130,7 @@ class ExpertFeatures:
         self.map_size = map_size
         self.convention = convention
         if sol is not None:
-            self._sol_layers = _last_up_block(sol)
+            self._sol_up_blocks = _last_up_block(sol)
 
     @classmethod
     def from_pipeline(
@@ -188,75 +198,90 @@ class ExpertFeatures:
             )
         latents = latents.contiguous()
         noise = philox_normal(latents.shape, seeds)
-        lune, stats, maps = [], [], []
-        for index, time in enumerate(times):
-            if self.convention == "tiny-flux-v4":
-                noise = philox_normal(latents.shape, seeds, step=index)
-            if self.lune is not None:
-                lune.append(
-                    self._lune(
-                        *self._input(self.lune_path, latents, noise, time), prompt_embeds, conditioning
-                    )
-                )
-            if self.sol is not None:
-                found = self._sol(
-                    *self._input(self.sol_path, latents, noise, time), prompt_embeds, conditioning
-                )
-                stats.append(found[0])
-                maps.append(found[1])
-        stacked = [torch.stack(values, 1) if values else None for values in (lune, stats, maps)]
-        return Features(*stacked)
 
-    def _input(self, path: Path, x0: Tensor, noise: Tensor, t: float) -> tuple[Tensor, float | int]:
+        def inputs(path: Path) -> Iterator[tuple[Tensor, Tensor]]:
+            for index, time in enumerate(times):
+                own = (
+                    noise if self.convention == "sample" else philox_normal(latents.shape, seeds, step=index)
+                )
+                yield self._input(path, latents, own, time)
+
+        lune = stats = maps = None
+        if self.lune is not None:
+            lune = self._lune(inputs(self.lune_path), prompt_embeds, conditioning)
+        if self.sol is not None:
+            stats, maps = self._sol(inputs(self.sol_path), prompt_embeds, conditioning)
+        return Features(lune, stats, maps)
+
+    def _input(self, path: Path, x0: Tensor, noise: Tensor, t: float) -> tuple[Tensor, Tensor]:
         """(What an expert on `path` sees at time t, the timestep it is told)."""
+        filled = functools.partial(torch.full, device=x0.device)  # unlike torch.tensor doesn't wait for it
         if self.convention == "tiny-flux-v4":
-            return noise, 1000.0 * t
+            return noise, filled((), 1000.0 * t)
         level = path.at(1.0 - t)
         if not path.discrete:
-            sigma = torch.full((len(x0),), level.noise, device=x0.device)
-            return flow_training_pair(x0, sigma, noise=noise).noisy, path.timestep(level)
+            sigma = filled((len(x0),), level.noise)
+            return flow_training_pair(x0, sigma, noise=noise).noisy, filled((), path.timestep(level))
         timestep = round(path.timestep(level))
         level = path.level(timestep)
         # Tables of the one level that is needed.
-        alpha, sigma = (torch.full((1,), value, device=x0.device) for value in (level.alpha, level.sigma))
-        row = torch.zeros(len(x0), dtype=torch.int64, device=x0.device)
-        return ddpm_training_pair(x0, row, alpha, sigma, noise=noise).noisy, timestep
+        alpha, sigma = filled((1,), level.alpha), filled((1,), level.sigma)
+        row = filled((len(x0),), 0)
+        return ddpm_training_pair(x0, row, alpha, sigma, noise=noise).noisy, filled((), timestep)
 
-    def _lune(self, x: Tensor, timestep: float | int, prompt_embeds: Tensor, conditioning: dict) -> Tensor:
-        """[B, channels]: the mid block's output averaged over space; nothing after it is computed."""
+    def _lune(
+        self, inputs: Iterator[tuple[Tensor, Tensor]], prompt_embeds: Tensor, conditioning: dict
+    ) -> Tensor:
+        """[B, T, channels]: the mid block's output averaged over space; nothing after it is computed."""
         found: list[Tensor] = []
         handle = self.lune.mid_block.register_forward_hook(
             lambda _module, _args, output: found.append(output.mean((-2, -1), dtype=torch.float32))
         )
         try:
-            _run(first_layers(self.lune, 0), x, timestep, prompt_embeds, conditioning)
+            for count, _ in enumerate(
+                _passes(first_layers(self.lune, 0), inputs, prompt_embeds, conditioning)
+            ):
+                if len(found) != count + 1:
+                    raise CaptureError(f"lune's mid block ran {len(found) - count} times in one forward pass")
         finally:
             handle.remove()
-        if len(found) != 1:
-            raise CaptureError(f"lune's mid block ran {len(found)} times in one forward pass")
-        return found[0]
+        return torch.stack(found, 1)
 
     def _sol(
-        self, x: Tensor, timestep: float | int, prompt_embeds: Tensor, conditioning: dict
+        self, inputs: Iterator[tuple[Tensor, Tensor]], prompt_embeds: Tensor, conditioning: dict
     ) -> tuple[Tensor, Tensor]:
-        """(stats [B, 3], map [B, S, S]) of all self-attention layers."""
+        """(stats [B, T, 3], maps [B, T, S, S]) of all self-attention layers."""
         layers: list[AttentionStatistics] = []
         sizes: list[tuple[int, int]] = []
+        found: list[tuple[Tensor, Tensor]] = []
 
         def on_layer(_name: str, q: Tensor, k: Tensor, size: tuple[int, int]) -> None:
             layers.append(attention_statistics(q, k, *size))
             sizes.append(size)
 
-        with capture_self_attention(self.sol, on_layer):
-            _run(first_layers(self.sol, self._sol_layers), x, timestep, prompt_embeds, conditioning)
-        return combine_statistics(layers, sizes, self.map_size)
+        short = first_layers(self.sol, self._sol_up_blocks)
+        with capture_self_attention(self.sol, on_layer) as check:
+            for _ in _passes(short, inputs, prompt_embeds, conditioning):
+                check()
+                found.append(combine_statistics(layers, sizes, self.map_size))
+                layers.clear()
+                sizes.clear()
+        stats, maps = zip(*found, strict=True)
+        return torch.stack(stats, 1), torch.stack(maps, 1)
 
 
-def _run(
-    unet: UNet2DConditionModel, x: Tensor, timestep: float | int, prompt_embeds: Tensor, conditioning: dict
-) -> None:
-    told = torch.tensor(timestep, device=x.device)
-    unet(x.to(unet.dtype), told, prompt_embeds.to(unet.dtype), return_dict=False, **conditioning)
+def _passes(
+    unet: UNet2DConditionModel,
+    inputs: Iterator[tuple[Tensor, Tensor]],
+    prompt_embeds: Tensor,
+    conditioning: dict[str, Any],
+) -> Iterator[None]:
+    """Run the model on every (x, timestep); each step of the iteration is a finished pass."""
+    dtype = unet.dtype
+    states = prompt_embeds.to(dtype)
+    for x, timestep in inputs:
+        unet(x.to(dtype), timestep, states, return_dict=False, **conditioning)
+        yield
 
 
 def _last_up_block(unet: UNet2DConditionModel) -> int:

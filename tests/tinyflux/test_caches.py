@@ -16,15 +16,17 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 from torch.utils.data import DataLoader
-from transformers import T5Config, T5EncoderModel
+from transformers import CLIPTextModel, T5Config, T5EncoderModel
 from typer.testing import CliRunner
 
+from moe_sampler.checkpoints import CheckpointError
 from moe_sampler.demo import experts_path
 from moe_sampler.kernels import philox_normal
 from moe_sampler.tinyflux import cache_format
-from moe_sampler.tinyflux.cache_build import Teachers, build_cache, build_shards
+from moe_sampler.tinyflux.cache_build import Teachers, build_cache
 from moe_sampler.tinyflux.cache_format import CacheError, Manifest
 from moe_sampler.tinyflux.cache_read import FeatureCache, MultiSource, at_time
+from moe_sampler.tinyflux.cache_shards import build_shards
 from moe_sampler.tinyflux.cli import app
 from moe_sampler.tinyflux.encoders import StudentEncoders, TextEncoder, encode_images, find_t5
 from moe_sampler.tinyflux.features import ExpertFeatures
@@ -544,3 +546,29 @@ def test_the_command(tmp_path):
     ):
         assert message in run(*arguments, code=2)
     assert not (tmp_path / "x").exists()
+
+
+def test_encoders_from_the_hub(tmp_path, monkeypatch, demo_pipeline):
+    """A pipeline's parts are fetched, and nothing else of it."""
+    import huggingface_hub
+
+    asked = []
+
+    def snapshot_download(name: str, allow_patterns: list[str]) -> str:
+        asked.append((name, allow_patterns))
+        if name != "owner/pipeline":
+            raise huggingface_hub.errors.RepositoryNotFoundError("no such repository", response=Response())
+        return str(experts_path())
+
+    class Response:
+        headers, request, status_code = {}, None, 404
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    student = StudentEncoders.load("owner/pipeline", "owner/pipeline")
+    assert student.describe() == StudentEncoders.load(experts_path(), experts_path()).describe()
+    wanted = {pattern.split("/")[0] for _, patterns in asked for pattern in patterns if "/" in pattern}
+    assert wanted == {"vae", "text_encoder", "tokenizer"}
+    with pytest.raises(CheckpointError, match="owner/other cannot be read from the hub: no such repository"):
+        TextEncoder.load(CLIPTextModel, "owner/other")
+    with pytest.raises(CheckpointError, match="neither a folder nor a hub id"):
+        TextEncoder.load(CLIPTextModel, "nowhere")

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from moe_sampler.kernels import philox_normal
-from moe_sampler.tinyflux.cache_build import build_shards
 from moe_sampler.tinyflux.cache_format import CacheError, Manifest
 from moe_sampler.tinyflux.cache_read import FeatureCache
+from moe_sampler.tinyflux.cache_shards import build_shards
 from moe_sampler.tinyflux.exchange import export_upstream, import_upstream
 
 BUCKETS = [(5 + 10 * i) / 100 for i in range(10)]
