@@ -24,20 +24,30 @@ def commands() -> list[list[str]]:
     return [shlex.split(line)[1:] for line in lines if line.startswith("moe-sampler ")]
 
 
-def test_commands(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert len(commands()) >= 5
-    for arguments in commands():
-        result = CliRunner().invoke(app, arguments)
-        assert result.exit_code == 0, (arguments, result.output)
-        for line in result.stdout.split():
-            if line.endswith(".png"):
-                assert (tmp_path / line).stat().st_size > 0
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where all commands have run, in order."""
+    path = tmp_path_factory.mktemp("readme")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(path)
+        for arguments in commands():
+            result = CliRunner().invoke(app, arguments)
+            assert result.exit_code == 0, (arguments, result.output)
+            for line in result.stdout.split():
+                if line.endswith(".png"):
+                    assert (path / line).stat().st_size > 0
+    return path
+
+
+def test_commands(folder):
+    assert len(commands()) >= 8
+    for name in ("pictures-1.png", "lake.webp", "compare.png", "maps.png", "upstream/encodings.pt"):
+        assert (folder / name).stat().st_size > 0
 
 
 @pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.splitlines()[0])
-def test_python(code, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_python(code, folder, monkeypatch):
+    monkeypatch.chdir(folder)
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
 
 

@@ -17,7 +17,7 @@ OnLayer = Callable[[str, Tensor, Tensor, tuple[int, int]], None]
 """Called with (layer, q, k, (height, width)); q, k: [B, heads, height * width, head size], views."""
 
 
-class CaptureError(RuntimeError):
+class CaptureError(ValueError):
     """A layer of the model did not show what was asked of it."""
 
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moe_sampler.cli.options import one_line_errors
+
 if TYPE_CHECKING:
     from moe_sampler.tinyflux.cache_build import Teachers
     from moe_sampler.tinyflux.encoders import StudentEncoders
@@ -27,16 +29,6 @@ Folder = Annotated[Path, typer.Argument(help="Folder of the cache.")]
 Demo = Annotated[
     bool, typer.Option("--demo", help="The demo's scenes and experts, instead of SOURCE and --experts.")
 ]
-
-
-@contextlib.contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """Wrong input ends with one clear line and exit code 2."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        typer.secho(f"error: {' '.join(str(error).split())}", fg=typer.colors.RED, err=True)
-        raise typer.Exit(2) from None
 
 
 @contextlib.contextmanager
@@ -112,7 +104,7 @@ def cache(
 
     `accelerate launch --num_processes 4 -m moe_sampler.cli tinyflux cache runs/cache pictures/`
     """
-    with _one_line_errors():
+    with one_line_errors():
         if (source is None) != demo:
             raise ValueError("give a SOURCE of images and captions, or --demo")
         if teachers not in ("sol", "lune", "both", "none"):
@@ -220,7 +212,7 @@ def _models(
 @app.command()
 def check(folder: Folder) -> None:
     """Read all of a cache, compare its checksums, and say what it holds."""
-    with _one_line_errors():
+    with one_line_errors():
         from moe_sampler.tinyflux.cache_read import FeatureCache
 
         opened = FeatureCache(folder)
@@ -242,7 +234,7 @@ def export(
 
     `moe-sampler tinyflux export runs/cache -o upstream/`
     """
-    with _one_line_errors():
+    with one_line_errors():
         from moe_sampler.tinyflux.cache_read import FeatureCache
         from moe_sampler.tinyflux.exchange import export_upstream
 
@@ -270,7 +262,7 @@ def import_(
 
     `moe-sampler tinyflux import runs/cache upstream/`
     """
-    with _one_line_errors():
+    with one_line_errors():
         from moe_sampler.tinyflux.exchange import import_upstream
 
         made = import_upstream(source, folder, convention=convention, shard_size=shard_size)
@@ -289,7 +281,7 @@ def show(
 
     `moe-sampler tinyflux show runs/cache -o maps.png`
     """
-    with _one_line_errors():
+    with one_line_errors():
         from PIL import Image
 
         from moe_sampler.images import check_writable, save_png

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..tinyflux.cli import app as tinyflux_app
 from .compare import compare
 from .generate import generate
 from .plan import plan
@@ -26,6 +27,7 @@ the later ones. A run is planned before it starts; `moe-sampler plan` shows the 
 )
 for _command in (generate, plan, compare, train_demo):
     app.command()(_command)
+app.add_typer(tinyflux_app, name="tinyflux")
 
 
 def _version(value: bool) -> None:
