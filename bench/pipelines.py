@@ -99,7 +99,7 @@ def rows() -> list[dict[str, object]]:
     """One row a pipeline and batch size."""
     pipelines = _pipelines()
     found = []
-    for batch in (1, 4):
+    for batch in (1, 4, 16):
         calls = _calls(*pipelines, batch)
         seconds = interleave({name: call for name, (_, call) in calls.items()}, seconds=8.0)
         for name, (pipe, call) in calls.items():

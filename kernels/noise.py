@@ -16,9 +16,12 @@ no slow path for large angles is needed. Twin and kernel both stay within 5 unit
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -34,7 +37,9 @@ _BLOCK = 1024
 _QUARTER_TURN = np.int32(1 << 30)
 _TURNS_TO_RADIANS = np.float32(2.0 * math.pi * 2.0**-32)
 _UINT64 = (1 << 64) - 1
-_CHUNK = 32768  # elements at a time
+_CHUNK = 1 << 17  # elements at a time: fewer, and threads would get into each other's way
+_VECTOR = 256  # a multiple of what any vectorised loop does at once
+_PARALLEL = 1 << 16  # elements from which threads repay their start
 
 
 class _Workspace(threading.local):
@@ -47,11 +52,11 @@ class _Workspace(threading.local):
         self.units = np.empty((2, _CHUNK // 2), dtype=np.float32)
         self.radii = np.empty(_CHUNK // 2, dtype=np.float32)
 
-    def philox(self, seed: int, step: int, stream: int) -> np.random.Philox:
-        """The generator at the first word of one sample; a negative seed counts modulo 2⁶⁴."""
+    def philox(self, seed: int, step: int, stream: int, block: int) -> np.random.Philox:
+        """The generator at the first word of a sample's block; a negative seed counts modulo 2⁶⁴."""
         key, counter = self._state["state"]["key"], self._state["state"]["counter"]
         key[0], key[1] = seed & _UINT64, 0
-        counter[0], counter[1], counter[2], counter[3] = 0, step, stream, 0
+        counter[0], counter[1], counter[2], counter[3] = block, step, stream, 0
         self._philox.state = self._state
         return self._philox
 
@@ -82,18 +87,55 @@ def box_muller(words: np.ndarray, out: np.ndarray) -> None:
     np.multiply(unit[1], radius, out=out[1::2])
 
 
-def _fill_sample(out: np.ndarray, seed: int, step: int, stream: int) -> None:
-    """out: float32 [numel], contiguous."""
-    generator = _workspace.philox(seed, step, stream)
-    for start in range(0, len(out), _CHUNK):
-        part = out[start : start + _CHUNK]
-        words = generator.random_raw((len(part) + 1) // 2)
-        if len(part) % 2:
-            padded = np.empty(len(part) + 1, dtype=np.float32)
+class _Part(NamedTuple):
+    """Some samples' elements from `start` on, a multiple of 8. out: float32 [samples, count], contiguous."""
+
+    out: np.ndarray
+    seeds: Sequence[int]
+    start: int
+
+    def fill(self, step: int, stream: int) -> None:
+        count = self.out.shape[1]
+        drawn = [
+            _workspace.philox(seed, step, stream, self.start // 8).random_raw((count + 1) // 2)
+            for seed in self.seeds
+        ]
+        words = drawn[0] if len(drawn) == 1 else np.concatenate(drawn)
+        if count % 2:
+            padded = np.empty(count + 1, dtype=np.float32)
             box_muller(words, padded)
-            part[:] = padded[:-1]
+            self.out[0] = padded[:-1]
         else:
-            box_muller(words, part)
+            box_muller(words, self.out.reshape(-1))
+
+
+def _parts(out: np.ndarray, seeds: Sequence[int], threads: int) -> list[_Part]:
+    """out: float32 [samples, numel], contiguous, cut into parts of at most _CHUNK elements.
+
+    Vectorised loops treat the ends of an array apart, and a sample must not notice where in a batch it lies
+    nor how many threads there are. So cuts lie, and samples share a part, only where no vector is cut.
+    """
+    samples, numel = out.shape
+    if numel % _VECTOR == 0 and 2 * numel <= _CHUNK:
+        together = min(_CHUNK // numel, -(-samples // threads))
+        return [_Part(out[i : i + together], seeds[i : i + together], 0) for i in range(0, samples, together)]
+    size = min(_CHUNK, -(-numel // threads // _VECTOR) * _VECTOR if samples < threads else _CHUNK)
+    return [
+        _Part(out[i : i + 1, start : start + size], seeds[i : i + 1], start)
+        for i in range(samples)
+        for start in range(0, numel, size)
+    ]
+
+
+@cache
+def _helpers(process: int) -> ThreadPoolExecutor:
+    """Threads of this process, since a fork has none of its parent's."""
+    return ThreadPoolExecutor(thread_name_prefix="philox")
+
+
+def _fill(parts: Sequence[_Part], step: int, stream: int) -> None:
+    for part in parts:
+        part.fill(step, stream)
 
 
 def fill_normal(out: Tensor, seeds: Tensor, step: int, stream: int) -> Tensor:
@@ -103,10 +145,15 @@ def fill_normal(out: Tensor, seeds: Tensor, step: int, stream: int) -> Tensor:
     direct = out.dtype == torch.float32 and out.device.type == "cpu"
     normals = out if direct else torch.empty(out.shape, dtype=torch.float32)
     samples = normals.numpy().reshape(out.shape[0], -1)
-    # One sample at a time: vectorised loops treat the ends of an array apart, and a sample must not notice
-    # where in a batch it lies.
-    for sample, seed in zip(samples, seeds.tolist(), strict=True):
-        _fill_sample(sample, seed, step, stream)
+    threads = torch.get_num_threads() if samples.size >= _PARALLEL else 1
+    parts = _parts(samples, seeds.tolist(), threads)
+    others = [
+        _helpers(os.getpid()).submit(_fill, parts[i::threads], step, stream)
+        for i in range(1, min(threads, len(parts)))
+    ]
+    _fill(parts[::threads], step, stream)
+    for other in others:
+        other.result()
     return out if direct else out.copy_(normals)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ class ExpertPipeline(DiffusionPipeline):
         self.expert_names = tuple(n.removeprefix("unet_") for n in components if n.startswith("unet_"))
         self._weights: dict[str, ExpertWeights] = {}
         self._offload: ExpertOffload | None = None
-        self._found_device: tuple[list[tuple], torch.device] | None = None
+        self._findings: dict[tuple, tuple[list[tuple], Any]] = {}
         self.register_modules(**components)
         self.register_to_config(**settings)
         self.model_cpu_offload_seq = "->".join(
@@ -133,16 +134,25 @@ class ExpertPipeline(DiffusionPipeline):
     def _execution_device(self) -> torch.device:
         if self._offload is not None:
             return self._offload.device
-        # diffusers looks through every module for hooks, which takes as long as a few steps: once for as long
-        # as no component moves or is hooked.
         modules = [m for m in self.components.values() if isinstance(m, torch.nn.Module)]
+        return self._found("device", modules, lambda: super(ExpertPipeline, self)._execution_device)
+
+    def _expert_dtype(self, unet: UNet2DConditionModel) -> torch.dtype:
+        """What a UNet computes in."""
+        return self._found("dtype", [unet], lambda: unet.dtype)
+
+    def _found(self, what: str, modules: Sequence[torch.nn.Module], look: Callable[[], Any]) -> Any:
+        """What diffusers finds by looking through every submodule for hooks, which takes as long as a few
+        steps: looked for again only once one of the modules is another, was moved, cast or hooked."""
+        key = what, *map(id, modules)
         state = [
-            (id(m), next(m.parameters()).device, hasattr(m, "_hf_hook"), hasattr(m, "_diffusers_hook"))
+            (p.device, p.dtype, hasattr(m, "_hf_hook"), hasattr(m, "_diffusers_hook"))
             for m in modules
+            for p in islice(m.parameters(), 1)
         ]
-        if self._found_device is None or self._found_device[0] != state:
-            self._found_device = state, super()._execution_device
-        return self._found_device[1]
+        if key not in self._findings or self._findings[key][0] != state:
+            self._findings[key] = state, look()
+        return self._findings[key][1]
 
     @contextmanager
     def _at_work(self, component: str) -> Iterator[None]:

@@ -136,9 +136,8 @@ class HybridPipeline(PretrainedMixin, AdapterMixin, ExpertPipeline):
         )
         return tuple(self._with_model(expert, self.expert_unet(expert.name)) for expert in experts)
 
-    @staticmethod
-    def _with_model(expert: Expert, unet: UNet2DConditionModel) -> Expert:
-        dtype = unet.dtype  # diffusers looks through all modules for it
+    def _with_model(self, expert: Expert, unet: UNet2DConditionModel) -> Expert:
+        dtype = self._expert_dtype(unet)
 
         def model(x: torch.Tensor, timestep: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
             embeds = prompt_embeds.to(dtype)

@@ -72,13 +72,28 @@ def test_low_precision_is_float32_rounded(body, dtype):
     assert torch.equal(low, z.to(dtype))
 
 
-@pytest.mark.parametrize("shape", [(3, 4, 32, 32), (3, 3, 37, 11)], ids=["even", "odd"])
+@pytest.mark.parametrize("shape", [(3, 4, 32, 32), (3, 3, 37, 11), (3, 256)], ids=["even", "odd", "short"])
 def test_a_sample_does_not_notice_its_batch(body, shape):
     seeds = [7, -8, 9]
     together = philox_normal(shape, seeds, 3, device=body.device, backend=body.backend)
     for i, seed in enumerate(seeds):
         alone = philox_normal((1, *shape[1:]), [seed], 3, device=body.device, backend=body.backend)
         assert torch.equal(alone[0], together[i])
+
+
+@pytest.mark.parametrize("shape", [(5, 4, 64, 64), (1, 300_001), (3, 140_000)])
+def test_threads_and_batches_do_not_change_a_bit(shape):
+    """Large enough for the twin's threads, which share samples out among themselves."""
+    seeds, threads = list(range(shape[0])), torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(philox_normal(shape, seeds, 3))
+    finally:
+        torch.set_num_threads(threads)
+    alone = torch.cat([philox_normal((1, *shape[1:]), [seed], 3) for seed in seeds])
+    assert all(torch.equal(result, alone) for result in results)
 
 
 def test_a_longer_sample_continues_a_shorter_one():
