@@ -4,8 +4,9 @@
 kernel a step, and `HybridPipeline` is the diffusers pipeline on top of both.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ._lazy import lazy_names
 
 if TYPE_CHECKING:
     from .experts import Expert
@@ -40,7 +41,6 @@ _NAMES = {
     "schedulers": ("FusedDDIMScheduler", "FusedDDPMScheduler", "FusedFlowMatchEulerScheduler"),
     "trace": ("Trace",),
 }
-_SOURCE = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
     "Boundary",
@@ -77,14 +77,4 @@ __all__ = [
     "x0_to_epsilon",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _SOURCE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_SOURCE[name]}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(globals(), _NAMES)

@@ -1,7 +1,8 @@
 """TinyFlux, the student: a small Flux-like transformer that learns from Sol and Lune."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from moe_sampler._lazy import lazy_names
 
 if TYPE_CHECKING:
     from .cache_build import Teachers, build_cache
@@ -28,7 +29,6 @@ _NAMES = {
     "sampling": ("StudentModel", "tinyflux_expert"),
     "sources": ("DemoScenes", "ImageFolder", "TarFiles", "open_source"),
 }
-_SOURCE = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
     "T_BUCKETS",
@@ -55,14 +55,4 @@ __all__ = [
     "tinyflux_expert",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _SOURCE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_SOURCE[name]}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(globals(), _NAMES)
