@@ -74,6 +74,11 @@ class Operator:
         return type("Body", (torch.autograd.Function,), methods).apply
 
 
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What a twin that takes float64 computes in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def check_tensor(
     name: str,
     tensor: Tensor,

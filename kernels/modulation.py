@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from moe_sampler.kernels import _jit
-from moe_sampler.kernels._dispatch import WITH_FLOAT64, Operator, check_tensor
+from moe_sampler.kernels._dispatch import WITH_FLOAT64, Operator, check_tensor, compute_dtype
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -53,10 +53,6 @@ def _refuse_float64(x: Tensor) -> None:
         raise TypeError("the kernel computes in float32; backend='torch' serves float64")
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _multiplier(weight: Tensor | None, scale: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """m, [B, 1, D] or [1, 1, D]; None where it is 1."""
     if scale is None:
@@ -71,7 +67,7 @@ def _twin(
     x: Tensor, weight: Tensor | None, scale: Tensor | None, shift: Tensor | None, eps: float, keep_rstd: bool
 ) -> tuple[Tensor, Tensor]:
     _check(x, weight, scale, shift, eps)
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x)
     norm = torch.linalg.vector_norm(x, dim=-1, dtype=dtype)
     rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     y = torch.mul(x, rstd[..., None])
@@ -189,7 +185,7 @@ def _launch(
 def _fake(
     x: Tensor, weight: Tensor | None, scale: Tensor | None, shift: Tensor | None, eps: float, keep_rstd: bool
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty(x.shape[:2] if keep_rstd else (0,), dtype=_compute_dtype(x))
+    return torch.empty_like(x), x.new_empty(x.shape[:2] if keep_rstd else (0,), dtype=compute_dtype(x))
 
 
 # Backward
@@ -200,7 +196,7 @@ def _check_backward(
 ) -> None:
     _check(x, weight, scale, None)
     check_tensor("grad", grad, x.device, (x.dtype,), x.shape)
-    check_tensor("rstd", rstd, x.device, (_compute_dtype(x),), x.shape[:2])
+    check_tensor("rstd", rstd, x.device, (compute_dtype(x),), x.shape[:2])
 
 
 def _from_sums(
@@ -220,7 +216,7 @@ def _backward_twin(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_backward(grad, x, rstd, weight, scale)
     need_x, need_weight, need_scale, need_shift = needs
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x)
     dx, along, dshift = x.new_empty(0), None, rstd.new_empty(0)
     dy, xs = grad.to(dtype), x.to(dtype)
     if need_shift:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from moe_sampler.kernels import _jit
-from moe_sampler.kernels._dispatch import FLOATS, WITH_FLOAT64, Operator, check_tensor
+from moe_sampler.kernels._dispatch import FLOATS, WITH_FLOAT64, Operator, check_tensor, compute_dtype
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -27,10 +27,6 @@ if TYPE_CHECKING:
 MAX_HEAD = 1024  # a program holds whole tokens of a head
 
 _BLOCK = 1024
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _check(
@@ -56,7 +52,7 @@ def _check(
     for name, tensor in others.items():
         if tensor is not None:
             check_tensor(name, tensor, q.device, (q.dtype,), q.shape, strided=True)
-    exact = (_compute_dtype(q),)
+    exact = (compute_dtype(q),)
     check_tensor("cos", cos, q.device, exact, (tokens, width // 2))
     check_tensor("sin", sin, q.device, exact, (tokens, width // 2))
     if modulation is not None:
