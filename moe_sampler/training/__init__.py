@@ -1,0 +1,1 @@
+"""Training on Accelerate: settings, random draws, the trainer, checkpoints."""

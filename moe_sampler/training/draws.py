@@ -1,0 +1,65 @@
+"""Random numbers of training, each a function of (seed, step, place in the global batch) alone.
+
+So a batch is the same on one process or on eight, and a run that was stopped and resumed draws what one that
+was not would have drawn, without any generator's state.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["Draws"]
+
+
+class Draws:
+    """What one micro-batch draws. Every purpose has its own `stream`, a name, so that none disturbs another.
+
+    Args:
+        seed: of the run, not negative.
+        step: optimizer step, from 0.
+        places: the samples' places in the step's global batch.
+        total: samples in the global batch.
+        device: of the tensors.
+    """
+
+    def __init__(
+        self, seed: int, step: int, places: range, total: int, device: torch.device | str = "cpu"
+    ) -> None:
+        if not 0 <= places.start <= places.stop <= total or places.step != 1:
+            raise ValueError(f"places {places} do not lie in a batch of {total}")
+        self.seed, self.step, self.places, self.total, self.device = seed, step, places, total, device
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def _generator(self, stream: str, *more: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, zlib.crc32(stream.encode()), self.step, *more])
+
+    def _own(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values[self.places.start : self.places.stop].copy()).to(self.device)
+
+    def uniform(self, stream: str) -> Tensor:
+        """float64 [B] in [0, 1)."""
+        return self._own(self._generator(stream).uniform(size=self.total))
+
+    def stratified(self, stream: str) -> Tensor:
+        """float64 [B] in [0, 1): the global batch has one in each of as many equal parts, in random order."""
+        generator = self._generator(stream)
+        parts = np.arange(self.total) + generator.uniform(size=self.total)
+        return self._own(generator.permutation(parts / self.total))
+
+    def normal(self, stream: str) -> Tensor:
+        """float64 [B] of N(0, 1)."""
+        return self._own(self._generator(stream).standard_normal(self.total))
+
+    def seeds(self, stream: str) -> Tensor:
+        """int64 [B], for `philox_normal` and the training pairs."""
+        return self._own(self._generator(stream).integers(2**62, size=self.total))
+
+    def generators(self, stream: str) -> list[np.random.Generator]:
+        """One a sample, for what no array of numbers does, such as the words of a caption."""
+        return [self._generator(stream, place) for place in self.places]

@@ -1,0 +1,59 @@
+"""What a `Trainer` is told to train: a model, its data, and the loss of a micro-batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from .draws import Draws
+
+__all__ = ["Losses", "Task"]
+
+
+class Losses(NamedTuple):
+    """A micro-batch's loss and what the log shows of it; all but `loss` are detached.
+
+    loss: [], the mean over the micro-batch. terms: [] each, by name. per_sample: [B], what the log shows by
+    noise level. noise: [B], each sample's share of noise, 1 at pure noise.
+    """
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+    per_sample: Tensor
+    noise: Tensor
+
+
+class Task(Protocol):
+    """Implement this to train something with `Trainer`.
+
+    Attributes:
+        name: of the run in logs and trackers.
+        model: what is trained, where `requires_grad`; a diffusers model (`ModelMixin`).
+        data: a dataset with a length; `torch.utils.data.default_collate` or its own `collate` makes batches.
+    """
+
+    name: str
+    model: nn.Module
+    data: Dataset
+
+    def loss(self, model: nn.Module, batch: Any, draws: Draws) -> Losses:
+        """Of a micro-batch. `model` is `self.model`, maybe wrapped for several processes or compiled: call
+        it, don't look into it. Everything random comes from `draws`."""
+
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        """Numbers on held-out data, with fixed noise; "loss" is what the best checkpoint is chosen by. Empty
+        where there is nothing held out."""
+
+    def samples(self, model: nn.Module) -> list[Image.Image]:
+        """Pictures from fixed seeds, for eyes. May be empty."""
+
+    def describe(self) -> dict[str, Any]:
+        """Of the data and all else a model card should say beside the settings. Plain values, and the same
+        in a run that is resumed: a checkpoint is only continued with the same description."""
+
+    def save(self, folder: Path) -> None:
+        """Write `self.model`, as it is, to `folder`, in the layout it is loaded from."""
