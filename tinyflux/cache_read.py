@@ -149,7 +149,7 @@ class FeatureCache(Dataset):
             name: tensor[place].clone() for name, tensor in tensors.items() if name not in _NOT_ITEMS
         }
         item["caption"] = self.caption(index)
-        item["index"] = index % len(self)
+        item["index"] = torch.tensor(index % len(self))
         return item
 
     def caption(self, index: int) -> str:
