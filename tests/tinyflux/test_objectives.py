@@ -89,6 +89,7 @@ class ToldVelocity:
         assert len(noisy) == len(noise) == len(batch["prompt_embeds"]) == len(batch["caption"])
         rows = [int(caption.split()[1]) for caption in batch["caption"]]
         self.asked.append(rows)
+        self.saw = noisy, noise
         return self.of[rows]
 
 
@@ -244,7 +245,7 @@ def test_absent_teachers_count_as_nothing(student, batch):
 
 def test_distillation_is_the_mixed_target(student, batch):
     """The gradient is that of the squared error to (1 - share)·data + share·experts."""
-    s, _, target, _ = by_hand(student, batch)
+    s, noisy, target, _ = by_hand(student, batch)
     velocity = philox_normal(batch["latents"].shape, [9] * COUNT)
     objective = plain(distill_weight=0.8, distill_mix="1:1, 0.2:0.5", distill_warmup_steps=20)
     routed = ToldVelocity(velocity)
@@ -260,6 +261,8 @@ def test_distillation_is_the_mixed_target(student, batch):
     torch.testing.assert_close(gradient, student.final_linear.weight.grad, rtol=1e-4, atol=1e-6)
     near(found.terms["distill"], ((image_of(out) - velocity) ** 2).mean())
     assert routed.asked == [[0, 1, 2, 3]]
+    near(routed.saw[0], noisy)
+    near(routed.saw[1], s)
     student.zero_grad()
 
 

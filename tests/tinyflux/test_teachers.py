@@ -12,10 +12,16 @@ from torch.utils.data import default_collate
 from moe_sampler.kernels import philox_normal
 from moe_sampler.tinyflux.cache_build import Teachers, build_cache
 from moe_sampler.tinyflux.cache_read import FeatureCache, MultiSource
+from moe_sampler.tinyflux.config import TinyFluxConfig
 from moe_sampler.tinyflux.encoders import StudentEncoders, TextEncoder
 from moe_sampler.tinyflux.features import ExpertFeatures
+from moe_sampler.tinyflux.model import TinyFlux
+from moe_sampler.tinyflux.objective_settings import ObjectiveSettings, check_objective
+from moe_sampler.tinyflux.objectives import student_loss
+from moe_sampler.tinyflux.routed import RoutedTeachers
 from moe_sampler.tinyflux.sources import DemoScenes
 from moe_sampler.tinyflux.teachers import CachedTeachers, LiveTeachers, check_shared_latents, resident
+from moe_sampler.tinyflux.times import TimeSettings
 from moe_sampler.training.draws import Draws
 
 BUCKETS = (0.1, 0.3, 0.9)
@@ -134,6 +140,33 @@ def test_who_is_absent_is_said_to_be(caches, experts):
     assert not nothing.has_lune.any() and not nothing.has_sol.any()
     sol = LiveTeachers(ExpertFeatures(sol=experts.sol)).features(batch, t, draws(3))
     assert sol.lune is None and sol.has_sol.all() and not sol.has_lune.any()
+
+
+@pytest.mark.parametrize("kind", ["cached", "live", "live as cached"])
+def test_a_step_of_training_with_every_teacher(caches, experts, demo_pipeline, kind):
+    teachers = {
+        "cached": CachedTeachers(caches["both"]),
+        "live": LiveTeachers(experts),
+        "live as cached": LiveTeachers(experts, t_buckets=BUCKETS, seed=SEED),
+    }[kind]
+    objective = ObjectiveSettings(distill_weight=0.5, sol_weight_map=0.5, min_snr_gamma=5.0)
+    student = TinyFlux(TinyFluxConfig.demo(num_double_layers=1, num_single_layers=1))
+    check_objective(objective, student.config, teachers.teaches, routed=True)
+    losses = student_loss(
+        student,
+        student,
+        batch_of(caches["both"], range(4)),
+        draws(4),
+        step=0,
+        objective=objective,
+        time=TimeSettings(),
+        teachers=teachers,
+        routed=RoutedTeachers.from_pipeline(demo_pipeline, objective.router()),
+    )
+    losses.loss.backward()
+    assert losses.loss.isfinite() and losses.loss > 0
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in student.parameters())
+    assert all(p.grad is None for unet in (experts.sol, experts.lune) for p in unet.parameters())
 
 
 def test_an_item_knows_its_place(caches):
