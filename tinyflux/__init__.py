@@ -11,8 +11,10 @@ if TYPE_CHECKING:
     from .encoders import StudentEncoders, TextEncoder
     from .exchange import export_upstream, import_upstream
     from .features import T_BUCKETS, ExpertFeatures, Features
+    from .guided import GuidedRouter
     from .interop import load_tinyflux
     from .model import TinyFlux, TinyFluxOutput
+    from .pipeline import StudentPipeline
     from .sampling import StudentModel, tinyflux_expert
     from .sources import DemoScenes, ImageFolder, TarFiles, open_source
 
@@ -24,8 +26,10 @@ _NAMES = {
     "encoders": ("StudentEncoders", "TextEncoder"),
     "exchange": ("export_upstream", "import_upstream"),
     "features": ("T_BUCKETS", "ExpertFeatures", "Features"),
+    "guided": ("GuidedRouter",),
     "interop": ("load_tinyflux",),
     "model": ("TinyFlux", "TinyFluxOutput"),
+    "pipeline": ("StudentPipeline",),
     "sampling": ("StudentModel", "tinyflux_expert"),
     "sources": ("DemoScenes", "ImageFolder", "TarFiles", "open_source"),
 }
@@ -36,10 +40,12 @@ __all__ = [
     "ExpertFeatures",
     "FeatureCache",
     "Features",
+    "GuidedRouter",
     "ImageFolder",
     "MultiSource",
     "StudentEncoders",
     "StudentModel",
+    "StudentPipeline",
     "TarFiles",
     "Teachers",
     "TextEncoder",
