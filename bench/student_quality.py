@@ -5,11 +5,10 @@
 reads trained students, paints the held-out prompts with each, prints the tables, and writes
 bench/results/student_quality.json, docs/images/student_quality.png and the measured part of docs/TINYFLUX.md.
 
-The folder holds `equal_steps/VARIANT-SEED` and `equal_time/VARIANT-SEED`, students as `save_pretrained`
-writes them; VARIANT is alone, features or distilled. A `training.json` beside the weights, {"steps": …,
-"seconds": …}, is shown in the table. Pictures are kept in the folder and painted again only where weights or
-settings are others. Several processes may share the work: `--paint alone-0 features-0` paints those students'
-pictures and stops.
+The folder holds `equal_steps/VARIANT-SEED` and `equal_time/VARIANT-SEED`, training runs' folders or students
+as `save_pretrained` writes them; VARIANT is alone, features or distilled. What training took is read from
+their logs. Pictures are kept in the folder and painted again only where weights or settings are others.
+Several processes may share the work: `--paint alone-0 features-0` paints those students' pictures and stops.
 """
 
 from __future__ import annotations
@@ -63,11 +62,12 @@ def comparison(pictures: Mapping[str, Mapping[str, np.ndarray]], which: Sequence
     students = next(pictures[name] for name in SETS if name in pictures)
     rows = {"held-out scene": pictures["references"][REAL["reconstructions"]], **students}
     rows[EXPERTS] = pictures["references"][EXPERTS]
-    return contact_sheet(
+    sheet = contact_sheet(
         [str(k + 1) for k in range(len(which))],
         [(title, [images[i] for i in which]) for title, images in rows.items()],
-        scale=1,
     )
+    # A palette makes the file a third as large.
+    return sheet.quantize(256, kmeans=1, dither=Image.Dither.NONE)
 
 
 def _block(numbers: Results, sampling: Sampling, prompts: Sequence[str], which: Sequence[int]) -> str:

@@ -68,14 +68,21 @@ class Student:
 
     @cached_property
     def weights(self) -> str:
-        """SHA-256 of the file."""
-        return hashlib.sha256((self.folder / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
+        """SHA-256 of the weights' file."""
+        files = list(self.folder.glob("*.safetensors"))
+        if len(files) != 1:
+            raise ValueError(f"{self.folder} must hold one .safetensors file, got {len(files)}")
+        return hashlib.sha256(files[0].read_bytes()).hexdigest()
 
     @cached_property
     def training(self) -> dict[str, float]:
-        """What training.json says, or {}."""
-        path = self.folder / "training.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        """Steps and seconds by the run's log, or {} without one."""
+        path = self.folder / "log.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        timed = [record for record in map(json.loads, lines) if "seconds" in record]
+        if not timed:
+            return {}
+        return {"steps": timed[-1]["step"], "seconds": sum(record["seconds"] for record in timed)}
 
 
 def find_students(folder: Path) -> list[Student]:

@@ -28,7 +28,8 @@ def student(folder, seed, training=None):
             parameter.add_(0.05 * torch.randn_like(parameter))
     model.save_pretrained(folder)
     if training is not None:
-        (folder / "training.json").write_text(json.dumps(training))
+        (folder / "diffusion_pytorch_model.safetensors").rename(folder / "model.safetensors")
+        (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in training))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,8 +46,9 @@ def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("study")
     for i, variant in enumerate(("alone", "features", "distilled")):
         for seed in (0, 1):
-            known = {"steps": 100 - 10 * i, "seconds": 60 + seed}
-            student(root / "equal_steps" / f"{variant}-{seed}", 10 * i + seed, known)
+            log = [{"step": 50, "seconds": 20.0}, {"step": 50, "validation": {}}]
+            log += [{"step": 100 - 10 * i, "seconds": 40.0 + seed}]
+            student(root / "equal_steps" / f"{variant}-{seed}", 10 * i + seed, log)
             other = 10 * i + seed + (0 if variant == "alone" else 5)
             student(root / "equal_time" / f"{variant}-{seed}", other)
     return root
@@ -164,6 +166,8 @@ def test_refusals(tmp_path, runs):
     (tmp_path / "best-0").rename(tmp_path / "alone-0")
     with pytest.raises(ValueError, match="every variant needs the same seeds"):
         find_students(tmp_path)
+    with pytest.raises(ValueError, match=r"one \.safetensors file, got 0"):
+        _ = Student(tmp_path / "alone-0", "alone", 0).weights
     with pytest.raises(ValueError, match="no student alone-9"):
         student_study.paint(runs, None, ["alone-9"])
     with pytest.raises(SystemExit):
