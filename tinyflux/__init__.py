@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from .sampling import StudentModel, tinyflux_expert
     from .sources import DemoScenes, ImageFolder, TarFiles, open_source
     from .teachers import CachedTeachers, FeatureTeachers, LiveTeachers, Taught, check_shared_latents
-    from .times import TimeSettings, sample_noise
+    from .time_settings import TimeSettings
+    from .times import sample_noise
 
 # diffusers takes seconds to import: who asks for a name pays for what that name needs.
 _NAMES = {
@@ -43,7 +44,8 @@ _NAMES = {
     "sampling": ("StudentModel", "tinyflux_expert"),
     "sources": ("DemoScenes", "ImageFolder", "TarFiles", "open_source"),
     "teachers": ("CachedTeachers", "FeatureTeachers", "LiveTeachers", "Taught", "check_shared_latents"),
-    "times": ("TimeSettings", "sample_noise"),
+    "time_settings": ("TimeSettings",),
+    "times": ("sample_noise",),
 }
 
 __all__ = [
