@@ -81,6 +81,7 @@ class Batches:
                     uncond={name: _rows(features, of_prompts) for name, features in uncond.items()},
                     device=device,
                     callback=self._on_step_end,
+                    keep_x0=callback is not None and "pred_original_sample" in self._callback_inputs,
                 )
             )
 
