@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 _BLOCK = 1024
 _UINT64 = (1 << 64) - 1
 _CHUNK = 1 << 16  # elements at a time: many, as calls cost more than a cache that overflows
+_DRAWN = 1 << 14  # elements drawn at once: the memory of larger arrays would be mapped anew each time
 _VECTOR = 256  # a multiple of what any vectorised loop does at once
 
 # Arrays without dimensions cost a call less than scalars do.
@@ -122,8 +123,11 @@ def fill_normal(out: Tensor, seeds: Tensor, step: int, stream: int) -> Tensor:
     for samples, elements in _parts(*flat.shape):
         count = len(elements)
         words = [
-            _workspace.philox(each[sample], step, stream, elements.start // 8).random_raw((count + 1) // 2)
+            _workspace.philox(each[sample], step, stream, start // 8).random_raw(
+                (min(_DRAWN, elements.stop - start) + 1) // 2
+            )
             for sample in samples
+            for start in range(elements.start, elements.stop, _DRAWN)
         ]
         part = flat[samples.start : samples.stop, elements.start : elements.stop]
         if count % 2:
