@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from .interop import load_tinyflux
     from .model import TinyFlux, TinyFluxOutput
     from .sampling import StudentModel, tinyflux_expert
-    from .sources import DemoScenes, ImageFolder, TarFiles, open_source
 
 # diffusers takes seconds to import: who asks for a name pays for what that name needs.
 _NAMES = {
@@ -27,20 +26,16 @@ _NAMES = {
     "interop": ("load_tinyflux",),
     "model": ("TinyFlux", "TinyFluxOutput"),
     "sampling": ("StudentModel", "tinyflux_expert"),
-    "sources": ("DemoScenes", "ImageFolder", "TarFiles", "open_source"),
 }
 
 __all__ = [
     "T_BUCKETS",
-    "DemoScenes",
     "ExpertFeatures",
     "FeatureCache",
     "Features",
-    "ImageFolder",
     "MultiSource",
     "StudentEncoders",
     "StudentModel",
-    "TarFiles",
     "Teachers",
     "TextEncoder",
     "TinyFlux",
@@ -51,7 +46,6 @@ __all__ = [
     "export_upstream",
     "import_upstream",
     "load_tinyflux",
-    "open_source",
     "tinyflux_expert",
 ]
 

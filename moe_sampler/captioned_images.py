@@ -252,8 +252,8 @@ class DemoScenes:
         return self.count
 
     def __getitem__(self, index: int) -> CaptionedImage:
-        from moe_sampler.demo.captions import caption
-        from moe_sampler.demo.scenes import draw_scene, render
+        from .demo.captions import caption
+        from .demo.scenes import draw_scene, render
 
         if not 0 <= index < self.count:
             raise IndexError(index)
