@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from PIL import Image
@@ -33,12 +32,14 @@ class Task(Protocol):
     Attributes:
         name: of the run in logs and trackers.
         model: what is trained, where `requires_grad`; a diffusers model (`ModelMixin`).
-        data: a dataset with a length; `torch.utils.data.default_collate` or its own `collate` makes batches.
+        data: a dataset with a length; torch's `default_collate` or the task's own `collate` makes batches.
+        weights_name: of the file that the trained model's tensors go to, beside its config.
     """
 
     name: str
     model: nn.Module
     data: Dataset
+    weights_name: str
 
     def loss(self, model: nn.Module, batch: Any, draws: Draws) -> Losses:
         """Of a micro-batch. `model` is `self.model`, maybe wrapped for several processes or compiled: call
@@ -54,6 +55,3 @@ class Task(Protocol):
     def describe(self) -> dict[str, Any]:
         """Of the data and all else a model card should say beside the settings. Plain values, and the same
         in a run that is resumed: a checkpoint is only continued with the same description."""
-
-    def save(self, folder: Path) -> None:
-        """Write `self.model`, as it is, to `folder`, in the layout it is loaded from."""

@@ -1,0 +1,166 @@
+"""What a run shows of itself: its log, validation, sheets of samples, trackers, the model and its card."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+from .model_card import model_card
+from .noise_bins import NoiseBins
+from .run import Run
+from .run_folder import RunFolder
+from .settings import SettingsError
+from .task import Losses
+
+__all__ = ["Observer"]
+
+
+class Observer:
+    """Args:
+    run: that is watched.
+    record: all settings, plain values.
+
+    Raises:
+        SettingsError: the hub doesn't take the model.
+    """
+
+    def __init__(self, run: Run, record: dict[str, Any]) -> None:
+        self.run, self.record = run, record
+        self.folder = RunFolder(run.settings.output_dir, run.task)
+        self.validation: dict[str, float] = {}
+        self._validated_at = -1
+        self._bins = NoiseBins(run.settings.noise_bins, run.accelerator.device)
+        self._sums: dict[str, Any] = {}
+        self._count = 0
+        self._seconds, self._since = 0.0, time.monotonic()
+        self._repository = self._new_repository() if run.settings.push_to_hub else None
+
+    def begin(self) -> None:
+        """Open the trackers, and take back what the log says of steps that will be made again."""
+        run = self.run
+        if run.accelerator.is_main_process:
+            self.folder.begin(run.step, self.record)
+        if run.accelerator.log_with:
+            plain = {k: v for k, v in _flat(self.record).items() if isinstance(v, (int, float, str, bool))}
+            purge = {"tensorboard": {"purge_step": run.step + 1}} if run.step else {}
+            run.accelerator.init_trackers("training", config=plain, init_kwargs=purge)
+        self._since = time.monotonic()
+
+    # Training
+
+    def add(self, found: Sequence[Losses], loss: float, norm: float) -> None:
+        """A step's losses."""
+        sums: dict[str, Any] = {"loss": loss, "grad_norm": norm}
+        for losses in found:
+            self._bins.add(losses.per_sample, losses.noise)
+            for name, value in losses.terms.items():
+                sums[name] = sums.get(name, 0.0) + value.detach().double() / len(found)
+        for name, value in sums.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        self._count += 1
+
+    def log(self, rate: float) -> None:
+        """A line of the log: means since the last one, over all processes."""
+        run = self.run
+        self._seconds += time.monotonic() - self._since
+        count = max(self._count, 1)
+        means = {name: float(value) / count for name, value in sorted(self._sums.items())}
+        if run.plan.processes > 1 and means:
+            reduced = run.accelerator.reduce(torch.tensor([*means.values()], dtype=torch.float64), "mean")
+            means = dict(zip(means, reduced.tolist(), strict=True))
+        by_noise = self._bins.take(run.accelerator)
+        numbers = {**means, "learning_rate": rate, "skipped": run.skipped}
+        if run.accelerator.is_main_process:
+            line = {"step": run.step, "seconds": round(self._seconds, 3), **numbers, "by_noise": by_noise}
+            self.folder.log(line)
+        shown = {f"train/{name}": value for name, value in numbers.items()}
+        shown |= {f"train_by_noise/{name}": value for name, value in by_noise.items()}
+        run.accelerator.log(shown, step=run.step)
+        self._sums, self._count, self._seconds = {}, 0, 0.0
+        self._since = time.monotonic()
+
+    def pause(self) -> None:
+        """What comes now is not training, until `resume`."""
+        self._seconds += time.monotonic() - self._since
+
+    def resume(self) -> None:
+        self._since = time.monotonic()
+
+    # Looking at what was learned
+
+    def validate(self) -> None:
+        """Numbers on held-out data with the averaged weights; the best step's model is kept. Once a step."""
+        run = self.run
+        if self._validated_at == run.step:
+            return
+        self._validated_at = run.step
+        with run.evaluating():
+            numbers = run.task.validate(run.task.model)
+            better = "loss" in numbers and (run.best is None or numbers["loss"] < run.best["loss"])
+            tensors = run.tensors() if better else {}
+        if not numbers:
+            return
+        self.validation = numbers
+        if better:
+            run.best = {"step": run.step, **numbers}
+        if run.accelerator.is_main_process:
+            self.folder.log({"step": run.step, "validation": numbers})
+            if better:
+                self.folder.save_best(tensors, run.best)
+        run.accelerator.log({f"validation/{name}": value for name, value in numbers.items()}, step=run.step)
+
+    def sample(self) -> None:
+        """A sheet of pictures from the averaged weights."""
+        run = self.run
+        with run.evaluating():
+            images = run.task.samples(run.task.model)
+        if not images or not run.accelerator.is_main_process:
+            return
+        sheet = np.asarray(self.folder.save_samples(images, run.step))
+        for tracker in run.accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                shape = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"samples": sheet[None]}, step=run.step, **shape)
+
+    def finish(self) -> None:
+        """Validate, draw samples, write the model and its card, and upload it if asked for."""
+        run = self.run
+        self.validate()
+        self.sample()
+        with run.evaluating():
+            tensors = run.tensors()
+        if run.accelerator.is_main_process:
+            name = self._repository or run.settings.output_dir.resolve().name
+            card = model_card(
+                name, run.task.describe(), self.record, self.validation, self.folder.records(), run.step
+            )
+            self.folder.save_final(tensors, card)
+            if self._repository is not None:
+                HfApi().upload_folder(
+                    folder_path=run.settings.output_dir,
+                    repo_id=self._repository,
+                    allow_patterns=["config.json", run.task.weights_name, "README.md"],
+                )
+        run.accelerator.end_training()
+
+    def _new_repository(self) -> str:
+        name = self.run.settings.hub_model_id or self.run.settings.output_dir.resolve().name
+        try:
+            return HfApi().create_repo(name, exist_ok=True).repo_id
+        except (HfHubHTTPError, LocalTokenNotFoundError, OSError, ValueError) as error:
+            raise SettingsError(
+                f"push_to_hub: {name} can't be made on the hub: {str(error).strip().splitlines()[0]}"
+            ) from None
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found

@@ -1,0 +1,123 @@
+"""A task that trains in milliseconds and exercises the whole trainer."""
+
+from __future__ import annotations
+
+import sys
+import zlib
+from pathlib import Path
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from PIL import Image
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from moe_sampler.kernels import flow_training_pair
+from moe_sampler.training import Losses, Trainer, TrainingSettings
+
+
+class Tiny(ModelMixin, ConfigMixin):
+    """A denoiser of points in the plane, with dropout and a scalar parameter."""
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ("Linear",)
+
+    @register_to_config
+    def __init__(self, width: int = 16, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, width), nn.SiLU(), nn.Dropout(dropout), nn.Linear(width, 2))
+        self.gain = nn.Parameter(torch.ones(()))
+        self.unused = nn.Parameter(torch.zeros(2))
+        self.register_buffer("offset", torch.zeros(2))
+
+    def forward(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        return self.gain * self.layers(torch.cat([x, sigma[:, None]], 1)) + self.offset
+
+
+class Points:
+    """Learns the flow velocity of points on a circle.
+
+    Args:
+        poison: samples whose loss is NaN.
+        die_at: step before whose loss the process is killed, as by a power cut.
+    """
+
+    name = "points"
+    weights_name = "model.safetensors"
+
+    def __init__(self, count: int = 50, dropout: float = 0.1, poison=(), hook=lambda step: None) -> None:
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            self.model = Tiny(dropout=dropout)
+        angle = torch.arange(count) * 2.399
+        self.data = TensorDataset(torch.stack([angle.cos(), angle.sin()], 1), torch.arange(count))
+        self.poison, self.hook = set(poison), hook
+        self.seen: list[list[int]] = []
+
+    def loss(self, model, batch, draws) -> Losses:
+        self.hook(draws.step)
+        x0, index = batch
+        self.seen.append(index.tolist())
+        sigma = draws.stratified("time").float()
+        pair = flow_training_pair(x0, sigma, seeds=draws.seeds("noise"))
+        per_sample = (model(pair.noisy, sigma) - pair.target).square().mean(1)
+        poisoned = torch.tensor([int(i) in self.poison for i in index])
+        per_sample = torch.where(poisoned, torch.nan, per_sample)
+        loss = per_sample.mean()
+        return Losses(loss, {"velocity": loss.detach()}, per_sample.detach(), sigma)
+
+    def validate(self, model) -> dict[str, float]:
+        x = torch.ones(4, 2)
+        return {"loss": float(model(x, torch.full((4,), 0.5)).square().mean())}
+
+    def samples(self, model) -> list[Image.Image]:
+        torch.rand(3)  # must not disturb the run
+        return [Image.new("RGB", (8, 8), (10 * i, 0, 0)) for i in range(3)]
+
+    def describe(self) -> dict:
+        return {"data": "points on a circle", "count": len(self.data), "tags": ["toy"]}
+
+
+def settings(folder: Path, **changes) -> TrainingSettings:
+    values = {
+        "max_train_steps": 12,
+        "train_batch_size": 8,
+        "learning_rate": 1e-2,
+        "lr_warmup_steps": 2,
+        "checkpointing_steps": 4,
+        "validation_steps": 3,
+        "sample_steps": 5,
+        "logging_steps": 2,
+        "report_to": "none",
+    }
+    return TrainingSettings(output_dir=folder, **{**values, **changes})
+
+
+def train(folder: Path, task: Points | None = None, **changes) -> dict:
+    return Trainer(task or Points(), settings(folder, **changes), quiet=True).train()
+
+
+def digest(folder: Path) -> int:
+    """Of everything a checkpoint holds but its state.json."""
+    files = sorted(path for path in folder.iterdir() if path.suffix == ".safetensors")
+    return zlib.crc32(b"".join(path.name.encode() + path.read_bytes() for path in files))
+
+
+def main(folder: str, kill_at: str = "", *changes: str) -> None:
+    """A run in a process of its own: `python training_helpers.py FOLDER [STEP] [NAME=VALUE ...]`."""
+    import os
+    import signal
+
+    def kill(step: int) -> None:
+        if step == int(kill_at.rstrip("t")):
+            os.kill(os.getpid(), signal.SIGTERM if kill_at.endswith("t") else signal.SIGKILL)
+
+    torch.set_num_threads(1)
+    given = {name: int(value) for name, _, value in (change.partition("=") for change in changes)}
+    dropout = given.pop("dropout", 10) / 100
+    train(Path(folder), Points(dropout=dropout, hook=kill if kill_at else lambda step: None), **given)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
