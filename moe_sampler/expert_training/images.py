@@ -15,13 +15,13 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..captioned_images import CaptionedImage, Source, fit_image
 from ..fingerprint import fingerprint
 from ..latents import encode_images
+from ..training.checkpoints import write_tensors
 from ..training.settings import SettingsError
 
 __all__ = ["DrawnSource", "LatentImages", "encode_source"]
@@ -182,7 +182,6 @@ def _encode(
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
     """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(tensors, temporary)
+    write_tensors(temporary, tensors)
     os.replace(temporary, path)
