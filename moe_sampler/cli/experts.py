@@ -1,4 +1,4 @@
-"""`moe-sampler train-demo`."""
+"""`moe-sampler experts ...`. Heavy imports wait until a command needs them, so that --help is quick."""
 
 from __future__ import annotations
 
@@ -9,10 +9,18 @@ import typer
 
 from .options import one_line_errors
 
-__all__ = ["train_demo"]
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="experts",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="The experts' own training: Sol, Lune or an ε-expert on any images, and the demo's experts anew.",
+)
 
 
-def train_demo(
+@app.command()
+def demo(
     output: Annotated[Path, typer.Argument(help="Folder to write the trained experts to.")],
     work_dir: Annotated[
         Path, typer.Option(help="Folder for the rendered scenes, checkpoints and logs; kept for resuming.")
@@ -25,10 +33,10 @@ def train_demo(
     Called again with the same arguments it continues where it stopped.
     """
     with one_line_errors():
-        from ..demo.train import train_demo as train
+        from ..demo.train import train_demo
 
         try:
-            typer.echo(str(train(output, work_dir=work_dir, stage=stage, seed=seed)))
+            typer.echo(str(train_demo(output, work_dir=work_dir, stage=stage, seed=seed)))
         except RuntimeError as error:  # a stage that failed, or a folder in use: it says which
             typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
             raise typer.Exit(1) from None

@@ -13,7 +13,7 @@ the blocks say less than they say of other samples of that level, the surprise e
 
     w_b = 1 + c·(surprise_b − mean surprise)
 
-with the largest c up to `strength` that keeps every weight within [lowest, highest]. So the mean weight of
+with the largest c up to `weight_strength` that keeps every weight within its bounds. So the mean weight of
 every micro-batch is exactly 1, the bounds hold exactly, and the balance of the noise levels stays.
 
 The probes see detached features: they never change the UNet but through the weights.
@@ -81,16 +81,16 @@ class BlockProbes(nn.Module):
             {
                 name.replace(".", "_"): nn.Sequential(
                     nn.LayerNorm(width * GRID * GRID),
-                    nn.Linear(width * GRID * GRID, settings.bins + settings.classes),
+                    nn.Linear(width * GRID * GRID, settings.probe_bins + settings.structure_classes),
                 )
                 for name, width in channels.items()
             }
         )
         # Parameters, so that optimizer, processes and checkpoints take care of them; 1 is chance.
-        self.expected = nn.Parameter(torch.ones(settings.bins))
+        self.expected = nn.Parameter(torch.ones(settings.probe_bins))
 
     def forward(self, features: Mapping[str, Tensor], noise: Tensor, structure: Tensor) -> Assessment:
-        bins = (noise * self.settings.bins).long().clamp(0, self.settings.bins - 1)
+        bins = (noise * self.settings.probe_bins).long().clamp(0, self.settings.probe_bins - 1)
         errors = torch.stack(
             [
                 self._error(self.probes[name.replace(".", "_")](_coarse(block)), bins, structure)
@@ -100,14 +100,13 @@ class BlockProbes(nn.Module):
         expected = self.expected[bins]
         surprise = (errors - expected).detach()
         loss = errors.mean() + F.mse_loss(expected, errors.detach())
-        weights = bounded_weights(
-            surprise, self.settings.strength, self.settings.lowest, self.settings.highest
-        )
+        own = self.settings
+        weights = bounded_weights(surprise, own.weight_strength, own.lowest_weight, own.highest_weight)
         return Assessment(weights, PROBE_SCALE * loss)
 
     def _error(self, logits: Tensor, bins: Tensor, structure: Tensor) -> Tensor:
         """[B]: cross-entropies of both questions, 1 at chance."""
-        level, kind = logits.split((self.settings.bins, self.settings.classes), -1)
+        level, kind = logits.split((self.settings.probe_bins, self.settings.structure_classes), -1)
         asked = ((level, bins), (kind, structure))
         return sum(F.cross_entropy(x, y, reduction="none") / math.log(x.shape[-1]) for x, y in asked) / 2
 

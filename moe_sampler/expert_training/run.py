@@ -10,25 +10,27 @@ from typing import Annotated, Any
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
+from tqdm.auto import tqdm
 
-from ..captioned_images import Source
+from ..captioned_images import DemoScenes, Source, open_source
 from ..checkpoints import CheckpointError, read_config
+from ..demo import experts_path
 from ..expert_weights import empty_unet, file_tensors
 from ..fingerprint import fingerprint
 from ..loading import check_experts_fit, load_shared, scheduler_from_config
 from ..presets import ExpertSource
 from ..sources import Hub, find_base, find_expert
 from ..training.checkpoints import write_tensors
-from ..training.settings import to_tables
+from ..training.settings import SettingsError, to_tables
 from ..training.trainer import Trainer
 from ..training.training_settings import TrainingSettings
 from .david import AssessedUNet, BlockProbes, block_channels
 from .images import encode_source
 from .objectives import Objective
-from .settings import DavidSettings, ExpertSettings, LevelSettings, check_kind
+from .settings import DataSettings, DavidSettings, ExpertSettings, LevelSettings, check_kind
 from .task import ExpertTask, TextStates
 
-__all__ = ["Base", "RunSettings", "load_base", "new_task", "train_expert"]
+__all__ = ["Base", "RunSettings", "load_base", "new_task", "train", "train_expert"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class RunSettings:
     """All settings of a run, by the tables of its file."""
 
     training: Annotated[TrainingSettings, "How"]
+    data: Annotated[DataSettings, "Images and models"] = field(default_factory=DataSettings)
     expert: Annotated[ExpertSettings, "What on"] = field(default_factory=ExpertSettings)
     levels: Annotated[LevelSettings, "The noise levels"] = field(default_factory=LevelSettings)
     david: Annotated[DavidSettings, "Weights from the UNet's own blocks"] = field(
@@ -108,6 +111,37 @@ def _new_unet(config: Mapping[str, Any], seed: int) -> UNet2DConditionModel:
         return UNet2DConditionModel.from_config(dict(config))
 
 
+def train(kind: str, settings: RunSettings, *, quiet: bool = False) -> dict[str, Any]:
+    """Train an expert from its settings alone, or continue, in `settings.training.output_dir`.
+
+    Args:
+        kind: "sol", "lune" or "epsilon".
+        settings: of the run.
+        quiet: no progress bars.
+
+    Raises:
+        ValueError: settings, data or models that can't be used, with what to do.
+    """
+    data = settings.data
+    if data.source is None and not data.demo:
+        raise SettingsError("give a source of images and captions, or demo")
+    base = experts_path() if data.base is None and data.demo else data.base
+    if base is None:
+        raise SettingsError(
+            "give base, the folder or hub id of the pipeline whose VAE and text encoder the expert works with"
+        )
+    source = DemoScenes(data.count) if data.demo else open_source(data.source)
+    models = load_base(base, data.unet, kind, settings.training.seed)
+    with tqdm(total=len(source), desc="encoding", disable=quiet, dynamic_ncols=True, leave=False) as bar:
+        task = new_task(
+            *(kind, source, models, settings),
+            height=data.height,
+            width=data.width,
+            progress=lambda done, total: bar.update(done - bar.n),
+        )
+    return train_expert(task, settings, quiet=quiet)
+
+
 def new_task(
     kind: str,
     source: Source,
@@ -116,6 +150,7 @@ def new_task(
     *,
     height: int | None = None,
     width: int | None = None,
+    latents_dir: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> ExpertTask:
     """An expert's task on a source of images, encoded into the run's folder.
@@ -125,6 +160,7 @@ def new_task(
         source, base: images and models.
         settings: of the run.
         height, width: of the images; by default the UNet's own size.
+        latents_dir: where the encoded images are kept; by default the run's folder.
         progress: of the encoding.
 
     Raises:
@@ -135,7 +171,7 @@ def new_task(
     images = encode_source(
         source,
         base.vae,
-        settings.training.output_dir,
+        latents_dir or settings.training.output_dir,
         height=height or side,
         width=width or side,
         structure=settings.expert.structure_below > 0,
@@ -144,7 +180,7 @@ def new_task(
     images.about["text_encoder"] = fingerprint(base.text.model)
     data, held_out = images.split(settings.expert.held_out)
     assessor = None
-    if settings.david.enabled:
+    if settings.david.use_david:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.training.seed)
             assessor = BlockProbes(block_channels(base.unet), settings.david)

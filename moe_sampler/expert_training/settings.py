@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from ..presets import TRAINING
 from ..training.settings import SettingsError, nearest
 
-__all__ = ["KINDS", "DavidSettings", "ExpertSettings", "Kind", "LevelSettings", "scheduler_config"]
+__all__ = [
+    "KINDS",
+    "DataSettings",
+    "DavidSettings",
+    "ExpertSettings",
+    "Kind",
+    "LevelSettings",
+    "scheduler_config",
+]
 
 Kind = Literal["sol", "lune", "epsilon"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -18,6 +27,39 @@ Density = Literal["uniform", "shifted", "focus"]
 _TRAINED_AS: Mapping[str, str] = {"sol": "sol", "lune": "lune", "epsilon": "sd15"}
 _DENSITIES: Mapping[str, Density] = {"sol": "shifted", "lune": "shifted", "epsilon": "uniform"}
 _BETAS: Mapping[str, tuple[float, float]] = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012)}
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Which images, and the models an expert is trained with."""
+
+    source: Annotated[
+        Path | None,
+        "Images and captions: a folder (a.png + a.txt, or metadata.jsonl), a .tar, or a folder of WebDataset "
+        ".tar files",
+    ] = None
+    demo: Annotated[bool, "The demo's drawn scenes, with its VAE and text encoder, instead of a source"] = (
+        False
+    )
+    count: Annotated[int, "demo: how many scenes"] = 4000
+    base: Annotated[
+        str | None,
+        "Folder or hub id of a pipeline, for its vae/, text_encoder/ and tokenizer/. Default with demo: the "
+        "experts that ship",
+    ] = None
+    unet: Annotated[
+        str,
+        "Where training starts: base (unet_<kind>/ or unet/ of the base), new (its shape, fresh weights), or "
+        "a folder, file or hub id of an expert",
+    ] = "base"
+    height: Annotated[int | None, "Of the images, which are resized and cut. Default: the UNet's own"] = None
+    width: Annotated[int | None, "Of the images. Default: the UNet's own"] = None
+
+    def __post_init__(self) -> None:
+        if self.demo and self.source is not None:
+            raise SettingsError("give a source of images and captions, or demo, not both")
+        if self.count < 2:
+            raise SettingsError(f"count must be at least 2, got {self.count}")
 
 
 @dataclass(frozen=True)
@@ -49,24 +91,25 @@ class LevelSettings:
 class DavidSettings:
     """The assessor that weighs samples by what the UNet's blocks know of them."""
 
-    enabled: Annotated[bool, "Weigh samples by David's assessment"] = False
-    bins: Annotated[int, "Bins of the noise level that probes tell apart"] = 10
-    classes: Annotated[int, "Structure classes: clusters of the coarse latents"] = 16
-    strength: Annotated[float, "Weight for one unit of surprise; 0 assesses without weighing"] = 1.0
-    lowest: Annotated[float, "No sample's weight is below"] = 0.5
-    highest: Annotated[float, "No sample's weight is above"] = 2.0
+    use_david: Annotated[bool, "Weigh samples by David's assessment"] = False
+    probe_bins: Annotated[int, "Bins of the noise level that probes tell apart"] = 10
+    structure_classes: Annotated[int, "Structure classes: clusters of the coarse latents"] = 16
+    weight_strength: Annotated[float, "Weight for one unit of surprise; 0 assesses without weighing"] = 2.0
+    lowest_weight: Annotated[float, "No sample's weight is below"] = 0.5
+    highest_weight: Annotated[float, "No sample's weight is above"] = 2.0
 
     def __post_init__(self) -> None:
-        if self.bins < 2 or self.classes < 2:
+        if self.probe_bins < 2 or self.structure_classes < 2:
             raise SettingsError(
-                f"bins and classes must be at least 2, got {self.bins} and {self.classes}: there is nothing "
-                "to tell apart"
+                f"probe_bins and structure_classes must be at least 2, got {self.probe_bins} and "
+                f"{self.structure_classes}: there is nothing to tell apart"
             )
-        if not 0 <= self.strength < float("inf"):
-            raise SettingsError(f"strength must not be negative, got {self.strength}")
-        if not 0 < self.lowest < 1 < self.highest < float("inf"):
+        if not 0 <= self.weight_strength < float("inf"):
+            raise SettingsError(f"weight_strength must not be negative, got {self.weight_strength}")
+        if not 0 < self.lowest_weight < 1 < self.highest_weight < float("inf"):
             raise SettingsError(
-                f"weights lie between lowest < 1 and highest > 1, got {self.lowest} and {self.highest}"
+                f"weights lie between lowest_weight < 1 and highest_weight > 1, got {self.lowest_weight} "
+                f"and {self.highest_weight}"
             )
 
 

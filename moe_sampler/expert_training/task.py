@@ -104,7 +104,7 @@ class ExpertTask:
         self.model: nn.Module = AssessedUNet(unet, assessor) if self.assessed else unet
         self.david = DavidSettings() if david is None else david
         if self.assessed:
-            self.classes = structure_classes(data.latents, self.david.classes)
+            self.classes = structure_classes(data.latents, self.david.structure_classes)
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor], draws: Draws) -> Losses:
         levels = self.objective.draw(draws)

@@ -68,7 +68,7 @@ def test_the_probes_see_every_block_and_change_nothing_in_the_unet():
     unet = tiny_unet()
     sample, timestep, states = inputs()
     plain = unet(sample, timestep, states, return_dict=False)[0]
-    model = AssessedUNet(unet, BlockProbes(block_channels(unet), DavidSettings(classes=3)))
+    model = AssessedUNet(unet, BlockProbes(block_channels(unet), DavidSettings(structure_classes=3)))
     noise, structure = torch.linspace(0, 1, 8, dtype=torch.float64), torch.arange(8) % 3
     answer, weights, extra = model(sample, timestep, states, noise, structure)
     assert torch.equal(answer, plain)
@@ -111,7 +111,7 @@ class OfOneBlock:
 
 
 def test_what_the_blocks_hide_gets_more_weight():
-    probes = BlockProbes({"block": 6}, DavidSettings(bins=4, classes=4, strength=1.0))
+    probes = BlockProbes({"block": 6}, DavidSettings(probe_bins=4, structure_classes=4, weight_strength=1.0))
     optimizer = torch.optim.AdamW(probes.parameters(), lr=1e-2)
     data = OfOneBlock()
     for _ in range(150):
@@ -127,7 +127,7 @@ def test_what_the_blocks_hide_gets_more_weight():
 
 def test_much_noise_is_no_reason_for_weight():
     """What no block can know at a level is expected there."""
-    probes = BlockProbes({"block": 6}, DavidSettings(bins=2, classes=4))
+    probes = BlockProbes({"block": 6}, DavidSettings(probe_bins=2, structure_classes=4))
     optimizer = torch.optim.AdamW(probes.parameters(), lr=1e-2)
     rng = np.random.default_rng(1)
 
@@ -183,7 +183,7 @@ def test_a_sample_counts_as_much_as_its_weight():
             return torch.ones(len(texts), 3, 6)
 
     task = ExpertTask(
-        unet, Objective("sol"), data, Text(), assessor=Weighing(), david=DavidSettings(classes=2)
+        unet, Objective("sol"), data, Text(), assessor=Weighing(), david=DavidSettings(structure_classes=2)
     )
     batch = torch.utils.data.default_collate([data[0], data[1]])
     losses = task.loss(task.model, batch, Draws(0, 0, range(2), 2))
@@ -195,10 +195,10 @@ def test_a_sample_counts_as_much_as_its_weight():
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"bins": 1}, "at least 2"),
-        ({"strength": -1.0}, "must not be negative"),
-        ({"lowest": 1.5}, "lowest < 1"),
-        ({"highest": 0.9}, "highest > 1"),
+        ({"probe_bins": 1}, "at least 2"),
+        ({"weight_strength": -1.0}, "must not be negative"),
+        ({"lowest_weight": 1.5}, "lowest_weight < 1"),
+        ({"highest_weight": 0.9}, "highest_weight > 1"),
     ],
 )
 def test_wrong_settings_say_so(settings, message):

@@ -58,7 +58,7 @@ def test_a_new_unet_is_the_seeds_and_has_the_bases_shape(base):
 
 def test_david_trains_along_and_a_stopped_run_goes_on_to_the_same_bits(tmp_path, base):
     """The probes and what they expect are in the checkpoints, too."""
-    david = DavidSettings(enabled=True, classes=3, bins=4)
+    david = DavidSettings(use_david=True, structure_classes=3, probe_bins=4)
     made = {}
     for name, parts in (("whole", (4,)), ("halves", (2, 4))):
         for steps in parts:
@@ -81,7 +81,7 @@ def test_david_trains_along_and_a_stopped_run_goes_on_to_the_same_bits(tmp_path,
     for key, value in pipe.unet_sol.state_dict().items():
         assert torch.equal(value, trained[key])
     record = json.loads((made["whole"] / "settings.json").read_text())
-    assert record["david"]["enabled"] and record["training"]["max_train_steps"] == 4
+    assert record["david"]["use_david"] and record["training"]["max_train_steps"] == 4
 
 
 @pytest.mark.parametrize("kind, prediction", [("lune", "flow_prediction"), ("epsilon", "epsilon")])
