@@ -13,7 +13,13 @@ if TYPE_CHECKING:
     from .features import T_BUCKETS, ExpertFeatures, Features
     from .interop import load_tinyflux
     from .model import TinyFlux, TinyFluxOutput
+    from .noise_curve import NoiseCurve
+    from .objective_settings import ObjectiveSettings, check_objective
+    from .objectives import student_loss
+    from .routed import RoutedTeachers
     from .sampling import StudentModel, tinyflux_expert
+    from .teachers import CachedTeachers, FeatureTeachers, LiveTeachers, Taught, check_shared_latents
+    from .times import TimeSettings, sample_noise
 
 # diffusers takes seconds to import: who asks for a name pays for what that name needs.
 _NAMES = {
@@ -25,27 +31,45 @@ _NAMES = {
     "features": ("T_BUCKETS", "ExpertFeatures", "Features"),
     "interop": ("load_tinyflux",),
     "model": ("TinyFlux", "TinyFluxOutput"),
+    "noise_curve": ("NoiseCurve",),
+    "objective_settings": ("ObjectiveSettings", "check_objective"),
+    "objectives": ("student_loss",),
+    "routed": ("RoutedTeachers",),
     "sampling": ("StudentModel", "tinyflux_expert"),
+    "teachers": ("CachedTeachers", "FeatureTeachers", "LiveTeachers", "Taught", "check_shared_latents"),
+    "times": ("TimeSettings", "sample_noise"),
 }
 
 __all__ = [
     "T_BUCKETS",
+    "CachedTeachers",
     "ExpertFeatures",
     "FeatureCache",
+    "FeatureTeachers",
     "Features",
+    "LiveTeachers",
     "MultiSource",
+    "NoiseCurve",
+    "ObjectiveSettings",
+    "RoutedTeachers",
     "StudentEncoders",
     "StudentModel",
+    "Taught",
     "Teachers",
     "TextEncoder",
+    "TimeSettings",
     "TinyFlux",
     "TinyFluxConfig",
     "TinyFluxOutput",
     "at_time",
     "build_cache",
+    "check_objective",
+    "check_shared_latents",
     "export_upstream",
     "import_upstream",
     "load_tinyflux",
+    "sample_noise",
+    "student_loss",
     "tinyflux_expert",
 ]
 

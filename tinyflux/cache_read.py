@@ -40,30 +40,44 @@ def at_time(values: Tensor, t_buckets: Tensor, t: Tensor) -> Tensor:
     Returns:
         [B, ...] in the dtype of `values`, interpolated in float32.
     """
-    if t.dtype not in (torch.float32, torch.float64) or t_buckets.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"t and t_buckets must be float32 or float64, got {t.dtype} and {t_buckets.dtype}")
     if values.ndim < 2 or t.shape != values.shape[:1] or t_buckets.shape != values.shape[1:2]:
         raise ValueError(
             f"values, t_buckets and t must be [B, T, ...], [T] and [B], got {list(values.shape)}, "
             f"{list(t_buckets.shape)} and {list(t.shape)}"
         )
+    before, after, weight = buckets_around(t_buckets, t)
+    rows = torch.arange(len(t), device=t.device)
+    return between(values[rows, before], values[rows, after], weight)
+
+
+def buckets_around(t_buckets: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(index of the bucket before each time, of the one after it, the latter's weight), [B] each.
+
+    t_buckets: [T], increasing. t: [B]. float32 or float64 each; the weight is float32.
+    """
+    if t.dtype not in (torch.float32, torch.float64) or t_buckets.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"t and t_buckets must be float32 or float64, got {t.dtype} and {t_buckets.dtype}")
     # In float32 a time that was a bucket's decimal fraction still is that bucket.
     t, t_buckets = t.float(), t_buckets.float()
     after = torch.searchsorted(t_buckets, t, right=True).clamp_(max=len(t_buckets) - 1)
     before = (after - 1).clamp_(min=0)
     start, end = t_buckets[before], t_buckets[after]
     weight = ((t - start) / (end - start).clamp(min=torch.finfo(torch.float32).tiny)).clamp(0, 1)
-    rows = torch.arange(len(t), device=t.device)
-    weight = weight.view(-1, *(1,) * (values.ndim - 2))
-    return torch.lerp(values[rows, before].float(), values[rows, after].float(), weight).to(values.dtype)
+    return before, after, weight
+
+
+def between(before: Tensor, after: Tensor, weight: Tensor) -> Tensor:
+    """before + weight·(after - before): [B, ...] each in one dtype, computed in float32. weight: [B]."""
+    weight = weight.view(-1, *(1,) * (before.ndim - 1))
+    return torch.lerp(before.float(), after.float(), weight).to(before.dtype)
 
 
 class FeatureCache(Dataset):
     """A finished cache as a dataset; shards are mapped from disk, and what is used is read.
 
-    An item holds `latents`, `prompt_embeds`, `prompt_mask`, `pooled_prompt_embeds`, `caption`, and where
-    their experts taught `lune`, `sol_stats` and `sol_maps` at every time of `t_buckets` (shapes: `TENSORS`,
-    without N). `at_time` interpolates them.
+    An item holds `latents`, `prompt_embeds`, `prompt_mask`, `pooled_prompt_embeds`, `caption`, its `index` in
+    this cache, and where their experts taught `lune`, `sol_stats` and `sol_maps` at every time of `t_buckets`
+    (shapes: `TENSORS`, without N). `at_time` interpolates them.
 
     Args:
         folder: of the cache.
@@ -135,6 +149,7 @@ class FeatureCache(Dataset):
             name: tensor[place].clone() for name, tensor in tensors.items() if name not in _NOT_ITEMS
         }
         item["caption"] = self.caption(index)
+        item["index"] = torch.tensor(index % len(self))
         return item
 
     def caption(self, index: int) -> str:
@@ -191,6 +206,16 @@ class MultiSource(Dataset):
         """float32 [T]; empty where no cache has an expert."""
         taught = [cache for cache in self.caches if cache.has_lune or cache.has_sol]
         return taught[0].t_buckets if taught else torch.empty(0)
+
+    @property
+    def has_lune(self) -> bool:
+        """Whether any cache has Lune's features."""
+        return any(cache.has_lune for cache in self.caches)
+
+    @property
+    def has_sol(self) -> bool:
+        """Whether any cache has Sol's."""
+        return any(cache.has_sol for cache in self.caches)
 
     def __len__(self) -> int:
         return self._ends[-1]

@@ -10,7 +10,6 @@ all times, so what changes between two of them is the noise level alone:
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
@@ -66,6 +65,15 @@ def check_times(t: Sequence[float]) -> tuple[float, ...]:
     if not times or not all(0.0 <= value <= 1.0 for value in times):
         raise ValueError(f"times must lie between 0 (noise) and 1 (data), and be at least one, got {times}")
     return times
+
+
+def _columns(t: Sequence[float] | Tensor, batch: int) -> list[tuple[float, ...]]:
+    """The times of each pass through a model: one for all samples, or one a sample."""
+    if not isinstance(t, Tensor):
+        return [(time,) for time in check_times(t)]
+    if not t.is_floating_point() or t.ndim != 2 or len(t) != batch or not t.numel():
+        raise ValueError(f"t must be a sequence, or floating [{batch}, T], got {t.dtype} {list(t.shape)}")
+    return [check_times(column) for column in t.T.tolist()]
 
 
 def check_buckets(t_buckets: Sequence[float]) -> tuple[float, ...]:
@@ -161,25 +169,26 @@ class ExpertFeatures:
         prompt: list[str] | None = None,
         *,
         seeds: Sequence[int] | Tensor,
-        t: Sequence[float] = T_BUCKETS,
+        t: Sequence[float] | Tensor = T_BUCKETS,
         prompt_embeds: Tensor | None = None,
         **conditioning: Any,
     ) -> Features:
-        """Features of latents at every time in `t`.
+        """Features of latents at T times.
 
         Args:
             latents: [B, C, h, w], float32, clean: of the experts' own VAE, scaled.
             prompt: B texts; or `prompt_embeds`: [B, tokens, channels].
             seeds: B integers; a sample's noise is `philox_normal(latents.shape, seeds)`, so it depends on its
                 own seed alone.
-            t: times, 0 is noise and 1 is data.
+            t: times, 0 is noise and 1 is data: a sequence for all samples, or a floating tensor [B, T], each
+                sample's own.
             conditioning: what else the UNets' forward needs, such as `added_cond_kwargs`.
 
         Raises:
             ValueError: inputs that don't fit together.
             CaptureError: a layer of Sol's that didn't show its queries and keys.
         """
-        times = check_times(t)
+        times = _columns(t, len(latents))
         if latents.ndim != 4 or latents.dtype != torch.float32:
             raise ValueError(
                 f"latents must be float32 [B, C, h, w], got {latents.dtype} {list(latents.shape)}"
@@ -200,11 +209,11 @@ class ExpertFeatures:
         noise = philox_normal(latents.shape, seeds)
 
         def inputs(path: Path) -> Iterator[tuple[Tensor, Tensor]]:
-            for index, time in enumerate(times):
+            for index, column in enumerate(times):
                 own = (
                     noise if self.convention == "sample" else philox_normal(latents.shape, seeds, step=index)
                 )
-                yield self._input(path, latents, own, time)
+                yield self._input(path, latents, own, column)
 
         lune = stats = maps = None
         if self.lune is not None:
@@ -213,21 +222,30 @@ class ExpertFeatures:
             stats, maps = self._sol(inputs(self.sol_path), prompt_embeds, conditioning)
         return Features(lune, stats, maps)
 
-    def _input(self, path: Path, x0: Tensor, noise: Tensor, t: float) -> tuple[Tensor, Tensor]:
-        """(What an expert on `path` sees at time t, the timestep it is told)."""
-        filled = functools.partial(torch.full, device=x0.device)  # unlike torch.tensor doesn't wait for it
+    def _input(
+        self, path: Path, x0: Tensor, noise: Tensor, times: tuple[float, ...]
+    ) -> tuple[Tensor, Tensor]:
+        """(What an expert on `path` sees, the timestep it is told) at one time for all or one a sample."""
+
+        def filled(values: Sequence[float]) -> Tensor:
+            # Unlike a copy of a list, filling doesn't wait for the device.
+            if len(values) == 1:
+                return torch.full((1,), values[0], device=x0.device)
+            return torch.tensor(values).to(x0.device, non_blocking=True)
+
         if self.convention == "tiny-flux-v4":
-            return noise, filled((), 1000.0 * t)
-        level = path.at(1.0 - t)
+            return noise, filled([1000.0 * t for t in times])
+        levels = [path.at(1.0 - t) for t in times]
+        timesteps = [path.timestep(level) for level in levels]
         if not path.discrete:
-            sigma = filled((len(x0),), level.noise)
-            return flow_training_pair(x0, sigma, noise=noise).noisy, filled((), path.timestep(level))
-        timestep = round(path.timestep(level))
-        level = path.level(timestep)
-        # Tables of the one level that is needed.
-        alpha, sigma = filled((1,), level.alpha), filled((1,), level.sigma)
-        row = filled((len(x0),), 0)
-        return ddpm_training_pair(x0, row, alpha, sigma, noise=noise).noisy, filled((), timestep)
+            sigma = filled([level.noise for level in levels]).expand(len(x0)).contiguous()
+            return flow_training_pair(x0, sigma, noise=noise).noisy, filled(timesteps)
+        timesteps = [round(timestep) for timestep in timesteps]
+        levels = [path.level(timestep) for timestep in timesteps]
+        # Tables of the levels that are needed, a row each.
+        alpha, sigma = filled([level.alpha for level in levels]), filled([level.sigma for level in levels])
+        rows = torch.arange(len(levels), device=x0.device).expand(len(x0)).contiguous()
+        return ddpm_training_pair(x0, rows, alpha, sigma, noise=noise).noisy, filled(timesteps)
 
     def _lune(
         self, inputs: Iterator[tuple[Tensor, Tensor]], prompt_embeds: Tensor, conditioning: dict

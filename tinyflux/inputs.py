@@ -35,6 +35,8 @@ def check_inputs(
         "lune_features": (batch, config.lune_expert_dim),
         "sol_stats": (batch, 3),
         "sol_spatial": (batch, side, side),
+        "lune_mask": (batch,),
+        "sol_mask": (batch,),
     }
     for name, shape in expected.items():
         given = inputs[name]

@@ -209,6 +209,8 @@ class TinyFlux(ModelMixin, ConfigMixin):
         lune_features: Tensor | None = None,
         sol_stats: Tensor | None = None,
         sol_spatial: Tensor | None = None,
+        lune_mask: Tensor | None = None,
+        sol_mask: Tensor | None = None,
         return_dict: bool = True,
     ) -> TinyFluxOutput | tuple[Tensor]:
         """The velocity data - noise at t.
@@ -227,6 +229,8 @@ class TinyFlux(ModelMixin, ConfigMixin):
             lune_features: [B, lune_expert_dim], real features of Lune; predicted ones where not given.
             sol_stats: [B, 3], real (locality, entropy, clustering) of Sol's attention, for the temperature.
             sol_spatial: [B, S, S], the real map of Sol's attention.
+            lune_mask, sol_mask: bool [B], the samples that use the real features given, all by default; the
+                others use predicted ones.
             return_dict: False returns `(sample,)`.
 
         Tensors may have any float dtype; the work is done in the model's (or autocast's), but times, rotary
@@ -249,6 +253,8 @@ class TinyFlux(ModelMixin, ConfigMixin):
             lune_features=lune_features,
             sol_stats=sol_stats,
             sol_spatial=sol_spatial,
+            lune_mask=lune_mask,
+            sol_mask=sol_mask,
         )
         dtype = self.img_in.weight.dtype
         exact = torch.float64 if dtype == torch.float64 else torch.float32
@@ -267,11 +273,11 @@ class TinyFlux(ModelMixin, ConfigMixin):
         signal = lune = sol = None
         if self.lune_predictor is not None:
             features = None if lune_features is None else lune_features.to(dtype)
-            signal, lune = self.lune_predictor(time_and_text, features)
+            signal, lune = self.lune_predictor(time_and_text, features, lune_mask)
             vec = vec + signal
         if self.sol_prior is not None:
             stats = None if sol_stats is None else sol_stats.to(dtype)
-            sol = self.sol_prior(time_and_text, t, stats, sol_spatial)
+            sol = self.sol_prior(time_and_text, t, stats, sol_spatial, sol_mask)
 
         img_ids = self.create_img_ids(*size, device=t.device) if img_ids is None else img_ids
         shared = attention_inputs(self.rope, img_ids, txt_ids, text.shape[1], mask, exact)

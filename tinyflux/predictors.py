@@ -17,6 +17,13 @@ from moe_sampler.tinyflux.dense import linear
 __all__ = ["LunePredictor", "SolOutput", "SolPrior"]
 
 
+def _real_or(predicted: Tensor, given: Tensor | None, real: Tensor | None) -> Tensor:
+    """The real features of the samples that use them, the predicted ones of the others; [B, ...]."""
+    if given is None:
+        return predicted
+    return given if real is None else torch.where(real.view(-1, *(1,) * (given.ndim - 1)), given, predicted)
+
+
 class LunePredictor(nn.Module):
     """sigmoid(gate) * Linear(LayerNorm(features)), the features predicted from time and text if not given."""
 
@@ -38,13 +45,16 @@ class LunePredictor(nn.Module):
         )
         self.expert_gate = nn.Parameter(torch.zeros(()))
 
-    def forward(self, time_and_text: Tensor, features: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, time_and_text: Tensor, features: Tensor | None, real: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """([B, D] to add to the conditioning, [B, lune_expert_dim] predicted features).
 
         time_and_text: [B, D + pooled_projection_dim]. features: [B, lune_expert_dim], the real ones, or None.
+        real: bool [B], the samples that use them; all do by default.
         """
         predicted = self.predictor(self.input_proj(time_and_text))
-        signal = self.output_proj(predicted if features is None else features)
+        signal = self.output_proj(_real_or(predicted, features, real))
         return torch.sigmoid(self.expert_gate) * signal, predicted
 
 
@@ -115,18 +125,24 @@ class SolPrior(nn.Module):
         return torch.sigmoid(logits).unflatten(-1, (self.side, self.side))
 
     def forward(
-        self, time_and_text: Tensor, t: Tensor, stats: Tensor | None, spatial: Tensor | None
+        self,
+        time_and_text: Tensor,
+        t: Tensor,
+        stats: Tensor | None,
+        spatial: Tensor | None,
+        real: Tensor | None = None,
     ) -> SolOutput:
         """Real statistics and the real map stand in for the predicted ones, each on its own.
 
         time_and_text: [B, D + pooled_projection_dim]. t: [B], float32 (float64 in a float64 model).
-        stats: [B, 3] or None. spatial: [B, S, S] or None.
+        stats: [B, 3] or None. spatial: [B, S, S] or None. real: bool [B], the samples that use them; all do
+        by default.
         """
         predicted_stats = self.stat_predictor(time_and_text)
         predicted_map = self._predicted_map(self.spatial_predictor(time_and_text).to(t.dtype))
-        given = predicted_stats if stats is None else stats
-        learned_temperature = self.stat_to_temperature(given).to(t.dtype)
-        learned_map = predicted_map if spatial is None else self.scaled(spatial.to(t.dtype))
+        learned_temperature = self.stat_to_temperature(_real_or(predicted_stats, stats, real)).to(t.dtype)
+        real_map = None if spatial is None else self.scaled(spatial.to(t.dtype))
+        learned_map = _real_or(predicted_map, real_map, real)
         blend = torch.sigmoid(self.blend_gate.to(t.dtype))
         return SolOutput(
             torch.lerp(learned_temperature, self._geometric_temperature(t), blend),

@@ -345,3 +345,20 @@ def test_blocks_are_found_by_diffusers():
     assert set(model._no_split_modules) <= kinds
     assert isinstance(model.single_blocks[0], SingleBlock)
     assert all(type(m) is Linear for m in model.modules() if isinstance(m, nn.Linear) and m is not None)
+
+
+@BOTH
+def test_samples_use_real_features_or_predict_them(config):
+    """Each as if it were alone in a batch that does either."""
+    model, inputs = trained(config), inputs_of(config, batch=4, real=("lune", "sol"))
+    lune, sol = torch.tensor([True, True, False, False]), torch.tensor([True, False, True, False])
+    with torch.no_grad():
+        found = model(**inputs, lune_mask=lune, sol_mask=sol)
+        for row in range(4):
+            own = {k: v[row : row + 1] if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+            if not lune[row]:
+                del own["lune_features"]
+            if not sol[row]:
+                del own["sol_stats"], own["sol_spatial"]
+            for name, expected in model(**own).items():
+                assert_close(found[name][row : row + 1], expected, rtol=1e-4, atol=1e-5)
