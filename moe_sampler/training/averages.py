@@ -6,47 +6,49 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from diffusers.training_utils import EMAModel
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 __all__ = ["WeightAverage"]
 
 
 class WeightAverage:
-    """diffusers' exponential moving average, in float32, over what is trained.
+    """Exponential moving average, float32, of what is trained; under FSDP each process averages its share.
 
-    The decay grows as (1 + step) / (10 + step) up to `decay`, so early weights are soon forgotten.
+    The decay of update n = 1, 2 ... is min(`decay`, n / (9 + n)), so early weights are soon forgotten.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self.model = model
-        self.average = EMAModel(self._trained(), decay=decay, foreach=True)
+        self.model, self.decay, self.updates = model, decay, 0
+        self._average = [p.float().clone() for p in self._trained()]
 
-    def _trained(self) -> list[nn.Parameter]:
-        return [p for p in self.model.parameters() if p.requires_grad]
+    def _trained(self) -> list[Tensor]:
+        """Views of this process's share of the parameters."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # after a forward pass without gradients the root is still whole
+        trained = [p.detach() for p in self.model.parameters() if p.requires_grad]
+        return [p.to_local() if isinstance(p, DTensor) else p for p in trained]
 
+    @torch.no_grad()
     def update(self) -> None:
-        self.average.step(self._trained())
+        self.updates += 1
+        decay = min(self.decay, self.updates / (9 + self.updates))
+        torch._foreach_lerp_(self._average, self._trained(), 1 - decay)
 
-    @property
-    def step(self) -> int:
-        return self.average.optimization_step
-
-    def set(self, step: int) -> None:
-        """The model's weights are the average after `step` updates."""
-        self.average.optimization_step = step
-        with torch.no_grad():
-            for average, parameter in zip(self.average.shadow_params, self._trained(), strict=True):
-                average.copy_(parameter)
+    @torch.no_grad()
+    def set(self, updates: int) -> None:
+        """The model's weights are the average after so many updates."""
+        self.updates = updates
+        torch._foreach_copy_(self._average, self._trained())
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Within the context the model has the averaged weights; its own come back whatever happens."""
-        own = [p.detach().clone() for p in self._trained()]
+        own = [p.clone() for p in self._trained()]
         try:
-            self.average.copy_to(self._trained())
+            torch._foreach_copy_(self._trained(), self._average)
             yield
         finally:
-            with torch.no_grad():
-                for parameter, kept in zip(self._trained(), own, strict=True):
-                    parameter.copy_(kept)
+            torch._foreach_copy_(self._trained(), own)

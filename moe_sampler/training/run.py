@@ -91,9 +91,9 @@ class Run:
                 model.train()
 
     def tensors(self) -> dict[str, Tensor]:
-        """The model's own tensors, whole, on the CPU; {} but on process 0 under FSDP."""
+        """Copies of the model's tensors, whole, on the CPU; {} but on process 0 under FSDP."""
         found = run_state.model_tensors(self.task.model)
-        return {name: tensor.reshape(self._shapes[name]) for name, tensor in found.items()}
+        return {name: tensor.reshape(self._shapes[name]).clone() for name, tensor in found.items()}
 
     # Checkpoints
 
@@ -163,7 +163,7 @@ class Run:
             "step": self.step,
             "skipped": self.skipped,
             "best": self.best,
-            "average_updates": None if self.average is None else self.average.step,
+            "average_updates": None if self.average is None else self.average.updates,
             "scaler": None if scaler is None else scaler.state_dict(),
             "samples_a_step": self.plan.total,
             "processes": self.plan.processes,

@@ -31,11 +31,12 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's moments, `<parameter>|<moment>`."""
+    """The optimizer's moments, `<parameter>|<moment>`; none of parameters that never had a gradient."""
     _, state = get_state_dict(model, optimizer, options=_FULL)
     return {
         f"{name}{_SEPARATOR}{moment}": torch.as_tensor(value)
         for name, moments in state.get("state", {}).items()
+        if moments.get("step", 1) > 0
         for moment, value in moments.items()
     }
 
@@ -65,6 +66,10 @@ def set_tensors(
         name, _, moment = key.rpartition(_SEPARATOR)
         same = value.numel() == shapes[name].numel() and moment != "step"
         state.setdefault(name, {})[moment] = value.reshape(shapes[name]) if same else value
+    for name in (name for group in groups for name in group["params"] if name not in state):
+        # Never had a gradient: as good as new.
+        state[name] = {m: torch.zeros(shapes[name]) for m in ("exp_avg", "exp_avg_sq")}
+        state[name]["step"] = torch.zeros(())
     weights = {name: tensor.reshape(shapes[name]) for name, tensor in weights.items()}
     set_state_dict(
         model,

@@ -111,7 +111,7 @@ class Trainer:
         batches = iter(self._loader())
         while run.step < settings.max_train_steps:
             rate = self.rate(run.step)
-            loss, stop = self._one_step(batches, rate, noted.signal is not None)
+            loss, stop = self._one_step(batches, rate, noted)
             bar.update(1)
             bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.2g}", refresh=False)
             last = run.step == settings.max_train_steps
@@ -128,7 +128,7 @@ class Trainer:
             if stop and not last:
                 raise Interrupted(noted.signal or signal.SIGTERM, run.step)
 
-    def _one_step(self, batches: Iterator[Any], rate: float, stop: bool) -> tuple[float, bool]:
+    def _one_step(self, batches: Iterator[Any], rate: float, noted: Interrupts) -> tuple[float, bool]:
         """(The step's loss, whether any process was told to stop)."""
         run, plan, accelerator = self.run, self.run.plan, self.run.accelerator
         for group in run.optimizer.param_groups:
@@ -147,7 +147,7 @@ class Trainer:
         norm = accelerator.clip_grad_norm_(run.model.parameters(), self.settings.max_grad_norm or math.inf)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         own = torch.stack([losses.loss.detach().float() for losses in found]).mean()
-        sums = accelerator.reduce(torch.stack([own, own.new_tensor(float(stop))]), "sum").tolist()
+        sums = accelerator.reduce(torch.stack([own, own.new_tensor(float(noted.signal is not None))]), "sum").tolist()
         loss, stopping = sums[0] / plan.processes, sums[1] > 0
         scaled = (
             accelerator.scaler is not None
