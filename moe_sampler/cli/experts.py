@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
+from ..expert_training.settings import RunSettings
 from .options import one_line_errors
+from .training_flags import takes_settings
 
 __all__ = ["app"]
 
@@ -17,6 +19,50 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="The experts' own training: Sol, Lune or an ε-expert on any images, and the demo's experts anew.",
 )
+
+
+@app.command()
+@takes_settings(RunSettings)
+def train(
+    kind: Annotated[str, typer.Argument(help="sol, lune or epsilon.")],
+    source: Annotated[
+        Path | None,
+        typer.Argument(
+            help="Images and captions: a folder (a.png + a.txt, or metadata.jsonl), a .tar, or a folder of "
+            "WebDataset .tar files. Or --demo.",
+            show_default=False,
+        ),
+    ] = None,
+    *,
+    settings: RunSettings,
+) -> None:
+    """Train an expert: Sol (v on the DDPM path), Lune (rectified flow), or one that predicts the noise.
+
+    `moe-sampler experts train sol --demo --output-dir runs/sol --max-train-steps 2000 --use-david`
+
+    `moe-sampler experts train lune pictures/ --base stable-diffusion-v1-5/stable-diffusion-v1-5
+    --output-dir runs/lune`
+
+    Called again with the same arguments it continues where it stopped. Several processes:
+    `accelerate launch -m moe_sampler.cli experts train ...`
+    """
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for logging in (diffusers_logging, transformers_logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    from ..expert_training.run import train as run
+    from ..training.trainer import Interrupted, NonFiniteError
+
+    try:
+        result = run(kind, settings)
+    except (Interrupted, NonFiniteError) as stopped:
+        typer.secho(str(stopped), fg=typer.colors.RED, err=True)
+        raise typer.Exit(1) from None
+    for name, value in result["validation"].items():
+        typer.echo(f"{name:16} {value:.5f}")
+    typer.echo(str(settings.training.output_dir))
 
 
 @app.command()

@@ -21,8 +21,8 @@ from ..captioned_images import DemoScenes
 from ..demo import experts_path
 from ..training.trainer import Interrupted
 from ..training.training_settings import TrainingSettings
-from .run import RunSettings, load_base, new_task, train_expert
-from .settings import DavidSettings, ExpertSettings
+from .run import load_base, new_task, train_expert
+from .settings import DavidSettings, ExpertSettings, RunSettings
 
 __all__ = ["ablation_table", "fill_page", "run_ablation"]
 

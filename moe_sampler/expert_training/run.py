@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -23,27 +23,13 @@ from ..sources import Hub, find_base, find_expert
 from ..training.checkpoints import write_tensors
 from ..training.settings import SettingsError, to_tables
 from ..training.trainer import Trainer
-from ..training.training_settings import TrainingSettings
 from .david import AssessedUNet, BlockProbes, block_channels
 from .images import encode_source
 from .objectives import Objective
-from .settings import DataSettings, DavidSettings, ExpertSettings, LevelSettings, check_kind
+from .settings import RunSettings, check_kind
 from .task import ExpertTask, TextStates
 
-__all__ = ["Base", "RunSettings", "load_base", "new_task", "train", "train_expert"]
-
-
-@dataclass(frozen=True)
-class RunSettings:
-    """All settings of a run, by the tables of its file."""
-
-    training: Annotated[TrainingSettings, "How"]
-    data: Annotated[DataSettings, "Images and models"] = field(default_factory=DataSettings)
-    expert: Annotated[ExpertSettings, "What on"] = field(default_factory=ExpertSettings)
-    levels: Annotated[LevelSettings, "The noise levels"] = field(default_factory=LevelSettings)
-    david: Annotated[DavidSettings, "Weights from the UNet's own blocks"] = field(
-        default_factory=DavidSettings
-    )
+__all__ = ["Base", "load_base", "new_task", "train", "train_expert"]
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from ..presets import TRAINING
 from ..training.settings import SettingsError, nearest
+from ..training.training_settings import TrainingSettings
 
 __all__ = [
     "KINDS",
@@ -140,6 +141,19 @@ class ExpertSettings:
         for name, least in (("held_out", 0), ("num_validation_images", 0), ("num_inference_steps", 1)):
             if getattr(self, name) < least:
                 raise SettingsError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """All settings of a run, by the tables of its file."""
+
+    training: Annotated[TrainingSettings, "How"]
+    data: Annotated[DataSettings, "Images and models"] = field(default_factory=DataSettings)
+    expert: Annotated[ExpertSettings, "What on"] = field(default_factory=ExpertSettings)
+    levels: Annotated[LevelSettings, "The noise levels"] = field(default_factory=LevelSettings)
+    david: Annotated[DavidSettings, "Weights from the UNet's own blocks"] = field(
+        default_factory=DavidSettings
+    )
 
 
 def check_kind(kind: str) -> None:

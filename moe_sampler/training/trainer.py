@@ -147,7 +147,9 @@ class Trainer:
         norm = accelerator.clip_grad_norm_(run.model.parameters(), self.settings.max_grad_norm or math.inf)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         own = torch.stack([losses.loss.detach().float() for losses in found]).mean()
-        sums = accelerator.reduce(torch.stack([own, own.new_tensor(float(noted.signal is not None))]), "sum").tolist()
+        sums = accelerator.reduce(
+            torch.stack([own, own.new_tensor(float(noted.signal is not None))]), "sum"
+        ).tolist()
         loss, stopping = sums[0] / plan.processes, sums[1] > 0
         scaled = (
             accelerator.scaler is not None
