@@ -20,6 +20,7 @@ from rich.table import Table
 
 from bench import pipelines, plots, suites
 from bench.measure import ENVIRONMENT, OURS, measure, table_rows
+from bench.pages import renew
 from bench.report import RESULTS, markdown, write_csv
 
 PERFORMANCE = Path(__file__).parents[1] / "docs" / "PERFORMANCE.md"
@@ -69,19 +70,6 @@ def _block(rows: Rows) -> str:
         count = sum(row["provider"] != OURS for row in rows)
         parts.append(f"Slower than another provider in {len(lost)} of {count} comparisons.")
     return "\n\n".join(parts)
-
-
-def renew(page: str, suite: str, block: str) -> str:
-    """The page with the text between a suite's two markers replaced.
-
-    Raises a ValueError if the page has no such markers.
-    """
-    start, stop = f"<!-- measured: {suite} -->", f"<!-- end: {suite} -->"
-    before, found, rest = page.partition(start)
-    _, ended, after = rest.partition(stop)
-    if not (found and ended):
-        raise ValueError(f"the page has no place marked {start} … {stop}")
-    return f"{before}{start}\n\n{block}\n\n{stop}{after}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

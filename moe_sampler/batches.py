@@ -30,7 +30,7 @@ class Batches:
         plan, experts: what is run.
         device: where.
         shape: of all images' latents.
-        cond: text features, one a prompt.
+        cond: text features, one a prompt; of all experts, or by expert.
         uncond: those of guidance, by expert.
         images_per_prompt: image i belongs to prompt i // images_per_prompt.
         batch_size: images that are sampled at once.
@@ -49,7 +49,7 @@ class Batches:
         shape: Sequence[int],
         *,
         device: torch.device,
-        cond: Features,
+        cond: Features | Mapping[str, Features],
         uncond: Mapping[str, Features],
         images_per_prompt: int,
         batch_size: int,
@@ -78,7 +78,7 @@ class Batches:
                     seeds=None if seeds is None else seeds[own],
                     noise=noise,
                     cond=_rows(cond, of_prompts),
-                    uncond={name: _rows(features, of_prompts) for name, features in uncond.items()},
+                    uncond=_rows(uncond, of_prompts),
                     device=device,
                     callback=self._on_step_end,
                 )
@@ -169,8 +169,12 @@ def _start(
     return None if noise is None else noise(0) * plan.initial_scale
 
 
-def _rows(features: Features, prompts: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {name: value[prompts.to(value.device)] for name, value in features.items()}
+def _rows(features: Features | Mapping[str, Features], prompts: torch.Tensor) -> dict[str, Any]:
+    """The rows of these prompts, of tensors or of mappings of them."""
+    return {
+        name: _rows(value, prompts) if isinstance(value, Mapping) else value[prompts.to(value.device)]
+        for name, value in features.items()
+    }
 
 
 def _names(plan: SamplingPlan, index: int) -> str:

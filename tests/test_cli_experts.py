@@ -44,8 +44,7 @@ def test_every_setting_is_a_flag_with_a_text():
         for field in dataclasses.fields(kind):
             names.append(field.name)
             assert texts[field.name][1], field.name
-            if field.name != "source":
-                assert f"--{field.name.replace('_', '-')} " in shown, field.name
+            assert f"--{field.name.replace('_', '-')} " in shown, field.name
     assert len(set(names)) == len(names), "a flag means one setting"
 
 
@@ -66,7 +65,7 @@ count = 10
 density = "uniform"
 """
     )
-    shown = run("train", "sol", "--config", config, "--max-train-steps", 1, "--density", "shifted", *SHORT)
+    shown = run("train", "sol", config, "--max-train-steps", 1, "--density", "shifted", *SHORT)
     assert shown.stdout.splitlines()[-1] == str(tmp_path / "run") and "x0_error/0.5" in shown.stdout
     record = json.loads((tmp_path / "run" / "settings.json").read_text())
     assert record["training"]["max_train_steps"] == 1 and record["training"]["learning_rate"] == 1e-3
@@ -81,11 +80,15 @@ density = "uniform"
         (("sol", "--demo"), "give training.output_dir"),
         (("luna", "--demo", "--output-dir", "x"), 'no kind of expert "luna"; did you mean "lune"'),
         (("sol", "--output-dir", "x"), "give a source of images and captions, or demo"),
-        (("sol", "pictures", "--demo", "--output-dir", "x"), "not both"),
-        (("sol", "pictures", "--output-dir", "x"), "give base"),
-        (("sol", "pictures", "--base", "nowhere", "--output-dir", "x"), "pictures is not a folder"),
+        (("sol", "--source", "pictures", "--demo", "--output-dir", "x"), "not both"),
+        (("sol", "--source", "pictures", "--output-dir", "x"), "give base"),
+        (
+            ("sol", "--source", "pictures", "--base", "nowhere", "--output-dir", "x"),
+            "pictures is not a folder",
+        ),
         (("lune", "--demo", "--output-dir", "x", "--beta-schedule", "linear"), "leave beta_schedule out"),
         (("sol", "--demo", "--output-dir", "x", "--held-out", "4000"), "lower held_out"),
+        (("sol", "--demo", "--output-dir", "x", "--count", "70", "--use-david"), "lower that number"),
         (("sol", "--demo", "--output-dir", "x", "--shift", "0"), "levels: shift must be positive"),
     ],
 )
@@ -99,7 +102,7 @@ def test_what_cannot_be_trained_is_said_in_one_line(tmp_path, monkeypatch, argum
 def test_an_unknown_setting_in_the_file_has_its_nearest_name(tmp_path):
     config = tmp_path / "a.toml"
     config.write_text("[training]\nmax_train_step = 3\n")
-    shown = run("train", "sol", "--config", config, code=2).stderr
+    shown = run("train", "sol", config, code=2).stderr
     assert 'no setting training.max_train_step; did you mean "max_train_steps"' in " ".join(shown.split())
     config.write_text("training = 3\n")
-    assert "training is a table" in run("train", "sol", "--config", config, "--seed", 3, code=2).stderr
+    assert "training is a table" in run("train", "sol", config, "--seed", 3, code=2).stderr

@@ -11,11 +11,13 @@ if TYPE_CHECKING:
     from .encoders import StudentEncoders, TextEncoder
     from .exchange import export_upstream, import_upstream
     from .features import T_BUCKETS, ExpertFeatures, Features
+    from .guided import GuidedRouter
     from .interop import load_tinyflux
     from .model import TinyFlux, TinyFluxOutput
     from .noise_curve import NoiseCurve
     from .objective_settings import ObjectiveSettings, check_objective
     from .objectives import student_loss
+    from .pipeline import StudentPipeline
     from .routed import RoutedTeachers
     from .sampling import StudentModel, tinyflux_expert
     from .teachers import CachedTeachers, FeatureTeachers, LiveTeachers, Taught, check_shared_latents
@@ -29,11 +31,13 @@ _NAMES = {
     "encoders": ("StudentEncoders", "TextEncoder"),
     "exchange": ("export_upstream", "import_upstream"),
     "features": ("T_BUCKETS", "ExpertFeatures", "Features"),
+    "guided": ("GuidedRouter",),
     "interop": ("load_tinyflux",),
     "model": ("TinyFlux", "TinyFluxOutput"),
     "noise_curve": ("NoiseCurve",),
     "objective_settings": ("ObjectiveSettings", "check_objective"),
     "objectives": ("student_loss",),
+    "pipeline": ("StudentPipeline",),
     "routed": ("RoutedTeachers",),
     "sampling": ("StudentModel", "tinyflux_expert"),
     "teachers": ("CachedTeachers", "FeatureTeachers", "LiveTeachers", "Taught", "check_shared_latents"),
@@ -47,6 +51,7 @@ __all__ = [
     "FeatureCache",
     "FeatureTeachers",
     "Features",
+    "GuidedRouter",
     "LiveTeachers",
     "MultiSource",
     "NoiseCurve",
@@ -54,6 +59,7 @@ __all__ = [
     "RoutedTeachers",
     "StudentEncoders",
     "StudentModel",
+    "StudentPipeline",
     "Taught",
     "Teachers",
     "TextEncoder",

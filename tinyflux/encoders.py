@@ -197,7 +197,8 @@ class StudentEncoders:
             None if t5 is None else TextEncoder.load(T5EncoderModel, t5, t5_length),
         )
         for model in (made.vae, made.clip.model, *([] if made.t5 is None else [made.t5.model])):
-            model.to(device)
+            # transformers leaves weights in the precision of their file.
+            model.to(device, torch.float32)
         return made
 
     @property

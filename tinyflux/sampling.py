@@ -10,7 +10,10 @@ from torch import Tensor
 from moe_sampler import Expert, FlowPath
 from moe_sampler.tinyflux.model import TinyFlux
 
-__all__ = ["StudentModel", "tinyflux_expert"]
+__all__ = ["STUDENT", "StudentModel", "tinyflux_expert"]
+
+STUDENT = "tinyflux"
+"""The student's name among experts."""
 
 Features = Callable[[Tensor, Tensor], Mapping[str, Tensor]]
 
@@ -45,9 +48,9 @@ class StudentModel:
 
 
 def tinyflux_expert(
-    model: TinyFlux,
+    model: TinyFlux | None,
     *,
-    name: str = "tinyflux",
+    name: str = STUDENT,
     features: Features | None = None,
     upstream_schedule: bool = False,
     **settings: Any,
@@ -59,7 +62,7 @@ def tinyflux_expert(
     have their latents' channels.
 
     Args:
-        model: the student.
+        model: the student; None for planning alone.
         name: of the expert.
         features: real features of the experts at every step, see `StudentModel`.
         upstream_schedule: sample where upstream does, t' = k·t / (1 + (k - 1)·t), which crowds the steps near
@@ -71,13 +74,16 @@ def tinyflux_expert(
         TypeError: model isn't a TinyFlux.
         ValueError: a setting out of range.
     """
-    if not isinstance(model, TinyFlux):
+    if not isinstance(model, TinyFlux | None):
         raise TypeError(f"model must be a TinyFlux, got {type(model).__name__}")
-    settings = {"solver": "euler", "shift": 3.0, "dtype": model.dtype, **settings}
+    settings = {"solver": "euler", "shift": 3.0, **settings}
+    if model is not None:
+        settings = {"dtype": model.dtype, **settings}
     if not settings["shift"] > 0:
         raise ValueError(f"shift must be positive, got {settings['shift']}")
     if upstream_schedule:
         # The map of shift k on t is the map of shift 1/k on 1 - t.
         settings["shift"] = 1.0 / settings["shift"]
     path = FlowPath(timestep_scale=1.0, data_at_one=True)
-    return Expert(name, path, "reversed_flow_prediction", StudentModel(model, features), **settings)
+    works = None if model is None else StudentModel(model, features)
+    return Expert(name, path, "reversed_flow_prediction", works, **settings)

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from ..expert_training.settings import RunSettings
+from ..training.flags import with_settings
 from .options import one_line_errors
-from .training_flags import takes_settings
 
 __all__ = ["app"]
 
@@ -21,26 +21,15 @@ app = typer.Typer(
 )
 
 
-@app.command()
-@takes_settings(RunSettings)
-def train(
+def _train(
     kind: Annotated[str, typer.Argument(help="sol, lune or epsilon.")],
-    source: Annotated[
-        Path | None,
-        typer.Argument(
-            help="Images and captions: a folder (a.png + a.txt, or metadata.jsonl), a .tar, or a folder of "
-            "WebDataset .tar files. Or --demo.",
-            show_default=False,
-        ),
-    ] = None,
-    *,
     settings: RunSettings,
 ) -> None:
     """Train an expert: Sol (v on the DDPM path), Lune (rectified flow), or one that predicts the noise.
 
     `moe-sampler experts train sol --demo --output-dir runs/sol --max-train-steps 2000 --use-david`
 
-    `moe-sampler experts train lune pictures/ --base stable-diffusion-v1-5/stable-diffusion-v1-5
+    `moe-sampler experts train lune --source pictures/ --base stable-diffusion-v1-5/stable-diffusion-v1-5
     --output-dir runs/lune`
 
     Called again with the same arguments it continues where it stopped. Several processes:
@@ -63,6 +52,9 @@ def train(
     for name, value in result["validation"].items():
         typer.echo(f"{name:16} {value:.5f}")
     typer.echo(str(settings.training.output_dir))
+
+
+app.command("train")(one_line_errors()(with_settings(RunSettings, _train)))
 
 
 @app.command()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +20,7 @@ from .options import (
     StepOptions,
     takes,
 )
+from .outputs import Files, Watch
 from .settings import ByExpert, call_of, compile_plan, merge_runs, record_defaults
 
 __all__ = ["generate"]
@@ -113,6 +113,8 @@ def generate(
     # What is wrong with the settings, the folder or the machine shows before any weights are read.
     previous = read_settings(like) if like is not None else {}
     prompts = prompts or ([previous["prompt"]] if "prompt" in previous else [])
+    if "student" in previous:
+        raise ValueError(f"{like} was made by a student: use `moe-sampler tinyflux sample --like`")
     if not prompts:
         raise ValueError(
             "give a prompt" + (", which this image has none of" if like else ", or --like IMAGE")
@@ -143,14 +145,14 @@ def generate(
     if latents and (trace or animate):
         raise ValueError("--trace and --animate go with images: give a name that ends in .png")
     compile_plan(configs, defaults, call)
-    files = _Files(output, len(prompts) * images, trace, animate)
+    files = Files(output, len(prompts) * images, trace, animate)
     computer = Machine.read(machine, previous)
     if start is not None or "height" in call or "width" in call:
         settings |= _size(model, settings, start)
         call |= {key: settings[key] for key in ("height", "width") if key in settings}
 
     pipe = model.load(computer, loras, text_encoder)
-    watch = _Watch(len(prompts) * images, machine.batch_size) if trace or animate else None
+    watch = Watch(len(prompts) * images, machine.batch_size) if trace or animate else None
     if watch is not None:
         call |= {"callback_on_step_end": watch, "callback_on_step_end_tensor_inputs": watch.tensor_inputs}
     result = pipe(
@@ -218,67 +220,3 @@ def _size(model: Model, settings: Mapping[str, Any], start: Any) -> dict[str, in
             size[key] = max(1, round(getattr(start, key) * scale / multiple)) * multiple
     check_size(size.get("height", multiple), size.get("width", multiple), multiple)
     return size
-
-
-class _Watch:
-    """A trace for every batch. A batch goes through a stage of the plan before the next one does, so a step
-    is told once by each, in their order."""
-
-    tensor_inputs = ("pred_original_sample",)
-
-    def __init__(self, images: int, batch_size: int | None) -> None:
-        from ..trace import Trace
-
-        self._size = batch_size or images
-        self._traces = [Trace() for _ in range(0, images, self._size)]
-        self._told: Counter[int] = Counter()
-
-    def __call__(self, pipe: Any, step: int, timestep: float, tensors: dict[str, Any]) -> dict[str, Any]:
-        trace = self._traces[self._told[step]]
-        self._told[step] += 1
-        return trace(pipe, step, timestep, tensors)
-
-    def of(self, index: int) -> tuple[Any, int]:
-        """An image's trace, and its place in it."""
-        return self._traces[index // self._size], index % self._size
-
-
-class _Files:
-    """What will be written, checked now: one name as it is given, several numbered from 1."""
-
-    def __init__(self, output: Path, count: int, trace: bool, animate: bool) -> None:
-        from ..images import check_writable
-
-        stems = [output] if count == 1 else [output.with_stem(f"{output.stem}-{i + 1}") for i in range(count)]
-        self.paths = stems
-        self.sheets = [path.with_suffix(".trace.png") for path in stems] if trace else []
-        self.animations = [path.with_suffix(".webp") for path in stems] if animate else []
-        for path in self.paths + self.sheets:
-            check_writable(path, ".safetensors" if output.suffix == ".safetensors" else ".png")
-        for path in self.animations:
-            check_writable(path, ".webp")
-
-    def write(self, pipe: Any, result: Any, index: int, record: dict[str, Any], watch: _Watch | None) -> None:
-        from .. import __version__
-        from ..images import save_latents, save_png
-        from ..images import zoom as enlarge
-
-        made, path = result.images[index], self.paths[index]
-        record["version"] = __version__
-        if path.suffix == ".safetensors":
-            save_latents(made[None], path, record)
-            typer.echo(str(path))
-            return
-        record["zoom"] = record.get("zoom") or max(1, round(512 / max(made.size)))
-        save_png(enlarge(made, record["zoom"]), path, record)
-        typer.echo(str(path))
-        if watch is None:
-            return
-        trace, place = watch.of(index)
-        title = f'"{record["prompt"]}", seed {record["seed"]}'
-        if self.sheets:
-            save_png(trace.sheet(pipe, result.plan, place, title=title), self.sheets[index], record)
-            typer.echo(str(self.sheets[index]))
-        if self.animations:
-            trace.animation(pipe, result.plan, place, title=title).save(self.animations[index])
-            typer.echo(str(self.animations[index]))

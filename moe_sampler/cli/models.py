@@ -12,7 +12,7 @@ from typing import Any
 from .options import MachineOptions, ModelOptions
 from .settings import ByExpert, number, split_name
 
-__all__ = ["Lora", "Machine", "Model", "merge_models"]
+__all__ = ["Lora", "Machine", "Model", "merge_models", "quiet"]
 
 DEMO = "demo"
 _DTYPES = {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16"}
@@ -127,6 +127,11 @@ class Model:
         base = self.base or known.base
         return base, {**(known.experts if known else {}), **self.sources}
 
+    @property
+    def shared(self) -> str:
+        """Folder or hub id of the VAE, the text encoder and the tokenizer."""
+        return self._parts()[0]
+
     def _index(self, base: str, sources: Mapping[str, Any]) -> dict[str, Any]:
         from ..checkpoints import INDEX, SHARED, expert_names, read_config, read_model_index
         from ..sources import is_hub_id
@@ -191,7 +196,7 @@ class Model:
         gc.enable()
         import torch
 
-        _quiet()
+        quiet()
         pipe = HybridPipeline.from_pretrained(
             self.base,
             preset=self.preset,
@@ -301,7 +306,7 @@ def _has_text_encoder(path: Path) -> bool:
         raise ValueError(f"{path} cannot be read as safetensors: {error}") from None
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Leave the terminal to our own progress bar."""
     import diffusers
     import transformers

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from .. import HybridPipeline, plan, sample
 from ..paths import FlowPath, VPPath
 from ..predictions import velocity_to_x0, x0_coefficients
 from . import experts_path
+from .attributes import AttributeReader
 from .autoencoder import encode_all, to_model
 from .captions import describe
 from .data import HELD_OUT_FIRST, SceneSet, write_array
@@ -159,21 +161,6 @@ def crossing(rows: list[dict[str, float]]) -> float | None:
     return None
 
 
-def measure(
-    judge, images: np.ndarray, reference: np.ndarray, features: np.ndarray, test: HeldOut
-) -> dict[str, float]:
-    """All numbers of one set of pictures; `features` are the judge's features of the reference."""
-    own, classes = read(judge, images)
-    scenes = [test.scenes.scene(i) for i in range(test.count)]
-    right, count = attributes_right(classes, scenes, test.prompts()[1])
-    return {
-        "attributes": right / count,
-        "frechet": frechet_distance(own, features),
-        "high_frequencies": high_frequency_ratio(images, reference),
-        "patches": patch_distance(images, reference),
-    }
-
-
 @torch.no_grad()
 def reconstruct(vae, pictures: np.ndarray, batch: int = 100) -> np.ndarray:
     """Pictures through the autoencoder and back, uint8."""
@@ -184,38 +171,81 @@ def reconstruct(vae, pictures: np.ndarray, batch: int = 100) -> np.ndarray:
     return np.concatenate(parts)
 
 
+@dataclass(frozen=True)
+class Referee:
+    """What pictures of the held-out prompts are measured by.
+
+    Args:
+        judge: reads attributes and gives features.
+        test: the prompts' scenes, and the others, whose pictures are the reference.
+        reconstructions: uint8 [scenes, 64, 64, 3], all held-out pictures through the autoencoder.
+    """
+
+    judge: AttributeReader
+    test: HeldOut
+    reconstructions: np.ndarray
+
+    @classmethod
+    def prepare(cls, work_dir: Path, vae, count: int = 300, scenes: int = HELD_OUT_SCENES) -> Referee:
+        """Render the held-out scenes and train the judge, or load both from a training run's work folder."""
+        held_out = SceneSet(work_dir / "scenes", scenes, HELD_OUT_FIRST)
+        held_out.render()
+        judge = train_evaluator(SceneSet(work_dir / "scenes", SHIPPED.scenes), work_dir / "checkpoints")
+        return cls(judge, HeldOut(held_out, count), reconstruct(vae, held_out.pictures[:, 0]))
+
+    @cached_property
+    def prompts(self) -> list[str]:
+        return self.test.prompts()[0]
+
+    @property
+    def real(self) -> dict[str, np.ndarray]:
+        """The prompts' own pictures, as drawn and through the autoencoder: what could be reached."""
+        count = self.test.count
+        return {
+            "renders": self.test.scenes.pictures[:count, 0],
+            "reconstructions": self.reconstructions[:count],
+        }
+
+    @cached_property
+    def _features(self) -> np.ndarray:
+        return read(self.judge, self._reference)[0]
+
+    @property
+    def _reference(self) -> np.ndarray:
+        return self.reconstructions[self.test.count :]
+
+    def measure(self, images: np.ndarray) -> dict[str, float]:
+        """All numbers of one set of pictures, uint8 [count, 64, 64, 3], one a prompt."""
+        own, classes = read(self.judge, images)
+        scenes = [self.test.scenes.scene(i) for i in range(self.test.count)]
+        right, count = attributes_right(classes, scenes, self.test.prompts()[1])
+        return {
+            "attributes": right / count,
+            "frechet": frechet_distance(own, self._features),
+            "high_frequencies": high_frequency_ratio(images, self._reference),
+            "patches": patch_distance(images, self._reference),
+        }
+
+
 def evaluate(
     work_dir: Path, experts: Path, methods: tuple[str, ...] = METHODS, seeds: tuple[int, ...] = (0, 1, 2)
 ) -> dict:
     """Everything in docs/DEMO.md's tables; pictures are kept under `work_dir`/evaluation and reused."""
-    scenes = SceneSet(work_dir / "scenes", HELD_OUT_SCENES, HELD_OUT_FIRST)
-    scenes.render()
-    test = HeldOut(scenes)
-    judge = train_evaluator(SceneSet(work_dir / "scenes", SHIPPED.scenes), work_dir / "checkpoints")
     pipe = HybridPipeline.from_pretrained(experts)
     pipe.set_progress_bar_config(disable=True)
-    reconstructions = reconstruct(pipe.vae, scenes.pictures[:, 0])
-    reference = reconstructions[test.count :]
-    features = read(judge, reference)[0]
-    prompts = test.prompts()[0]
-    pictures = {
-        "renders": [scenes.pictures[: test.count, 0]],
-        "reconstructions": [reconstructions[: test.count]],
-    }
+    referee = Referee.prepare(work_dir, pipe.vae)
+    pictures = {name: [images] for name, images in referee.real.items()}
     folder = work_dir / "evaluation"
     folder.mkdir(exist_ok=True)
     for method in methods:
         for seed in seeds:
             path = folder / f"{method}-{seed}.npy"
             if not path.exists():
-                write_array(path, generate(pipe, method, prompts, seed))
+                write_array(path, generate(pipe, method, referee.prompts, seed))
             pictures.setdefault(method, []).append(np.load(path))
-    table = {
-        method: [measure(judge, images, reference, features, test) for images in sets]
-        for method, sets in pictures.items()
-    }
+    table = {method: [referee.measure(images) for images in sets] for method, sets in pictures.items()}
     errors = x0_errors(
-        pipe, test, [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.98]
+        pipe, referee.test, [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.98]
     )
     return {"table": table, "x0_errors": errors, "crossing": crossing(errors)}
 

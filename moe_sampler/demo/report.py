@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
+
 import numpy as np
 
 _TITLES = {
@@ -20,19 +22,30 @@ _MEASURES = (
 )
 
 
-def measures_table(table: dict[str, list[dict[str, float]]]) -> str:
-    """One row a method: mean over seeds ± standard deviation between them."""
-    lines = [f"| | {' | '.join(title for _, title, *_ in _MEASURES)} |", "|---|" + "---|" * len(_MEASURES)]
-    for method, runs in table.items():
-        cells = []
-        for key, _, factor, form, unit in _MEASURES:
-            values = np.array([run[key] for run in runs]) * factor
-            cell = form.format(values.mean())
-            if len(values) > 1:
-                cell += " ± " + form.format(values.std(ddof=1))
-            cells.append(cell + unit)
-        lines.append(f"| {_TITLES[method]} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+MEASURES = tuple(title for _, title, *_ in _MEASURES)
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """The first column has no heading."""
+    lines = [f"| | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
+    return "\n".join([*lines, *(f"| {' | '.join(cells)} |" for cells in rows)])
+
+
+def measured(runs: Sequence[Mapping[str, float]]) -> list[str]:
+    """A cell for each of MEASURES: mean over seeds ± standard deviation between them."""
+    cells = []
+    for key, _, factor, form, unit in _MEASURES:
+        values = np.array([run[key] for run in runs]) * factor
+        cell = form.format(values.mean())
+        if len(values) > 1:
+            cell += " ± " + form.format(values.std(ddof=1))
+        cells.append(cell + unit)
+    return cells
+
+
+def measures_table(table: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+    """One row a method."""
+    return markdown_table(MEASURES, ([_TITLES[method], *measured(runs)] for method, runs in table.items()))
 
 
 def errors_table(rows: list[dict[str, float]]) -> str:

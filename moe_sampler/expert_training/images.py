@@ -24,7 +24,7 @@ from ..latents import encode_images
 from ..training.checkpoints import write_tensors
 from ..training.settings import SettingsError
 
-__all__ = ["DrawnSource", "LatentImages", "encode_source"]
+__all__ = ["DrawnSource", "LatentImages", "encode_source", "left_to_train"]
 
 Caption = Callable[[int, np.random.Generator], str]
 """(image, generator) -> one of the texts that describe it."""
@@ -88,11 +88,7 @@ class LatentImages(Dataset):
         Raises:
             SettingsError: nothing would be left to train on.
         """
-        kept = len(self) - held_out
-        if kept < 1:
-            raise SettingsError(
-                f"of {len(self)} images {held_out} are held out, and none is left to train on: lower held_out"
-            )
+        kept = left_to_train(len(self), held_out)
         return self._part(0, kept), self._part(kept, len(self)) if held_out else None
 
     def _part(self, first: int, last: int) -> LatentImages:
@@ -101,6 +97,19 @@ class LatentImages(Dataset):
         structure = None if self.structure is None else self.structure[first:last]
         about = {**self.about, "images": last - first}
         return LatentImages(self.latents[first:last], moved, about, structure)
+
+
+def left_to_train(images: int, held_out: int) -> int:
+    """How many.
+
+    Raises:
+        SettingsError: none.
+    """
+    if held_out >= images:
+        raise SettingsError(
+            f"of {images} images {held_out} are held out, and none is left to train on: lower held_out"
+        )
+    return images - held_out
 
 
 def _later(caption: Caption, first: int, index: int, generator: np.random.Generator) -> str:

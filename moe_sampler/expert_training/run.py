@@ -24,7 +24,7 @@ from ..training.checkpoints import write_tensors
 from ..training.settings import SettingsError, to_tables
 from ..training.trainer import Trainer
 from .david import AssessedUNet, BlockProbes, block_channels
-from .images import encode_source
+from .images import encode_source, left_to_train
 from .objectives import Objective
 from .settings import RunSettings, check_kind
 from .task import ExpertTask, TextStates
@@ -111,6 +111,7 @@ def train(kind: str, settings: RunSettings, *, quiet: bool = False) -> dict[str,
     data = settings.data
     if data.source is None and not data.demo:
         raise SettingsError("give a source of images and captions, or demo")
+    Objective(kind, settings.expert, settings.levels)
     base = experts_path() if data.base is None and data.demo else data.base
     if base is None:
         raise SettingsError(
@@ -118,7 +119,8 @@ def train(kind: str, settings: RunSettings, *, quiet: bool = False) -> dict[str,
         )
     source = DemoScenes(data.count) if data.demo else open_source(data.source)
     models = load_base(base, data.unet, kind, settings.training.seed)
-    with tqdm(total=len(source), desc="encoding", disable=quiet, dynamic_ncols=True, leave=False) as bar:
+    options = {"disable": quiet, "dynamic_ncols": True, "leave": False, "delay": 0.5}
+    with tqdm(total=len(source), desc="encoding", **options) as bar:
         task = new_task(
             *(kind, source, models, settings),
             height=data.height,
@@ -153,6 +155,9 @@ def new_task(
         SettingsError: settings that contradict each other or the data.
     """
     objective = Objective(kind, settings.expert, settings.levels)
+    kept, classes = left_to_train(len(source), settings.expert.held_out), settings.david.structure_classes
+    if settings.david.use_david and classes > kept:
+        raise SettingsError(f"{kept} images don't make {classes} structure_classes: lower that number")
     side = base.unet.config.sample_size * base.scale
     images = encode_source(
         source,

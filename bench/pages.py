@@ -1,0 +1,18 @@
+"""Measured parts of the documentation's pages."""
+
+from __future__ import annotations
+
+__all__ = ["renew"]
+
+
+def renew(page: str, name: str, block: str) -> str:
+    """The page with the text between two markers replaced.
+
+    Raises a ValueError if the page has no such markers.
+    """
+    start, stop = f"<!-- measured: {name} -->", f"<!-- end: {name} -->"
+    before, found, rest = page.partition(start)
+    _, ended, after = rest.partition(stop)
+    if not (found and ended):
+        raise ValueError(f"the page has no place marked {start} … {stop}")
+    return f"{before}{start}\n\n{block}\n\n{stop}{after}"
