@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from .routed import RoutedTeachers
     from .sampling import StudentModel, tinyflux_expert
     from .teachers import CachedTeachers, FeatureTeachers, LiveTeachers, Taught, check_shared_latents
-    from .times import TimeSettings, sample_noise
+    from .time_settings import TimeSettings
+    from .times import sample_noise
 
 # diffusers takes seconds to import: who asks for a name pays for what that name needs.
 _NAMES = {
@@ -41,7 +42,8 @@ _NAMES = {
     "routed": ("RoutedTeachers",),
     "sampling": ("StudentModel", "tinyflux_expert"),
     "teachers": ("CachedTeachers", "FeatureTeachers", "LiveTeachers", "Taught", "check_shared_latents"),
-    "times": ("TimeSettings", "sample_noise"),
+    "time_settings": ("TimeSettings",),
+    "times": ("sample_noise",),
 }
 
 __all__ = [

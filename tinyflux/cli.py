@@ -12,6 +12,7 @@ import typer
 
 from moe_sampler.cli.options import one_line_errors
 from moe_sampler.tinyflux.cli_sample import sample
+from moe_sampler.tinyflux.cli_train import train
 
 if TYPE_CHECKING:
     from moe_sampler.tinyflux.cache_build import Teachers
@@ -23,8 +24,9 @@ app = typer.Typer(
     name="tinyflux",
     no_args_is_help=True,
     rich_markup_mode="markdown",
-    help="The student: caches of what Sol and Lune teach it, its images, and upstream's files.",
+    help="The student: caches of what Sol and Lune teach it, its training, its images, and upstream's files.",
 )
+app.command("train")(train)
 app.command()(sample)
 
 Folder = Annotated[Path, typer.Argument(help="Folder of the cache.")]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from moe_sampler.routers import Boundary, Crossfade, Router
-from moe_sampler.tinyflux.config import TinyFluxConfig
-from moe_sampler.tinyflux.noise_curve import NoiseCurve
 from moe_sampler.training.settings import SettingsError
+
+if TYPE_CHECKING:  # a command's flags are made of these settings, and its --help shouldn't wait for torch
+    from moe_sampler.routers import Router
+    from moe_sampler.tinyflux.config import TinyFluxConfig
+    from moe_sampler.tinyflux.noise_curve import NoiseCurve
 
 __all__ = ["ObjectiveSettings", "check_objective"]
 
@@ -115,7 +117,7 @@ class ObjectiveSettings:
                 f"(noise), the start not below the end, got {start} and {end}"
             )
         try:
-            factors = self.mix.values
+            factors = self.mix.values if self.distill_mix != "1" else (1.0,)
         except ValueError as error:
             raise SettingsError(f"distill_mix: {error}") from None
         if not all(0 <= factor <= 1 for factor in factors):
@@ -124,10 +126,14 @@ class ObjectiveSettings:
     @property
     def mix(self) -> NoiseCurve:
         """`distill_mix` as a function."""
+        from moe_sampler.tinyflux.noise_curve import NoiseCurve
+
         return NoiseCurve.parse(self.distill_mix)
 
     def router(self, first: str = "sol", then: str = "lune") -> Router:
         """Who teaches the velocity at a noise level."""
+        from moe_sampler.routers import Boundary, Crossfade
+
         start, end = self.distill_handoff_start, self.distill_handoff_end
         return Boundary(first, then, start) if start == end else Crossfade(first, then, start, end)
 

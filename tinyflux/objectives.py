@@ -17,11 +17,12 @@ from moe_sampler.tinyflux.model import TinyFlux, TinyFluxOutput
 from moe_sampler.tinyflux.objective_settings import ObjectiveSettings
 from moe_sampler.tinyflux.routed import RoutedTeachers
 from moe_sampler.tinyflux.teachers import FeatureTeachers, Taught
-from moe_sampler.tinyflux.times import TimeSettings, sample_noise
+from moe_sampler.tinyflux.time_settings import TimeSettings
+from moe_sampler.tinyflux.times import sample_noise
 from moe_sampler.training.draws import Draws
 from moe_sampler.training.task import Losses
 
-__all__ = ["student_loss"]
+__all__ = ["student_loss", "tokens"]
 
 
 def student_loss(
@@ -65,7 +66,7 @@ def student_loss(
     taught_rows = ~_drawn(draws, "teacher_dropout", objective.teacher_dropout)
     taught = None if teachers is None else _dropped(teachers.features(batch, 1 - noise, draws), taught_rows)
     out = model(
-        _tokens(pair.noisy),
+        tokens(pair.noisy),
         batch["prompt_embeds"],
         batch["pooled_prompt_embeds"],
         1 - noise,
@@ -82,7 +83,7 @@ def student_loss(
 
     def velocity_error(target: Tensor, kind: str) -> Tensor:
         return _error(
-            kind, out.sample, _tokens(target), objective.huber_delta, weight_map=weight_map, size=size
+            kind, out.sample, tokens(target), objective.huber_delta, weight_map=weight_map, size=size
         )
 
     velocity = velocity_error(pair.target, objective.velocity_loss)
@@ -112,7 +113,7 @@ def _ramp(step: int, warmup_steps: int) -> float:
     return min(1.0, step / warmup_steps) if warmup_steps else 1.0
 
 
-def _tokens(images: Tensor) -> Tensor:
+def tokens(images: Tensor) -> Tensor:
     """[B, C, h, w] to [B, h·w, C]."""
     return images.flatten(2).transpose(1, 2).contiguous()
 
@@ -197,5 +198,5 @@ def _error(
     error = F.huber_loss(prediction, target, reduction="none", delta=delta)
     if weight_map is not None:
         spread = F.interpolate(weight_map[:, None], size=size, mode="bilinear", align_corners=False)
-        error = error * _tokens(spread)
+        error = error * tokens(spread)
     return error.flatten(1).mean(1)

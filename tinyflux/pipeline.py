@@ -66,7 +66,7 @@ class StudentPipeline:
     @classmethod
     def from_pretrained(
         cls,
-        student: str | os.PathLike,
+        student: str | os.PathLike | TinyFlux,
         experts: str | os.PathLike | HybridPipeline | None = None,
         *,
         encoders: str | os.PathLike | None = None,
@@ -81,7 +81,7 @@ class StudentPipeline:
         """Load a student, and what it needs to paint.
 
         Args:
-            student: what `TinyFlux.from_pretrained` takes, with ema.
+            student: what `TinyFlux.from_pretrained` takes, with ema; or a student itself.
             experts: a pipeline's folder or hub id with Sol and Lune, or one that is loaded, to guide the
                 student. Without it the student paints alone.
             encoders: a pipeline's folder or hub id with the student's VAE and text encoders; the experts'
@@ -98,7 +98,8 @@ class StudentPipeline:
 
         if experts is None and encoders is None and (vae is None or clip is None):
             raise ValueError("say which encoders the student was trained with: give encoders= or experts=")
-        model = TinyFlux.from_pretrained(student, ema=ema).to(dtype)
+        loaded = isinstance(student, TinyFlux)
+        model = (student if loaded else TinyFlux.from_pretrained(student, ema=ema)).to(dtype)
         if experts is not None and not isinstance(experts, HybridPipeline):
             experts = HybridPipeline.from_pretrained(experts, dtype=dtype)
         if encoders is None and experts is not None and (vae, clip, t5) == (None, None, None):

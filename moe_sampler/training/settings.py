@@ -79,16 +79,18 @@ def to_tables(settings: Any) -> dict[str, Any]:
     """Nested plain values; what is None is left out, as TOML has no such value."""
     found = {}
     for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        if dataclasses.is_dataclass(value):
-            value = to_tables(value)
-        elif isinstance(value, tuple):
-            value = list(value)
-        elif isinstance(value, Path):
-            value = str(value)
+        value = _plain(getattr(settings, field.name))
         if value is not None:
             found[field.name] = value
     return found
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_tables(value)
+    if isinstance(value, tuple):
+        return [_plain(part) for part in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -14,7 +14,8 @@ from moe_sampler.kernels import philox_normal
 from moe_sampler.tinyflux.objective_settings import ObjectiveSettings, check_objective
 from moe_sampler.tinyflux.objectives import student_loss
 from moe_sampler.tinyflux.teachers import Taught
-from moe_sampler.tinyflux.times import TimeSettings, sample_noise
+from moe_sampler.tinyflux.time_settings import TimeSettings
+from moe_sampler.tinyflux.times import sample_noise
 from moe_sampler.training.draws import Draws
 from moe_sampler.training.settings import SettingsError, from_tables, to_tables
 

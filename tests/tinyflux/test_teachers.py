@@ -21,7 +21,7 @@ from moe_sampler.tinyflux.objective_settings import ObjectiveSettings, check_obj
 from moe_sampler.tinyflux.objectives import student_loss
 from moe_sampler.tinyflux.routed import RoutedTeachers
 from moe_sampler.tinyflux.teachers import CachedTeachers, LiveTeachers, check_shared_latents, resident
-from moe_sampler.tinyflux.times import TimeSettings
+from moe_sampler.tinyflux.time_settings import TimeSettings
 from moe_sampler.training.draws import Draws
 
 BUCKETS = (0.1, 0.3, 0.9)

@@ -10,7 +10,8 @@ import torch
 from scipy.stats import norm
 
 from moe_sampler.tinyflux.noise_curve import NoiseCurve
-from moe_sampler.tinyflux.times import TimeSettings, sample_noise
+from moe_sampler.tinyflux.time_settings import TimeSettings
+from moe_sampler.tinyflux.times import sample_noise
 from moe_sampler.training.draws import Draws
 from moe_sampler.training.settings import SettingsError, from_tables
 

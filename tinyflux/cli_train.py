@@ -1,0 +1,32 @@
+"""`moe-sampler tinyflux train`."""
+
+from __future__ import annotations
+
+import typer
+
+from moe_sampler.cli.options import one_line_errors
+from moe_sampler.cli.training import run_training
+from moe_sampler.tinyflux.training_settings import StudentSettings
+from moe_sampler.training.flags import with_settings
+
+__all__ = ["train"]
+
+
+def _train(settings: StudentSettings) -> None:
+    """Train a student on caches of what Sol and Lune teach.
+
+    `moe-sampler tinyflux train student.toml --output-dir runs/student`
+
+    Settings are in a TOML file, in tables named as the panels below, or flags, which go first. The same
+    command continues a run that was stopped. Several processes:
+
+    `accelerate launch --num_processes 4 -m moe_sampler.cli tinyflux train student.toml`
+    """
+    with one_line_errors():
+        from moe_sampler.tinyflux.train import train as run
+
+        result = run_training(lambda: run(settings))
+        typer.echo(f"{settings.training.output_dir}: {result}")
+
+
+train = with_settings(StudentSettings, _train)
