@@ -79,9 +79,8 @@ class BlockProbes(nn.Module):
         self.settings = settings = DavidSettings() if settings is None else settings
         self.probes = nn.ModuleDict(
             {
-                name.replace(".", "_"): nn.Sequential(
-                    nn.LayerNorm(width * GRID * GRID),
-                    nn.Linear(width * GRID * GRID, settings.probe_bins + settings.structure_classes),
+                name.replace(".", "_"): _probe(
+                    width * GRID * GRID, settings.probe_bins + settings.structure_classes
                 )
                 for name, width in channels.items()
             }
@@ -109,6 +108,14 @@ class BlockProbes(nn.Module):
         level, kind = logits.split((self.settings.probe_bins, self.settings.structure_classes), -1)
         asked = ((level, bins), (kind, structure))
         return sum(F.cross_entropy(x, y, reduction="none") / math.log(x.shape[-1]) for x, y in asked) / 2
+
+
+def _probe(width: int, answers: int) -> nn.Module:
+    """At chance to begin with, so that nothing is a surprise before the probe has learnt."""
+    linear = nn.utils.skip_init(nn.Linear, width, answers)  # which leaves the global generator alone
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return nn.Sequential(nn.LayerNorm(width, elementwise_affine=False), linear)
 
 
 def _coarse(block: Tensor) -> Tensor:

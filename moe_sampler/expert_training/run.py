@@ -170,11 +170,8 @@ def new_task(
     )
     images.about["text_encoder"] = fingerprint(base.text.model)
     data, held_out = images.split(settings.expert.held_out)
-    assessor = None
-    if settings.david.use_david:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.training.seed)
-            assessor = BlockProbes(block_channels(base.unet), settings.david)
+    david = settings.david
+    assessor = BlockProbes(block_channels(base.unet), david) if david.use_david else None
     return ExpertTask(
         base.unet,
         objective,
@@ -183,7 +180,7 @@ def new_task(
         settings.expert,
         held_out=held_out,
         assessor=assessor,
-        david=settings.david,
+        david=david,
         vae=base.vae,
     )
 
