@@ -35,6 +35,7 @@ def _train(
     Called again with the same arguments it continues where it stopped. Several processes:
     `accelerate launch -m moe_sampler.cli experts train ...`
     """
+    from accelerate import PartialState
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -49,9 +50,10 @@ def _train(
     except (Interrupted, NonFiniteError) as stopped:
         typer.secho(str(stopped), fg=typer.colors.RED, err=True)
         raise typer.Exit(1) from None
-    for name, value in result["validation"].items():
-        typer.echo(f"{name:16} {value:.5f}")
-    typer.echo(str(settings.training.output_dir))
+    if PartialState().is_main_process:
+        for name, value in result["validation"].items():
+            typer.echo(f"{name:16} {value:.5f}")
+        typer.echo(str(settings.training.output_dir))
 
 
 app.command("train")(one_line_errors()(with_settings(RunSettings, _train)))

@@ -157,8 +157,10 @@ def encode_source(
     }
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     path = Path(folder) / f"latents-{digest}.safetensors"
-    with PartialState().local_main_process_first():
+    state = PartialState()
+    with state.local_main_process_first():
         if not path.is_file():
+            vae.to(state.device)
             _write(path, _encode(source, vae, (height, width), structure, batch_size, progress))
     with safe_open(path, framework="pt") as file:
         read = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
