@@ -92,7 +92,7 @@ class BlockProbes(nn.Module):
         bins = (noise * self.settings.probe_bins).long().clamp(0, self.settings.probe_bins - 1)
         errors = torch.stack(
             [
-                self._error(self.probes[name.replace(".", "_")](_coarse(block)), bins, structure)
+                self._error(self.probes[name.replace(".", "_")](_unit(_coarse(block))), bins, structure)
                 for name, block in features.items()
             ]
         ).mean(0)
@@ -110,12 +110,18 @@ class BlockProbes(nn.Module):
         return sum(F.cross_entropy(x, y, reduction="none") / math.log(x.shape[-1]) for x, y in asked) / 2
 
 
-def _probe(width: int, answers: int) -> nn.Module:
+def _probe(width: int, answers: int) -> nn.Linear:
     """At chance to begin with, so that nothing is a surprise before the probe has learnt."""
     linear = nn.utils.skip_init(nn.Linear, width, answers)  # which leaves the global generator alone
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
-    return nn.Sequential(nn.LayerNorm(width, elementwise_affine=False), linear)
+    return linear
+
+
+def _unit(values: Tensor) -> Tensor:
+    """[B, width] without their mean, at length 1: AdamW moves every weight by the learning rate, so that with
+    thousands of inputs of size 1 the answers would jump."""
+    return F.normalize(values - values.mean(-1, keepdim=True), dim=-1)
 
 
 def _coarse(block: Tensor) -> Tensor:
