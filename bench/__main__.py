@@ -18,19 +18,21 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from bench import pipelines, plots, suites
+from bench import pipelines, plots, student_training, suites
 from bench.measure import ENVIRONMENT, OURS, measure, table_rows
 from bench.pages import renew
 from bench.report import RESULTS, markdown, write_csv
 
 PERFORMANCE = Path(__file__).parents[1] / "docs" / "PERFORMANCE.md"
 Rows = list[dict[str, object]]
+WHOLE = {module.SUITE: module.rows for module in (pipelines, student_training)}
+"""Suites that measure more than the time of a call."""
 
 
 def measured(suite: str) -> Rows:
     """The rows of one suite."""
-    if suite == pipelines.SUITE:
-        return pipelines.rows()
+    if suite in WHOLE:
+        return WHOLE[suite]()
     comparisons = list(suites.SUITES[suite]())
     console = Console(stderr=True)
     return [
@@ -73,7 +75,7 @@ def _block(rows: Rows) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    names = [*suites.SUITES, pipelines.SUITE]
+    names = [*suites.SUITES, *WHOLE]
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measure the suites named, or all.")
     parser.add_argument("suite", nargs="*", help=", ".join(names))
     chosen = parser.parse_args(arguments).suite or names

@@ -14,12 +14,17 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from bench.measure import OURS
 
 _GROUPS_A_COLUMN = 25
+_MEASURES = {
+    "images_per_s": "images a second",
+    "steps_per_s": "steps a second",
+    "times_ours": "",
+}
 Groups = dict[str, dict[str, float]]
 
 
 def draw(rows: Sequence[Mapping[str, object]], path: Path) -> None:
     """One group of bars a case, one bar a provider; PNG."""
-    measure = "times_ours" if "times_ours" in rows[0] else "images_per_s"
+    measure = next(name for name in _MEASURES if name in rows[0])
     columns = list(rows[0])
     case = [name for name in columns[: columns.index("provider")] if name != "suite"]
     groups: Groups = {}
@@ -40,7 +45,7 @@ def draw(rows: Sequence[Mapping[str, object]], path: Path) -> None:
         if measure == "times_ours":
             _ratio_axis(axes)
         else:
-            axes.set_xlabel("images a second")
+            axes.set_xlabel(_MEASURES[measure])
     title = f"{rows[0]['suite']}: {rows[0]['machine']}, {rows[0]['threads']} threads"
     figure.suptitle(title, fontsize=10)
     handles = [figure.axes[0].barh(0, 0, color=colours[name]) for name in shown]

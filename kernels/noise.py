@@ -16,12 +16,9 @@ no slow path for large angles is needed. Twin and kernel both stay within 5 unit
 from __future__ import annotations
 
 import math
-import os
 import threading
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -34,12 +31,16 @@ if TYPE_CHECKING:
     import triton.language as tl
 
 _BLOCK = 1024
-_QUARTER_TURN = np.int32(1 << 30)
-_TURNS_TO_RADIANS = np.float32(2.0 * math.pi * 2.0**-32)
 _UINT64 = (1 << 64) - 1
-_CHUNK = 1 << 17  # elements at a time: fewer, and threads would get into each other's way
+_CHUNK = 1 << 16  # elements at a time: many, as calls cost more than a cache that overflows
+_DRAWN = 1 << 14  # elements drawn at once: the memory of larger arrays would be mapped anew each time
 _VECTOR = 256  # a multiple of what any vectorised loop does at once
-_PARALLEL = 1 << 16  # elements from which threads repay their start
+
+# Arrays without dimensions cost a call less than scalars do.
+_QUARTER_TURN = np.array(1 << 30, dtype=np.int32)
+_TURNS_TO_RADIANS = np.array(2.0 * math.pi * 2.0**-32, dtype=np.float32)
+_UNIT, _HALF_UNIT = np.array(2.0**-32, dtype=np.float32), np.array(2.0**-33, dtype=np.float32)
+_MINUS_TWO = np.array(-2.0, dtype=np.float32)
 
 
 class _Workspace(threading.local):
@@ -48,9 +49,8 @@ class _Workspace(threading.local):
     def __init__(self) -> None:
         self._philox = np.random.Philox(0)
         self._state = self._philox.state  # a copy, with no words buffered
-        self.angles = np.empty((2, _CHUNK // 2), dtype=np.int32)
-        self.units = np.empty((2, _CHUNK // 2), dtype=np.float32)
         self.radii = np.empty(_CHUNK // 2, dtype=np.float32)
+        self.units = np.empty(_CHUNK, dtype=np.float32)
 
     def philox(self, seed: int, step: int, stream: int, block: int) -> np.random.Philox:
         """The generator at the first word of a sample's block; a negative seed counts modulo 2⁶⁴."""
@@ -66,76 +66,50 @@ _workspace = _Workspace()
 
 def box_muller(words: np.ndarray, out: np.ndarray) -> None:
     """words: uint64 [count], count ≤ _CHUNK/2 → out: float32 [2·count], contiguous."""
-    count = len(words)
-    low, high = words.view(np.int32)[0::2], words.view(np.uint32)[1::2]  # little-endian
-    angle, unit, radius = _workspace.angles[:, :count], _workspace.units[:, :count], _workspace.radii[:count]
-    angle[0] = low
+    _box_muller([words], out)
+
+
+def _box_muller(arrays: Sequence[np.ndarray], out: np.ndarray) -> None:
+    """The numbers of several arrays of words, one after the other."""
+    count = len(out) // 2
+    radius, unit = _workspace.radii[:count], _workspace.units[: 2 * count]
+    angle = out.view(np.int32)  # first in the memory of the result, so that everything stays in the cache
+    done = 0
+    for words in arrays:
+        own = slice(done, done + len(words))
+        np.copyto(angle[own], words.view(np.int32)[0::2])  # little-endian
+        np.copyto(radius[own], words.view(np.uint32)[1::2])
+        done += len(words)
     # Integers wrap modulo one turn, as the angle does.
-    np.subtract(angle[0], _QUARTER_TURN, out=angle[1])
-    np.abs(angle, out=angle)
-    np.subtract(_QUARTER_TURN, angle, out=angle)
-    unit[...] = angle
-    unit *= _TURNS_TO_RADIANS
-    np.sin(unit, out=unit)
-    radius[...] = high
-    radius *= np.float32(2.0**-32)
-    radius += np.float32(2.0**-33)
-    np.log(radius, out=radius)
-    radius *= np.float32(-2.0)
-    np.sqrt(radius, out=radius)
-    np.multiply(unit[0], radius, out=out[0::2])
-    np.multiply(unit[1], radius, out=out[1::2])
+    np.subtract(angle[:count], _QUARTER_TURN, angle[count:])
+    np.abs(angle, angle)
+    np.subtract(_QUARTER_TURN, angle, angle)
+    np.copyto(unit, angle)
+    np.multiply(unit, _TURNS_TO_RADIANS, unit)
+    np.sin(unit, unit)
+    np.multiply(radius, _UNIT, radius)
+    np.add(radius, _HALF_UNIT, radius)
+    np.log(radius, radius)
+    np.multiply(radius, _MINUS_TWO, radius)
+    np.sqrt(radius, radius)
+    np.multiply(unit[:count], radius, out[0::2])
+    np.multiply(unit[count:], radius, out[1::2])
 
 
-class _Part(NamedTuple):
-    """Some samples' elements from `start` on, a multiple of 8. out: float32 [samples, count], contiguous."""
+def _parts(samples: int, numel: int) -> Iterator[tuple[range, range]]:
+    """(samples, their elements) of parts of at most _CHUNK elements, for `samples` of `numel` elements each.
 
-    out: np.ndarray
-    seeds: Sequence[int]
-    start: int
-
-    def fill(self, step: int, stream: int) -> None:
-        count = self.out.shape[1]
-        drawn = [
-            _workspace.philox(seed, step, stream, self.start // 8).random_raw((count + 1) // 2)
-            for seed in self.seeds
-        ]
-        words = drawn[0] if len(drawn) == 1 else np.concatenate(drawn)
-        if count % 2:
-            padded = np.empty(count + 1, dtype=np.float32)
-            box_muller(words, padded)
-            self.out[0] = padded[:-1]
-        else:
-            box_muller(words, self.out.reshape(-1))
-
-
-def _parts(out: np.ndarray, seeds: Sequence[int], threads: int) -> list[_Part]:
-    """out: float32 [samples, numel], contiguous, cut into parts of at most _CHUNK elements.
-
-    Vectorised loops treat the ends of an array apart, and a sample must not notice where in a batch it lies
-    nor how many threads there are. So cuts lie, and samples share a part, only where no vector is cut.
+    Vectorised loops treat the ends of an array apart, and a sample must not notice where in a batch it lies.
+    So a sample is cut, and samples share a part, only where no vector is cut.
     """
-    samples, numel = out.shape
     if numel % _VECTOR == 0 and 2 * numel <= _CHUNK:
-        together = min(_CHUNK // numel, -(-samples // threads))
-        return [_Part(out[i : i + together], seeds[i : i + together], 0) for i in range(0, samples, together)]
-    size = min(_CHUNK, -(-numel // threads // _VECTOR) * _VECTOR if samples < threads else _CHUNK)
-    return [
-        _Part(out[i : i + 1, start : start + size], seeds[i : i + 1], start)
-        for i in range(samples)
-        for start in range(0, numel, size)
-    ]
-
-
-@cache
-def _helpers(process: int) -> ThreadPoolExecutor:
-    """Threads of this process, since a fork has none of its parent's."""
-    return ThreadPoolExecutor(thread_name_prefix="philox")
-
-
-def _fill(parts: Sequence[_Part], step: int, stream: int) -> None:
-    for part in parts:
-        part.fill(step, stream)
+        together = _CHUNK // numel
+        for first in range(0, samples, together):
+            yield range(first, min(first + together, samples)), range(numel)
+        return
+    for sample in range(samples):
+        for start in range(0, numel, _CHUNK):
+            yield range(sample, sample + 1), range(start, min(start + _CHUNK, numel))
 
 
 def fill_normal(out: Tensor, seeds: Tensor, step: int, stream: int) -> Tensor:
@@ -144,16 +118,24 @@ def fill_normal(out: Tensor, seeds: Tensor, step: int, stream: int) -> Tensor:
         return out
     direct = out.dtype == torch.float32 and out.device.type == "cpu"
     normals = out if direct else torch.empty(out.shape, dtype=torch.float32)
-    samples = normals.numpy().reshape(out.shape[0], -1)
-    threads = torch.get_num_threads() if samples.size >= _PARALLEL else 1
-    parts = _parts(samples, seeds.tolist(), threads)
-    others = [
-        _helpers(os.getpid()).submit(_fill, parts[i::threads], step, stream)
-        for i in range(1, min(threads, len(parts)))
-    ]
-    _fill(parts[::threads], step, stream)
-    for other in others:
-        other.result()
+    flat = normals.numpy().reshape(out.shape[0], -1)
+    each = seeds.tolist()
+    for samples, elements in _parts(*flat.shape):
+        count = len(elements)
+        words = [
+            _workspace.philox(each[sample], step, stream, start // 8).random_raw(
+                (min(_DRAWN, elements.stop - start) + 1) // 2
+            )
+            for sample in samples
+            for start in range(elements.start, elements.stop, _DRAWN)
+        ]
+        part = flat[samples.start : samples.stop, elements.start : elements.stop]
+        if count % 2:
+            padded = np.empty(count + 1, dtype=np.float32)
+            _box_muller(words, padded)
+            part[0] = padded[:-1]
+        else:
+            _box_muller(words, part.reshape(-1))
     return out if direct else out.copy_(normals)
 
 

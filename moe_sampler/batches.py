@@ -81,6 +81,7 @@ class Batches:
                     uncond=_rows(uncond, of_prompts),
                     device=device,
                     callback=self._on_step_end,
+                    keep_x0=callback is not None and "pred_original_sample" in self._callback_inputs,
                 )
             )
 

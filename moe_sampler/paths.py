@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -89,6 +89,7 @@ class VPPath:
         object.__setattr__(self, "betas", tuple(_check_betas(self.betas).tolist()))
 
     @classmethod
+    @lru_cache(maxsize=16)
     def linear(
         cls, start: float = 1e-4, end: float = 0.02, num_train_timesteps: int = 1000, **kwargs
     ) -> VPPath:
@@ -96,6 +97,7 @@ class VPPath:
         return cls(tuple(np.linspace(start, end, num_train_timesteps)), **kwargs)
 
     @classmethod
+    @lru_cache(maxsize=16)
     def scaled_linear(
         cls, start: float = 0.00085, end: float = 0.012, num_train_timesteps: int = 1000, **kwargs
     ) -> VPPath:
@@ -120,6 +122,12 @@ class VPPath:
     def _half_log_snrs(self) -> np.ndarray:
         return np.log(self.alphas / self.sigmas)
 
+    @cached_property
+    def _rising(self) -> tuple[np.ndarray, np.ndarray]:
+        """Half the log SNRs in rising order, and their timesteps."""
+        timesteps = np.arange(self.num_train_timesteps, dtype=np.float64)
+        return self._half_log_snrs[::-1].copy(), timesteps[::-1].copy()
+
     def at(self, noise: float) -> Level:
         norm = math.hypot(1.0 - noise, noise)
         return Level((1.0 - noise) / norm, noise / norm)
@@ -136,8 +144,7 @@ class VPPath:
 
     def timestep(self, level: Level) -> float:
         """Inverse of `level`; levels beyond the ends of the grid get its ends."""
-        table = self._half_log_snrs
-        return float(np.interp(level.half_log_snr, table[::-1], np.arange(self.num_train_timesteps)[::-1]))
+        return float(np.interp(level.half_log_snr, *self._rising))
 
     def nearest_timestep(self, noise: float) -> int:
         """The integer timestep whose level is closest to a share of noise."""

@@ -122,23 +122,22 @@ def _node(experts: Mapping[str, Expert], weights: Mapping[str, float], noise: fl
     return _Node(noise, weights, lead, level)
 
 
-def _weights(experts: Mapping[str, Expert], router: Router, noise: float) -> Mapping[str, float]:
-    """The router's weights where the models really look: on a discrete expert's grid, if one is at work."""
-    weights = active_experts(router, noise, list(experts))
-    seen = active_experts(router, _node(experts, weights, noise).noise, list(experts))
-    return seen if seen.keys() == weights.keys() else weights
+def _routed(experts: Mapping[str, Expert], router: Router, noise: float) -> _Node:
+    """The node with the router's weights where the models really look: on a discrete expert's grid, if one
+    is at work."""
+    node = _node(experts, active_experts(router, noise, list(experts)), noise)
+    if node.noise == noise:
+        return node
+    seen = active_experts(router, node.noise, list(experts))
+    return _node(experts, seen, noise) if seen.keys() == node.weights.keys() else node
 
 
-def _nodes(
-    experts: Mapping[str, Expert], noises: Sequence[float], weights: Sequence[Mapping[str, float]]
-) -> list[_Node]:
-    nodes = [_node(experts, own, noise) for noise, own in zip(noises, weights, strict=True)]
+def _check_descending(nodes: Sequence[_Node]) -> None:
     for earlier, later in itertools.pairwise(nodes):
         if not later.noise < earlier.noise:
             raise ValueError(
                 f"two steps fall on noise level {later.noise:.4f} of the integer timesteps: use fewer steps"
             )
-    return nodes
 
 
 def _call(expert: Expert, weight: float, state: Level) -> tuple[ExpertCall, float, tuple[float, float]]:
@@ -305,11 +304,12 @@ def plan(
                 f"the router decides {len(weights)} steps one by one, but there are "
                 f"{len(noise_levels)} noise levels"
             )
+        nodes = [_node(known, own, noise) for noise, own in zip(noise_levels, weights, strict=True)]
     else:
         if noise_levels is None:
             noise_levels = _noise_levels(known, router, steps, start, end)
-        weights = [_weights(known, router, noise) for noise in noise_levels]
-    nodes = _nodes(known, noise_levels, weights)
+        nodes = [_routed(known, router, noise) for noise in noise_levels]
+    _check_descending(nodes)
     if not nodes[-1].noise > end:
         raise ValueError(
             f"the last step's integer timestep is noise level {nodes[-1].noise:.4f}, not above the end of "

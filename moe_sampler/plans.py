@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .kernels.rows import COLUMNS, make_row
+from .kernels.rows import COLUMNS, INDEX, ROW_WIDTH, check_row
 from .paths import Level
 from .solvers import HEUN_CORRECTOR
 
@@ -60,6 +60,15 @@ class PlanStep:
     def coefficients(self) -> dict[str, float]:
         return dict(zip(COLUMNS, self.row, strict=True))
 
+    @property
+    def adds_noise(self) -> bool:
+        return self.row[INDEX["n"]] != 0.0
+
+    @property
+    def reads_history(self) -> bool:
+        """Whether a multistep solver needs the prediction of the step before."""
+        return self.row[INDEX["d"]] != 0.0
+
 
 @dataclass(frozen=True)
 class SamplingPlan:
@@ -105,12 +114,15 @@ class SamplingPlan:
     @property
     def needs_noise(self) -> bool:
         """Whether any step adds noise."""
-        return any(step.coefficients["n"] != 0.0 for step in self.steps)
+        return any(step.adds_noise for step in self.steps)
 
     def table(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """[steps, ROW_WIDTH] float32: one row a step, as `sampler_step_` reads it."""
-        rows = [make_row(**step.coefficients) for step in self.steps]
-        return torch.tensor(rows, dtype=torch.float64).float().to(device)
+        for step in self.steps:
+            check_row(step.row)
+        table = torch.zeros(len(self.steps), ROW_WIDTH)
+        table[:, : len(COLUMNS)] = torch.tensor([step.row for step in self.steps], dtype=torch.float64)
+        return table.to(device)
 
     def to_json(self, **kwargs) -> str:
         """JSON that `from_json` reads back to an equal plan, bit for bit. kwargs go to `json.dumps`."""

@@ -71,16 +71,16 @@ def encode_prompts(
     """[B, tokens, channels] in the encoder's dtype: CLIP's hidden states. Too long a prompt is cut, with a
     warning that says what was cut."""
     length = tokenizer.model_max_length
-    for text in prompts:
-        ids = tokenizer(text, truncation=False).input_ids
+    tokens = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=False)
+    for ids in tokens.input_ids:
         if len(ids) > length:
             cut = tokenizer.decode(ids[length - 1 : -1])
             logging.get_logger(__name__).warning(
                 f"the prompt is longer than {length} tokens; this was cut off: {cut!r}"
             )
-    tokens = tokenizer(
-        list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-    )
+    if any(len(ids) > length for ids in tokens.input_ids):
+        tokens = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True)
+    tokens = tokens.convert_to_tensors("pt")
     mask = None
     if getattr(text_encoder.config, "use_attention_mask", False):
         mask = tokens.attention_mask.to(device)

@@ -122,6 +122,7 @@ class SamplingRun:
 
     Args: as `sample` takes them. Everything is checked here; device memory beyond the state is only used
         from the first `advance` on, and between two calls of it the models' inputs are given up again.
+        keep_x0: whether the callback reads `x0`; a step that need not keep it takes fewer passes.
 
     Attributes:
         plan: what is run.
@@ -147,6 +148,7 @@ class SamplingRun:
         uncond: Conditioning | None = None,
         device: torch.device | str = "cpu",
         callback: Callback | None = None,
+        keep_x0: bool = True,
     ) -> None:
         self.plan, self.index, self.interrupted = plan, 0, False
         self.x0: torch.Tensor | None = None
@@ -168,6 +170,7 @@ class SamplingRun:
             raise ValueError(f"{batch} samples need as many seeds, got {len(seeds)}")
         self._guidance = GuidanceInputs(plan, list(self._experts), batch, cond, uncond)
         self._seeds, self._noise, self._callback = seeds, noise, callback
+        self._keep_x0 = keep_x0 and callback is not None
         self.x = (
             initial_latents(plan, shape, seeds, device)
             if x is None
@@ -184,9 +187,10 @@ class SamplingRun:
         self._table, self._timesteps = self.plan.table(device), _timesteps(self.plan, device)
         drawn = self.plan.needs_noise and self._noise is None
         self._seed_tensor = seeds_tensor(self._seeds, device) if drawn else None
-        # The prediction is kept only where someone reads it: a multistep solver, or the caller.
-        history = any(step.coefficients["d"] != 0.0 for step in self.plan.steps)
-        self.x0 = torch.zeros_like(self.x) if history or self._callback is not None else None
+        # The prediction is kept only where someone reads it: the caller, or a multistep solver here or next.
+        reads = [step.reads_history for step in self.plan.steps]
+        self._keeps = [self._keep_x0 or any(pair) for pair in zip(reads, [*reads[1:], False], strict=True)]
+        self._history = torch.zeros_like(self.x) if any(self._keeps) else None
 
     @torch.no_grad()
     def advance(self, until: int | None = None) -> torch.Tensor:
@@ -241,7 +245,8 @@ class SamplingRun:
         following = () if last else self.plan.steps[index + 1].calls
         buffers = inputs.buffers(following, index + 1)
         # Noise exists only where the row asks for it, so a deterministic step never touches the generator.
-        noisy = step.coefficients["n"] != 0.0
+        noisy = step.adds_noise
+        self.x0 = self._history if self._keeps[index] else None
         sampler_step_(
             self.x,
             outputs,

@@ -126,6 +126,12 @@ def test_callback_on_step_end(demo_pipeline):
     assert (images == 0).all()
 
 
+def test_watching_the_latents_changes_no_bit(demo_pipeline):
+    settings = {**QUICK, "output_type": "latent"}
+    watched = demo_pipeline(PROMPT, seed=0, callback_on_step_end=lambda *_: {}, **settings).images
+    assert torch.equal(watched, demo_pipeline(PROMPT, seed=0, **settings).images)
+
+
 def test_a_callback_may_change_the_latents_in_place(demo_pipeline):
     def in_place(pipe, step, timestep, tensors):
         return {"latents": tensors["latents"].mul_(0.5)}

@@ -147,6 +147,23 @@ def test_callback_sees_every_step_and_may_replace_the_state(mixture):
     assert torch.equal(replaced, frozen) and torch.equal(inputs[1], frozen) and torch.equal(inputs[2], frozen)
 
 
+def test_a_callback_that_leaves_x0_alone_changes_no_bit(mixture):
+    """The prediction is there only where a multistep solver needs it, so Sol's steps don't notice Lune's."""
+    sol, lune = stochastic_duo(mixture)
+    for solver in (lune.solver, "dpmpp_2m"):
+        experts = (sol, dataclasses.replace(lune, solver=solver))
+        compiled, kept = plan(experts, Boundary("sol", "lune", 0.7), steps=12), []
+
+        def watch(info, kept=kept):
+            if info["x0"] is not None:
+                kept.append(info["plan_step"].calls[0].name)
+
+        start = dict(shape=(1, *SHAPE), seeds=[5])
+        watched = SamplingRun(compiled, experts, **start, callback=watch, keep_x0=False).advance()
+        assert torch.equal(watched, sample(compiled, experts, **start))
+        assert kept.count("sol") <= 1 and ("lune" in kept) == (solver == "dpmpp_2m")
+
+
 def test_injected_noise_is_asked_for_only_where_the_plan_adds_noise(mixture):
     expert = mixture.give_model(Expert.lune())
     compiled = plan(expert, steps=4)

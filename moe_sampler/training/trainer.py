@@ -108,10 +108,10 @@ class Trainer:
 
     def _loop(self, bar: tqdm, noted: Interrupts) -> None:
         settings, run, observer = self.settings, self.run, self.observer
-        batches = iter(self._loader())
+        batches = iter(self.loader())
         while run.step < settings.max_train_steps:
             rate = self.rate(run.step)
-            loss, stop = self._one_step(batches, rate, noted)
+            loss, stop = self.make_step(batches, rate, noted)
             bar.update(1)
             bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.2g}", refresh=False)
             last = run.step == settings.max_train_steps
@@ -128,8 +128,11 @@ class Trainer:
             if stop and not last:
                 raise Interrupted(noted.signal or signal.SIGTERM, run.step)
 
-    def _one_step(self, batches: Iterator[Any], rate: float, noted: Interrupts) -> tuple[float, bool]:
-        """(The step's loss, whether any process was told to stop)."""
+    def make_step(self, batches: Iterator[Any], rate: float, noted: Interrupts) -> tuple[float, bool]:
+        """One optimizer step: (its loss, whether any process was told to stop).
+
+        batches: of `loader`. rate: the learning rate. noted: signals that came.
+        """
         run, plan, accelerator = self.run, self.run.plan, self.run.accelerator
         for group in run.optimizer.param_groups:
             group["lr"] = rate
@@ -192,7 +195,8 @@ class Trainer:
                 "learning_rate, or set on_nonfinite to skip"
             )
 
-    def _loader(self) -> DataLoader:
+    def loader(self) -> DataLoader:
+        """This process's micro-batches from the next step to the last."""
         run = self.run
         rank, last = run.accelerator.process_index, self.settings.max_train_steps
         return DataLoader(

@@ -83,7 +83,7 @@ def test_a_sample_does_not_notice_its_batch(body, shape):
 
 @pytest.mark.parametrize("shape", [(5, 4, 64, 64), (1, 300_001), (3, 140_000)])
 def test_threads_and_batches_do_not_change_a_bit(shape):
-    """Large enough for the twin's threads, which share samples out among themselves."""
+    """Large enough for several parts of the twin and for threads of torch."""
     seeds, threads = list(range(shape[0])), torch.get_num_threads()
     results = []
     try:

@@ -1,0 +1,199 @@
+"""Training the student: the trainer's steps beside a plain PyTorch loop with the same model.
+
+The plain loop is what one writes for a student of this kind: corrupt, call the model, add up the losses, step
+the optimizer, average the weights. It has no noise by sample, no checkpoints, no log.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+
+from bench.measure import DEVICE, OURS, Call, environment, interleave
+from moe_sampler import HybridPipeline
+from moe_sampler.demo import experts_path
+from moe_sampler.tinyflux import (
+    DemoScenes,
+    ExpertFeatures,
+    StudentEncoders,
+    Teachers,
+    TextEncoder,
+    at_time,
+    build_cache,
+)
+from moe_sampler.tinyflux.train import new_task
+from moe_sampler.tinyflux.training_settings import (
+    DataSettings,
+    ModelSettings,
+    StudentSettings,
+    TeacherSettings,
+)
+from moe_sampler.tinyflux.training_task import StudentTask
+from moe_sampler.training import Trainer, TrainingSettings
+from moe_sampler.training.interrupts import Interrupts
+
+SUITE = "student training"
+BATCH, SAMPLES, STEPS = 16, 64, 1000
+
+
+def _settings(folder: Path, cache: Path, teachers: str) -> StudentSettings:
+    return StudentSettings(
+        training=TrainingSettings(
+            output_dir=folder, max_train_steps=STEPS, train_batch_size=BATCH, report_to="none"
+        ),
+        data=DataSettings((cache,), held_out=0),
+        model=ModelSettings(preset="demo"),
+        teachers=TeacherSettings(features=teachers),
+    )
+
+
+def _ours(settings: StudentSettings) -> tuple[StudentTask, Call]:
+    task = new_task(settings)
+    trainer = Trainer(task, settings.training, quiet=True)
+    batches, noted = iter(trainer.loader()), Interrupts()
+    return task, lambda: trainer.make_step(batches, 1e-4, noted)
+
+
+def _plain(settings: StudentSettings) -> tuple[StudentTask, Call]:
+    task = new_task(settings)
+    model, objective = task.model.to(DEVICE).train(), settings.objective
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, betas=(0.9, 0.99), weight_decay=0.01)
+    averages = [p.detach().clone() for p in model.parameters()]
+    batches = itertools.chain.from_iterable(
+        DataLoader(task.data, BATCH, shuffle=True) for _ in itertools.count()
+    )
+    live = settings.teachers.features == "live"
+    pipe = HybridPipeline.from_pretrained(experts_path(), dtype=torch.float32).to(DEVICE) if live else None
+    experts = ExpertFeatures.from_pipeline(pipe) if live else None
+    buckets = torch.tensor([(5 + 10 * i) / 100 for i in range(10)], device=DEVICE)
+
+    def taught(batch: dict[str, Any], t: torch.Tensor) -> list[torch.Tensor]:
+        if not live:
+            return [at_time(batch[name], buckets, t).float() for name in ("lune", "sol_stats", "sol_maps")]
+        seeds = torch.randint(2**31, (BATCH,))
+        found = experts(batch["latents"].float(), list(batch["caption"]), seeds=seeds, t=t[:, None])
+        return [part[:, 0] for part in found]
+
+    def step() -> None:
+        batch = {k: v.to(DEVICE) if torch.is_tensor(v) else v for k, v in next(batches).items()}
+        x0 = batch["latents"].float()
+        t = torch.sigmoid(torch.randn(BATCH, device=DEVICE))
+        noise = torch.randn_like(x0)
+        x = torch.lerp(noise, x0, t[:, None, None, None])
+        lune, stats, maps = taught(batch, t)
+        fed = torch.rand(BATCH, device=DEVICE) < objective.feature_input
+        out = model(
+            x.flatten(2).transpose(1, 2),
+            batch["prompt_embeds"],
+            batch["pooled_prompt_embeds"],
+            t,
+            encoder_attention_mask=batch["prompt_mask"],
+            drop_text=torch.rand(BATCH, device=DEVICE) < 0.1,
+            lune_features=lune,
+            lune_mask=fed,
+            sol_stats=stats,
+            sol_spatial=maps,
+            sol_mask=fed,
+        )
+        loss = F.mse_loss(out.sample, (x0 - noise).flatten(2).transpose(1, 2))
+        loss = loss + objective.lune_weight * (1 - F.cosine_similarity(out.lune_pred, lune).mean())
+        loss = loss + objective.sol_stats_weight * F.mse_loss(out.pred_stats, stats)
+        scaled = model.sol_prior.scaled(maps)
+        loss = loss + objective.sol_map_weight * F.mse_loss(out.pred_spatial, scaled)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            torch._foreach_lerp_(averages, list(model.parameters()), 1e-3)
+        if not torch.isfinite(loss).item():
+            raise ArithmeticError("the loss is not finite")
+
+    return task, step
+
+
+@contextmanager
+def _inside(task: StudentTask) -> Iterator[list[float]]:
+    """Seconds within the student's forward passes, the experts', and backward passes."""
+    taken: list[float] = []
+
+    def timed(call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            _wait()
+            start = time.perf_counter()
+            result = call(*args, **kwargs)
+            _wait()
+            taken.append(time.perf_counter() - start)
+            return result
+
+        return wrapper
+
+    places = [(task.model, "forward"), (torch.Tensor, "backward"), (ExpertFeatures, "__call__")]
+    own = [(place, name, getattr(place, name)) for place, name in places]
+    try:
+        for place, name, call in own:
+            setattr(place, name, timed(call))
+        yield taken
+    finally:
+        for place, name, call in own:
+            setattr(place, name, call)
+
+
+def _wait() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def _outside(task: StudentTask, step: Call) -> float:
+    """Share of a step that is neither forward nor backward, the median of several steps."""
+    shares = []
+    for _ in range(9):
+        with _inside(task) as taken:
+            start = time.perf_counter()
+            step()
+            _wait()
+            shares.append(1 - sum(taken) / (time.perf_counter() - start))
+    return float(np.median(shares))
+
+
+def rows() -> list[dict[str, object]]:
+    """A row a loop, with cached and with live teachers."""
+    found = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        pipe = HybridPipeline.from_pretrained(experts_path(), dtype=torch.float32)
+        encoders = StudentEncoders(pipe.vae, TextEncoder(pipe.text_encoder, pipe.tokenizer))
+        teachers = Teachers.from_pipeline(pipe)
+        build_cache(folder / "cache", DemoScenes(SAMPLES), encoders, teachers, height=64, width=64)
+        for kind in ("cached", "live"):
+            loops = {
+                OURS: _ours(_settings(folder / kind, folder / "cache", kind)),
+                "plain loop": _plain(_settings(folder / f"plain-{kind}", folder / "cache", kind)),
+            }
+            seconds = interleave({name: step for name, (_, step) in loops.items()}, seconds=40.0)
+            for provider, (task, step) in loops.items():
+                median = np.median(seconds[provider])
+                found.append(
+                    {
+                        "suite": SUITE,
+                        "teachers": kind,
+                        "batch": BATCH,
+                        "provider": provider,
+                        "steps_per_s": f"{1 / median:.2f}",
+                        "times_ours": f"{median / np.median(seconds[OURS]):.2f}",
+                        "outside_passes": f"{_outside(task, step):.2%}",
+                        "rounds": len(seconds[provider]),
+                        **environment(),
+                    }
+                )
+    return found

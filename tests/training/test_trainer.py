@@ -1,0 +1,344 @@
+"""The trainer on a task of milliseconds: what it learns, resumes, refuses and leaves behind."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from training_helpers import Points, digest, settings, train
+
+from moe_sampler.training import CheckpointError, Interrupted, NonFiniteError, SettingsError, Trainer
+from moe_sampler.training import checkpoints as disk
+
+HELPER = Path(__file__).with_name("training_helpers.py")
+
+
+def run(*arguments, processes: int = 1, **environment: str) -> subprocess.CompletedProcess:
+    launcher = [] if processes == 1 else ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+    return subprocess.run(
+        [sys.executable, *launcher, str(HELPER), *map(str, arguments)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    train(folder)
+    return folder
+
+
+def test_it_learns_and_leaves_a_whole_folder(tmp_path):
+    result = train(tmp_path / "run", max_train_steps=300, lr_scheduler="constant", logging_steps=50)
+    records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    trained = [record for record in records if "loss" in record]
+    losses = [record["loss"] for record in trained]
+    assert losses[-1] < 0.96 * losses[0] < 0.96 * 1.6  # predicting zero has a loss of 1.5
+    assert (result["step"], result["skipped"]) == (300, 0)
+    assert set(trained[0]["by_noise"]) == {"0-0.2", "0.2-0.4", "0.4-0.6", "0.6-0.8", "0.8-1"}
+    mean = sum(trained[0]["by_noise"].values()) / 5
+    assert mean == pytest.approx(trained[0]["velocity"], rel=0.2)
+    folder = tmp_path / "run"
+    state = load_file(folder / "model.safetensors")
+    assert state["gain"].shape == () and json.loads((folder / "config.json").read_text())["width"] == 16
+    card = (folder / "README.md").read_text()
+    for said in ("points on a circle", "learning_rate | 0.01", "validation loss", "steps | 300"):
+        assert said in card
+    sheet = Image.open(folder / "samples" / "step-000300.png")
+    assert sheet.size == (16, 16)  # three pictures of 8 pixels, two beside each other
+    assert [path.name for path in disk.checkpoint_folders(folder)] == ["checkpoint-296", "checkpoint-300"]
+
+
+def test_the_average_is_what_is_saved_and_validated(tmp_path):
+    task = Points(dropout=0)
+    train(tmp_path / "run", task, max_train_steps=9, checkpointing_steps=3, checkpoints_total_limit=9)
+    folder = tmp_path / "run"
+    # By hand: n / (9 + n) of the old average at update n, of the weights after each step.
+    steps = [load_file(folder / f"checkpoint-{n}" / "model.safetensors") for n in (3, 6, 9)]
+    averages = [load_file(folder / f"checkpoint-{n}" / "ema.safetensors") for n in (3, 6, 9)]
+    assert not torch.equal(steps[2]["gain"], averages[2]["gain"])
+    final = load_file(folder / "model.safetensors")
+    for name, tensor in averages[2].items():
+        assert torch.equal(final[name], tensor) and tensor.dtype == torch.float32
+        assert torch.equal(task.model.state_dict()[name], steps[2][name])
+    best = json.loads((folder / "best" / "validation.json").read_text())
+    kept = load_file(folder / "best" / "model.safetensors")
+    with torch.no_grad():
+        task.model.load_state_dict(kept)
+        assert task.validate(task.model.eval())["loss"] == pytest.approx(best["loss"], rel=1e-6)
+
+
+def test_the_average_of_every_step_by_hand(tmp_path):
+    train(
+        tmp_path / "run",
+        Points(dropout=0),
+        max_train_steps=5,
+        checkpointing_steps=1,
+        checkpoints_total_limit=9,
+    )
+    expected = Points(dropout=0).model.layers[0].weight.detach().double()
+    for n in range(1, 6):
+        decay = min(0.9995, n / (9 + n))
+        weights = load_file(tmp_path / "run" / f"checkpoint-{n}" / "model.safetensors")["layers.0.weight"]
+        expected = decay * expected + (1 - decay) * weights.double()
+        average = load_file(tmp_path / "run" / f"checkpoint-{n}" / "ema.safetensors")["layers.0.weight"]
+        torch.testing.assert_close(average.double(), expected, rtol=0, atol=1e-7)
+
+
+class PowerCut(BaseException):
+    """What no one catches."""
+
+
+def cut(at: int):
+    def hook(step: int) -> None:
+        if step == at:
+            raise PowerCut
+
+    return hook
+
+
+@pytest.mark.parametrize("step", [2, 4, 7, 11])
+def test_a_run_that_broke_off_resumes_to_the_same_bits(whole, tmp_path, step):
+    folder = tmp_path / "run"
+    with pytest.raises(PowerCut):
+        train(folder, Points(hook=cut(step)))
+    train(folder)
+    assert digest(folder / "checkpoint-12") == digest(whole / "checkpoint-12")
+    for path in ("model.safetensors", "best/model.safetensors", "samples/step-000012.png"):
+        assert (folder / path).read_bytes() == (whole / path).read_bytes()
+
+    def log(of: Path) -> dict[int, dict]:
+        records = [json.loads(line) for line in (of / "log.jsonl").read_text().splitlines()]
+        return {r["step"]: {k: v for k, v in r.items() if k != "seconds"} for r in records if "loss" in r}
+
+    # The same lines, each once.
+    assert log(folder) == log(whole)
+
+
+def test_a_killed_process_resumes_to_the_same_bits(whole, tmp_path):
+    folder = tmp_path / "run"
+    assert run(folder, 7).returncode == -signal.SIGKILL
+    assert [path.name for path in disk.checkpoint_folders(folder)] == ["checkpoint-4"]
+    train(folder)
+    assert digest(folder / "checkpoint-12") == digest(whole / "checkpoint-12")
+
+
+def test_sigterm_saves_first(whole, tmp_path):
+    folder = tmp_path / "run"
+    done = run(folder, "6t")
+    assert "stopped by SIGTERM after step 7" in done.stderr
+    assert [path.name for path in disk.checkpoint_folders(folder)] == ["checkpoint-4", "checkpoint-7"]
+    train(folder)
+    assert digest(folder / "checkpoint-12") == digest(whole / "checkpoint-12")
+
+
+def test_interrupting_in_process_raises_and_gives_the_handlers_back(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    hook = lambda step: step == 3 and signal.raise_signal(signal.SIGINT)  # noqa: E731
+    with pytest.raises(Interrupted) as stopped:
+        train(tmp_path / "run", Points(hook=hook))
+    assert (stopped.value.signal, stopped.value.step) == (signal.SIGINT, 4)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert train(tmp_path / "run")["step"] == 12
+
+
+def test_the_global_generators_are_left_alone(tmp_path):
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    train(tmp_path / "run", max_train_steps=2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_looking_at_the_model_changes_nothing(whole, tmp_path):
+    """Validating and sampling more often, and logging, leave the weights bit-equal."""
+    folder = tmp_path / "run"
+    train(folder, validation_steps=1, sample_steps=1, logging_steps=1)
+    assert digest(folder / "checkpoint-12") == digest(whole / "checkpoint-12")
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("one") / "run"
+    train(folder, Points(dropout=0), **TWENTY, train_batch_size=16)
+    return folder
+
+
+TWENTY = {"max_train_steps": 20, "checkpointing_steps": 20}
+WAYS = {
+    "accumulation": (1, {"train_batch_size": 4, "gradient_accumulation_steps": 4}, {}),
+    "two processes": (2, {"train_batch_size": 4, "gradient_accumulation_steps": 2}, {}),
+    "FSDP": (2, {"train_batch_size": 8}, {"ACCELERATE_USE_FSDP": "true"}),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_same_global_batch_trains_the_same(one_process, tmp_path, way):
+    processes, changes, environment = WAYS[way]
+    folder = tmp_path / "run"
+    if processes == 1:
+        train(folder, Points(dropout=0), **TWENTY, **changes)
+    else:
+        flags = [f"{name}={value}" for name, value in (TWENTY | changes).items()]
+        done = run(folder, "", "dropout=0", *flags, processes=processes, **environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert json.loads((folder / "checkpoint-20" / "state.json").read_text())["processes"] == 2
+    for name in ("model", "ema"):
+        ours, theirs = (
+            load_file(of / "checkpoint-20" / f"{name}.safetensors") for of in (folder, one_process)
+        )
+        assert ours.keys() == theirs.keys()
+        for key, tensor in theirs.items():
+            assert ours[key].shape == tensor.shape
+            torch.testing.assert_close(ours[key], tensor, rtol=0, atol=1e-6)
+    if way == "FSDP":  # goes on in one process
+        train(folder, Points(dropout=0), max_train_steps=21, train_batch_size=16)
+        assert disk.checkpoint_folders(folder)[-1].name == "checkpoint-21"
+
+
+def test_a_nan_stops_with_its_samples(tmp_path):
+    task = Points(poison=[11])
+    with pytest.raises(NonFiniteError, match="nonfinite-step"):
+        train(tmp_path / "run", task)
+    (path,) = (tmp_path / "run").glob("nonfinite-*.json")
+    (micro,) = json.loads(path.read_text())["micro_batches"]
+    assert micro["samples"] == task.seen[-1] and 11 in micro["samples"]
+    assert micro["losses"][micro["samples"].index(11)] == "nan"
+    assert micro["losses"].count("nan") == 1
+
+
+def test_a_nan_may_be_skipped(tmp_path):
+    result = train(tmp_path / "run", Points(poison=[11]), on_nonfinite="skip")
+    assert result["step"] == 12 and 1 <= result["skipped"] <= 2  # 96 of 50 samples: once or twice
+    assert all(t.isfinite().all() for t in load_file(tmp_path / "run" / "model.safetensors").values())
+    records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    trained = [record for record in records if "loss" in record]
+    assert trained[-1]["skipped"] == result["skipped"] and math.isfinite(trained[-1]["loss"])
+
+
+def test_skipping_has_an_end(tmp_path):
+    with pytest.raises(NonFiniteError, match=r"3 such step\(s\) in a row"):
+        train(tmp_path / "run", Points(poison=range(50)), on_nonfinite="skip", max_skipped=3)
+
+
+def test_a_full_disk_is_an_error_before_training(tmp_path, monkeypatch):
+    usage = disk.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage._replace(free=100))
+    with pytest.raises(CheckpointError, match="GB left"):
+        Trainer(Points(), settings(tmp_path / "run"))
+
+
+def test_a_save_that_fails_keeps_the_earlier_checkpoint(tmp_path, monkeypatch):
+    folder, write, count = tmp_path / "run", disk.write_tensors, []
+
+    def full(path, tensors, metadata=None):
+        count.append(path)
+        if len(count) > 6:  # in the middle of the second checkpoint
+            raise OSError(28, "No space left on device")
+        write(path, tensors, metadata)
+
+    monkeypatch.setattr(disk, "write_tensors", full)
+    with pytest.raises(CheckpointError, match=r"No space left.*checkpoint-4 is whole"):
+        train(folder, validation_steps=0, sample_steps=0)
+    assert [path.name for path in disk.checkpoint_folders(folder)] == ["checkpoint-4"]
+    assert not list(folder.glob(".checkpoint-*"))
+    monkeypatch.undo()
+    assert train(folder)["step"] == 12
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot be written to"):
+        Trainer(Points(), settings(tmp_path / "file" / "run"))
+
+
+def test_a_damaged_checkpoint_is_named(whole, tmp_path):
+    train(tmp_path / "run", max_train_steps=4)
+    path = tmp_path / "run" / "checkpoint-4" / "ema.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"ema\.safetensors is damaged"):
+        train(tmp_path / "run")
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"lacks ema\.safetensors"):
+        train(tmp_path / "run")
+
+
+def test_another_run_is_not_continued(tmp_path):
+    train(tmp_path / "run", max_train_steps=4)
+    for changes, what in (({"seed": 1}, "seed"), ({"train_batch_size": 4}, "samples a step")):
+        with pytest.raises(CheckpointError, match=f"another {what}"):
+            Trainer(Points(), settings(tmp_path / "run", **changes))
+    with pytest.raises(CheckpointError, match="another task"):
+        Trainer(Points(count=49), settings(tmp_path / "run"))
+    with pytest.raises(CheckpointError, match="earlier run"):
+        Trainer(Points(), settings(tmp_path / "run", resume_from_checkpoint="no"))
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        Trainer(Points(), settings(tmp_path / "run", resume_from_checkpoint="checkpoint-9"))
+
+
+def test_a_data_set_smaller_than_a_batch(tmp_path):
+    task = Points(count=3)
+    train(tmp_path / "run", task, max_train_steps=3, gradient_accumulation_steps=2)
+    seen = [index for batch in task.seen for index in batch]
+    assert len(seen) == 48 and all(sorted(seen[i : i + 3]) == [0, 1, 2] for i in range(0, 48, 3))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_8bit_adam": True}, "pip install bitsandbytes"),
+        ({"report_to": "tensorbord"}, "not installed or not known"),
+        ({"mixed_precision": "fp16"}, "fp16"),
+    ],
+)
+def test_what_is_not_possible_here_is_said_before_training(tmp_path, changes, message):
+    if torch.cuda.is_available():
+        pytest.skip("this machine may be able to")
+    with pytest.raises(SettingsError, match=message):
+        Trainer(Points(), settings(tmp_path / "run", **changes))
+
+
+def test_what_is_trained_must_be_float32(tmp_path):
+    task = Points()
+    task.model.half()
+    with pytest.raises(SettingsError, match="must be float32"):
+        Trainer(task, settings(tmp_path / "run"))
+
+
+def test_bf16_and_checkpointed_activations_train(tmp_path):
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        task = Points()
+        trainer = Trainer(task, settings(tmp_path / "run", mixed_precision="bf16"), quiet=True)
+        trainer.train()
+        assert task.model(torch.ones(2, 2), torch.ones(2)).dtype == torch.float32
+        assert task.model.gain.dtype == torch.float32
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_tensorboard_gets_losses_and_sheets(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(tmp_path / "run", report_to="tensorboard")
+    events = EventAccumulator(str(tmp_path / "run" / "logs" / "training"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [2, 4, 6, 8, 10, 12]
+    assert [event.step for event in events.Scalars("validation/loss")] == [3, 6, 9, 12]
+    assert events.Tags()["images"] == ["samples"]
