@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ._lazy import lazy_names
 
 if TYPE_CHECKING:
+    from .captioned_images import DemoScenes, ImageFolder, TarFiles, open_source
     from .experts import Expert
     from .kernels import euler_step_, philox_normal, sampler_step_, shift_sigmas, velocity_to_epsilon
     from .paths import FlowPath, Level, VPPath
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 
 # torch takes a second to import and diffusers several: who asks for a name pays for what that name needs.
 _NAMES = {
+    "captioned_images": ("DemoScenes", "ImageFolder", "TarFiles", "open_source"),
     "experts": ("Expert",),
     "kernels": ("euler_step_", "philox_normal", "sampler_step_", "shift_sigmas", "velocity_to_epsilon"),
     "paths": ("FlowPath", "Level", "VPPath"),
@@ -45,6 +47,7 @@ _NAMES = {
 __all__ = [
     "Boundary",
     "Crossfade",
+    "DemoScenes",
     "Expert",
     "ExpertSource",
     "FlowPath",
@@ -52,12 +55,14 @@ __all__ = [
     "FusedDDPMScheduler",
     "FusedFlowMatchEulerScheduler",
     "HybridPipeline",
+    "ImageFolder",
     "Level",
     "PerStep",
     "Router",
     "SamplingPlan",
     "SamplingRun",
     "Spans",
+    "TarFiles",
     "Trace",
     "VPPath",
     "add_noise",
@@ -66,6 +71,7 @@ __all__ = [
     "euler_step_",
     "initial_latents",
     "noised",
+    "open_source",
     "philox_normal",
     "plan",
     "plan_table",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
-__all__ = ["check_image", "decode_latents", "encode_images", "image_size"]
+__all__ = ["check_image", "decode_latents", "encode_images", "encode_pixels", "image_size"]
 
 
 def _shift(vae: Any) -> float:
@@ -25,12 +26,22 @@ def decode_latents(
     return processor.postprocess(vae.decode(latents, return_dict=False)[0].float(), output_type=output_type)
 
 
-def encode_images(pixels: torch.Tensor, vae: Any) -> torch.Tensor:
+def encode_pixels(pixels: torch.Tensor, vae: Any) -> torch.Tensor:
     """float32 latents [B, C, h, w] of pixels [B, 3, H, W] in [-1, 1]: the most likely ones, not a sample, so
     that an image's latents depend on nothing but the image."""
     encoded = vae.encode(pixels.to(vae.dtype))
     latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
     return (latents.float() - _shift(vae)) * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def encode_images(vae: Any, images: Sequence[Image.Image]) -> torch.Tensor:
+    """float32 [B, C, h, w]: scaled latents, the most likely ones, of RGB images of one size.
+
+    latents = (encoded - shift_factor) * scaling_factor, with the numbers of the VAE's own config.
+    """
+    pixels = VaeImageProcessor(do_resize=False).preprocess(list(images))
+    return encode_pixels(pixels.to(vae.device), vae)
 
 
 def image_size(image: Any) -> tuple[int, int]:

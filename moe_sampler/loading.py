@@ -18,7 +18,14 @@ from .expert_weights import ExpertWeights, empty_unet, file_tensors
 from .presets import TRAINING, ExpertSource, training_config
 from .sources import Hub, UNetFiles, component_variant, find_base, find_expert
 
-__all__ = ["Loaded", "check_experts_fit", "check_names", "load_parts", "scheduler_from_config"]
+__all__ = [
+    "Loaded",
+    "check_experts_fit",
+    "check_names",
+    "load_parts",
+    "load_shared",
+    "scheduler_from_config",
+]
 
 _VAES = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
 _CLASSES = {"text_encoder": CLIPTextModel, "tokenizer": CLIPTokenizer}
@@ -115,9 +122,14 @@ def _class_of(index: Mapping[str, Any], component: str, folder: Path) -> type:
     return known[named]
 
 
-def _load_shared(
+def load_shared(
     component: str, folder: Path, index: Mapping[str, Any], dtypes: Dtypes, variant: str | None
 ) -> Any:
+    """The VAE, text encoder or tokenizer of a pipeline's folder, as its index names its class.
+
+    Raises:
+        CheckpointError: another class than can be used, or not strictly loadable.
+    """
     cls = _class_of(index, component, folder)
     if component != "tokenizer":
         return load_component(
@@ -228,7 +240,7 @@ def load_parts(
             components[f"scheduler_{name}"] = scheduler_from_config(_passed_training(name, folder))
     for component in SHARED:
         if component not in components:
-            components[component] = _load_shared(component, folder, index, dtypes, variant)
+            components[component] = load_shared(component, folder, index, dtypes, variant)
     if resident:
         for own in weights.values():
             own.take("cpu")

@@ -28,7 +28,7 @@ from .inputs import (
     guidance_by_expert,
     seeds_of,
 )
-from .latents import check_image, decode_latents, encode_images, image_size
+from .latents import check_image, decode_latents, encode_pixels, image_size
 from .loading import check_experts_fit, check_names
 from .plans import SamplingPlan
 from .pretrained import PretrainedMixin
@@ -209,7 +209,7 @@ class HybridPipeline(PretrainedMixin, AdapterMixin, ExpertPipeline):
         """float32 latents [images, C, h, w] of the images that images start from."""
         pixels = self.image_processor.preprocess(image, height, width)
         with self._at_work("vae"):
-            parts = [encode_images(part.to(device), self.vae) for part in pixels.split(batch_size)]
+            parts = [encode_pixels(part.to(device), self.vae) for part in pixels.split(batch_size)]
         return torch.cat(parts).repeat_interleave(images // len(pixels), 0)
 
     @torch.no_grad()

@@ -130,7 +130,7 @@ def test_plan_prints_the_table_and_json():
 def test_version_and_help_teach():
     assert run("--version").stdout.strip() == f"moe-sampler {__version__}"
     overview = run("--help").stdout
-    assert all(name in overview for name in ("generate", "plan", "compare", "train-demo"))
+    assert all(name in overview for name in ("generate", "plan", "compare", "experts"))
     details = run("generate", "--help").stdout
     assert "sol 4 lune 8" in " ".join(details.replace("│", " ").split())
     options = ("--seed", "--steps", "--handoff", "--guidance", "--negative", "--model", "--expert", "--trace")
@@ -246,7 +246,7 @@ def test_settings_are_json_in_the_metadata():
     assert json.loads(Image.open("castle.png").info["moe-sampler"])["seed"] == 1
 
 
-def test_train_demo_refuses_an_unknown_stage():
-    message = run("train-demo", "out", "--stage", "luna", code=2).stderr.strip()
+def test_experts_demo_refuses_an_unknown_stage():
+    message = run("experts", "demo", "out", "--stage", "luna", code=2).stderr.strip()
     assert message.startswith('error: unknown stage "luna"') and "trunk" in message
     assert not os.listdir()

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from .pipeline import StudentPipeline
     from .routed import RoutedTeachers
     from .sampling import StudentModel, tinyflux_expert
-    from .sources import DemoScenes, ImageFolder, TarFiles, open_source
     from .teachers import CachedTeachers, FeatureTeachers, LiveTeachers, Taught, check_shared_latents
     from .time_settings import TimeSettings
     from .times import sample_noise
@@ -42,7 +41,6 @@ _NAMES = {
     "pipeline": ("StudentPipeline",),
     "routed": ("RoutedTeachers",),
     "sampling": ("StudentModel", "tinyflux_expert"),
-    "sources": ("DemoScenes", "ImageFolder", "TarFiles", "open_source"),
     "teachers": ("CachedTeachers", "FeatureTeachers", "LiveTeachers", "Taught", "check_shared_latents"),
     "time_settings": ("TimeSettings",),
     "times": ("sample_noise",),
@@ -51,13 +49,11 @@ _NAMES = {
 __all__ = [
     "T_BUCKETS",
     "CachedTeachers",
-    "DemoScenes",
     "ExpertFeatures",
     "FeatureCache",
     "FeatureTeachers",
     "Features",
     "GuidedRouter",
-    "ImageFolder",
     "LiveTeachers",
     "MultiSource",
     "NoiseCurve",
@@ -66,7 +62,6 @@ __all__ = [
     "StudentEncoders",
     "StudentModel",
     "StudentPipeline",
-    "TarFiles",
     "Taught",
     "Teachers",
     "TextEncoder",
@@ -81,7 +76,6 @@ __all__ = [
     "export_upstream",
     "import_upstream",
     "load_tinyflux",
-    "open_source",
     "sample_noise",
     "student_loss",
     "tinyflux_expert",

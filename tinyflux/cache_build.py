@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from moe_sampler import __version__
+from moe_sampler.captioned_images import CaptionedImage, Source, fit_image
+from moe_sampler.fingerprint import fingerprint
+from moe_sampler.latents import encode_images
 from moe_sampler.tinyflux.cache_format import Manifest
 from moe_sampler.tinyflux.cache_shards import build_shards
-from moe_sampler.tinyflux.encoders import StudentEncoders, encode_images, fingerprint
+from moe_sampler.tinyflux.encoders import StudentEncoders
 from moe_sampler.tinyflux.features import T_BUCKETS, ExpertFeatures, check_buckets
-from moe_sampler.tinyflux.sources import CaptionedImage, Source, fit_image
 
 __all__ = ["Teachers", "build_cache"]
 

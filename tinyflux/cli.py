@@ -114,7 +114,7 @@ def cache(
         if teachers not in ("sol", "lune", "both", "none"):
             raise ValueError(f'--teachers must be sol, lune, both or none, got "{teachers}"')
         times = None if buckets is None else _numbers(buckets)
-        from moe_sampler.tinyflux.sources import DemoScenes, open_source
+        from moe_sampler.captioned_images import DemoScenes, open_source
 
         images = DemoScenes(count) if source is None else open_source(source)
         device = _device(device)

@@ -6,28 +6,23 @@ pipeline (Flux's, Stable Diffusion's) serves as well as its parts: they are foun
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
-from diffusers.image_processor import VaeImageProcessor
-from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoTokenizer, CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
 
 from moe_sampler.checkpoints import CheckpointError, load_component, read_config
+from moe_sampler.fingerprint import fingerprint
 
 __all__ = [
     "EncodedText",
     "StudentEncoders",
     "TextEncoder",
-    "encode_images",
     "find_t5",
-    "fingerprint",
     "load_vae",
 ]
 
@@ -35,16 +30,6 @@ _VAES = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
 _INDEX = "model_index.json"
 _CLIP_PARTS = ("text_encoder", "tokenizer")
 _T5_PARTS = ("text_encoder_2", "tokenizer_2")
-
-
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of a model's tensors: names, dtypes, shapes and bytes."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        flat = tensor.detach().to("cpu").contiguous().flatten()
-        digest.update(memoryview(flat.view(torch.uint8).numpy()))
-    return digest.hexdigest()
 
 
 def _locate(source: str | Path, *parts: str) -> tuple[Path, ...]:
@@ -97,20 +82,6 @@ def load_vae(source: str | Path, **kwargs: Any) -> AutoencoderKL | AutoencoderTi
     if name not in _VAES:
         raise CheckpointError(f"{folder}: the VAE is a {name}, use one of {', '.join(_VAES)}")
     return load_component(_VAES[name], folder, **kwargs)
-
-
-@torch.no_grad()
-def encode_images(vae: AutoencoderKL | AutoencoderTiny, images: Sequence[Image.Image]) -> Tensor:
-    """float32 [B, C, h, w]: scaled latents, the most likely ones, of RGB images of one size.
-
-    latents = (encoded - shift_factor) * scaling_factor, with the numbers of the VAE's own config.
-    """
-    parameter = next(vae.parameters())
-    pixels = VaeImageProcessor(do_resize=False).preprocess(list(images))
-    encoded = vae.encode(pixels.to(parameter.device, parameter.dtype))
-    latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    return (latents.float() - shift) * vae.config.scaling_factor
 
 
 class EncodedText(NamedTuple):

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from moe_sampler.fingerprint import fingerprint
 from moe_sampler.tinyflux.cache_format import Manifest
 from moe_sampler.tinyflux.cache_read import FeatureCache, MultiSource, at_time, between, buckets_around
-from moe_sampler.tinyflux.encoders import fingerprint
 from moe_sampler.tinyflux.features import ExpertFeatures, check_buckets
 from moe_sampler.training.draws import Draws
 

@@ -9,9 +9,9 @@ import typer
 
 from ..tinyflux.cli import app as tinyflux_app
 from .compare import compare
+from .experts import app as experts_app
 from .generate import generate
 from .plan import plan
-from .train_demo import train_demo
 
 __all__ = ["app", "main"]
 
@@ -25,8 +25,9 @@ app = typer.Typer(
 **Sol** (v-prediction) lays the image out in the early, noisy steps; **Lune** (rectified flow) paints it in
 the later ones. A run is planned before it starts; `moe-sampler plan` shows the plan.""",
 )
-for _command in (generate, plan, compare, train_demo):
+for _command in (generate, plan, compare):
     app.command()(_command)
+app.add_typer(experts_app, name="experts")
 app.add_typer(tinyflux_app, name="tinyflux")
 
 

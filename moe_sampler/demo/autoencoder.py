@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .attributes import ImageEncoder
 from .data import SceneSet
+from .scene_task import SceneLoss
 
 CROP = 32
 
@@ -45,12 +46,12 @@ def psnr(mean_squared_error: float) -> float:
     return float(10 * np.log10(4 / max(mean_squared_error, 1e-12)))
 
 
-def joint_loss(model: AutoencoderTiny, scenes: SceneSet, batch: int):
+def joint_loss(model: AutoencoderTiny, scenes: SceneSet) -> SceneLoss:
     """The first stage's loss: crops of both kinds of picture, latents near zero mean and unit variance."""
     pictures = scenes.pictures
 
-    def loss(rng: np.random.Generator, generator: torch.Generator, step: int):
-        target = _crops(pictures, rng, batch)
+    def loss(which: np.ndarray, rng: np.random.Generator, generator: torch.Generator):
+        target = _crops(pictures, which, rng)
         latents = model.encode(target).latents
         output = model.decode(latents).sample
         mean, deviation = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
@@ -66,10 +67,9 @@ def decoder_loss(
     eye: ImageEncoder,
     latents: np.ndarray,
     scenes: SceneSet,
-    batch: int,
     noise: float = 0.05,
     feature_weight: float = 0.2,
-):
+) -> SceneLoss:
     """The second stage's loss: whole pictures from cached latents, compared as pixels and as features.
 
     Args:
@@ -80,9 +80,8 @@ def decoder_loss(
     pictures = scenes.pictures
     eye = eye.eval().requires_grad_(False)
 
-    def loss(rng: np.random.Generator, generator: torch.Generator, step: int):
-        which = rng.integers(0, len(pictures), batch)
-        kind = (rng.uniform(size=batch) < 0.15).astype(int)
+    def loss(which: np.ndarray, rng: np.random.Generator, generator: torch.Generator):
+        kind = (rng.uniform(size=len(which)) < 0.15).astype(int)
         target = to_model(pictures[which, kind])
         z = torch.from_numpy(latents[which, kind])
         z = z + noise * torch.randn(z.shape, generator=generator)
@@ -108,10 +107,9 @@ def feature_distance(eye: ImageEncoder, output: Tensor, target: Tensor, depth: i
     return total / seen
 
 
-def _crops(pictures: np.ndarray, rng: np.random.Generator, batch: int) -> Tensor:
-    which = rng.integers(0, len(pictures), batch)
-    kind = (rng.uniform(size=batch) < 0.3).astype(int)
-    y, x = rng.integers(0, 64 - CROP + 1, (2, batch))
+def _crops(pictures: np.ndarray, which: np.ndarray, rng: np.random.Generator) -> Tensor:
+    kind = (rng.uniform(size=len(which)) < 0.3).astype(int)
+    y, x = rng.integers(0, 64 - CROP + 1, (2, len(which)))
     crops = [pictures[i, k, b : b + CROP, a : a + CROP] for i, k, b, a in zip(which, kind, y, x, strict=True)]
     return to_model(np.stack(crops))
 

@@ -5,7 +5,9 @@ It shares no weights with the text encoder's training: its own network and seed,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,10 +15,11 @@ import torch
 from .attributes import HEADS, AttributeReader, augment, heads_loss, labels
 from .autoencoder import to_model
 from .data import SceneSet
+from .scene_task import SceneLoss, SceneTask, run_stage, stage_settings
 from .scenes import Scene
-from .training import Schedule, Stage
+from .weights import fill, trained_steps
 
-SCHEDULE = Schedule(1200, 1.5e-3, ema=0.995)
+SETTINGS = stage_settings(1200, 1.5e-3, 48, ema=0.995)
 SEED = 77
 
 
@@ -27,12 +30,11 @@ def new_evaluator() -> AttributeReader:
         return AttributeReader(width=96, channels=(32, 64, 96, 96))
 
 
-def evaluator_loss(model: AttributeReader, scenes: SceneSet, batch: int = 48):
+def evaluator_loss(model: AttributeReader, scenes: SceneSet) -> SceneLoss:
     """Attributes of full pictures under strong augmentation."""
     pictures = scenes.pictures
 
-    def loss(rng: np.random.Generator, generator: torch.Generator, step: int):
-        which = rng.integers(0, len(scenes), batch)
+    def loss(which: np.ndarray, rng: np.random.Generator, generator: torch.Generator):
         images = augment(to_model(pictures[which, 0]), rng, generator, 1.0)
         value, accuracy = heads_loss(model(images)[1], labels([scenes.scene(i) for i in which]))
         return value, {"accuracy": accuracy}
@@ -40,10 +42,15 @@ def evaluator_loss(model: AttributeReader, scenes: SceneSet, batch: int = 48):
     return loss
 
 
-def train_evaluator(scenes: SceneSet, folder: Path, schedule: Schedule = SCHEDULE) -> AttributeReader:
-    """Train the judge, or continue, or load it when done; its checkpoint lives in `folder`."""
-    model = new_evaluator()
-    return Stage("evaluator", folder, model, schedule, SEED).run(evaluator_loss(model, scenes))
+def train_evaluator(
+    scenes: SceneSet, folder: Path, settings: Mapping[str, Any] = SETTINGS
+) -> AttributeReader:
+    """Train the judge, or continue, or load it when done, from `folder`/evaluator.safetensors."""
+    model, path = new_evaluator(), folder / "evaluator.safetensors"
+    if trained_steps(path) >= settings["max_train_steps"]:
+        return fill(model, path)
+    task = SceneTask("evaluator", model, evaluator_loss(model, scenes), len(scenes))
+    return run_stage(task, folder, SEED, settings)
 
 
 @torch.no_grad()

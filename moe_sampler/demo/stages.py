@@ -6,23 +6,26 @@ threads, and the weights then do not depend on the number of cores.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel
 from torch import nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
+from ..expert_training import ExpertTask
 from .autoencoder import decoder_loss, encode_all, joint_loss, new_autoencoder
 from .data import SceneSet, write_array
-from .experts import Batches, lune_loss, new_unet, sol_loss, trunk_loss
+from .experts import expert_task, new_unet
 from .export import export_experts
+from .scene_task import SceneTask, run_stage, stage_settings
 from .text import TextTrainer, new_text_encoder, text_loss
 from .tokenizer import write_tokenizer
-from .training import Schedule, Stage, read_tensors
+from .weights import fill, read_average, trained_steps
 
 WAVES: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("scenes",),),
@@ -39,22 +42,16 @@ TRAINED = ("autoencoder", "text", "trunk", "decoder", "sol", "lune")
 
 @dataclass(frozen=True)
 class Recipe:
-    """Sizes and lengths of a training run."""
+    """Sizes of a training run, and every stage's training settings."""
 
     scenes: int
     width: int
     decoder_width: int
     channels: tuple[int, int, int]
-    autoencoder: Schedule
-    autoencoder_batch: int
-    text: Schedule
-    text_batch: int
-    decoder: Schedule
-    decoder_batch: int
-    trunk: Schedule
-    sol: Schedule
-    lune: Schedule
-    batch: int
+    stages: Mapping[str, Mapping[str, Any]]
+
+    def steps(self, name: str) -> int:
+        return self.stages[name]["max_train_steps"]
 
 
 SHIPPED = Recipe(
@@ -62,18 +59,17 @@ SHIPPED = Recipe(
     width=32,
     decoder_width=48,
     channels=(32, 64, 128),
-    autoencoder=Schedule(2400, 2e-3, warmup=50),
-    autoencoder_batch=24,
-    text=Schedule(800, 1e-3, ema=0.99),
-    text_batch=64,
-    decoder=Schedule(3000, 1.5e-3),
-    decoder_batch=8,
-    trunk=Schedule(1200, 2e-3, decay_share=0.2, floor=0.5),
-    sol=Schedule(2800, 1.5e-3),
-    lune=Schedule(5000, 1.5e-3),
-    batch=24,
+    stages={
+        "autoencoder": stage_settings(2400, 2e-3, 24, warmup=50),
+        "text": stage_settings(800, 1e-3, 64, ema=0.99),
+        "decoder": stage_settings(3000, 1.5e-3, 8),
+        "trunk": stage_settings(1200, 2e-3, 24, decay_share=0.2, floor=0.5),
+        "sol": stage_settings(2800, 1.5e-3, 24),
+        "lune": stage_settings(5000, 1.5e-3, 24),
+    },
 )
-"""What made the experts that ship."""
+"""What made the experts that ship, but for the order of the scenes and the noise, which were drawn in another
+way then."""
 
 
 @dataclass(frozen=True)
@@ -136,15 +132,7 @@ class Workshop:
         return model.to(memory_format=torch.channels_last)
 
     def _fill(self, model: nn.Module, name: str) -> nn.Module:
-        averaged = read_tensors(self.checkpoints / f"{name}.safetensors", "ema.")
-        state = model.state_dict()
-        unknown = set(averaged) - set(state)
-        if unknown:
-            raise ValueError(
-                f"stage {name}'s checkpoint has tensors the model lacks, such as {sorted(unknown)[0]}"
-            )
-        model.load_state_dict({**state, **averaged})
-        return model.eval()
+        return fill(model, self.checkpoints / f"{name}.safetensors")
 
     def finished(self, name: str) -> bool:
         """Whether a stage has nothing left to do."""
@@ -154,31 +142,31 @@ class Workshop:
             return self.latents_file.exists()
         if name == "export":
             return False
-        return Stage.finished(self.checkpoints, name, getattr(self.recipe, name).steps)
+        return trained_steps(self.checkpoints / f"{name}.safetensors") >= self.recipe.steps(name)
 
-    def train(
-        self, name: str, stop_at: int | None = None, each_step: Callable[[], None] = lambda: None
-    ) -> None:
-        """Run one of TRAINED to its end, continuing from its checkpoint."""
-        recipe = self.recipe
+    def train(self, name: str) -> None:
+        """Run one of TRAINED to its end, continuing from its last checkpoint."""
+        run_stage(self.task(name), self.checkpoints, self.stage_seed(name), self.recipe.stages[name])
+
+    def task(self, name: str) -> SceneTask | ExpertTask:
+        """What a stage trains."""
+        if name in ("trunk", "sol", "lune"):
+            text = self.text_trainer().text
+            latents = np.load(self.latents_file)
+            unet = self.unet(name, trained=False)
+            return expert_task(name, unet, self.scenes(), latents, self.tokenizer(), text)
+        scenes = self.scenes()
         if name == "autoencoder":
             model = self.autoencoder(trained=False)
-            loss = joint_loss(model, self.scenes(), recipe.autoencoder_batch)
+            loss = joint_loss(model, scenes)
         elif name == "text":
             model = self.text_trainer(trained=False)
-            loss = text_loss(model, self.tokenizer(), self.scenes(), recipe.text_batch)
-        elif name == "decoder":
+            loss = text_loss(model, self.tokenizer(), scenes)
+        else:
             model = self.autoencoder()
             model.encoder.requires_grad_(False)
-            eye = self.text_trainer().images
-            loss = decoder_loss(model, eye, np.load(self.latents_file), self.scenes(), recipe.decoder_batch)
-        else:
-            model = self.unet(name, trained=False)
-            text: CLIPTextModel = self.text_trainer().text
-            batches = Batches(self.scenes(), np.load(self.latents_file), self.tokenizer(), text, recipe.batch)
-            loss = {"trunk": trunk_loss, "sol": sol_loss, "lune": lune_loss}[name](model, batches)
-        stage = Stage(name, self.checkpoints, model, getattr(recipe, name), self.stage_seed(name))
-        stage.run(loss, stop_at, each_step)
+            loss = decoder_loss(model, self.text_trainer().images, np.load(self.latents_file), scenes)
+        return SceneTask(name, model, loss, len(scenes))
 
     def encode(self) -> None:
         """Cache all latents, scaled to unit variance, and the scale."""
@@ -190,10 +178,5 @@ class Workshop:
     def export(self, output: Path) -> None:
         """Write the trained experts to `output`."""
         vae = self.autoencoder()
-        vae.decoder.load_state_dict(
-            {
-                **vae.decoder.state_dict(),
-                **read_tensors(self.checkpoints / "decoder.safetensors", "ema.decoder."),
-            }
-        )
+        vae.decoder.load_state_dict(read_average(self.checkpoints / "decoder.safetensors", "decoder."))
         export_experts(output, vae, self.text_trainer().text, self.unet("sol"), self.unet("lune"))

@@ -18,6 +18,7 @@ from .attributes import AttributeHeads, ImageEncoder, augment, heads_loss, label
 from .autoencoder import to_model
 from .captions import describe
 from .data import SceneSet
+from .scene_task import SceneLoss
 
 WIDTH = 128
 _STRANGERS = (
@@ -93,12 +94,11 @@ class TextTrainer(nn.Module):
         )
 
 
-def text_loss(model: TextTrainer, tokenizer: CLIPTokenizer, scenes: SceneSet, batch: int):
+def text_loss(model: TextTrainer, tokenizer: CLIPTokenizer, scenes: SceneSet) -> SceneLoss:
     """The stage's loss: contrastive plus attributes from text and from pictures."""
     pictures = scenes.pictures
 
-    def loss(rng: np.random.Generator, generator: torch.Generator, step: int):
-        which = rng.integers(0, len(scenes), batch)
+    def loss(which: np.ndarray, rng: np.random.Generator, generator: torch.Generator):
         drawn = [scenes.scene(i) for i in which]
         texts, said = zip(*(describe(scene, rng) for scene in drawn), strict=True)
         texts = [_disturb(text, rng) for text in texts]
@@ -106,7 +106,7 @@ def text_loss(model: TextTrainer, tokenizer: CLIPTokenizer, scenes: SceneSet, ba
         match, from_text, from_image = model(tokenize(tokenizer, texts), images)
         # Pictures of the same description are no mistakes: captions that leave much out fit many pictures, so
         # the contrastive part only needs to pull, softly.
-        target = torch.arange(batch)
+        target = torch.arange(len(which))
         contrast = F.cross_entropy(match, target) + F.cross_entropy(match.T, target)
         read, read_accuracy = heads_loss(from_text, labels(drawn, list(said)))
         seen, seen_accuracy = heads_loss(from_image, labels(drawn))

@@ -1,4 +1,4 @@
-"""Train the demo experts from nothing: the whole of `moe-sampler train-demo`.
+"""Train the demo experts from nothing: the whole of `moe-sampler experts demo`.
 
 A run may be killed at any time and started again with the same arguments: it continues where it was. Stages
 run as child processes, so that independent ones use two cores at once.
@@ -10,6 +10,8 @@ import fcntl
 import json
 import multiprocessing
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -117,7 +119,7 @@ def _run_wave(workshop: Workshop, chains: list[tuple[str, ...]], output: Path, b
         ):
             time.sleep(0.5)
             for name, task in tasks.items():
-                _show(bars, task, workshop.checkpoints / f"{name}.log")
+                _show(bars, task, workshop.checkpoints / name / "log.jsonl")
         if any(process.exitcode for process in running):
             raise RuntimeError(
                 f"training stopped in {' or '.join(tasks)}: the error is above; run again to continue"
@@ -131,7 +133,7 @@ def _run_wave(workshop: Workshop, chains: list[tuple[str, ...]], output: Path, b
 
 
 def _length(workshop: Workshop, name: str) -> int:
-    return getattr(workshop.recipe, name).steps if name in TRAINED else 1
+    return workshop.recipe.steps(name) if name in TRAINED else 1
 
 
 def _show(bars: Progress, task: int, log: Path) -> None:
@@ -140,23 +142,25 @@ def _show(bars: Progress, task: int, log: Path) -> None:
     lines = log.read_text(encoding="utf-8").splitlines()
     if lines:
         record = json.loads(lines[-1])
-        step, _ = record.pop("step"), record.pop("seconds")
-        bars.update(
-            task, completed=step, note=" ".join(f"{key} {value:.4g}" for key, value in record.items())
-        )
+        note = f"loss {record['loss']:.4g}" if "loss" in record else ""
+        bars.update(task, completed=record["step"], note=note)
+
+
+def _stop_with_parent() -> None:
+    """SIGTERM, after which the stage saves and stops, once the parent is gone."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _child(workshop: Workshop, chain: tuple[str, ...], output: Path) -> None:
     """Stages one after another, in a process of their own that ends when the parent does."""
     import torch
 
+    os.environ["ACCELERATE_USE_CPU"] = "true"
     torch.set_num_threads(1)
-    parent = multiprocessing.parent_process()
-
-    def stop_with_parent() -> None:
-        if parent is not None and not parent.is_alive():
-            raise SystemExit("the training run was stopped")
-
+    threading.Thread(target=_stop_with_parent, daemon=True).start()
     for name in chain:
         if name == "latents":
             torch.set_num_threads(os.cpu_count() or 1)
@@ -164,4 +168,4 @@ def _child(workshop: Workshop, chain: tuple[str, ...], output: Path) -> None:
         elif name == "export":
             workshop.export(output)
         else:
-            workshop.train(name, each_step=stop_with_parent)
+            workshop.train(name)

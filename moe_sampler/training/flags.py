@@ -42,11 +42,12 @@ def with_settings(groups: type[T], run: Callable[..., None]) -> Callable[..., No
 
     def command(**given: Any) -> None:
         path = given.pop("config")
-        tables = {} if path is None else read_toml(path)
+        tables = {group: {} for group in help_of(groups)} | ({} if path is None else read_toml(path))
         for name, (group, field, *_) in fields.items():
             value = given.pop(name)
-            if value is not None and value != []:
-                tables.setdefault(group, {})[field] = list(value) if isinstance(value, tuple) else value
+            # What is no table in the file is refused below, with its name.
+            if value is not None and value != [] and isinstance(tables[group], dict):
+                tables[group][field] = list(value) if isinstance(value, tuple) else value
         run(**given, settings=from_tables(groups, tables))
 
     command.__doc__, command.__name__ = run.__doc__, run.__name__

@@ -62,11 +62,14 @@ def learning_rate(settings: TrainingSettings) -> Callable[[int], float]:
         )
     (share,) = schedule.lr_lambdas
 
+    # transformers' warm-up begins at the floor where diffusers' begin at nothing.
+    ramps = settings.lr_scheduler == "warmup_stable_decay"
+
     def rate(step: int) -> float:
         # The step that is about to be made: a warm-up's first step learns too.
         here = share(min(step + 1, steps))
         if step + 1 < settings.lr_warmup_steps:
-            return settings.learning_rate * here
+            return settings.learning_rate * ((step + 1) / settings.lr_warmup_steps if ramps else here)
         return settings.learning_rate * max(here, settings.lr_floor)
 
     return rate

@@ -1,33 +1,32 @@
 """Training: every stage runs, continues to the bit after an interruption, and leaves a loadable folder."""
 
 import dataclasses
-from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from moe_sampler.demo.stages import SHIPPED, Recipe, Workshop
+from moe_sampler.demo.evaluator import new_evaluator, train_evaluator
+from moe_sampler.demo.scene_task import run_stage, stage_settings
+from moe_sampler.demo.stages import SHIPPED, TRAINED, Recipe, Workshop
 from moe_sampler.demo.train import train_demo
-from moe_sampler.demo.training import Schedule, Stage, read_tensors
+from moe_sampler.demo.weights import read_average, trained_steps
+from moe_sampler.training.optimization import learning_rate
+from moe_sampler.training.training_settings import TrainingSettings
 
-_SHORT = Schedule(steps=4, learning_rate=1e-3, warmup=2, decay_share=0.5, save_every=3)
+
+def _short(batch: int) -> dict:
+    settings = stage_settings(4, 1e-3, batch, warmup=2, decay_share=0.5)
+    return {**settings, "checkpointing_steps": 2, "logging_steps": 1}
+
+
 TINY = Recipe(
     scenes=12,
     width=8,
     decoder_width=8,
     channels=(8, 16, 16),
-    autoencoder=_SHORT,
-    autoencoder_batch=2,
-    text=_SHORT,
-    text_batch=4,
-    decoder=_SHORT,
-    decoder_batch=2,
-    trunk=_SHORT,
-    sol=_SHORT,
-    lune=_SHORT,
-    batch=2,
+    stages={name: _short(4 if name == "text" else 2) for name in TRAINED},
 )
 
 
@@ -44,55 +43,65 @@ def trained(tmp_path_factory) -> Workshop:
     return shop
 
 
-@pytest.mark.parametrize("name", ["autoencoder", "text", "decoder", "trunk", "sol", "lune"])
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("name", ["text", "decoder", "sol"])
 def test_an_interrupted_stage_continues_to_the_same_bits(trained, tmp_path, name):
     shop = dataclasses.replace(trained, folder=tmp_path)
     for source in ("scenes", "latents.npy", "scale.npy", "tokenizer"):
         (tmp_path / source).symlink_to(trained.folder / source)
-    (tmp_path / "checkpoints").mkdir()
+    shop.checkpoints.mkdir()
     for path in trained.checkpoints.glob("*.safetensors"):
         if path.stem != name:
-            (tmp_path / "checkpoints" / path.name).symlink_to(path)
-    shop.train(name, stop_at=2)
+            (shop.checkpoints / path.name).symlink_to(path)
+    task = shop.task(name)
+    whole_loss = task.loss
+
+    def loss(model, batch, draws):
+        if draws.step == 3:
+            raise Stopped
+        return whole_loss(model, batch, draws)
+
+    task.loss = loss
+    with pytest.raises(Stopped):
+        run_stage(task, shop.checkpoints, shop.stage_seed(name), TINY.stages[name])
     assert not shop.finished(name)
     shop.train(name)
     assert shop.finished(name)
     whole, halves = (load_file(s.checkpoints / f"{name}.safetensors") for s in (trained, shop))
-    assert whole.keys() == halves.keys()
+    assert whole and whole.keys() == halves.keys()
     for key in whole:
         assert torch.equal(whole[key], halves[key]), key
 
 
-def test_a_stage_killed_while_writing_keeps_its_last_checkpoint(trained, tmp_path, monkeypatch):
-    shop = dataclasses.replace(trained, folder=tmp_path)
-    (tmp_path / "scenes").symlink_to(trained.folder / "scenes")
-    shop.train("autoencoder", stop_at=2)
-
-    def killed(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("moe_sampler.demo.training.os.replace", killed)
-    with pytest.raises(KeyboardInterrupt):
-        shop.train("autoencoder")
-    assert Stage.finished(shop.checkpoints, "autoencoder", 2) and not shop.finished("autoencoder")
-    monkeypatch.undo()
-    shop.train("autoencoder")
-    whole, halves = (
-        read_tensors(s.checkpoints / "autoencoder.safetensors", "model.") for s in (trained, shop)
-    )
-    assert all(torch.equal(whole[key], halves[key]) for key in whole)
-
-
 def test_every_stage_moves_its_weights_and_only_its_own(trained):
     trunk, sol, lune = (
-        read_tensors(trained.checkpoints / f"{n}.safetensors", "ema.") for n in ("trunk", "sol", "lune")
+        read_average(trained.checkpoints / f"{name}.safetensors") for name in ("trunk", "sol", "lune")
     )
     assert any(not torch.equal(sol[key], lune[key]) for key in sol)
     assert any(not torch.equal(sol[key], trunk[key]) for key in sol)
-    decoder = read_tensors(trained.checkpoints / "decoder.safetensors", "model.")
-    assert all(key.startswith("decoder.") for key in decoder), (
+    decoder = read_average(trained.checkpoints / "decoder.safetensors")
+    assert decoder and all(key.startswith("decoder.") for key in decoder), (
         "latents must stay valid: the encoder is frozen"
     )
+
+
+def test_sol_alone_sees_structure_pictures(trained):
+    """Where there is little noise, and there instead of the full ones."""
+    from moe_sampler.training.draws import Draws
+
+    latents = np.load(trained.latents_file)
+    for name in ("trunk", "sol", "lune"):
+        task = trained.task(name)
+        batch = torch.utils.data.default_collate([task.data[i % 12] for i in range(60)])
+        levels = task.objective.draw(Draws(0, 0, range(60), 60))
+        flat = (levels.noise < 0.65) & (name == "sol")
+        assert 10 < int((levels.noise < 0.65).sum()) < 50
+        shown = task._data(batch["latents"], batch.get("structure"), levels)
+        expected = latents[np.arange(60) % 12, flat.long().numpy()]
+        np.testing.assert_array_equal(shown.numpy(), expected)
 
 
 def test_latents_have_unit_variance(trained):
@@ -124,10 +133,41 @@ def test_wrong_arguments_say_so(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_learning_rate_warms_up_stays_and_decays():
-    schedule = Schedule(steps=100, learning_rate=1.0, warmup=10, decay_share=0.5, floor=0.1)
-    rates = [schedule.rate(step) for step in range(100)]
-    assert rates[0] == pytest.approx(0.1) and rates[9] == rates[50] == 1.0
-    assert all(a > b for a, b in pairwise(rates[51:]))
-    assert 0.1 <= rates[-1] < 0.11
-    assert SHIPPED.lune.steps > SHIPPED.sol.steps
+def test_a_stage_in_a_process_of_its_own(trained, tmp_path):
+    """As `train_demo` runs them: spawned, on one thread, with its progress read from the log."""
+    work = tmp_path / "work"
+    work.mkdir()
+    for source in ("scenes", "tokenizer"):
+        (work / source).symlink_to(trained.folder / source)
+    made = train_demo(tmp_path / "out", work_dir=work, stage="autoencoder", seed=3, recipe=TINY, quiet=True)
+    assert made == tmp_path / "out"
+    theirs, ours = (
+        load_file(folder / "checkpoints" / "autoencoder.safetensors") for folder in (work, trained.folder)
+    )
+    assert all(torch.equal(theirs[key], ours[key]) for key in ours)
+
+
+def test_the_learning_rate_warms_up_stays_and_decays(tmp_path):
+    settings = stage_settings(100, 1.0, 1, warmup=10, decay_share=0.5, floor=0.1)
+    rate = learning_rate(TrainingSettings(output_dir=tmp_path, **settings))
+    step = np.arange(100)
+    cosine = 0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * np.clip((step - 50) / 50, 0, 1)))
+    expected = np.minimum(1, (step + 1) / 10) * cosine
+    # A step sooner or later: the largest slope of the cosine.
+    np.testing.assert_allclose([rate(int(i)) for i in step], expected, atol=0.9 * 0.5 * np.pi / 50 + 1e-9)
+    assert rate(99) >= 0.1
+    assert SHIPPED.steps("lune") > SHIPPED.steps("sol")
+
+
+def test_a_judge_that_is_trained_is_only_loaded(tmp_path):
+    """Also from a file that holds more than the averages."""
+    judge = new_evaluator()
+    average = {name: torch.full_like(p, 0.25) for name, p in judge.named_parameters()}
+    tensors = {f"ema.{name}": value for name, value in average.items()}
+    tensors |= {f"model.{name}": torch.zeros_like(value) for name, value in average.items()}
+    path = tmp_path / "evaluator.safetensors"
+    save_file(tensors, path, {"step": "1200"})
+    assert trained_steps(path) == 1200 and trained_steps(tmp_path / "absent.safetensors") == 0
+    loaded = train_evaluator(None, tmp_path)
+    assert not loaded.training
+    assert all(bool((p == 0.25).all()) for p in loaded.parameters())

@@ -19,18 +19,19 @@ from torch.utils.data import DataLoader
 from transformers import CLIPTextModel, T5Config, T5EncoderModel
 from typer.testing import CliRunner
 
+from moe_sampler.captioned_images import DemoScenes
 from moe_sampler.checkpoints import CheckpointError
+from moe_sampler.cli import tinyflux_app as app
 from moe_sampler.demo import experts_path
 from moe_sampler.kernels import philox_normal
+from moe_sampler.latents import encode_images
 from moe_sampler.tinyflux import cache_format
 from moe_sampler.tinyflux.cache_build import Teachers, build_cache
 from moe_sampler.tinyflux.cache_format import CacheError, Manifest
 from moe_sampler.tinyflux.cache_read import FeatureCache, MultiSource, at_time
 from moe_sampler.tinyflux.cache_shards import build_shards
-from moe_sampler.tinyflux.cli import app
-from moe_sampler.tinyflux.encoders import StudentEncoders, TextEncoder, encode_images, find_t5
+from moe_sampler.tinyflux.encoders import StudentEncoders, TextEncoder, find_t5
 from moe_sampler.tinyflux.features import ExpertFeatures
-from moe_sampler.tinyflux.sources import DemoScenes
 
 BUCKETS = (0.1, 0.3, 0.9)
 SETTINGS = {"height": 32, "width": 32, "t_buckets": BUCKETS, "shard_size": 4, "micro_batch": 3}

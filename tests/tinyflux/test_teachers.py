@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import default_collate
 
+from moe_sampler.captioned_images import DemoScenes
 from moe_sampler.kernels import philox_normal
 from moe_sampler.tinyflux.cache_build import Teachers, build_cache
 from moe_sampler.tinyflux.cache_read import FeatureCache, MultiSource
@@ -19,7 +20,6 @@ from moe_sampler.tinyflux.model import TinyFlux
 from moe_sampler.tinyflux.objective_settings import ObjectiveSettings, check_objective
 from moe_sampler.tinyflux.objectives import student_loss
 from moe_sampler.tinyflux.routed import RoutedTeachers
-from moe_sampler.tinyflux.sources import DemoScenes
 from moe_sampler.tinyflux.teachers import CachedTeachers, LiveTeachers, check_shared_latents, resident
 from moe_sampler.tinyflux.time_settings import TimeSettings
 from moe_sampler.training.draws import Draws

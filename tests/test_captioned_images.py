@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moe_sampler.tinyflux.sources import DemoScenes, ImageFolder, TarFiles, fit_image, open_source
+from moe_sampler.captioned_images import DemoScenes, ImageFolder, TarFiles, fit_image, open_source
 
 RED, GREEN, BLUE = (250, 10, 10), (10, 250, 10), (10, 10, 250)
 

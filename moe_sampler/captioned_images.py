@@ -252,16 +252,31 @@ class DemoScenes:
         return self.count
 
     def __getitem__(self, index: int) -> CaptionedImage:
-        from moe_sampler.demo.captions import caption
-        from moe_sampler.demo.scenes import draw_scene, render
+        seed = self._seed(index)
+        # Streams 0 to 2 of a scene's seed draw it.
+        text = self.caption(index, np.random.default_rng([seed, 3]))
+        return CaptionedImage(f"scene {seed}", self._draw(seed), text)
 
+    def caption(self, index: int, generator: np.random.Generator) -> str:
+        """Another caption of the same scene, in the generator's words."""
+        from .demo.captions import caption
+        from .demo.scenes import draw_scene
+
+        return caption(draw_scene(self._seed(index)), generator)
+
+    def structure(self, index: int) -> Image.Image:
+        """The scene's flat masses, without texture."""
+        return self._draw(self._seed(index), structure=True)
+
+    def _seed(self, index: int) -> int:
         if not 0 <= index < self.count:
             raise IndexError(index)
-        seed = self.first + index
-        scene = draw_scene(seed)
-        # Streams 0 to 2 of a scene's seed draw it.
-        text = caption(scene, np.random.default_rng([seed, 3]))
-        return CaptionedImage(f"scene {seed}", Image.fromarray(render(scene)), text)
+        return self.first + index
+
+    def _draw(self, seed: int, structure: bool = False) -> Image.Image:
+        from .demo.scenes import draw_scene, render
+
+        return Image.fromarray(render(draw_scene(seed), structure))
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "demo scenes", "first": self.first}

@@ -1,0 +1,82 @@
+"""`moe-sampler experts ...`. Heavy imports wait until a command needs them, so that --help is quick."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..expert_training.settings import RunSettings
+from ..training.flags import with_settings
+from .options import one_line_errors
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="experts",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="The experts' own training: Sol, Lune or an ε-expert on any images, and the demo's experts anew.",
+)
+
+
+def _train(
+    kind: Annotated[str, typer.Argument(help="sol, lune or epsilon.")],
+    settings: RunSettings,
+) -> None:
+    """Train an expert: Sol (v on the DDPM path), Lune (rectified flow), or one that predicts the noise.
+
+    `moe-sampler experts train sol --demo --output-dir runs/sol --max-train-steps 2000 --use-david`
+
+    `moe-sampler experts train lune --source pictures/ --base stable-diffusion-v1-5/stable-diffusion-v1-5
+    --output-dir runs/lune`
+
+    Called again with the same arguments it continues where it stopped. Several processes:
+    `accelerate launch -m moe_sampler.cli experts train ...`
+    """
+    from accelerate import PartialState
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for logging in (diffusers_logging, transformers_logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    from ..expert_training.run import train as run
+    from ..training.trainer import Interrupted, NonFiniteError
+
+    try:
+        result = run(kind, settings)
+    except (Interrupted, NonFiniteError) as stopped:
+        typer.secho(str(stopped), fg=typer.colors.RED, err=True)
+        raise typer.Exit(1) from None
+    if PartialState().is_main_process:
+        for name, value in result["validation"].items():
+            typer.echo(f"{name:16} {value:.5f}")
+        typer.echo(str(settings.training.output_dir))
+
+
+app.command("train")(one_line_errors()(with_settings(RunSettings, _train)))
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Argument(help="Folder to write the trained experts to.")],
+    work_dir: Annotated[
+        Path, typer.Option(help="Folder for the rendered scenes, checkpoints and logs; kept for resuming.")
+    ] = Path("runs/demo"),
+    stage: Annotated[str, typer.Option(help="One stage by name, or all.")] = "all",
+    seed: Annotated[int, typer.Option(help="Seed of data, weights and training.")] = 0,
+) -> None:
+    """Draw the scenes and train the demo experts: about two hours on two cores.
+
+    Called again with the same arguments it continues where it stopped.
+    """
+    with one_line_errors():
+        from ..demo.train import train_demo
+
+        try:
+            typer.echo(str(train_demo(output, work_dir=work_dir, stage=stage, seed=seed)))
+        except RuntimeError as error:  # a stage that failed, or a folder in use: it says which
+            typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+            raise typer.Exit(1) from None

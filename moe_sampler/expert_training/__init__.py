@@ -1,0 +1,38 @@
+"""The experts' own training: their objectives, David's weights, and the data they learn from."""
+
+from typing import TYPE_CHECKING
+
+from .._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from .david import AssessedUNet, Assessment, Assessor, BlockProbes, structure_classes
+    from .images import LatentImages, encode_source
+    from .objectives import Objective
+    from .settings import DavidSettings, ExpertSettings, LevelSettings
+    from .task import ExpertTask, TextStates
+
+_NAMES = {
+    "david": ("AssessedUNet", "Assessment", "Assessor", "BlockProbes", "structure_classes"),
+    "images": ("LatentImages", "encode_source"),
+    "objectives": ("Objective",),
+    "settings": ("DavidSettings", "ExpertSettings", "LevelSettings"),
+    "task": ("ExpertTask", "TextStates"),
+}
+
+__all__ = [
+    "AssessedUNet",
+    "Assessment",
+    "Assessor",
+    "BlockProbes",
+    "DavidSettings",
+    "ExpertSettings",
+    "ExpertTask",
+    "LatentImages",
+    "LevelSettings",
+    "Objective",
+    "TextStates",
+    "encode_source",
+    "structure_classes",
+]
+
+__getattr__, __dir__ = lazy_names(globals(), _NAMES)

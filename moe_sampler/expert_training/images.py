@@ -1,0 +1,198 @@
+"""What experts train on: images as latents, encoded once, and their captions."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from PIL import Image
+from safetensors import safe_open
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..captioned_images import CaptionedImage, Source, fit_image
+from ..fingerprint import fingerprint
+from ..latents import encode_images
+from ..training.checkpoints import write_tensors
+from ..training.settings import SettingsError
+
+__all__ = ["DrawnSource", "LatentImages", "encode_source", "left_to_train"]
+
+Caption = Callable[[int, np.random.Generator], str]
+"""(image, generator) -> one of the texts that describe it."""
+
+
+@runtime_checkable
+class DrawnSource(Source, Protocol):
+    """A source that can say the same in other words, and draw the same masses without texture."""
+
+    def caption(self, index: int, generator: np.random.Generator) -> str: ...
+
+    def structure(self, index: int) -> Image.Image: ...
+
+
+class LatentImages(Dataset):
+    """Latents by index, with captions that are chosen when they are needed.
+
+    Args:
+        latents: float32 [N, C, h, w], scaled.
+        caption: of an image; or N texts.
+        about: plain values that say which data these are.
+        structure: float32 [N, C, h, w], of the same images' structure pictures, or None.
+    """
+
+    def __init__(
+        self,
+        latents: Tensor,
+        caption: Caption | Sequence[str],
+        about: Mapping[str, Any],
+        structure: Tensor | None = None,
+    ) -> None:
+        if latents.ndim != 4 or latents.dtype != torch.float32 or not len(latents):
+            raise ValueError(
+                f"latents must be float32 [N, C, h, w], got {latents.dtype} {list(latents.shape)}"
+            )
+        if structure is not None and structure.shape != latents.shape:
+            raise ValueError(
+                f"structure must have the latents' shape {list(latents.shape)}, got {list(structure.shape)}"
+            )
+        if not callable(caption) and len(caption) != len(latents):
+            raise ValueError(f"{len(latents)} latents need as many captions, got {len(caption)}")
+        self.latents, self.structure, self.about = latents, structure, dict(about)
+        self._caption = caption
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        found = {"index": index, "latents": self.latents[index]}
+        return found if self.structure is None else {**found, "structure": self.structure[index]}
+
+    def captions(self, indices: Sequence[int], generators: Sequence[np.random.Generator]) -> list[str]:
+        """One an image."""
+        if callable(self._caption):
+            return [self._caption(i, own) for i, own in zip(indices, generators, strict=True)]
+        return [self._caption[i] for i in indices]
+
+    def split(self, held_out: int) -> tuple[LatentImages, LatentImages | None]:
+        """(All but the last `held_out`, those, or None if there are to be none).
+
+        Raises:
+            SettingsError: nothing would be left to train on.
+        """
+        kept = left_to_train(len(self), held_out)
+        return self._part(0, kept), self._part(kept, len(self)) if held_out else None
+
+    def _part(self, first: int, last: int) -> LatentImages:
+        caption = self._caption
+        moved = partial(_later, caption, first) if callable(caption) else caption[first:last]
+        structure = None if self.structure is None else self.structure[first:last]
+        about = {**self.about, "images": last - first}
+        return LatentImages(self.latents[first:last], moved, about, structure)
+
+
+def left_to_train(images: int, held_out: int) -> int:
+    """How many.
+
+    Raises:
+        SettingsError: none.
+    """
+    if held_out >= images:
+        raise SettingsError(
+            f"of {images} images {held_out} are held out, and none is left to train on: lower held_out"
+        )
+    return images - held_out
+
+
+def _later(caption: Caption, first: int, index: int, generator: np.random.Generator) -> str:
+    return caption(first + index, generator)
+
+
+def encode_source(
+    source: Source,
+    vae: Any,
+    folder: Path,
+    *,
+    height: int,
+    width: int,
+    structure: bool = False,
+    batch_size: int = 16,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> LatentImages:
+    """Encode all images, or read what an earlier run with the same data and VAE left in `folder`.
+
+    Args:
+        source: images and captions.
+        vae: of diffusers; scaled latents as `encode_images` makes them.
+        folder: for `latents-<fingerprint>.safetensors`. The first of several processes encodes.
+        height, width: of the images, in pixels; they are resized and cut.
+        structure: also encode the structure pictures.
+        batch_size: images encoded together.
+        progress: called with (images done, images in all).
+
+    Raises:
+        SettingsError: structure pictures of a source that has none, or a size the VAE can't have.
+    """
+    scale = 2 ** (len(vae.config.block_out_channels) - 1)
+    if height < scale or width < scale or height % scale or width % scale:
+        raise SettingsError(f"height and width must be multiples of the VAE's {scale}, got {height}×{width}")
+    if structure and not isinstance(source, DrawnSource):
+        raise SettingsError(
+            "structure_below needs structure pictures, which these data don't have: leave it out"
+        )
+    about = {
+        **source.describe(),
+        "images": len(source),
+        "size": [height, width],
+        "structure": structure,
+        "vae": fingerprint(vae),
+    }
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+    path = Path(folder) / f"latents-{digest}.safetensors"
+    state = PartialState()
+    with state.local_main_process_first():
+        if not path.is_file():
+            vae.to(state.device)
+            _write(path, _encode(source, vae, (height, width), structure, batch_size, progress))
+    with safe_open(path, framework="pt") as file:
+        read = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    captions = json.loads(read["captions"].numpy().tobytes())
+    own = source.caption if isinstance(source, DrawnSource) else captions
+    return LatentImages(read["latents"], own, about, read.get("structure"))
+
+
+def _encode(
+    source: Source,
+    vae: Any,
+    size: tuple[int, int],
+    structure: bool,
+    batch_size: int,
+    progress: Callable[[int, int], None],
+) -> dict[str, Tensor]:
+    latents, flat, captions = [], [], []
+    for start in range(0, len(source), batch_size):
+        indices = range(start, min(start + batch_size, len(source)))
+        images: list[CaptionedImage] = [source[i] for i in indices]
+        captions += [image.caption for image in images]
+        latents.append(encode_images(vae, [fit_image(image.image, *size) for image in images]).cpu())
+        if structure:
+            flat.append(encode_images(vae, [fit_image(source.structure(i), *size) for i in indices]).cpu())
+        progress(indices.stop, len(source))
+    text = np.frombuffer(json.dumps(captions).encode(), dtype=np.uint8).copy()
+    found = {"latents": torch.cat(latents), "captions": torch.from_numpy(text)}
+    return {**found, "structure": torch.cat(flat)} if structure else found
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    write_tensors(temporary, tensors)
+    os.replace(temporary, path)

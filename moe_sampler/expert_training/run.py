@@ -1,0 +1,216 @@
+"""From settings to an expert's folder: what `moe-sampler experts train` does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
+from tqdm.auto import tqdm
+
+from ..captioned_images import DemoScenes, Source, open_source
+from ..checkpoints import CheckpointError, read_config
+from ..demo import experts_path
+from ..expert_weights import empty_unet, file_tensors
+from ..fingerprint import fingerprint
+from ..loading import check_experts_fit, load_shared, scheduler_from_config
+from ..presets import ExpertSource
+from ..sources import Hub, find_base, find_expert
+from ..training.checkpoints import write_tensors
+from ..training.settings import SettingsError, to_tables
+from ..training.trainer import Trainer
+from .david import AssessedUNet, BlockProbes, block_channels
+from .images import encode_source, left_to_train
+from .objectives import Objective
+from .settings import RunSettings, check_kind
+from .task import ExpertTask, TextStates
+
+__all__ = ["Base", "load_base", "new_task", "train", "train_expert"]
+
+
+@dataclass(frozen=True)
+class Base:
+    """What an expert is trained with: the frozen parts, and the UNet it starts from."""
+
+    vae: Any
+    text: TextStates
+    unet: UNet2DConditionModel
+
+    @property
+    def scale(self) -> int:
+        """Pixels a side of one latent pixel."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+
+def load_base(base: str | Path, unet: str | Path, kind: str, seed: int = 0) -> Base:
+    """Everything in float32.
+
+    Args:
+        base: folder or hub id of a pipeline, for vae/, text_encoder/ and tokenizer/.
+        unet: "base" for the base's own UNet of that kind (unet_<kind>/ or unet/), "new" for one of the same
+            shape without its weights, or anything an `ExpertSource` may be.
+        kind: "sol", "lune" or "epsilon".
+        seed: of a new UNet's weights.
+
+    Raises:
+        CheckpointError: parts that are missing, damaged or of another class.
+        ValueError: parts that don't fit each other.
+    """
+    check_kind(kind)
+    hub = Hub()
+    folder, index = find_base(base, hub, None, None, [kind])
+    if unet == "new":
+        configs = (folder / f"unet_{kind}", folder / "unet", *sorted(folder.glob("unet_*")))
+        found = next((path / "config.json" for path in configs if (path / "config.json").is_file()), None)
+        if found is None:
+            raise CheckpointError(f"{folder} has no UNet whose shape a new one could have")
+        made = _new_unet(read_config(found), seed)
+    else:
+        source = ExpertSource(base if unet == "base" else unet, training=_trained_as(kind))
+        files = find_expert(kind, source, folder, hub, None)
+        made = empty_unet(files.config, str(files.where), torch.float32)
+        tensors = file_tensors(files, dict(made.state_dict()))
+        copies = {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}
+        made.load_state_dict(copies, assign=True)
+    parts = {
+        name: load_shared(name, folder, index, torch.float32, None)
+        for name in ("vae", "text_encoder", "tokenizer")
+    }
+    check_experts_fit({kind: made.config}, parts["vae"].config, parts["text_encoder"].config.to_dict())
+    vae = parts["vae"].eval().requires_grad_(False)
+    made.requires_grad_(True)
+    return Base(vae, TextStates(parts["text_encoder"], parts["tokenizer"]), made)
+
+
+def _trained_as(kind: str) -> str:
+    return "sd15" if kind == "epsilon" else kind
+
+
+def _new_unet(config: Mapping[str, Any], seed: int) -> UNet2DConditionModel:
+    """Initial weights from the seed, leaving the global generator alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return UNet2DConditionModel.from_config(dict(config))
+
+
+def train(kind: str, settings: RunSettings, *, quiet: bool = False) -> dict[str, Any]:
+    """Train an expert from its settings alone, or continue, in `settings.training.output_dir`.
+
+    Args:
+        kind: "sol", "lune" or "epsilon".
+        settings: of the run.
+        quiet: no progress bars.
+
+    Raises:
+        ValueError: settings, data or models that can't be used, with what to do.
+    """
+    data = settings.data
+    if data.source is None and not data.demo:
+        raise SettingsError("give a source of images and captions, or demo")
+    Objective(kind, settings.expert, settings.levels)
+    base = experts_path() if data.base is None and data.demo else data.base
+    if base is None:
+        raise SettingsError(
+            "give base, the folder or hub id of the pipeline whose VAE and text encoder the expert works with"
+        )
+    source = DemoScenes(data.count) if data.demo else open_source(data.source)
+    models = load_base(base, data.unet, kind, settings.training.seed)
+    options = {"disable": quiet, "dynamic_ncols": True, "leave": False, "delay": 0.5}
+    with tqdm(total=len(source), desc="encoding", **options) as bar:
+        task = new_task(
+            *(kind, source, models, settings),
+            height=data.height,
+            width=data.width,
+            progress=lambda done, total: bar.update(done - bar.n),
+        )
+    return train_expert(task, settings, quiet=quiet)
+
+
+def new_task(
+    kind: str,
+    source: Source,
+    base: Base,
+    settings: RunSettings,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    latents_dir: Path | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> ExpertTask:
+    """An expert's task on a source of images, encoded into the run's folder.
+
+    Args:
+        kind: "sol", "lune" or "epsilon".
+        source, base: images and models.
+        settings: of the run.
+        height, width: of the images; by default the UNet's own size.
+        latents_dir: where the encoded images are kept; by default the run's folder.
+        progress: of the encoding.
+
+    Raises:
+        SettingsError: settings that contradict each other or the data.
+    """
+    objective = Objective(kind, settings.expert, settings.levels)
+    kept, classes = left_to_train(len(source), settings.expert.held_out), settings.david.structure_classes
+    if settings.david.use_david and classes > kept:
+        raise SettingsError(f"{kept} images don't make {classes} structure_classes: lower that number")
+    side = base.unet.config.sample_size * base.scale
+    images = encode_source(
+        source,
+        base.vae,
+        latents_dir or settings.training.output_dir,
+        height=height or side,
+        width=width or side,
+        structure=settings.expert.structure_below > 0,
+        progress=progress,
+    )
+    images.about["text_encoder"] = fingerprint(base.text.model)
+    data, held_out = images.split(settings.expert.held_out)
+    david = settings.david
+    assessor = BlockProbes(block_channels(base.unet), david) if david.use_david else None
+    return ExpertTask(
+        base.unet,
+        objective,
+        data,
+        base.text,
+        settings.expert,
+        held_out=held_out,
+        assessor=assessor,
+        david=david,
+        vae=base.vae,
+    )
+
+
+def train_expert(task: ExpertTask, settings: RunSettings, *, quiet: bool = False) -> dict[str, Any]:
+    """Train, or continue, and leave an expert's folder that `ExpertSource(folder)` loads.
+
+    Returns what `Trainer.train` does.
+    """
+    folder = settings.training.output_dir
+    trainer = Trainer(task, settings.training, record=to_tables(settings), quiet=quiet)
+    result = trainer.train()
+    if trainer.run.accelerator.is_main_process:
+        for made in (folder, folder / "best"):
+            if (made / task.weights_name).is_file():
+                _finish(made, task)
+    return result
+
+
+def _finish(folder: Path, task: ExpertTask) -> None:
+    """What the trainer left, as an expert's folder: the UNet alone, and what it was trained on."""
+    unet = task.model.unet if isinstance(task.model, AssessedUNet) else task.model
+    path = folder / task.weights_name
+    tensors = load_file(path)
+    own = {name.removeprefix("unet."): t for name, t in tensors.items() if name.startswith("unet.")}
+    if own:
+        rest = {name: tensor for name, tensor in tensors.items() if not name.startswith("unet.")}
+        write_tensors(folder / "assessor.safetensors", rest)
+        partial = path.with_name(f".{path.name}.partial")
+        write_tensors(partial, own, {"format": "pt"})
+        partial.replace(path)
+    unet.save_config(folder)
+    scheduler_from_config(task.objective.scheduler).save_config(folder)

@@ -1,0 +1,204 @@
+"""An expert's training as a `Task` of the trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
+from torch import Tensor, nn
+from transformers import CLIPTextModel, PreTrainedTokenizerBase
+
+from ..experts import Expert
+from ..latents import decode_latents
+from ..planning import plan
+from ..sampling import sample
+from ..training.draws import Draws
+from ..training.settings import SettingsError, to_tables
+from ..training.task import Losses
+from .david import AssessedUNet, structure_classes
+from .images import LatentImages
+from .objectives import Levels, Objective
+from .settings import DavidSettings, ExpertSettings
+
+__all__ = ["VALIDATION_LEVELS", "ExpertTask", "TextStates"]
+
+VALIDATION_LEVELS = (0.95, 0.8, 0.65, 0.5, 0.35, 0.2, 0.05)
+"""Shares of noise at which held-out errors are measured."""
+_VALIDATION_BATCH = 32
+
+
+class TextStates:
+    """Captions as the experts' cross-attention is shown them, by a frozen text encoder.
+
+    Args:
+        model, tokenizer: of the pipeline; longer texts than the tokenizer's length are cut.
+    """
+
+    def __init__(self, model: CLIPTextModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
+
+    @torch.no_grad()
+    def __call__(self, texts: Sequence[str], device: torch.device | str = "cpu") -> Tensor:
+        """float32 [B, tokens, channels]."""
+        tokens = self.tokenizer(
+            list(texts),
+            padding="max_length",
+            max_length=self.tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).to(device)
+        mask = tokens.attention_mask if getattr(self.model.config, "use_attention_mask", False) else None
+        return self.model.to(device)(tokens.input_ids, attention_mask=mask).last_hidden_state.float()
+
+
+class ExpertTask:
+    """Sol, Lune or an ε-expert on latents and captions.
+
+    Args:
+        unet: trained, in place.
+        objective: what it learns.
+        data: to train on.
+        text: captions to states.
+        settings: caption dropout, structure pictures, and what validation shows.
+        held_out: for validation; None for none.
+        assessor: a module as `Assessor` says, trained along, whose weights the samples get.
+        david: settings of the structure classes that an assessor is told.
+        vae: decodes the pictures of `samples`; without it there are none.
+        name: of the run; by default the objective's kind.
+
+    Raises:
+        SettingsError: data that don't fit the UNet, or don't have what the settings ask for.
+    """
+
+    weights_name = "diffusion_pytorch_model.safetensors"
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        objective: Objective,
+        data: LatentImages,
+        text: TextStates,
+        settings: ExpertSettings | None = None,
+        *,
+        held_out: LatentImages | None = None,
+        assessor: nn.Module | None = None,
+        david: DavidSettings | None = None,
+        vae: Any = None,
+        name: str | None = None,
+    ) -> None:
+        self.settings = settings = ExpertSettings() if settings is None else settings
+        if data.latents.shape[1] != unet.config.in_channels:
+            raise SettingsError(
+                f"the latents have {data.latents.shape[1]} channels, the UNet takes {unet.config.in_channels}"
+            )
+        if settings.structure_below > 0 and data.structure is None:
+            raise SettingsError("structure_below needs structure pictures, which these data don't have")
+        self.name = objective.kind if name is None else name
+        self.unet, self.objective, self.data, self.text = unet, objective, data, text
+        self.held_out, self.vae = held_out, vae
+        self.assessed = assessor is not None
+        self.model: nn.Module = AssessedUNet(unet, assessor) if self.assessed else unet
+        self.david = DavidSettings() if david is None else david
+        if self.assessed:
+            self.classes = structure_classes(data.latents, self.david.structure_classes)
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor], draws: Draws) -> Losses:
+        levels = self.objective.draw(draws)
+        x0 = self._data(batch["latents"], batch.get("structure"), levels)
+        indices = batch["index"].tolist()
+        texts = self.data.captions(indices, draws.generators("caption"))
+        dropped = (draws.uniform("caption dropout") < self.settings.caption_dropout).tolist()
+        texts = ["" if gone else text for text, gone in zip(texts, dropped, strict=True)]
+        states = self.text(texts, x0.device)
+        pair = self.objective.pair(x0, levels, seeds=draws.seeds("noise"))
+        if not self.assessed:
+            answer = model(pair.noisy, pair.timestep, states, return_dict=False)[0]
+            errors = self.objective.errors(answer, pair.target, levels)
+            return Losses(errors.mean(), {}, errors.detach(), levels.noise)
+        structure = self.classes[batch["index"].cpu()].to(x0.device)
+        answer, weights, extra = model(pair.noisy, pair.timestep, states, levels.noise, structure)
+        errors = self.objective.errors(answer, pair.target, levels)
+        loss = (weights * errors).mean()
+        terms = {"unweighted": errors.detach().mean(), "weight_spread": weights.std(correction=0)}
+        if extra is not None:
+            terms["assessor"], loss = extra.detach(), loss + extra
+        return Losses(loss, terms, errors.detach(), levels.noise)
+
+    def _data(self, latents: Tensor, structure: Tensor | None, levels: Levels) -> Tensor:
+        """Full pictures, or structure pictures where there is little noise."""
+        if structure is None or self.settings.structure_below == 0:
+            return latents.contiguous()
+        flat = (levels.noise < self.settings.structure_below).view(-1, 1, 1, 1)
+        return torch.where(flat, structure, latents)
+
+    @torch.no_grad()
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        """ "loss": the objective's error, averaged over VALIDATION_LEVELS; and x0's error at each of them."""
+        if self.held_out is None:
+            return {}
+        device = next(model.parameters()).device
+        found: dict[str, float] = {}
+        losses = []
+        for level in VALIDATION_LEVELS:
+            error, x0_error = self._errors_at(model, level, device)
+            losses.append(error)
+            found[f"x0_error/{level:g}"] = x0_error
+        return {"loss": sum(losses) / len(losses), **found}
+
+    def _errors_at(self, model: nn.Module, level: float, device: torch.device) -> tuple[float, float]:
+        """(The objective's error, x0's error), means over the held-out images, with one noise an image."""
+        test = self.held_out
+        sums = torch.zeros(2, dtype=torch.float64, device=device)
+        for start in range(0, len(test), _VALIDATION_BATCH):
+            indices = list(range(start, min(start + _VALIDATION_BATCH, len(test))))
+            draws = Draws(0, 0, range(start, start + len(indices)), len(test), device)
+            share = torch.full((len(indices),), level, dtype=torch.float64, device=device)
+            levels = self.objective.at(share)
+            flat = None if test.structure is None else test.structure[indices].to(device)
+            x0 = self._data(test.latents[indices].to(device), flat, levels)
+            pair = self.objective.pair(x0, levels, seeds=draws.seeds("validation"))
+            states = self.text(test.captions(indices, draws.generators("caption")), device)
+            answer = model(pair.noisy, pair.timestep, states, return_dict=False)[0]
+            own = self.objective.errors(answer, pair.target, levels)
+            of_x0 = (self.objective.x0(answer, pair.noisy, levels) - x0).square().mean((1, 2, 3))
+            sums += torch.stack([own.double().sum(), of_x0.double().sum()])
+        error, x0_error = (sums / len(test)).tolist()
+        return error, x0_error
+
+    @torch.no_grad()
+    def samples(self, model: nn.Module) -> list[Image.Image]:
+        """Pictures of the first held-out captions, from fixed seeds."""
+        count = min(self.settings.num_validation_images, len(self.held_out or ()))
+        if self.vae is None or not count:
+            return []
+        device = next(model.parameters()).device
+        draws = Draws(0, 0, range(count), count, device)
+        texts = self.held_out.captions(range(count), draws.generators("caption"))
+        expert = Expert.from_scheduler_config(
+            self.objective.kind, self.objective.scheduler, model, guidance_scale=self.settings.guidance_scale
+        )
+        latents = sample(
+            plan(expert, steps=self.settings.num_inference_steps),
+            expert,
+            shape=(count, *self.held_out.latents.shape[1:]),
+            seeds=list(range(count)),
+            device=device,
+            cond={"encoder_hidden_states": self.text(texts, device)},
+            uncond={"encoder_hidden_states": self.text([""] * count, device)},
+        )
+        return decode_latents(latents, self.vae.to(device), VaeImageProcessor())
+
+    def describe(self) -> dict[str, Any]:
+        found = {
+            "expert": self.objective.kind,
+            "trained_on": dict(self.objective.scheduler),
+            "density": self.objective.density,
+            "levels": to_tables(self.objective.settings),
+            "settings": to_tables(self.settings),
+            "data": self.data.about,
+        }
+        return {**found, "david": to_tables(self.david)} if self.assessed else found
