@@ -196,10 +196,13 @@ class StudentEncoders:
             TextEncoder.load(CLIPTextModel, clip),
             None if t5 is None else TextEncoder.load(T5EncoderModel, t5, t5_length),
         )
-        for model in (made.vae, made.clip.model, *([] if made.t5 is None else [made.t5.model])):
-            # transformers leaves weights in the precision of their file.
-            model.to(device, torch.float32)
-        return made
+        return made.to(device, torch.float32)  # transformers leaves weights in the precision of their file
+
+    def to(self, *args: Any) -> StudentEncoders:
+        """All of them, as `torch.nn.Module.to`."""
+        for model in (self.vae, self.clip.model, *([] if self.t5 is None else [self.t5.model])):
+            model.to(*args)
+        return self
 
     @property
     def scale(self) -> int:

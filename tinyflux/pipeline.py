@@ -113,9 +113,8 @@ class StudentPipeline:
 
     def to(self, device: torch.device | str) -> Self:
         """Everything to a device."""
-        t5 = [] if self.encoders.t5 is None else [self.encoders.t5.model]
-        for model in (self.student, self.encoders.vae, self.encoders.clip.model, *t5):
-            model.to(device)
+        self.student.to(device)
+        self.encoders.to(device)
         if self.hybrid is not None:
             self.hybrid.to(device)
         return self

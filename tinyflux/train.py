@@ -165,7 +165,7 @@ def _painter(
     found.set_progress_bar_config(disable=True)
 
     def paint(student: TinyFlux) -> list[Image.Image]:
-        found.to(student.device)
+        found.encoders.to(student.device)  # the student is where it belongs
         height, width = (side * found.encoders.scale for side in data[0]["latents"].shape[1:])
         return found(
             prompts,

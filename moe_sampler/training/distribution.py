@@ -9,13 +9,15 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, ProjectConfiguration
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from .optimization import new_optimizer
 from .settings import SettingsError
 from .training_settings import TrainingSettings
 
 __all__ = ["new_accelerator", "prepare", "sharded"]
+
+_WHOLE = "NO_WRAP"
 
 
 def new_accelerator(settings: TrainingSettings) -> Accelerator:
@@ -74,6 +76,11 @@ def prepare(
         version = os.environ.get("FSDP_VERSION", "2")
         if version != "2":
             raise SettingsError(f"FSDP version {version} is not supported: launch with --fsdp_version 2")
+        if os.environ.get("FSDP_AUTO_WRAP_POLICY", _WHOLE) != _WHOLE:
+            raise SettingsError(
+                "the model is sharded as one, since what all its blocks share is computed from parameters of "
+                f"each: launch with --fsdp_auto_wrap_policy {_WHOLE}"
+            )
         _scalars_to_vectors(model)
     if shard and accelerator.distributed_type != DistributedType.FSDP:
         _shard_on_cpu(model, accelerator)
@@ -99,9 +106,5 @@ def _scalars_to_vectors(model: nn.Module) -> None:
 def _shard_on_cpu(model: nn.Module, accelerator: Accelerator) -> None:
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
     policy = MixedPrecisionPolicy(param_dtype=dtype, output_dtype=None if dtype is None else torch.float32)
-    blocks = set(getattr(model, "_no_split_modules", None) or ())
     mesh = torch.distributed.init_device_mesh("cpu", (accelerator.num_processes,))
-    for module in model.modules():
-        if type(module).__name__ in blocks and not isinstance(module, FSDPModule):
-            fully_shard(module, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)

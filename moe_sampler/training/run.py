@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from moe_sampler import __version__
 
@@ -85,6 +86,8 @@ class Run:
         average = contextlib.nullcontext() if self.average is None else self.average.in_place()
         with torch.no_grad(), torch.random.fork_rng(), average:
             model.eval()
+            if isinstance(model, FSDPModule):
+                model.unshard()  # a task may look at parameters
             try:
                 yield
             finally:

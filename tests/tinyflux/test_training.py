@@ -89,7 +89,7 @@ def test_the_command_trains_a_student_that_samples(cache, tmp_path):
     command = ["tinyflux", "sample", str(folder), "a castle", "--steps", "2", "-o", str(tmp_path / "a.png")]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
-    assert Image.open(tmp_path / "a.png").size == (64, 64)
+    assert Image.open(tmp_path / "a.png").size == (512, 512)  # enlarged to be looked at
 
 
 class PowerCut(BaseException):

@@ -21,7 +21,6 @@ class Tiny(ModelMixin, ConfigMixin):
     """A denoiser of points in the plane, with dropout and a scalar parameter."""
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ("Linear",)
 
     @register_to_config
     def __init__(self, width: int = 16, dropout: float = 0.1) -> None:
