@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import typer
-
 from moe_sampler.cli.options import one_line_errors
 from moe_sampler.cli.training import run_training
 from moe_sampler.tinyflux.training_settings import StudentSettings
@@ -22,11 +20,9 @@ def _train(settings: StudentSettings) -> None:
 
     `accelerate launch --num_processes 4 -m moe_sampler.cli tinyflux train student.toml`
     """
-    with one_line_errors():
-        from moe_sampler.tinyflux.train import train as run
+    from moe_sampler.tinyflux.train import train as run
 
-        result = run_training(lambda: run(settings))
-        typer.echo(f"{settings.training.output_dir}: {result}")
+    run_training(lambda: run(settings), settings.training.output_dir)
 
 
-train = with_settings(StudentSettings, _train)
+train = one_line_errors()(with_settings(StudentSettings, _train))

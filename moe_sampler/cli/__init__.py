@@ -1,56 +1,15 @@
-"""The `moe-sampler` command. Heavy imports wait until a command needs them, so that --help is quick."""
+"""The `moe-sampler` command; `root` puts it together."""
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-import sys
-from typing import Annotated
+from .._lazy import lazy_names
 
-import typer
+if TYPE_CHECKING:
+    from .root import app, main
 
-from ..tinyflux.cli import app as tinyflux_app
-from .compare import compare
-from .experts import app as experts_app
-from .generate import generate
-from .plan import plan
+# Other packages' commands use what is beside `root`, and `root` uses them.
+_NAMES = {"root": ("app", "main")}
 
 __all__ = ["app", "main"]
 
-app = typer.Typer(
-    name="moe-sampler",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="markdown",
-    help="""Diffusion experts of different parametrizations make one image together.
-
-**Sol** (v-prediction) lays the image out in the early, noisy steps; **Lune** (rectified flow) paints it in
-the later ones. A run is planned before it starts; `moe-sampler plan` shows the plan.""",
-)
-for _command in (generate, plan, compare):
-    app.command()(_command)
-app.add_typer(experts_app, name="experts")
-app.add_typer(tinyflux_app, name="tinyflux")
-
-
-def _version(value: bool) -> None:
-    if value:
-        from .. import __version__
-
-        typer.echo(f"moe-sampler {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
-    ] = False,
-) -> None:
-    pass
-
-
-def main() -> None:
-    try:
-        app()
-    except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
-        sys.exit(130)
+__getattr__, __dir__ = lazy_names(globals(), _NAMES)

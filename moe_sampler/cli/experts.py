@@ -10,6 +10,7 @@ import typer
 from ..expert_training.settings import RunSettings
 from ..training.flags import with_settings
 from .options import one_line_errors
+from .training import run_training
 
 __all__ = ["app"]
 
@@ -35,25 +36,9 @@ def _train(
     Called again with the same arguments it continues where it stopped. Several processes:
     `accelerate launch -m moe_sampler.cli experts train ...`
     """
-    from accelerate import PartialState
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    for logging in (diffusers_logging, transformers_logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
     from ..expert_training.run import train as run
-    from ..training.trainer import Interrupted, NonFiniteError
 
-    try:
-        result = run(kind, settings)
-    except (Interrupted, NonFiniteError) as stopped:
-        typer.secho(str(stopped), fg=typer.colors.RED, err=True)
-        raise typer.Exit(1) from None
-    if PartialState().is_main_process:
-        for name, value in result["validation"].items():
-            typer.echo(f"{name:16} {value:.5f}")
-        typer.echo(str(settings.training.output_dir))
+    run_training(lambda: run(kind, settings), settings.training.output_dir)
 
 
 app.command("train")(one_line_errors()(with_settings(RunSettings, _train)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -10,15 +11,20 @@ import typer
 __all__ = ["run_training"]
 
 
-def run_training(train: Callable[[], dict[str, Any]]) -> str:
-    """Run it, and say what came of it; stopped by a signal, the command ends as that signal would end it.
+def run_training(train: Callable[[], dict[str, Any]], output_dir: Path) -> None:
+    """Run it, and say once what came of it. Stopped by a signal, the command ends as the signal would end it.
 
-    Returns:
-        A line of text.
+    train: returns what `Trainer.train` does.
     """
+    from accelerate import PartialState
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
     from ..training.trainer import Interrupted, NonFiniteError
 
-    _quiet_libraries()
+    for logging in (diffusers_logging, transformers_logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
     try:
         result = train()
     except Interrupted as stopped:
@@ -27,20 +33,10 @@ def run_training(train: Callable[[], dict[str, Any]]) -> str:
     except NonFiniteError as error:
         typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
         raise typer.Exit(1) from None
-    parts = [f"{result['step']} steps"]
-    if result["skipped"]:
-        parts.append(f"{result['skipped']} of them skipped")
-    if "loss" in result["validation"]:
-        parts.append(f"held-out loss {result['validation']['loss']:.4f}")
-    if result["best"] is not None:
-        parts.append(f"best {result['best']['loss']:.4f} at step {result['best']['step']}")
-    return ", ".join(parts)
-
-
-def _quiet_libraries() -> None:
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    for logging in (diffusers_logging, transformers_logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+    if PartialState().is_main_process:
+        skipped = f", {result['skipped']} steps skipped" if result["skipped"] else ""
+        typer.echo(f"{output_dir}: trained to step {result['step']}{skipped}")
+        for name, value in result["validation"].items():
+            typer.echo(f"  {name:16} {value:.5f}")
+        if result["best"] is not None and result["best"]["step"] != result["step"]:
+            typer.echo(f"  best at step {result['best']['step']}: {result['best']['loss']:.5f}, in best/")

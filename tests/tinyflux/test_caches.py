@@ -21,7 +21,6 @@ from typer.testing import CliRunner
 
 from moe_sampler.captioned_images import DemoScenes
 from moe_sampler.checkpoints import CheckpointError
-from moe_sampler.cli import tinyflux_app as app
 from moe_sampler.demo import experts_path
 from moe_sampler.kernels import philox_normal
 from moe_sampler.latents import encode_images
@@ -30,6 +29,7 @@ from moe_sampler.tinyflux.cache_build import Teachers, build_cache
 from moe_sampler.tinyflux.cache_format import CacheError, Manifest
 from moe_sampler.tinyflux.cache_read import FeatureCache, MultiSource, at_time
 from moe_sampler.tinyflux.cache_shards import build_shards
+from moe_sampler.tinyflux.cli import app
 from moe_sampler.tinyflux.encoders import StudentEncoders, TextEncoder, find_t5
 from moe_sampler.tinyflux.features import ExpertFeatures
 
@@ -213,14 +213,13 @@ def test_what_was_finished_before_a_kill_is_not_computed_again(copy, encoders, t
     assert contents(copy) == wanted
 
 
-def test_processes_of_accelerate_give_the_same_bytes(tmp_path):
-    """Two processes, each with its share of the shards, under accelerate's launcher."""
+def test_two_processes_give_the_same_bytes(tmp_path):
+    """Each with its share of the shards, launched as `accelerate launch` launches them where there are GPUs."""
     arguments = ["--demo", "--count", "7", "--shard-size", "2", "--micro-batch", "2", "--size", "32"]
     arguments += ["--buckets", "0.2,0.8", "--device", "cpu"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["--main_process_port", "0", "-m", "moe_sampler.tinyflux.cli", "cache", str(tmp_path / "two")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    command += ["-m", "moe_sampler.tinyflux.cli", "cache", str(tmp_path / "two")]
     done = subprocess.run(
         [*command, *arguments], capture_output=True, text=True, env=environment, timeout=300
     )

@@ -71,7 +71,11 @@ def test_the_command_trains_a_student_that_samples(cache, tmp_path):
     flags = ["--output-dir", str(folder), "--max-train-steps", "3", "--sol-weight-map", "0.5"]
     result = CliRunner().invoke(app, ["tinyflux", "train", str(config), *flags])
     assert result.exit_code == 0, result.output
-    assert "3 steps, held-out loss" in result.output and not (tmp_path / "elsewhere").exists()
+    assert (
+        "trained to step 3" in result.output
+        and "noise 0.7" in result.output
+        and not (tmp_path / "elsewhere").exists()
+    )
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     trained = [line for line in lines if "loss" in line]
     assert trained[-1].keys() >= {"velocity", "lune", "sol_stats", "sol_map", "distill", "by_noise"}
