@@ -12,6 +12,7 @@ from typing import Any, TextIO
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 
 from moe_sampler.tinyflux.cache_format import (
@@ -46,7 +47,7 @@ def build_shards(
     parts: (first sample, length) of a shard to its tensors by name and list of `captions`, in one or several
     parts.
     """
-    processes = PartialState()
+    processes = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # it doesn't look there itself
     if (folder / MANIFEST).is_file():
         _check_same(folder, read_manifest(folder), wanted)
     elif folder.exists() and (not folder.is_dir() or any(_not_ours(folder))):

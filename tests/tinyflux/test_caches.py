@@ -214,7 +214,7 @@ def test_what_was_finished_before_a_kill_is_not_computed_again(copy, encoders, t
 
 
 def test_two_processes_give_the_same_bytes(tmp_path):
-    """Each with its share of the shards, launched as `accelerate launch` launches them where there are GPUs."""
+    """Each with its share of the shards, launched as `accelerate launch` does where there are GPUs."""
     arguments = ["--demo", "--count", "7", "--shard-size", "2", "--micro-batch", "2", "--size", "32"]
     arguments += ["--buckets", "0.2,0.8", "--device", "cpu"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
