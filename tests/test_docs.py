@@ -19,9 +19,10 @@ from typer.testing import CliRunner
 from moe_sampler.cli import app
 
 DOCS = Path(__file__).parent.parent / "docs"
-GUIDES = ("GENERATE", "CHECKPOINTS", "SCHEDULERS", "SOLVERS", "TINYFLUX")
+GUIDES = ("GENERATE", "CHECKPOINTS", "SCHEDULERS", "SOLVERS", "TINYFLUX", "EXPERTS")
 MEASURED = re.compile(r"<!-- measured: .*?<!-- end: [^>]+ -->", re.DOTALL)
-BLOCK = re.compile(r"(<!-- not run: [^>]+ -->\n)?^```(bash|python)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(r"(<!-- not run: [^>]+ -->\n)?^```(bash|python|toml)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+LAUNCHER = "accelerate launch "
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -43,9 +44,18 @@ def blocks(guide: str) -> list[tuple[bool, str, str]]:
 
 
 def commands(code: str) -> list[list[str]]:
-    lines = [shlex.split(line) for line in code.replace("\\\n", " ").splitlines()]
-    assert all(line[0] == "moe-sampler" for line in lines)
-    return [line[1:] for line in lines]
+    found = []
+    for line in code.replace("\\\n", " ").splitlines():
+        if line.startswith("#"):
+            continue
+        # A launcher's own options are its business.
+        _, launched, rest = (
+            line.partition(" -m moe_sampler.cli ") if line.startswith(LAUNCHER) else ("", "", line)
+        )
+        words = shlex.split(rest)
+        assert launched or words[0] == "moe-sampler", line
+        found.append(words if launched else words[1:])
+    return found
 
 
 def parses(arguments: list[str]) -> None:
@@ -61,6 +71,9 @@ def test_a_page_from_top_to_bottom(guide, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": guide}
     for wanted, language, code in blocks(guide):
+        if language == "toml":  # a file by the name in its first line
+            (tmp_path / code.splitlines()[0].removeprefix("# ")).write_text(code, encoding="utf-8")
+            continue
         if language == "python":
             tree = ast.parse(code)
             if wanted:
@@ -95,7 +108,7 @@ def assert_same_picture(made: Path, shown: Path) -> None:
 def test_every_block_is_run_or_says_why_not(guide):
     text = text_of(guide)
     fences = re.findall(r"^```(\w+)$", text, re.MULTILINE)
-    assert len(fences) == len(blocks(guide)) and set(fences) <= {"bash", "python"}
+    assert len(fences) == len(blocks(guide)) and set(fences) <= {"bash", "python", "toml"}
     assert text.count("<!-- not run: ") == sum(not wanted for wanted, _, _ in blocks(guide))
 
 
