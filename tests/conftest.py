@@ -86,3 +86,9 @@ def demo_pipeline():
     pipe = HybridPipeline.from_pretrained(experts_path())
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

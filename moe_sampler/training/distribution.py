@@ -34,7 +34,7 @@ def new_accelerator(settings: TrainingSettings) -> Accelerator:
             f"{', '.join(known) or 'none'}. report_to none does without"
         )
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             mixed_precision=settings.mixed_precision,
             log_with=trackers or None,
             project_config=ProjectConfiguration(
@@ -45,6 +45,12 @@ def new_accelerator(settings: TrainingSettings) -> Accelerator:
         )
     except ValueError as error:
         raise SettingsError(f"mixed_precision: {error}") from None
+    if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
+        raise SettingsError(
+            f"mixed_precision fp16 has no gradient scaling on {accelerator.device.type}, and small gradients "
+            "would be lost: use bf16 or no"
+        )
+    return accelerator
 
 
 def sharded(accelerator: Accelerator) -> bool:

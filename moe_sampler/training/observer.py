@@ -72,7 +72,8 @@ class Observer:
         count = max(self._count, 1)
         means = {name: float(value) / count for name, value in sorted(self._sums.items())}
         if run.plan.processes > 1 and means:
-            reduced = run.accelerator.reduce(torch.tensor([*means.values()], dtype=torch.float64), "mean")
+            own = torch.tensor([*means.values()], dtype=torch.float64, device=run.accelerator.device)
+            reduced = run.accelerator.reduce(own, "mean")
             means = dict(zip(means, reduced.tolist(), strict=True))
         by_noise = self._bins.take(run.accelerator)
         numbers = {**means, "learning_rate": rate, "skipped": run.skipped}

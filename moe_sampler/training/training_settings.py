@@ -95,6 +95,9 @@ class TrainingSettings:
         if not 0 <= self.lr_floor <= 1:
             raise ValueError(f"lr_floor must lie between 0 and 1, got {self.lr_floor}")
         if self.lr_warmup_steps + self.lr_decay_steps > self.max_train_steps:
-            raise ValueError("lr_warmup_steps and lr_decay_steps are more than max_train_steps")
+            raise ValueError(
+                f"lr_warmup_steps ({self.lr_warmup_steps}) and lr_decay_steps ({self.lr_decay_steps}) are "
+                f"more than max_train_steps ({self.max_train_steps}): lower them"
+            )
         if self.lr_decay_steps and self.lr_scheduler != "warmup_stable_decay":
             raise ValueError("lr_decay_steps is for lr_scheduler warmup_stable_decay alone")

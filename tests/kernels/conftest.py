@@ -28,9 +28,6 @@ BODIES = [
 
 
 def pytest_collection_modifyitems(config, items):
-    for item in items:
-        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
     if not INTERPRETING:
         left_out = [item for item in items if item.get_closest_marker("interpreter")]
         if left_out:

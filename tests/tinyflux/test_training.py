@@ -130,6 +130,20 @@ def test_a_student_resumes_to_the_same_bits(cache, tmp_path, monkeypatch):
         assert ours == theirs, name
 
 
+def test_activations_computed_twice_train_the_same(cache, tmp_path):
+    for name, twice in (("kept", False), ("twice", True)):
+        changes = {"gradient_checkpointing": twice, "max_train_steps": 2}
+        train(
+            settings(cache, tmp_path / name, training=changes, validation={"prompts": ["a castle"]}),
+            quiet=True,
+        )
+    kept, twice = (
+        load_file(tmp_path / name / "checkpoint-2" / "model.safetensors") for name in ("kept", "twice")
+    )
+    for name, tensor in kept.items():
+        torch.testing.assert_close(twice[name], tensor, rtol=0, atol=1e-6, msg=name)
+
+
 def test_live_and_cached_teachers_make_the_same_loss(cache, tmp_path):
     cached = new_task(settings(cache, tmp_path / "a"))
     live = new_task(settings(cache, tmp_path / "a", teachers={"features": "live"}))

@@ -302,7 +302,6 @@ def test_a_data_set_smaller_than_a_batch(tmp_path):
     [
         ({"use_8bit_adam": True}, "pip install bitsandbytes"),
         ({"report_to": "tensorbord"}, "not installed or not known"),
-        ({"mixed_precision": "fp16"}, "fp16"),
     ],
 )
 def test_what_is_not_possible_here_is_said_before_training(tmp_path, changes, message):
@@ -312,6 +311,23 @@ def test_what_is_not_possible_here_is_said_before_training(tmp_path, changes, me
         Trainer(Points(), settings(tmp_path / "run", **changes))
 
 
+@pytest.fixture
+def another_precision():
+    """Accelerate keeps one precision a process."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_fp16_without_scaled_gradients_is_refused(tmp_path, another_precision):
+    if torch.cuda.is_available():
+        pytest.skip("here gradients are scaled")
+    with pytest.raises(SettingsError, match="no gradient scaling on cpu"):
+        Trainer(Points(), settings(tmp_path / "run", mixed_precision="fp16"))
+
+
 def test_what_is_trained_must_be_float32(tmp_path):
     task = Points()
     task.model.half()
@@ -319,18 +335,55 @@ def test_what_is_trained_must_be_float32(tmp_path):
         Trainer(task, settings(tmp_path / "run"))
 
 
-def test_bf16_and_checkpointed_activations_train(tmp_path):
-    from accelerate.state import AcceleratorState
+def test_bf16_trains(tmp_path, another_precision):
+    task = Points()
+    Trainer(task, settings(tmp_path / "run", mixed_precision="bf16"), quiet=True).train()
+    with torch.no_grad():
+        found = task.model(torch.ones(2, 2), torch.ones(2))
+        own = task.model.gain * task.model.layers(torch.ones(2, 3)) + task.model.offset
+    assert found.dtype == own.dtype == torch.float32
+    assert 0 < (found - own).abs().max() < 0.05  # the work was done in less
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    try:
-        task = Points()
-        trainer = Trainer(task, settings(tmp_path / "run", mixed_precision="bf16"), quiet=True)
-        trainer.train()
-        assert task.model(torch.ones(2, 2), torch.ones(2)).dtype == torch.float32
-        assert task.model.gain.dtype == torch.float32
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
+
+def test_compiled_it_trains_the_same(tmp_path):
+    weights = {}
+    for compiled in (False, True):
+        task = Points(dropout=0)
+        folder = tmp_path / str(compiled)
+        train(folder, task, torch_compile=compiled, max_train_steps=4, validation_steps=0)
+        weights[compiled] = load_file(folder / "checkpoint-4" / "model.safetensors")
+    for name, tensor in weights[False].items():
+        torch.testing.assert_close(weights[True][name], tensor, rtol=0, atol=1e-5)
+
+
+def test_the_hub_is_asked_before_training_and_gets_the_model(tmp_path, monkeypatch):
+    from huggingface_hub import HfApi, RepoUrl
+
+    def offline(*_, **__):
+        raise OSError("the hub cannot be reached")
+
+    monkeypatch.setattr(HfApi, "create_repo", offline)
+    with pytest.raises(SettingsError, match="push_to_hub: run can't be made on the hub: the hub cannot be"):
+        Trainer(Points(), settings(tmp_path / "run", push_to_hub=True))
+    uploads = []
+    monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: RepoUrl("https://huggingface.co/me/points"))
+    monkeypatch.setattr(HfApi, "upload_folder", lambda self, **given: uploads.append(given))
+    train(tmp_path / "run", push_to_hub=True, hub_model_id="points", max_train_steps=2)
+    (upload,) = uploads
+    assert upload["repo_id"] == "me/points"
+    assert upload["allow_patterns"] == ["config.json", "model.safetensors", "README.md"]
+    assert "# me/points" in (tmp_path / "run" / "README.md").read_text()
+
+
+@pytest.mark.gpu
+def test_on_cuda_it_scales_gradients_and_resumes_to_the_same_bits(tmp_path):
+    for name in ("whole", "broken"):
+        done = run(tmp_path / name, "" if name == "whole" else 7, "fp16=1", ACCELERATE_USE_CPU="false")
+        assert done.returncode == (0 if name == "whole" else -signal.SIGKILL), done.stderr[-2000:]
+    assert run(tmp_path / "broken", "", "fp16=1", ACCELERATE_USE_CPU="false").returncode == 0
+    whole, broken = (tmp_path / name / "checkpoint-12" for name in ("whole", "broken"))
+    assert digest(whole) == digest(broken)
+    assert json.loads((whole / "state.json").read_text())["scaler"]["scale"] > 1
 
 
 def test_tensorboard_gets_losses_and_sheets(tmp_path):

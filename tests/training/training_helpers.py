@@ -115,6 +115,8 @@ def main(folder: str, kill_at: str = "", *changes: str) -> None:
     torch.set_num_threads(1)
     given = {name: int(value) for name, _, value in (change.partition("=") for change in changes)}
     dropout = given.pop("dropout", 10) / 100
+    if given.pop("fp16", 0):
+        given["mixed_precision"] = "fp16"
     train(Path(folder), Points(dropout=dropout, hook=kill if kill_at else lambda step: None), **given)
 
 
