@@ -20,10 +20,9 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from bench.measure import DEVICE, OURS, Call, environment, interleave
-from moe_sampler import HybridPipeline
+from moe_sampler import DemoScenes, HybridPipeline
 from moe_sampler.demo import experts_path
 from moe_sampler.tinyflux import (
-    DemoScenes,
     ExpertFeatures,
     StudentEncoders,
     Teachers,
