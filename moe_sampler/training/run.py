@@ -79,12 +79,18 @@ class Run:
         if self._generators is not None:
             run_state.set_generators(*self._generators)
 
+    def forked_generators(self) -> contextlib.AbstractContextManager:
+        """Within the context the global generators of this process and its device may be drawn from; they are
+        as they were afterwards."""
+        device = self.accelerator.device
+        return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """The averaged weights in eval mode without gradients; everything is as it was afterwards."""
         model = self.task.model
         average = contextlib.nullcontext() if self.average is None else self.average.in_place()
-        with torch.no_grad(), torch.random.fork_rng(), average:
+        with torch.no_grad(), self.forked_generators(), average:
             model.eval()
             if isinstance(model, FSDPModule):
                 model.unshard()  # a task may look at parameters

@@ -87,7 +87,7 @@ class Trainer:
         run = self.run
         self.observer.begin()
         # Dropout draws from the global generators, which are the caller's again afterwards.
-        with torch.random.fork_rng(), interrupts() as noted:
+        with run.forked_generators(), interrupts() as noted:
             set_seed(self.settings.seed, device_specific=True)
             run.restore_generators()
             with tqdm(
