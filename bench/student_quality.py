@@ -37,16 +37,15 @@ SUITE = "quality"
 
 
 def table(rows: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
-    """Markdown: what training took, where it is known of all, and mean ± standard deviation over seeds."""
-    known = all("steps" in run and "seconds" in run for runs in rows.values() for run in runs)
+    """Markdown: steps of training, where they are known of all, and mean ± standard deviation over seeds."""
+    known = all("steps" in run for runs in rows.values() for run in runs)
     lines = []
     for title, runs in rows.items():
         cells = measured(runs)
         if known:
-            minutes = np.mean([run["seconds"] for run in runs]) / 60
-            cells = [f"{np.mean([run['steps'] for run in runs]):,.0f}", f"{minutes:.1f}", *cells]
+            cells = [f"{np.mean([run['steps'] for run in runs]):,.0f}", *cells]
         lines.append([title, *cells])
-    return markdown_table([*(("steps", "minutes") if known else ()), *MEASURES], lines)
+    return markdown_table([*(("steps",) if known else ()), *MEASURES], lines)
 
 
 def shown_prompts(referee: Referee, each: int = 2) -> list[int]:

@@ -148,7 +148,7 @@ def test_the_command(runs, work_dir, referee, tmp_path, monkeypatch):
         for title, rows in result[name].items():
             assert [run["seed"] for run in rows] == [0, 1]
             assert f"| {title} | " in text and measured(rows)[1] in text and "±" in measured(rows)[1]
-    assert "| TinyFlux alone | 100 | 1.0 | " in text  # 100 steps in 60.5 s
+    assert "| TinyFlux alone | 100 | " in text
     assert (
         result["equal_time"]["TinyFlux alone"][0]["patches"]
         == result["equal_steps"]["TinyFlux alone"][0]["patches"]
