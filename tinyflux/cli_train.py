@@ -15,7 +15,7 @@ def _train(settings: StudentSettings) -> None:
 
     `moe-sampler tinyflux train student.toml --output-dir runs/student`
 
-    Settings are in a TOML file, in tables named as the panels below, or flags, which go first. The same
+    Settings are in a TOML file, in tables named as the panels below, or flags, which win. The same
     command continues a run that was stopped. Several processes:
 
     `accelerate launch --num_processes 4 -m moe_sampler.cli tinyflux train student.toml`
