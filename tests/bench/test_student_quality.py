@@ -3,6 +3,7 @@
 import json
 import shutil
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from moe_sampler.demo.data import HELD_OUT_FIRST, SceneSet
 from moe_sampler.demo.evaluator import new_evaluator
 from moe_sampler.demo.report import measured
 from moe_sampler.tinyflux import StudentPipeline, TinyFlux, TinyFluxConfig
+from moe_sampler.tinyflux.training_settings import StudentSettings
+from moe_sampler.training.settings import from_tables, read_toml
 
 SCENES, COUNT = 12, 4
 
@@ -172,3 +175,10 @@ def test_refusals(tmp_path, runs):
         student_study.paint(runs, None, ["alone-9"])
     with pytest.raises(SystemExit):
         student_quality.main([str(runs), "--work-dir", str(tmp_path), "--count", "1"])
+
+
+def test_the_studys_settings_are_settings():
+    found = from_tables(
+        StudentSettings, read_toml(Path(__file__).parents[2] / "bench" / "student_study.toml")
+    )
+    assert found.training.max_train_steps == 1000 and found.objective.distill_weight == 0
