@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
+from transformers import CLIPTextModel
 
 from bench.measure import DEVICE, OURS, Call, environment, interleave
 from moe_sampler import DemoScenes, HybridPipeline
@@ -123,21 +124,30 @@ def _plain(settings: StudentSettings) -> tuple[StudentTask, Call]:
 
 @contextmanager
 def _inside(task: StudentTask) -> Iterator[list[float]]:
-    """Seconds within the student's forward passes, the experts', and backward passes."""
+    """Seconds within forward passes (the student's, the experts' and their text encoder's) and backward
+    passes; of one within another the outer counts."""
     taken: list[float] = []
+    depth = 0
 
     def timed(call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
+            nonlocal depth
             _wait()
             start = time.perf_counter()
-            result = call(*args, **kwargs)
+            depth += 1
+            try:
+                result = call(*args, **kwargs)
+            finally:
+                depth -= 1
             _wait()
-            taken.append(time.perf_counter() - start)
+            if depth == 0:
+                taken.append(time.perf_counter() - start)
             return result
 
         return wrapper
 
     places = [(task.model, "forward"), (torch.Tensor, "backward"), (ExpertFeatures, "__call__")]
+    places += [(CLIPTextModel, "forward")]
     own = [(place, name, getattr(place, name)) for place, name in places]
     try:
         for place, name, call in own:

@@ -174,14 +174,14 @@ def resident(modules: Sequence[nn.Module], device: torch.device, offload: bool) 
     Raises:
         ValueError: they are elsewhere and must stay there.
     """
-    homes = [next(module.parameters()).device for module in modules]
-    away = [home for home in homes if home != device]
+    homes = [(module, next(module.parameters()).device) for module in modules]
+    away = [(module, home) for module, home in homes if home != device]
     if away and not offload:
-        raise ValueError(f"the experts are on {away[0]}, the batch on {device}: move them, or use offload")
+        raise ValueError(f"the experts are on {away[0][1]}, the batch on {device}: move them, or use offload")
     try:
-        for module in modules:
+        for module, _ in away:
             module.to(device)
         yield
     finally:
-        for module, home in zip(modules, homes, strict=True):
+        for module, home in away:
             module.to(home)
