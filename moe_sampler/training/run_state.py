@@ -78,6 +78,11 @@ def set_tensors(
         optim_state_dict={"state": state, "param_groups": groups},
         options=StateDictOptions(full_state_dict=True),
     )
+    # In the layout of their parameters, such as channels last, which AdamW's rounding depends on.
+    for parameter, own_moments in optimizer.state.items():
+        for moment, value in own_moments.items():
+            if value.shape == parameter.shape and value.stride() != parameter.stride():
+                own_moments[moment] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def generator_tensors() -> tuple[dict[str, Tensor], dict[str, str]]:
