@@ -7,6 +7,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from .settings import flat
+
 __all__ = ["model_card"]
 
 
@@ -34,7 +36,7 @@ def model_card(
     if "summary" in description:
         parts.append(str(description["summary"]))
     parts.append("## Data and task")
-    parts.append(_table(_flat({k: v for k, v in description.items() if k not in ("summary", "tags")})))
+    parts.append(_table(flat({k: v for k, v in description.items() if k not in ("summary", "tags")})))
     parts.append("## Results")
     results: dict[str, Any] = {"steps": steps}
     if trained:
@@ -42,18 +44,8 @@ def model_card(
         results["hours of training"] = round(sum(r.get("seconds", 0.0) for r in trained) / 3600, 3)
         results["steps skipped"] = trained[-1].get("skipped", 0)
     parts.append(_table(results | {f"validation {key}": value for key, value in validation.items()}))
-    parts += ["## Settings", _table(_flat(settings)), "Made with moe-sampler."]
+    parts += ["## Settings", _table(flat(settings)), "Made with moe-sampler."]
     return str(ModelCard("\n\n".join(parts) + "\n"))
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
 
 
 def _table(rows: Mapping[str, Any]) -> str:

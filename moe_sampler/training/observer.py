@@ -15,7 +15,7 @@ from .model_card import model_card
 from .noise_bins import NoiseBins
 from .run import Run
 from .run_folder import RunFolder
-from .settings import SettingsError
+from .settings import SettingsError, flat
 from .task import Losses
 
 __all__ = ["Observer"]
@@ -47,7 +47,7 @@ class Observer:
         if run.accelerator.is_main_process:
             self.folder.begin(run.step, self.record)
         if run.accelerator.log_with:
-            plain = {k: v for k, v in _flat(self.record).items() if isinstance(v, (int, float, str, bool))}
+            plain = {k: v for k, v in flat(self.record).items() if isinstance(v, (int, float, str, bool))}
             purge = {"tensorboard": {"purge_step": run.step + 1}} if run.step else {}
             run.accelerator.init_trackers("training", config=plain, init_kwargs=purge)
         self._since = time.monotonic()
@@ -158,10 +158,3 @@ class Observer:
             raise SettingsError(
                 f"push_to_hub: {name} can't be made on the hub: {str(error).strip().splitlines()[0]}"
             ) from None
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found

@@ -183,7 +183,12 @@ class Run:
 
     def _check(self, folder: Path, state: dict[str, Any]) -> None:
         """Refuse what would make another run of it, before anything is loaded."""
-        now = self._identity()
+        now = {
+            "samples a step": self.plan.total,
+            "seed": self.settings.seed,
+            "use_ema": self.settings.use_ema,
+            "task": self.task.describe(),
+        }
         was = {
             "samples a step": state["samples_a_step"],
             "seed": state["settings"]["seed"],
@@ -197,14 +202,6 @@ class Run:
                 f"{folder} is of a run with another {name}: {was[name]!r}, now {now[name]!r}. Choose another "
                 "output_dir to begin anew"
             )
-
-    def _identity(self) -> dict[str, Any]:
-        return {
-            "samples a step": self.plan.total,
-            "seed": self.settings.seed,
-            "use_ema": self.settings.use_ema,
-            "task": self.task.describe(),
-        }
 
     def _load(self, folder: Path, state: dict[str, Any]) -> None:
         model, optimizer = self.task.model, self.optimizer.optimizer

@@ -19,7 +19,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["SettingsError", "from_tables", "help_of", "nearest", "read_toml", "to_tables"]
+__all__ = ["SettingsError", "flat", "from_tables", "help_of", "nearest", "read_toml", "to_tables"]
 
 T = TypeVar("T")
 
@@ -91,6 +91,17 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(part) for part in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as one, with names like `table.name`."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
