@@ -148,7 +148,7 @@ class Observer:
                     repo_id=self._repository,
                     allow_patterns=["config.json", run.task.weights_name, "README.md"],
                 )
-        run.accelerator.end_training()
+        run.close()
 
     def _new_repository(self) -> str:
         name = self.run.settings.hub_model_id or self.run.settings.output_dir.resolve().name

@@ -104,6 +104,14 @@ class Run:
         found = run_state.model_tensors(self.task.model)
         return {name: tensor.reshape(self._shapes[name]).clone() for name, tensor in found.items()}
 
+    def close(self) -> None:
+        """Close the trackers and leave the other processes; weights and numbers can still be read."""
+        # The last to hold a process group destroys it. DDP's reducer would do so while it keeps the
+        # interpreter's lock, which the group's threads may be waiting for: it has to go first.
+        self.model = self.task.model
+        self.accelerator.free_memory()
+        self.accelerator.end_training()
+
     # Checkpoints
 
     def save(self) -> Path:

@@ -103,6 +103,20 @@ def digest(folder: Path) -> int:
     return zlib.crc32(b"".join(path.name.encode() + path.read_bytes() for path in files))
 
 
+def refuse_late_reducers() -> None:
+    """Make leaving the process group an error while a DDP model is alive, whose end may then hang."""
+    import gc
+
+    leave = torch.distributed.destroy_process_group
+
+    def checked(*groups) -> None:
+        left = [o for o in gc.get_objects() if issubclass(type(o), nn.parallel.DistributedDataParallel)]
+        assert not left, "the DDP model outlives its process group"
+        leave(*groups)
+
+    torch.distributed.destroy_process_group = checked
+
+
 def main(folder: str, kill_at: str = "", *changes: str) -> None:
     """A run in a process of its own: `python training_helpers.py FOLDER [STEP] [NAME=VALUE ...]`."""
     import os
@@ -113,6 +127,7 @@ def main(folder: str, kill_at: str = "", *changes: str) -> None:
             os.kill(os.getpid(), signal.SIGTERM if kill_at.endswith("t") else signal.SIGKILL)
 
     torch.set_num_threads(1)
+    refuse_late_reducers()
     given = {name: int(value) for name, _, value in (change.partition("=") for change in changes)}
     dropout = given.pop("dropout", 10) / 100
     if given.pop("fp16", 0):
