@@ -114,16 +114,29 @@ def _parts(samples: int, numel: int) -> Iterator[tuple[range, range]]:
 
 def fill_normal(out: Tensor, seeds: Tensor, step: int, stream: int) -> Tensor:
     """Fill out: [B, ...], any float dtype and device, from seeds: int64 [B]; reads the seeds on the host."""
-    if out.numel() == 0:
-        return out
     direct = out.dtype == torch.float32 and out.device.type == "cpu"
     normals = out if direct else torch.empty(out.shape, dtype=torch.float32)
-    flat = normals.numpy().reshape(out.shape[0], -1)
+    _fill(normals, [(seed, step) for seed in seeds.tolist()], stream)
+    return out if direct else out.copy_(normals)
+
+
+def normal_of_steps(shape: Sequence[int], seeds: Tensor, steps: Sequence[int], stream: int = 0) -> Tensor:
+    """float32 [len(steps), *shape] on the CPU: `philox_normal` of every step, to the last bit, at once."""
+    out = torch.empty(len(steps), *shape)
     each = seeds.tolist()
+    _fill(out.flatten(0, 1), [(seed, step) for step in steps for seed in each], stream)
+    return out
+
+
+def _fill(out: Tensor, keys: Sequence[tuple[int, int]], stream: int) -> None:
+    """Fill out: float32 [N, ...] on the CPU, a sample from each of N pairs of seed and step."""
+    if out.numel() == 0:
+        return
+    flat = out.numpy().reshape(out.shape[0], -1)
     for samples, elements in _parts(*flat.shape):
         count = len(elements)
         words = [
-            _workspace.philox(each[sample], step, stream, start // 8).random_raw(
+            _workspace.philox(*keys[sample], stream, start // 8).random_raw(
                 (min(_DRAWN, elements.stop - start) + 1) // 2
             )
             for sample in samples
@@ -136,7 +149,6 @@ def fill_normal(out: Tensor, seeds: Tensor, step: int, stream: int) -> Tensor:
             part[0] = padded[:-1]
         else:
             _box_muller(words, part.reshape(-1))
-    return out if direct else out.copy_(normals)
 
 
 def check_counter(step: int, stream: int) -> None:

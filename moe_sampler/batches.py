@@ -89,15 +89,10 @@ class Batches:
         """Every batch's latents at the end of the plan, or where the run was interrupted."""
         offload = self._pipe._offload
         with self._pipe.progress_bar(total=len(self._plan) * len(self._runs)) as bar:
-
-            def progress(following: int) -> None:
-                bar.set_description(_names(self._plan, following))
-
-            self._bar, self._describe = bar, progress
-            progress(0)
-            ahead: list[Stage | None] = [*stages(self._plan)[1:], None]
+            self._bar, every = bar, stages(self._plan)
+            ahead: list[Stage | None] = [*every[1:], None]
             try:
-                for stage, following in zip(stages(self._plan), ahead, strict=True):
+                for stage, following in zip(every, ahead, strict=True):
                     if self._pipe.interrupt:
                         break
                     if offload is not None:
@@ -109,6 +104,7 @@ class Batches:
         return [run.x for run in self._runs]
 
     def _advance(self, stage: Stage, following: Stage | None) -> None:
+        self._bar.set_description(_names(self._plan, stage))
         for run in self._runs:
             if self._pipe.interrupt:
                 return
@@ -121,8 +117,6 @@ class Batches:
 
     def _on_step_end(self, info: dict[str, Any]) -> torch.Tensor | None:
         self._bar.update()
-        if info["step"] + 1 < len(self._plan):
-            self._describe(info["step"] + 1)
         replaced = None
         if self._callback is not None:
             tensors = {"latents": info["x"], "pred_original_sample": info["x0"]}
@@ -178,5 +172,5 @@ def _rows(features: Features | Mapping[str, Features], prompts: torch.Tensor) ->
     }
 
 
-def _names(plan: SamplingPlan, index: int) -> str:
-    return " + ".join(call.name for call in plan.steps[index].calls).title()
+def _names(plan: SamplingPlan, stage: Stage) -> str:
+    return " + ".join(call.name for call in plan.steps[stage.until - 1].calls).title()

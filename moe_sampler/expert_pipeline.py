@@ -137,9 +137,9 @@ class ExpertPipeline(DiffusionPipeline):
         modules = [m for m in self.components.values() if isinstance(m, torch.nn.Module)]
         return self._found("device", modules, lambda: super(ExpertPipeline, self)._execution_device)
 
-    def _expert_dtype(self, unet: UNet2DConditionModel) -> torch.dtype:
-        """What a UNet computes in."""
-        return self._found("dtype", [unet], lambda: unet.dtype)
+    def _dtype_of(self, model: torch.nn.Module) -> torch.dtype:
+        """What a model computes in."""
+        return self._found("dtype", [model], lambda: model.dtype)
 
     def _found(self, what: str, modules: Sequence[torch.nn.Module], look: Callable[[], Any]) -> Any:
         """What diffusers finds by looking through every submodule for hooks, which takes as long as a few

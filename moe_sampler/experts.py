@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,7 +40,8 @@ _SOLVER_OF_ALGORITHM = {"dpmsolver++": "dpmpp_2m", "sde-dpmsolver++": "dpmpp_2m_
 
 @dataclass(frozen=True)
 class Expert:
-    """A diffusion expert. Settings are this expert's own; change one with `dataclasses.replace`.
+    """A diffusion expert. Settings are this expert's own; change one with `dataclasses.replace`. Experts are
+    equal if their settings are, whatever their models.
 
     Args:
         name: how routers, step counts and plans call it.
@@ -67,7 +68,7 @@ class Expert:
     name: str
     path: Path
     prediction: Prediction
-    model: Callable[..., Any] | None = None
+    model: Callable[..., Any] | None = field(default=None, compare=False)
     dtype: torch.dtype = torch.float32
     solver: Solver = "dpmpp_2m"
     eta: float = 0.0
@@ -81,7 +82,7 @@ class Expert:
     def __post_init__(self) -> None:
         check_prediction(self.prediction)
         check_solver(self.solver)
-        if not isinstance(self.path, Path):
+        if not isinstance(self.path, VPPath | FlowPath | Path):
             raise TypeError(
                 f"{self.name}: path must be a VPPath, a FlowPath or implement moe_sampler.paths.Path"
             )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from .experts import Expert
-from .planning import plan
+from .planning import check_steps, plan
 from .plans import SamplingPlan
 from .routers import Boundary, PerStep, Router, Spans
 
@@ -111,7 +112,23 @@ def _alone(
     useless = [other for other in own if other != name]
     if useless:
         raise ValueError(f"{name} alone has no use for steps of {useless[0]}")
-    return plan(next(e for e in experts if e.name == name), steps=own.get(name, total))
+    return _planned([next(e for e in experts if e.name == name)], None, own.get(name, total))
+
+
+def _planned(
+    experts: Sequence[Expert], router: Router | None, steps: int | Mapping[str, int]
+) -> SamplingPlan:
+    """`plan`, but what was asked for before, as by a pipeline that makes one image after another, is at hand.
+    Not for a user's own routers, which may change."""
+    check_steps(steps)
+    return _plan(tuple(experts), router, tuple(steps.items()) if isinstance(steps, Mapping) else steps)
+
+
+@lru_cache(maxsize=16)
+def _plan(
+    experts: tuple[Expert, ...], router: Router | None, steps: int | tuple[tuple[str, int], ...]
+) -> SamplingPlan:
+    return plan(experts, router, steps=dict(steps) if isinstance(steps, tuple) else steps)
 
 
 def _default_router(names: Sequence[str], handoff: float | Sequence[float]) -> Router:
@@ -171,8 +188,10 @@ def hybrid_plan(
         )
     if isinstance(router, PerStep):
         return plan(experts, router, steps=own or num_inference_steps)
-    router = router or _default_router(names, defaults["handoff"] if handoff is None else handoff)
-    return plan(experts, router, steps=own or total)
+    if router is not None:
+        return plan(experts, router, steps=own or total)
+    router = _default_router(names, defaults["handoff"] if handoff is None else handoff)
+    return _planned(experts, router, own or total)
 
 
 def enter_plan(experts: Sequence[Expert], whole: SamplingPlan, strength: float) -> SamplingPlan:

@@ -17,12 +17,19 @@ def _shift(vae: Any) -> float:
 
 
 def decode_latents(
-    latents: torch.Tensor, vae: Any, processor: VaeImageProcessor, output_type: str = "pil"
+    latents: torch.Tensor,
+    vae: Any,
+    processor: VaeImageProcessor,
+    output_type: str = "pil",
+    dtype: torch.dtype | None = None,
 ) -> Any:
-    """Images from float32 latents [B, C, h, w]; "latent" gives them back as they are."""
+    """Images from float32 latents [B, C, h, w]; "latent" gives them back as they are.
+
+    dtype: what the VAE computes in, from a caller that knows; the VAE looks through all its modules for it.
+    """
     if output_type == "latent":
         return latents
-    latents = latents.to(vae.dtype) / vae.config.scaling_factor + _shift(vae)
+    latents = latents.to(dtype or vae.dtype) / vae.config.scaling_factor + _shift(vae)
     return processor.postprocess(vae.decode(latents, return_dict=False)[0].float(), output_type=output_type)
 
 

@@ -137,7 +137,7 @@ class HybridPipeline(PretrainedMixin, AdapterMixin, ExpertPipeline):
         return tuple(self._with_model(expert, self.expert_unet(expert.name)) for expert in experts)
 
     def _with_model(self, expert: Expert, unet: UNet2DConditionModel) -> Expert:
-        dtype = self._expert_dtype(unet)
+        dtype = self._dtype_of(unet)
 
         def model(x: torch.Tensor, timestep: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
             embeds = prompt_embeds.to(dtype)
@@ -201,7 +201,9 @@ class HybridPipeline(PretrainedMixin, AdapterMixin, ExpertPipeline):
     def decode_latents(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
         """Images from float32 latents [B, C, h, w]."""
         with self._at_work("vae"):
-            return decode_latents(latents, self.vae, self.image_processor, output_type)
+            return decode_latents(
+                latents, self.vae, self.image_processor, output_type, self._dtype_of(self.vae)
+            )
 
     def _image_latents(
         self, image: Any, height: int, width: int, images: int, batch_size: int, device: torch.device

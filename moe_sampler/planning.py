@@ -223,10 +223,15 @@ def _compile(experts: Mapping[str, Expert], evaluations: Sequence[_Evaluation]) 
     )
 
 
-def _check_steps(steps: int | Mapping[str, int] | None, router: Router | PerStep) -> int | Mapping[str, int]:
-    for count in steps.values() if isinstance(steps, Mapping) else [] if steps is None else [steps]:
+def check_steps(steps: int | Mapping[str, int]) -> None:
+    for count in steps.values() if isinstance(steps, Mapping) else [steps]:
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(f"steps must be whole numbers of at least 1, got {count!r}")
+
+
+def _steps(steps: int | Mapping[str, int] | None, router: Router | PerStep) -> int | Mapping[str, int]:
+    if steps is not None:
+        check_steps(steps)
     if isinstance(router, PerStep):
         if steps is not None and steps != len(router.steps):
             raise ValueError(
@@ -291,7 +296,7 @@ def plan(
         raise TypeError(f"a router is a callable from noise level to weights, or a PerStep, got {router!r}")
     if not 0.0 <= end < start <= 1.0:
         raise ValueError(f"a run goes from start to end with 0 <= end < start <= 1, got {start} to {end}")
-    steps = _check_steps(steps, router)
+    steps = _steps(steps, router)
 
     if noise_levels is not None:
         noise_levels = _check_noise_levels(noise_levels, end)

@@ -10,7 +10,7 @@ import torch
 from .experts import Expert
 from .guidance import Conditioning, GuidanceInputs, rescaled_guidance
 from .kernels import philox_normal, sampler_step_
-from .kernels.noise import seeds_tensor
+from .kernels.noise import normal_of_steps, seeds_tensor
 from .plans import ExpertCall, SamplingPlan
 from .predictions import add_noise
 
@@ -114,6 +114,25 @@ def _timesteps(plan: SamplingPlan, device: torch.device) -> list[list[torch.Tens
     return [[pick(call) for call in step.calls] for step in plan.steps]
 
 
+class _NoiseAhead:
+    """The noise of coming steps, drawn several at a time, on a CPU: a model leaves nothing of the generator
+    in the caches, and to fetch that again at every step costs more than the noise of small latents."""
+
+    _ELEMENTS = 1 << 18
+
+    def __init__(self, steps: Sequence[int], like: torch.Tensor, seeds: torch.Tensor) -> None:
+        self._steps, self._shape, self._seeds = steps, tuple(like.shape), seeds
+        self._count = max(1, self._ELEMENTS // max(like.numel(), 1))
+        self._drawn: dict[int, torch.Tensor] = {}
+
+    def __call__(self, step: int) -> torch.Tensor:
+        if step not in self._drawn:
+            coming = [other for other in self._steps if other >= step][: self._count]
+            drawn = normal_of_steps(self._shape, self._seeds, coming)
+            self._drawn = dict(zip(coming, drawn.unbind(), strict=True))
+        return self._drawn.pop(step)
+
+
 class SamplingRun:
     """One batch on its way through a plan; it may pause between any two steps.
 
@@ -187,6 +206,9 @@ class SamplingRun:
         self._table, self._timesteps = self.plan.table(device), _timesteps(self.plan, device)
         drawn = self.plan.needs_noise and self._noise is None
         self._seed_tensor = seeds_tensor(self._seeds, device) if drawn else None
+        if drawn and device.type == "cpu":
+            noisy = [index for index, step in enumerate(self.plan.steps) if step.adds_noise]
+            self._noise, self._seed_tensor = _NoiseAhead(noisy, self.x, self._seed_tensor), None
         # The prediction is kept only where someone reads it: the caller, or a multistep solver here or next.
         reads = [step.reads_history for step in self.plan.steps]
         self._keeps = [self._keep_x0 or any(pair) for pair in zip(reads, [*reads[1:], False], strict=True)]

@@ -323,6 +323,29 @@ def test_three_experts(demo_pipeline):
             pipe(PROMPT, **arguments)
 
 
+def test_a_plan_is_made_once_for_the_same_settings_and_always_checked(demo_pipeline):
+    first = demo_pipeline.plan(num_inference_steps=1, expert="sol")
+    assert demo_pipeline.plan(num_inference_steps=1, expert="sol") is first
+    own = demo_pipeline.plan(sol_steps=1, lune_steps=2)
+    assert demo_pipeline.plan(sol_steps=1, lune_steps=2) is own != first
+    stronger = demo_pipeline.experts(sol_guidance=9.0)
+    assert demo_pipeline.plan("sol", 1, experts=stronger).steps[0].calls[0].guidance_scale == 9.0
+    for wrong in (dict(num_inference_steps=True, expert="sol"), dict(sol_steps=1.0, lune_steps=2)):
+        with pytest.raises(ValueError, match="whole numbers"):
+            demo_pipeline.plan(**wrong)
+    # A user's router may change from one plan to the next.
+    asked = []
+
+    def router(noise):
+        asked.append(noise)
+        return {"lune": 1.0}
+
+    for _ in range(2):
+        asked.clear()
+        demo_pipeline.plan(router=router)
+        assert asked
+
+
 def test_what_diffusers_offers_passes_through(demo_pipeline):
     pipe = HybridPipeline.from_pretrained(experts_path())
     pipe.set_progress_bar_config(disable=True)

@@ -8,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_sampler import Boundary, Crossfade, Expert, SamplingRun, noised, plan, sample
+from moe_sampler.kernels import philox_normal
 from moe_sampler.sampling import initial_latents
 
 SHAPE = (4, 5, 7)
@@ -349,6 +350,27 @@ def test_a_rescaled_sample_is_the_same_alone_and_in_any_batch(mixture):
     batch = made([3, 7, 9])
     for index, seed in enumerate([3, 7, 9]):
         assert torch.equal(made([seed])[0], batch[index])
+
+
+@pytest.mark.parametrize("elements", [1, 24, 100, 1 << 18])
+def test_noise_drawn_ahead_is_every_steps_own(monkeypatch, elements):
+    """However much is drawn together, and where only some of the steps add noise."""
+    monkeypatch.setattr("moe_sampler.sampling._NoiseAhead._ELEMENTS", elements)
+    experts = [Expert.sol(lambda x, t: torch.tanh(x)), Expert.lune(lambda x, t: torch.tanh(x))]
+    fade = Crossfade("lune", "sol", 0.8, 0.5)
+    compiled = plan(experts, fade, steps=12)
+    shape, seeds = (2, *SHAPE), [4, 9]
+    assert 2 < sum(step.adds_noise for step in compiled.steps) < 12
+    own = sample(
+        compiled,
+        experts,
+        initial_latents(compiled, shape, seeds),
+        noise=lambda step: philox_normal(shape, seeds, step),
+    )
+    run = SamplingRun(compiled, experts, shape=shape, seeds=seeds)
+    for until in range(3, 13, 3):  # and however the run pauses
+        run.advance(until)
+    assert torch.equal(run.x, own)
 
 
 def test_a_constant_prediction_is_not_rescaled():

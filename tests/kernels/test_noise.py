@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from moe_sampler.kernels import philox_normal
+from moe_sampler.kernels.noise import normal_of_steps
 
 MASK = (1 << 64) - 1
 SHAPES = [
@@ -177,3 +178,11 @@ def test_wrong_arguments(arguments, error, message):
 def test_wrong_dtype():
     with pytest.raises(TypeError, match="dtype must be float32"):
         philox_normal((1, 3), [1], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 16, 16), (3, 5, 33), (2, 1 << 17), (2, 0)])
+def test_several_steps_at_once_are_each_steps_noise(shape):
+    seeds, steps = torch.arange(shape[0]) - 1, [0, 3, 7]
+    together = normal_of_steps(shape, seeds, steps, stream=2)
+    for drawn, step in zip(together, steps, strict=True):
+        assert torch.equal(drawn, philox_normal(shape, seeds, step, stream=2))
