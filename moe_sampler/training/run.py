@@ -35,7 +35,7 @@ class Run:
         task, settings: as `Trainer` takes them.
 
     Attributes:
-        accelerator, plan, model (the one to call), optimizer, average: what trains.
+        accelerator, plan, model (the one to call), its parameters, optimizer, average: what trains.
         step: the next one to be made. skipped: steps that were left out. best: the best validation's numbers.
     """
 
@@ -70,6 +70,9 @@ class Run:
         if not sharded(self.accelerator):
             task.model.to(self.accelerator.device)
         self.model, self.optimizer = prepare(self.accelerator, task.model, settings)
+        task.model.train()
+        # To ask a model for its parameters takes longer than to clip small ones.
+        self.parameters = list(self.model.parameters())
         self.average = WeightAverage(task.model, settings.ema_decay) if settings.use_ema else None
         if folder is not None:
             self._load(folder, state)

@@ -136,7 +136,6 @@ class Trainer:
         run, plan, accelerator = self.run, self.run.plan, self.run.accelerator
         for group in run.optimizer.param_groups:
             group["lr"] = rate
-        self.task.model.train()
         found: list[Losses] = []
         for micro in range(plan.accumulation):
             batch = send_to_device(next(batches), accelerator.device)
@@ -147,24 +146,22 @@ class Trainer:
                 losses = self.task.loss(run.model, batch, draws)
                 accelerator.backward(losses.loss / plan.accumulation)
             found.append(losses)
-        norm = accelerator.clip_grad_norm_(run.model.parameters(), self.settings.max_grad_norm or math.inf)
+        norm = accelerator.clip_grad_norm_(run.parameters, self.settings.max_grad_norm or math.inf)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         own = torch.stack([losses.loss.detach().float() for losses in found]).mean()
         sums = accelerator.reduce(
             torch.stack([own, own.new_tensor(float(noted.signal is not None))]), "sum"
         ).tolist()
         loss, stopping = sums[0] / plan.processes, sums[1] > 0
-        scaled = (
-            accelerator.scaler is not None
-        )  # then gradients may overflow, and the scaler leaves the step out
-        if math.isfinite(loss) and (scaled or math.isfinite(norm)):
+        made = math.isfinite(loss) and math.isfinite(norm)
+        if made or (math.isfinite(loss) and accelerator.scaler is not None):
+            # Scaled gradients may overflow: the scaler leaves such a step out by itself, and scales less.
             run.optimizer.step()
-            made = not run.optimizer.step_was_skipped
             self._skipped_in_a_row = 0
-            self.observer.add(found, loss, norm)
         else:
             self._not_finite(found, loss, norm)
-            made = False
+        if made:
+            self.observer.add(found, loss, norm)
         run.optimizer.zero_grad(set_to_none=True)
         if made and run.average is not None:
             run.average.update()

@@ -181,8 +181,7 @@ def test_two_processes_train_as_one(cache, tmp_path, kind):
     shared = {"max_train_steps": steps, "checkpointing_steps": steps}
     one = settings(cache, tmp_path / "one", training=shared | {"train_batch_size": 4}, **changes)
     two = tables(cache, tmp_path / "two", training=shared | {"train_batch_size": 2}, **changes)
-    for values in (two,):
-        values["validation"]["prompts"] = ["a castle"]
+    two["validation"]["prompts"] = ["a castle"]
     config = tmp_path / "two.toml"
     config.write_text(toml(two))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -12,12 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 from training_helpers import Points, digest, settings, train
 
 from moe_sampler.training import CheckpointError, Interrupted, NonFiniteError, SettingsError, Trainer
 from moe_sampler.training import checkpoints as disk
+from moe_sampler.training.distribution import new_accelerator
 
 HELPER = Path(__file__).with_name("training_helpers.py")
 
@@ -314,8 +317,6 @@ def test_what_is_not_possible_here_is_said_before_training(tmp_path, changes, me
 @pytest.fixture
 def another_precision():
     """Accelerate keeps one precision a process."""
-    from accelerate.state import AcceleratorState
-
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -373,6 +374,40 @@ def test_the_hub_is_asked_before_training_and_gets_the_model(tmp_path, monkeypat
     assert upload["repo_id"] == "me/points"
     assert upload["allow_patterns"] == ["config.json", "model.safetensors", "README.md"]
     assert "# me/points" in (tmp_path / "run" / "README.md").read_text()
+
+
+@pytest.fixture
+def scaled_on_a_cpu(monkeypatch, another_precision):
+    """Accelerate scales gradients on accelerators only; torch can on a CPU too."""
+
+    def scaling(given):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        accelerator = new_accelerator(dataclasses.replace(given, mixed_precision="no"))
+        accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=5)
+        return accelerator
+
+    monkeypatch.setattr("moe_sampler.training.run.new_accelerator", scaling)
+
+
+def test_fp16_leaves_steps_out_until_the_scale_fits_and_resumes_to_the_same_bits(tmp_path, scaled_on_a_cpu):
+    changes = {"max_train_steps": 24, "checkpointing_steps": 12, "learning_rate": 1e-3}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    result = train(whole, **changes)
+    assert 0 < result["skipped"] < 12 and result["step"] == 24
+    states = [json.loads((whole / f"checkpoint-{n}" / "state.json").read_text()) for n in (12, 24)]
+    # Halved at every step left out, doubled after five good ones in a row.
+    assert states[0]["scaler"]["scale"] == 2.0 ** (24 - states[0]["skipped"]) * 2.0 ** (
+        (12 - states[0]["skipped"]) // 5
+    )
+    assert states[0]["average_updates"] == 12 - states[0]["skipped"]
+    weights = load_file(whole / "checkpoint-24" / "model.safetensors")
+    assert all(tensor.isfinite().all() and tensor.dtype == torch.float32 for tensor in weights.values())
+    with pytest.raises(PowerCut):
+        train(broken, Points(hook=cut(17)), **changes)
+    train(broken, **changes)
+    assert digest(broken / "checkpoint-24") == digest(whole / "checkpoint-24")
+    assert json.loads((broken / "checkpoint-24" / "state.json").read_text())["scaler"] == states[1]["scaler"]
 
 
 @pytest.mark.gpu
