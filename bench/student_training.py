@@ -124,34 +124,47 @@ def _plain(settings: StudentSettings) -> tuple[StudentTask, Call]:
 
 @contextmanager
 def _inside(task: StudentTask) -> Iterator[list[float]]:
-    """Seconds within forward passes (the student's, the experts' and their text encoder's) and backward
-    passes; of one within another the outer counts."""
+    """Seconds within passes, of one within another the outer counts: from the student's input through the
+    losses to its last gradient, and of the experts and their text encoder."""
     taken: list[float] = []
     depth = 0
+    entered = 0.0
 
-    def timed(call: Callable[..., Any]) -> Callable[..., Any]:
+    def enter() -> None:
+        nonlocal depth, entered
+        _wait()
+        if depth == 0:
+            entered = time.perf_counter()
+        depth += 1
+
+    def leave() -> None:
+        nonlocal depth
+        _wait()
+        depth -= 1
+        if depth == 0:
+            taken.append(time.perf_counter() - entered)
+
+    def passing(call: Callable[..., Any], begins: bool = True, ends: bool = True) -> Callable[..., Any]:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            nonlocal depth
-            _wait()
-            start = time.perf_counter()
-            depth += 1
-            try:
-                result = call(*args, **kwargs)
-            finally:
-                depth -= 1
-            _wait()
-            if depth == 0:
-                taken.append(time.perf_counter() - start)
+            if begins:
+                enter()
+            result = call(*args, **kwargs)
+            if ends:
+                leave()
             return result
 
         return wrapper
 
-    places = [(task.model, "forward"), (torch.Tensor, "backward"), (ExpertFeatures, "__call__")]
-    places += [(CLIPTextModel, "forward")]
-    own = [(place, name, getattr(place, name)) for place, name in places]
+    places = [
+        (task.model, "forward", {"ends": False}),
+        (torch.Tensor, "backward", {"begins": False}),
+        (ExpertFeatures, "__call__", {}),
+        (CLIPTextModel, "forward", {}),
+    ]
+    own = [(place, name, getattr(place, name)) for place, name, _ in places]
+    for place, name, part in places:
+        setattr(place, name, passing(getattr(place, name), **part))
     try:
-        for place, name, call in own:
-            setattr(place, name, timed(call))
         yield taken
     finally:
         for place, name, call in own:
@@ -164,7 +177,7 @@ def _wait() -> None:
 
 
 def _outside(task: StudentTask, step: Call) -> float:
-    """Share of a step that is neither forward nor backward, the median of several steps."""
+    """Share of a step outside all passes, the median of several steps."""
     shares = []
     for _ in range(9):
         with _inside(task) as taken:
