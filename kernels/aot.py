@@ -10,6 +10,7 @@ same sizes and alignments. Tensors on the meta device count as aligned.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import subprocess
 import tempfile
@@ -103,10 +104,7 @@ def compile_launch(launch: Launch, architecture: int = 90) -> Compiled:
     """
     with pretend_device(architecture):
         kernel = launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.constants)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.cubin")
-        path.write_bytes(kernel.asm["cubin"])
-        sass = _tool("cuobjdump", "-res-usage", "-sass", str(path))
+    sass = _disassembled(kernel.asm["cubin"])
     usage = {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", sass)}
     opcodes = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.MULTILINE)
     return Compiled(
@@ -124,6 +122,22 @@ def compile_launch(launch: Launch, architecture: int = 90) -> Compiled:
         ptx=kernel.asm["ptx"],
         sass=sass,
     )
+
+
+def _disassembled(cubin: bytes) -> str:
+    """Resources and machine code as text; kept in Triton's cache, as it takes longer than to compile."""
+    from triton.runtime.cache import get_cache_manager
+
+    cache = get_cache_manager(hashlib.sha256(b"cuobjdump -res-usage -sass" + cubin).hexdigest())
+    kept = cache.get_file("kernel.sass")
+    if kept is not None:
+        return Path(kept).read_text(encoding="utf-8")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        sass = _tool("cuobjdump", "-res-usage", "-sass", str(path))
+    cache.put(sass, "kernel.sass", binary=False)
+    return sass
 
 
 def _widths(opcodes: list[str], mnemonic: str) -> dict[int, int]:
