@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,8 +40,7 @@ _SOLVER_OF_ALGORITHM = {"dpmsolver++": "dpmpp_2m", "sde-dpmsolver++": "dpmpp_2m_
 
 @dataclass(frozen=True)
 class Expert:
-    """A diffusion expert. Settings are this expert's own; change one with `dataclasses.replace`. Experts are
-    equal if their settings are, whatever their models.
+    """A diffusion expert. Settings are this expert's own; change one with `dataclasses.replace`.
 
     Args:
         name: how routers, step counts and plans call it.
@@ -68,7 +67,7 @@ class Expert:
     name: str
     path: Path
     prediction: Prediction
-    model: Callable[..., Any] | None = field(default=None, compare=False)
+    model: Callable[..., Any] | None = None
     dtype: torch.dtype = torch.float32
     solver: Solver = "dpmpp_2m"
     eta: float = 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -121,7 +122,9 @@ def _planned(
     """`plan`, but what was asked for before, as by a pipeline that makes one image after another, is at hand.
     Not for a user's own routers, which may change."""
     check_steps(steps)
-    return _plan(tuple(experts), router, tuple(steps.items()) if isinstance(steps, Mapping) else steps)
+    # Without their models, which what is kept would keep in memory.
+    known = tuple(replace(expert, model=None) for expert in experts)
+    return _plan(known, router, tuple(steps.items()) if isinstance(steps, Mapping) else steps)
 
 
 @lru_cache(maxsize=16)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import weakref
 from itertools import pairwise
 
 import diffusers
@@ -333,6 +335,12 @@ def test_a_plan_is_made_once_for_the_same_settings_and_always_checked(demo_pipel
     for wrong in (dict(num_inference_steps=True, expert="sol"), dict(sol_steps=1.0, lune_steps=2)):
         with pytest.raises(ValueError, match="whole numbers"):
             demo_pipeline.plan(**wrong)
+    experts = demo_pipeline.experts(sol_guidance=8.0)
+    model = weakref.ref(experts[0].model)
+    demo_pipeline.plan("sol", 1, experts=experts)
+    del experts
+    gc.collect()
+    assert model() is None, "what is kept holds no model"
     # A user's router may change from one plan to the next.
     asked = []
 
