@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 
 import pytest
 import torch
 
 from moe_sampler import Expert
 from moe_sampler.paths import Level
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores: threads of one would wait for those of the other.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 
 @dataclasses.dataclass(frozen=True)

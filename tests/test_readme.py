@@ -67,4 +67,4 @@ def test_the_two_lines():
         "pip install -c constraints.txt . && moe-sampler generate "
         '"a castle with two towers, at dusk" -o castle.png\n' in lines
     )
-    assert 'pip install -c constraints.txt -e ".[test]" && pytest\n' in lines
+    assert 'pip install -c constraints.txt -e ".[test]" && pytest -n 2 --dist loadfile\n' in lines

@@ -218,7 +218,7 @@ def test_two_processes_give_the_same_bytes(tmp_path):
     arguments = ["--demo", "--count", "7", "--shard-size", "2", "--micro-batch", "2", "--size", "32"]
     arguments += ["--buckets", "0.2,0.8", "--device", "cpu"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += ["-m", "moe_sampler.tinyflux.cli", "cache", str(tmp_path / "two")]
     done = subprocess.run(
         [*command, *arguments], capture_output=True, text=True, env=environment, timeout=300

@@ -186,7 +186,7 @@ def test_two_processes_train_as_one(cache, tmp_path, kind):
     config.write_text(toml(two))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     environment |= {"ACCELERATE_USE_FSDP": "true"} if kind == "FSDP" else {}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
         [*launcher, "-m", "moe_sampler.cli", "tinyflux", "train", str(config)],
         env=environment,

@@ -26,7 +26,11 @@ HELPER = Path(__file__).with_name("training_helpers.py")
 
 
 def run(*arguments, processes: int = 1, **environment: str) -> subprocess.CompletedProcess:
-    launcher = [] if processes == 1 else ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+    launcher = (
+        []
+        if processes == 1
+        else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    )
     return subprocess.run(
         [sys.executable, *launcher, str(HELPER), *map(str, arguments)],
         env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **environment},
