@@ -224,6 +224,7 @@ def _compile(experts: Mapping[str, Expert], evaluations: Sequence[_Evaluation]) 
 
 
 def check_steps(steps: int | Mapping[str, int]) -> None:
+    """Raise ValueError unless all counts are whole numbers of at least 1."""
     for count in steps.values() if isinstance(steps, Mapping) else [steps]:
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(f"steps must be whole numbers of at least 1, got {count!r}")

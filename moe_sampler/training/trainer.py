@@ -14,6 +14,7 @@ from accelerate.utils import send_to_device, set_seed
 from torch.utils.data import DataLoader, default_collate
 from tqdm.auto import tqdm
 
+from .checkpoints import CheckpointError
 from .draws import Draws
 from .interrupts import Interrupts, interrupts
 from .observer import Observer
@@ -90,15 +91,19 @@ class Trainer:
         with run.forked_generators(), interrupts() as noted:
             set_seed(self.settings.seed, device_specific=True)
             run.restore_generators()
-            with tqdm(
-                total=self.settings.max_train_steps,
-                initial=run.step,
-                desc=self.task.name,
-                disable=self.quiet or not run.accelerator.is_local_main_process,
-                dynamic_ncols=True,
-            ) as bar:
-                self._loop(bar, noted)
-            self.observer.finish()
+            try:
+                with tqdm(
+                    total=self.settings.max_train_steps,
+                    initial=run.step,
+                    desc=self.task.name,
+                    disable=self.quiet or not run.accelerator.is_local_main_process,
+                    dynamic_ncols=True,
+                ) as bar:
+                    self._loop(bar, noted)
+                self.observer.finish()
+            except (Interrupted, NonFiniteError, CheckpointError):
+                run.close()  # all processes come here at once
+                raise
         return {
             "step": run.step,
             "skipped": run.skipped,

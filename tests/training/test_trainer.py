@@ -152,6 +152,14 @@ def test_sigterm_saves_first(whole, tmp_path):
     assert digest(folder / "checkpoint-12") == digest(whole / "checkpoint-12")
 
 
+def test_sigterm_stops_two_processes_together(tmp_path):
+    folder = tmp_path / "run"
+    done = run(folder, "6t", processes=2)
+    assert done.returncode != 0 and done.stderr.count("stopped by SIGTERM after step 7") >= 2, done.stderr
+    assert "outlives" not in done.stderr
+    assert [path.name for path in disk.checkpoint_folders(folder)] == ["checkpoint-4", "checkpoint-7"]
+
+
 def test_interrupting_in_process_raises_and_gives_the_handlers_back(tmp_path):
     before = signal.getsignal(signal.SIGINT)
     hook = lambda step: step == 3 and signal.raise_signal(signal.SIGINT)  # noqa: E731

@@ -132,7 +132,10 @@ def main(folder: str, kill_at: str = "", *changes: str) -> None:
     dropout = given.pop("dropout", 10) / 100
     if given.pop("fp16", 0):
         given["mixed_precision"] = "fp16"
-    train(Path(folder), Points(dropout=dropout, hook=kill if kill_at else lambda step: None), **given)
+    try:
+        train(Path(folder), Points(dropout=dropout, hook=kill if kill_at else lambda step: None), **given)
+    finally:
+        assert not torch.distributed.is_initialized(), "the process group outlives the run"
 
 
 if __name__ == "__main__":
