@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_sampler.kernels import _jit
-from moe_sampler.kernels._dispatch import FLOATS, Operator, check_no_overlap, check_tensor
+from moe_sampler.kernels._dispatch import FLOATS, Operator, check_no_overlap, check_tensor, unobserved
 from moe_sampler.kernels.noise import check_counter, fill_normal
 from moe_sampler.kernels.rows import COLUMNS, ROW_WIDTH, check_row
 
@@ -295,6 +295,6 @@ def sampler_step_(
     second = outputs[1] if len(outputs) == 2 else None
     next_0 = next_inputs[0] if next_inputs else None
     next_1 = next_inputs[1] if len(next_inputs) == 2 else None
-    run = _operator.on(backend, x.device)
+    run = _twin if backend is None and unobserved(x) else _operator.on(backend, x.device)
     run(x, outputs[0], second, table, step, x0_prev, next_0, next_1, seeds, noise, stream)
     return x

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_sampler.kernels import make_row, philox_normal, sampler_step_
 
@@ -263,6 +265,33 @@ def test_an_empty_batch_is_nothing_to_do(body):
     state = torch.empty(0, 4, 8, 8, device=body.device)
     table = table_of(body, make_row(p=1, a=1))
     assert sampler_step_(state, [torch.empty_like(state)], table, 0, backend=body.backend) is state
+
+
+def test_observed_or_not_a_step_is_the_same_and_one_operator(generator):
+    class Seen(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.names = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.names.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    row = make_row(p=0.9, a=0.8, b=0.2, n=0.1, q_cond_0=-0.4, q_uncond_0=0.1, scale_0=1.0)
+    x, output = randn(generator, 2, 3, 5), randn(generator, 4, 3, 5)
+    table, buffer, seeds = torch.tensor([row]), torch.empty(4, 3, 5), torch.tensor([3, 4])
+    plain, seen = x.clone(), Seen()
+    sampler_step_(plain, [output], table, 0, next_inputs=[buffer], seeds=seeds)
+    expected = buffer.clone()
+    with seen:
+        watched = sampler_step_(x, [output], table, 0, next_inputs=[buffer.zero_()], seeds=seeds)
+    assert seen.names[-1] == "moe_sampler.sampler_step_.default" and len(seen.names) == 2  # and zero_
+    assert torch.equal(watched, plain) and torch.equal(buffer, expected)
+    with FakeTensorMode() as mode:
+        faked = [mode.from_tensor(tensor) for tensor in (x, output, table)]
+        assert (
+            sampler_step_(faked[0], faked[1:2], faked[2], 0, seeds=mode.from_tensor(seeds)).shape == x.shape
+        )
 
 
 def test_twin_with_and_without_x0_agrees(generator):
