@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(
 from moe_sampler.kernels import aot  # noqa: E402
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SIZES = [8, 16, 40, 64, 80, 160]
+SIZES = [8, 16, 40, 64, 80, 144, 160]
 
 
 def empty(*shape, dtype=torch.float32):
@@ -45,6 +45,8 @@ def test_compiled_code(dtype, size, architecture):
         # q and k come in 128-bit pieces, through registers or asynchronous copies; what is loaded in smaller
         # ones is per query. A rest of 16 columns of 32 keys has only four numbers for each thread.
         copies = re.findall(r"LDGSTS\.\S+", code.sass)
+        if architecture >= 100 and dtype != torch.float32:
+            assert not copies, "nothing is copied ahead of Blackwell's tensor cores: see _common"
         widths = {128, 64} if 0 < size % 32 <= 16 and dtype != torch.float32 else {128}
         assert all(any(f".{bits}" in copy for bits in widths) for copy in copies), copies
         assert set(code.global_loads) - {32} <= widths, str(code)
