@@ -8,6 +8,7 @@ import os
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_sampler import Expert
 from moe_sampler.paths import Level
@@ -98,3 +99,21 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+class _Record(TorchDispatchMode):
+    """Every operator torch is asked for; what happens inside one is its own business."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def recorded() -> type[_Record]:
+    """`with recorded() as record:` keeps the names of all operators in `record.names`."""
+    return _Record

@@ -5,7 +5,6 @@ import itertools
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_sampler import Boundary, Crossfade, Expert, SamplingRun, noised, plan, sample
 from moe_sampler.kernels import philox_normal
@@ -493,19 +492,7 @@ def test_a_callbacks_state_must_have_the_states_shape(mixture):
         sample(plan(lune, steps=2), lune, shape=(2, 4), seeds=[0, 1], callback=lambda info: torch.zeros(4))
 
 
-class _Record(TorchDispatchMode):
-    """Every operator torch is asked for; what happens inside one is its own business."""
-
-    def __init__(self):
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func.name())
-        return func(*args, **(kwargs or {}))
-
-
-def test_a_step_is_the_model_and_one_launch_and_nothing_is_read_back():
+def test_a_step_is_the_model_and_one_launch_and_nothing_is_read_back(recorded):
     """Two guided experts, mixed, with fresh noise: still one operator a step beside the models'."""
 
     def model(x, timestep, c):
@@ -518,7 +505,7 @@ def test_a_step_is_the_model_and_one_launch_and_nothing_is_read_back():
     compiled = plan(experts, lambda s: {"sol": 0.5, "lune": 0.5}, steps=6)
     cond = {"c": torch.zeros(2, 1)}
     marks: list[int] = []
-    with _Record() as record:
+    with recorded() as record:
         sample(
             compiled,
             experts,
@@ -533,12 +520,12 @@ def test_a_step_is_the_model_and_one_launch_and_nothing_is_read_back():
     assert not {"aten::_local_scalar_dense", "aten::nonzero"} & set(record.names[marks[0] :])
 
 
-def test_a_rescale_reads_nothing_back_either():
+def test_a_rescale_reads_nothing_back_either(recorded):
     expert = Expert.lune(
         lambda x, timestep, c: torch.tanh(x) + c.view(-1, 1, 1, 1), guidance_scale=3.0, guidance_rescale=0.7
     )
     marks: list[int] = []
-    with _Record() as record:
+    with recorded() as record:
         sample(
             plan(expert, steps=4),
             expert,

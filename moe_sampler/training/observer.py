@@ -148,7 +148,6 @@ class Observer:
                     repo_id=self._repository,
                     allow_patterns=["config.json", run.task.weights_name, "README.md"],
                 )
-        run.close()
 
     def _new_repository(self) -> str:
         name = self.run.settings.hub_model_id or self.run.settings.output_dir.resolve().name

@@ -104,6 +104,7 @@ class Trainer:
             except (Interrupted, NonFiniteError, CheckpointError):
                 run.close()  # all processes come here at once
                 raise
+            run.close()
         return {
             "step": run.step,
             "skipped": run.skipped,
