@@ -17,9 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from bench.__main__ import PERFORMANCE, renew
+from bench.cases import cases
 from bench.report import markdown
 from bench.roofline import DEVICES, Device
-from moe_sampler.kernels.cases import cases
 
 UTILISATION = 0.4
 """Share of the dense half-precision peak that a well-run UNet reaches."""

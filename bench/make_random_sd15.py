@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from moe_sampler.demo import experts_path
-from moe_sampler.expert_weights import empty_unet
-from moe_sampler.presets import SD15_UNET
+from moe_sampler.loading.presets import SD15_UNET
+from moe_sampler.loading.weights import empty_unet
 
 EXPERTS = {"sol": "sd15-flow-sol-unet.safetensors", "lune": "sd15-flow-lune-unet.safetensors"}
 

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import torch
 
+from bench.make_random_sd15 import EXPERTS
 from moe_sampler import HybridPipeline
-
-from .make_random_sd15 import EXPERTS
 
 
 def peak_memory() -> float:

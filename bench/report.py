@@ -20,11 +20,11 @@ import torch
 import triton
 from rich.progress import track
 
+from bench import aot
+from bench.cases import cases
+from bench.cases.case import Built, Case
 from bench.roofline import BY_ARCHITECTURE, bytes_moved, seconds
-from moe_sampler.kernels import aot
-from moe_sampler.kernels.case import Built, Case
-from moe_sampler.kernels.cases import cases
-from moe_sampler.kernels.traffic import count_traffic
+from bench.traffic import count_traffic
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = (

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from moe_sampler.kernels.aot import Compiled
-from moe_sampler.kernels.case import Built
+from bench.aot import Compiled
+from bench.cases.case import Built
 
 
 @dataclass(frozen=True)

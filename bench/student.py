@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bench.measure import DEVICE, OURS, Call, Comparison
 from moe_sampler.kernels.losses import weighted_mse
 from moe_sampler.tinyflux import TinyFlux, TinyFluxConfig
-from moe_sampler.tinyflux.dense import Linear
+from moe_sampler.tinyflux.model.dense import Linear
 
 SUITE = "student"
 BATCH, SIDE, LENGTH = 8, 16, 64

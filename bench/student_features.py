@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bench.measure import DEVICE, OURS, Call, Comparison
 from moe_sampler.kernels import philox_normal
-from moe_sampler.tinyflux.features import T_BUCKETS, ExpertFeatures
+from moe_sampler.tinyflux.features.extraction import T_BUCKETS, ExpertFeatures
 
 SUITE = "expert features"
 TEXT = 32

@@ -22,14 +22,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from bench.demo.evaluate import HELD_OUT_SCENES, Referee
+from bench.demo.report import MEASURES, markdown_table, measured
+from bench.demo.sheet import contact_sheet
 from bench.pages import renew
 from bench.report import RESULTS
 from bench.student_study import EXPERTS, REAL, SETS, Painter, Results, Sampling, paint, study
 from moe_sampler import HybridPipeline
 from moe_sampler.demo import experts_path
-from moe_sampler.demo.evaluate import HELD_OUT_SCENES, Referee
-from moe_sampler.demo.report import MEASURES, markdown_table, measured
-from moe_sampler.demo.sheet import contact_sheet
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE, PICTURE = DOCS / "TINYFLUX.md", DOCS / "images" / "student_quality.png"

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from rich.progress import track
 
+from bench.demo.evaluate import Referee, generate
 from moe_sampler import HybridPipeline
 from moe_sampler.demo.data import write_array
-from moe_sampler.demo.evaluate import Referee, generate
 from moe_sampler.tinyflux import StudentPipeline
 
 SETS = {"equal_steps": "At equal steps", "equal_time": "At equal wall-clock time"}

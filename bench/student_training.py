@@ -31,14 +31,14 @@ from moe_sampler.tinyflux import (
     at_time,
     build_cache,
 )
-from moe_sampler.tinyflux.train import new_task
-from moe_sampler.tinyflux.training_settings import (
+from moe_sampler.tinyflux.training.run import new_task
+from moe_sampler.tinyflux.training.settings import (
     DataSettings,
     ModelSettings,
     StudentSettings,
     TeacherSettings,
 )
-from moe_sampler.tinyflux.training_task import StudentTask
+from moe_sampler.tinyflux.training.task import StudentTask
 from moe_sampler.training import Trainer, TrainingSettings
 from moe_sampler.training.interrupts import Interrupts
 

@@ -9,39 +9,39 @@ from typing import TYPE_CHECKING
 from ._lazy import lazy_names
 
 if TYPE_CHECKING:
-    from .captioned_images import DemoScenes, ImageFolder, TarFiles, open_source
-    from .experts import Expert
+    from .data.captioned_images import DemoScenes, ImageFolder, TarFiles, open_source
     from .kernels import euler_step_, philox_normal, sampler_step_, shift_sigmas, velocity_to_epsilon
-    from .paths import FlowPath, Level, VPPath
-    from .pipeline import HybridPipeline
-    from .plan_display import plan_table
-    from .plan_figure import draw_plan
-    from .planning import SamplingPlan, plan
-    from .predictions import add_noise, epsilon_to_x0, velocity_to_x0, x0_to_epsilon
-    from .presets import ExpertSource
-    from .routers import Boundary, Crossfade, PerStep, Router, Spans
-    from .sampling import SamplingRun, initial_latents, noised, sample
+    from .loading.presets import ExpertSource
+    from .pipelines.hybrid import HybridPipeline
+    from .sampling.experts import Expert
+    from .sampling.loop import SamplingRun, initial_latents, noised, sample
+    from .sampling.paths import FlowPath, Level, VPPath
+    from .sampling.planner import SamplingPlan, plan
+    from .sampling.predictions import add_noise, epsilon_to_x0, velocity_to_x0, x0_to_epsilon
+    from .sampling.routers import Boundary, Crossfade, PerStep, Router, Spans
     from .schedulers import FusedDDIMScheduler, FusedDDPMScheduler, FusedFlowMatchEulerScheduler
-    from .trace import Trace
+    from .viewing.plan_figure import draw_plan
+    from .viewing.plan_table import plan_table
+    from .viewing.trace import Trace
 
 __version__ = "0.1.0"
 
 # torch takes a second to import and diffusers several: who asks for a name pays for what that name needs.
 _NAMES = {
-    "captioned_images": ("DemoScenes", "ImageFolder", "TarFiles", "open_source"),
-    "experts": ("Expert",),
+    "data.captioned_images": ("DemoScenes", "ImageFolder", "TarFiles", "open_source"),
+    "sampling.experts": ("Expert",),
     "kernels": ("euler_step_", "philox_normal", "sampler_step_", "shift_sigmas", "velocity_to_epsilon"),
-    "paths": ("FlowPath", "Level", "VPPath"),
-    "pipeline": ("HybridPipeline",),
-    "plan_display": ("plan_table",),
-    "plan_figure": ("draw_plan",),
-    "planning": ("SamplingPlan", "plan"),
-    "predictions": ("add_noise", "epsilon_to_x0", "velocity_to_x0", "x0_to_epsilon"),
-    "presets": ("ExpertSource",),
-    "routers": ("Boundary", "Crossfade", "PerStep", "Router", "Spans"),
-    "sampling": ("SamplingRun", "initial_latents", "noised", "sample"),
+    "sampling.paths": ("FlowPath", "Level", "VPPath"),
+    "pipelines.hybrid": ("HybridPipeline",),
+    "viewing.plan_table": ("plan_table",),
+    "viewing.plan_figure": ("draw_plan",),
+    "sampling.planner": ("SamplingPlan", "plan"),
+    "sampling.predictions": ("add_noise", "epsilon_to_x0", "velocity_to_x0", "x0_to_epsilon"),
+    "loading.presets": ("ExpertSource",),
+    "sampling.routers": ("Boundary", "Crossfade", "PerStep", "Router", "Spans"),
+    "sampling.loop": ("SamplingRun", "initial_latents", "noised", "sample"),
     "schedulers": ("FusedDDIMScheduler", "FusedDDPMScheduler", "FusedFlowMatchEulerScheduler"),
-    "trace": ("Trace",),
+    "viewing.trace": ("Trace",),
 }
 
 __all__ = [

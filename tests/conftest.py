@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_sampler import Expert
-from moe_sampler.paths import Level
+from moe_sampler.sampling.paths import Level
+
+if "bench" not in sys.modules:
+    # Importable without the repository root on the path, where `kernels` is another package.
+    _spec = importlib.util.spec_from_file_location(
+        "bench", Path(__file__).parents[1] / "bench" / "__init__.py"
+    )
+    sys.modules["bench"] = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(sys.modules["bench"])
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores: threads of one would wait for those of the other.

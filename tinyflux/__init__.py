@@ -5,45 +5,57 @@ from typing import TYPE_CHECKING
 from moe_sampler._lazy import lazy_names
 
 if TYPE_CHECKING:
-    from .cache_build import Teachers, build_cache
-    from .cache_read import FeatureCache, MultiSource, at_time
-    from .config import TinyFluxConfig
-    from .encoders import StudentEncoders, TextEncoder
-    from .exchange import export_upstream, import_upstream
-    from .features import T_BUCKETS, ExpertFeatures, Features
-    from .guided import GuidedRouter
-    from .interop import load_tinyflux
-    from .model import TinyFlux, TinyFluxOutput
-    from .noise_curve import NoiseCurve
-    from .objective_settings import ObjectiveSettings, check_objective
-    from .objectives import student_loss
-    from .pipeline import StudentPipeline
-    from .routed import RoutedTeachers
-    from .sampling import StudentModel, tinyflux_expert
-    from .teachers import CachedTeachers, FeatureTeachers, LiveTeachers, Taught, check_shared_latents
-    from .time_settings import TimeSettings
-    from .times import sample_noise
+    from moe_sampler.tinyflux.features.cache_build import Teachers, build_cache
+    from moe_sampler.tinyflux.features.cache_read import FeatureCache, MultiSource, at_time
+    from moe_sampler.tinyflux.features.encoders import StudentEncoders, TextEncoder
+    from moe_sampler.tinyflux.features.exchange import export_upstream, import_upstream
+    from moe_sampler.tinyflux.features.extraction import T_BUCKETS, ExpertFeatures, Features
+    from moe_sampler.tinyflux.model.config import TinyFluxConfig
+    from moe_sampler.tinyflux.model.loading import load_tinyflux
+    from moe_sampler.tinyflux.model.tinyflux import TinyFlux, TinyFluxOutput
+    from moe_sampler.tinyflux.sampling.expert import StudentModel, tinyflux_expert
+    from moe_sampler.tinyflux.sampling.guided import GuidedRouter
+    from moe_sampler.tinyflux.sampling.pipeline import StudentPipeline
+    from moe_sampler.tinyflux.training.noise_curve import NoiseCurve
+    from moe_sampler.tinyflux.training.objective_settings import ObjectiveSettings, check_objective
+    from moe_sampler.tinyflux.training.objectives import student_loss
+    from moe_sampler.tinyflux.training.routed import RoutedTeachers
+    from moe_sampler.tinyflux.training.teachers import (
+        CachedTeachers,
+        FeatureTeachers,
+        LiveTeachers,
+        Taught,
+        check_shared_latents,
+    )
+    from moe_sampler.tinyflux.training.time_settings import TimeSettings
+    from moe_sampler.tinyflux.training.times import sample_noise
 
 # diffusers takes seconds to import: who asks for a name pays for what that name needs.
 _NAMES = {
-    "cache_build": ("Teachers", "build_cache"),
-    "cache_read": ("FeatureCache", "MultiSource", "at_time"),
-    "config": ("TinyFluxConfig",),
-    "encoders": ("StudentEncoders", "TextEncoder"),
-    "exchange": ("export_upstream", "import_upstream"),
-    "features": ("T_BUCKETS", "ExpertFeatures", "Features"),
-    "guided": ("GuidedRouter",),
-    "interop": ("load_tinyflux",),
-    "model": ("TinyFlux", "TinyFluxOutput"),
-    "noise_curve": ("NoiseCurve",),
-    "objective_settings": ("ObjectiveSettings", "check_objective"),
-    "objectives": ("student_loss",),
-    "pipeline": ("StudentPipeline",),
-    "routed": ("RoutedTeachers",),
-    "sampling": ("StudentModel", "tinyflux_expert"),
-    "teachers": ("CachedTeachers", "FeatureTeachers", "LiveTeachers", "Taught", "check_shared_latents"),
-    "time_settings": ("TimeSettings",),
-    "times": ("sample_noise",),
+    "features.cache_build": ("Teachers", "build_cache"),
+    "features.cache_read": ("FeatureCache", "MultiSource", "at_time"),
+    "model.config": ("TinyFluxConfig",),
+    "features.encoders": ("StudentEncoders", "TextEncoder"),
+    "features.exchange": ("export_upstream", "import_upstream"),
+    "features.extraction": ("T_BUCKETS", "ExpertFeatures", "Features"),
+    "sampling.guided": ("GuidedRouter",),
+    "model.loading": ("load_tinyflux",),
+    "model.tinyflux": ("TinyFlux", "TinyFluxOutput"),
+    "training.noise_curve": ("NoiseCurve",),
+    "training.objective_settings": ("ObjectiveSettings", "check_objective"),
+    "training.objectives": ("student_loss",),
+    "sampling.pipeline": ("StudentPipeline",),
+    "training.routed": ("RoutedTeachers",),
+    "sampling.expert": ("StudentModel", "tinyflux_expert"),
+    "training.teachers": (
+        "CachedTeachers",
+        "FeatureTeachers",
+        "LiveTeachers",
+        "Taught",
+        "check_shared_latents",
+    ),
+    "training.time_settings": ("TimeSettings",),
+    "training.times": ("sample_noise",),
 }
 
 __all__ = [

@@ -62,7 +62,7 @@ def compare(
 
     `moe-sampler compare "a castle by a lake" "a portrait" --handoff 0.7 -o compare.png`
     """
-    from ..images import check_writable
+    from ..viewing.images import check_writable
 
     check_writable(output)
     if tile < 64:
@@ -83,14 +83,14 @@ def compare(
         each.check(names, lora.lora_text_encoder)
     computer = Machine.read(machine, {})
     if sizes.keys() & call.keys():
-        from ..inputs import check_size
+        from ..pipelines.checks import check_size
 
         _, multiple = model.sizes()
         check_size(call.get("height", multiple), call.get("width", multiple), multiple)
 
     pipe = model.load(computer, loras, lora.lora_text_encoder)
-    from ..compare import compare as run_comparison
-    from ..images import save_png
+    from ..pipelines.compare import compare as run_comparison
+    from ..viewing.images import save_png
 
     seeds = seed or [0]
     comparison = run_comparison(pipe, prompts, seeds, batch_size=machine.batch_size, **call)
@@ -101,7 +101,7 @@ def compare(
 
 def _check(configs: dict, defaults: dict, call: dict) -> None:
     """Whether all four runs can be planned."""
-    from ..naive import naive_plan
+    from ..sampling.naive import naive_plan
 
     hybrid = compile_plan(configs, defaults, call)
     naive_plan(planned_experts(configs, defaults, call), hybrid)

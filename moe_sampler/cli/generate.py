@@ -108,7 +108,7 @@ def generate(
     The settings are in each PNG's metadata, so `moe-sampler generate --like castle.png -o again.png` makes it
     again. VALUE|NAME=VALUE options may be repeated: `--guidance 5 --guidance lune=3`.
     """
-    from ..images import read_settings
+    from ..viewing.images import read_settings
 
     # What is wrong with the settings, the folder or the machine shows before any weights are read.
     previous = read_settings(like) if like is not None else {}
@@ -173,7 +173,7 @@ def _start_image(settings: dict[str, Any], previous: Mapping[str, Any], image: P
     """The PIL image to start from, its place noted in `settings`."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
-    from ..inputs import check_strength
+    from ..pipelines.checks import check_strength
 
     kept = image is None and previous.get("image") is not None
     path = Path(previous["image"]) if kept else image
@@ -209,7 +209,7 @@ def _loras(
 def _size(model: Model, settings: Mapping[str, Any], start: Any) -> dict[str, int]:
     """Height and width as far as they are known: what was given, or the start's proportions in about the size
     the model was made for, so that any photo fits."""
-    from ..inputs import check_size
+    from ..pipelines.checks import check_size
 
     side, multiple = model.sizes()
     size = {key: settings[key] for key in ("height", "width") if key in settings}

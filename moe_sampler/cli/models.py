@@ -27,8 +27,8 @@ def _place(text: str) -> str:
 
 def _kind(name: str, text: str) -> Any:
     """A kind of expert by name, or the scheduler config in a JSON file."""
-    from ..checkpoints import read_config
-    from ..presets import training_config
+    from ..loading.folders import read_config
+    from ..loading.presets import training_config
 
     if text.endswith(".json"):
         return read_config(Path(text))
@@ -110,18 +110,18 @@ class Model:
     @property
     def sources(self) -> dict[str, Any]:
         """Experts that come from elsewhere than the base or the preset."""
-        from ..presets import ExpertSource
+        from ..loading.presets import ExpertSource
 
         return {name: ExpertSource(**source) for name, source in self.settings.get("sources", {}).items()}
 
     def _hub(self) -> Any:
-        from ..sources import Hub
+        from ..loading.hub import Hub
 
         return Hub(local_files_only=self.local_files_only)
 
     def _parts(self) -> tuple[str, dict[str, Any]]:
         """The base, and the experts that don't come from it."""
-        from ..presets import preset
+        from ..loading.presets import preset
 
         known = {} if self.preset is None else preset(self.preset)
         base = self.base or known.base
@@ -133,8 +133,8 @@ class Model:
         return self._parts()[0]
 
     def _index(self, base: str, sources: Mapping[str, Any]) -> dict[str, Any]:
-        from ..checkpoints import INDEX, SHARED, expert_names, read_config, read_model_index
-        from ..sources import is_hub_id
+        from ..loading.folders import INDEX, SHARED, expert_names, read_config, read_model_index
+        from ..loading.hub import is_hub_id
 
         if self.base is None:
             return {}  # a preset's own base has no experts and no settings
@@ -156,10 +156,10 @@ class Model:
         Raises:
             CheckpointError: something is missing.
         """
-        from ..checkpoints import expert_names
-        from ..hybrid import default_settings
-        from ..presets import ExpertSource
-        from ..sources import find_training
+        from ..loading.folders import expert_names
+        from ..loading.hub import find_training
+        from ..loading.presets import ExpertSource
+        from ..pipelines.settings import default_settings
 
         base, sources = self._parts()
         index = self._index(base, sources)
@@ -171,9 +171,9 @@ class Model:
     def sizes(self) -> tuple[int, int]:
         """The side of the images the model was made for, and what height and width must be multiples of, in
         pixels. Downloads what isn't there yet."""
-        from ..checkpoints import expert_names, read_config
-        from ..presets import ExpertSource
-        from ..sources import find_base, find_expert
+        from ..loading.folders import expert_names, read_config
+        from ..loading.hub import find_base, find_expert
+        from ..loading.presets import ExpertSource
 
         base, sources = self._parts()
         revision, variant = self.settings.get("revision"), self.settings.get("variant")
@@ -191,7 +191,7 @@ class Model:
         """The pipeline, with its adapters."""
         # Importing diffusers makes very many objects and no garbage: collecting meanwhile costs a second.
         gc.disable()
-        from ..pipeline import HybridPipeline
+        from ..pipelines.hybrid import HybridPipeline
 
         gc.enable()
         import torch
@@ -237,7 +237,7 @@ class Machine:
         """From the options, checked against this machine; an image's dtype counts before the default."""
         import torch
 
-        from ..offload import check_offload
+        from ..pipelines.offload import check_offload
 
         check_offload(options.offload)
         device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")

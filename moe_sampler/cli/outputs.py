@@ -18,7 +18,7 @@ class Watch:
     tensor_inputs = ("pred_original_sample",)
 
     def __init__(self, images: int, batch_size: int | None) -> None:
-        from ..trace import Trace
+        from ..viewing.trace import Trace
 
         self._size = batch_size or images
         self._traces = [Trace() for _ in range(0, images, self._size)]
@@ -38,7 +38,7 @@ class Files:
     """What will be written, checked now: one name as it is given, several numbered from 1."""
 
     def __init__(self, output: Path, count: int, trace: bool, animate: bool) -> None:
-        from ..images import check_writable
+        from ..viewing.images import check_writable
 
         stems = [output] if count == 1 else [output.with_stem(f"{output.stem}-{i + 1}") for i in range(count)]
         self.paths = stems
@@ -51,8 +51,8 @@ class Files:
 
     def write(self, pipe: Any, result: Any, index: int, record: dict[str, Any], watch: Watch | None) -> None:
         from .. import __version__
-        from ..images import save_latents, save_png
-        from ..images import zoom as enlarge
+        from ..viewing.images import save_latents, save_png
+        from ..viewing.images import zoom as enlarge
 
         made, path = result.images[index], self.paths[index]
         record["version"] = __version__

@@ -37,11 +37,11 @@ def plan(
     """
     model = Model(merge_models({}, where), where.local_files_only)
     if image is not None:
-        from ..images import check_writable
+        from ..viewing.images import check_writable
 
         check_writable(image)
     if strength is not None:
-        from ..inputs import check_strength
+        from ..pipelines.checks import check_strength
 
         check_strength(strength, "an image", None)
     configs, defaults = model.training()
@@ -52,7 +52,7 @@ def plan(
     elif not (sys.stdout.isatty() and _print_table(compiled)):
         typer.echo(str(compiled))
     if image is not None:
-        from ..plan_figure import draw_plan
+        from ..viewing.plan_figure import draw_plan
 
         draw_plan(compiled, image)
         typer.echo(str(image), err=as_json)
@@ -62,7 +62,7 @@ def _print_table(compiled: object) -> bool:
     """The table in colour, if the terminal is wide enough for it."""
     from rich.console import Console
 
-    from ..plan_display import plan_table
+    from ..viewing.plan_table import plan_table
 
     console, table = Console(), plan_table(compiled)
     # Asked as if there were room: in too narrow a terminal cells would be cut.

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from ..tinyflux.cli import app as tinyflux_app
 from .compare import compare
 from .experts import app as experts_app
 from .generate import generate
 from .plan import plan
+from .student import app as tinyflux_app
 
 __all__ = ["app", "main"]
 

@@ -131,7 +131,7 @@ def parse_router(text: str, names: Sequence[str]) -> Any:
     Raises:
         ValueError: anything else.
     """
-    from ..routers import Crossfade, PerStep, Spans, active_experts
+    from ..sampling.routers import Crossfade, PerStep, Spans, active_experts
 
     kind, *words = text.split() or [""]
     try:
@@ -243,8 +243,8 @@ def planned_experts(
     configs: Mapping[str, Mapping[str, Any]], defaults: Mapping[str, Any], call: Mapping[str, Any]
 ) -> tuple[Any, ...]:
     """The experts as the pipeline will plan them for `call`, from their scheduler configs alone."""
-    from ..hybrid import hybrid_experts
-    from ..inputs import guidance_by_expert
+    from ..pipelines.checks import guidance_by_expert
+    from ..pipelines.settings import hybrid_experts
 
     guidance = guidance_by_expert(call.get("guidance_scale"), {}, defaults, list(configs))
     own = ("shift", "solver", "eta", "guidance_rescale", "guidance_window")
@@ -261,7 +261,7 @@ def compile_plan(
         defaults: the model's.
         call: from `call_of`.
     """
-    from ..hybrid import enter_plan, hybrid_plan
+    from ..pipelines.settings import enter_plan, hybrid_plan
 
     experts = planned_experts(configs, defaults, call)
     route = ("expert", "num_inference_steps", "handoff", "router")

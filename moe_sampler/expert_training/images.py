@@ -18,9 +18,9 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..captioned_images import CaptionedImage, Source, fit_image
-from ..fingerprint import fingerprint
-from ..latents import encode_images
+from ..data.captioned_images import CaptionedImage, Source, fit_image
+from ..loading.fingerprint import fingerprint
+from ..pipelines.latents import encode_images
 from ..training.checkpoints import write_tensors
 from ..training.settings import SettingsError
 

@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..experts import Expert
 from ..kernels import ddpm_training_pair, flow_training_pair, weighted_mse
 from ..kernels.conversions import shift_sigma
 from ..kernels.loss_weights import MinSNR
 from ..kernels.training_pairs import TrainingPair
-from ..paths import Level
-from ..predictions import x0_coefficients
+from ..sampling.experts import Expert
+from ..sampling.paths import Level
+from ..sampling.predictions import x0_coefficients
 from ..training.draws import Draws
 from .settings import ExpertSettings, LevelSettings, density_of, scheduler_config
 

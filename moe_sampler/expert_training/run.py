@@ -12,14 +12,14 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
-from ..captioned_images import DemoScenes, Source, open_source
-from ..checkpoints import CheckpointError, read_config
+from ..data.captioned_images import DemoScenes, Source, open_source
 from ..demo import experts_path
-from ..expert_weights import empty_unet, file_tensors
-from ..fingerprint import fingerprint
-from ..loading import check_experts_fit, load_shared, scheduler_from_config
-from ..presets import ExpertSource
-from ..sources import Hub, find_base, find_expert
+from ..loading.fingerprint import fingerprint
+from ..loading.folders import CheckpointError, read_config
+from ..loading.hub import Hub, find_base, find_expert
+from ..loading.parts import check_experts_fit, load_shared, scheduler_from_config
+from ..loading.presets import ExpertSource
+from ..loading.weights import empty_unet, file_tensors
 from ..training.checkpoints import write_tensors
 from ..training.settings import SettingsError, to_tables
 from ..training.trainer import Trainer

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from ..presets import TRAINING
+from ..loading.presets import TRAINING
 from ..training.settings import SettingsError, nearest
 from ..training.training_settings import TrainingSettings
 

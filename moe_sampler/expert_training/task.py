@@ -12,10 +12,10 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextModel, PreTrainedTokenizerBase
 
-from ..experts import Expert
-from ..latents import decode_latents
-from ..planning import plan
-from ..sampling import sample
+from ..pipelines.latents import decode_latents
+from ..sampling.experts import Expert
+from ..sampling.loop import sample
+from ..sampling.planner import plan
 from ..training.draws import Draws
 from ..training.settings import SettingsError, to_tables
 from ..training.task import Losses

@@ -10,8 +10,8 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..paths import Level
-from ..solvers import SolverRow
+from ..sampling.paths import Level
+from ..sampling.solvers import SolverRow
 from .fused_step import solver_step, table_row
 from .vp import VPScheduler
 

@@ -12,7 +12,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..paths import Level
+from ..sampling.paths import Level
 from .fused_step import solver_step, table_row
 from .vp import VPScheduler
 

@@ -15,9 +15,9 @@ from diffusers.utils import is_scipy_available, logging
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..kernels import shift_sigma
-from ..paths import FlowPath
-from ..predictions import add_noise, x0_coefficients
-from ..solvers import SolverRow
+from ..sampling.paths import FlowPath
+from ..sampling.predictions import add_noise, x0_coefficients
+from ..sampling.solvers import SolverRow
 from .fused_step import FusedScheduler, make_table, solver_step, table_row, view_index
 
 __all__ = ["FusedFlowMatchEulerScheduler"]

@@ -11,8 +11,8 @@ from diffusers import ConfigMixin, SchedulerMixin
 
 from ..kernels import make_row, sampler_step_
 from ..kernels._dispatch import FLOATS
-from ..paths import Level
-from ..solvers import Solver, SolverRow, solver_row
+from ..sampling.paths import Level
+from ..sampling.solvers import Solver, SolverRow, solver_row
 
 __all__ = ["FusedScheduler", "make_table", "solver_step", "view_index"]
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 
-from ..paths import SPACINGS, Level, VPPath, path_from_scheduler_config
-from ..predictions import add_noise, x0_coefficients
+from ..sampling.paths import SPACINGS, Level, VPPath, path_from_scheduler_config
+from ..sampling.predictions import add_noise, x0_coefficients
 from .fused_step import FusedScheduler, make_table, view_index
 
 __all__ = ["VPScheduler", "cosine_betas"]

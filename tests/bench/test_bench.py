@@ -6,8 +6,8 @@ import torch
 
 from bench import __main__ as command
 from bench import counting, features, measure, noise, plots, recipe, roofline, steps, suites, training
+from bench.cases import cases
 from bench.measure import OURS, Comparison, Result
-from moe_sampler.kernels.cases import cases
 
 
 def first(comparisons, **case):

@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 
 from bench import student_quality, student_study
+from bench.demo import evaluate
+from bench.demo.evaluator import new_evaluator
+from bench.demo.report import measured
 from bench.student_study import ROWS, Painter, Sampling, Student, all_students, find_students
-from moe_sampler.demo import evaluate
 from moe_sampler.demo.data import HELD_OUT_FIRST, SceneSet
-from moe_sampler.demo.evaluator import new_evaluator
-from moe_sampler.demo.report import measured
 from moe_sampler.tinyflux import StudentPipeline, TinyFlux, TinyFluxConfig
-from moe_sampler.tinyflux.training_settings import StudentSettings
+from moe_sampler.tinyflux.training.settings import StudentSettings
 from moe_sampler.training.settings import from_tables, read_toml
 
 SCENES, COUNT = 12, 4

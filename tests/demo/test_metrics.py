@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from scipy.linalg import sqrtm
 
+from bench.demo.evaluate import crossing
+from bench.demo.evaluator import attributes_right
+from bench.demo.metrics import frechet_distance, high_frequency_ratio, patch_distance, power_spectrum
 from moe_sampler.demo.attributes import HEADS, labels
-from moe_sampler.demo.evaluate import crossing
-from moe_sampler.demo.evaluator import attributes_right
-from moe_sampler.demo.metrics import frechet_distance, high_frequency_ratio, patch_distance, power_spectrum
 from moe_sampler.demo.scenes import draw_scene, render
 
 

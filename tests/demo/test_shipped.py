@@ -16,7 +16,7 @@ from moe_sampler.demo.data import HELD_OUT_FIRST
 from moe_sampler.demo.export import COMPONENTS
 from moe_sampler.demo.scenes import draw_scene, render
 from moe_sampler.demo.tokenizer import MAX_LENGTH, write_tokenizer
-from moe_sampler.paths import FlowPath, VPPath
+from moe_sampler.sampling.paths import FlowPath, VPPath
 
 FOLDER = experts_path()
 MODELS = {

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moe_sampler.demo.evaluator import new_evaluator, train_evaluator
+from bench.demo.evaluator import new_evaluator, train_evaluator
 from moe_sampler.demo.scene_task import run_stage, stage_settings
 from moe_sampler.demo.stages import SHIPPED, TRAINED, Recipe, Workshop
 from moe_sampler.demo.train import train_demo

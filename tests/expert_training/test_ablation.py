@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from moe_sampler.expert_training import ablation
-from moe_sampler.expert_training.ablation import ablation_table, fill_page, run_ablation
+from bench import david_ablation as ablation
+from bench.david_ablation import ablation_table, fill_page, run_ablation
 
 SIZES = {"steps": 2, "seeds": (0,), "scenes": 22, "held_out": 2, "batch": 2, "quiet": True}
 

@@ -7,7 +7,7 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from moe_sampler.expert_training import ExpertSettings, LevelSettings, Objective
 from moe_sampler.kernels import philox_normal
-from moe_sampler.loading import scheduler_from_config
+from moe_sampler.loading.parts import scheduler_from_config
 from moe_sampler.training.draws import Draws
 from moe_sampler.training.settings import SettingsError
 

@@ -6,13 +6,14 @@ import os
 import pytest
 import torch
 
-from moe_sampler.kernels import ROW_WIDTH, cases, noise, sampler_step
+from bench import cases
+from moe_sampler.kernels import ROW_WIDTH, noise, sampler_step
 
 pytest.importorskip("triton", reason="Triton is not available on this platform")
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="an interpreted function is never compiled"
 )
-from moe_sampler.kernels import aot  # noqa: E402
+from bench import aot  # noqa: E402
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 SHAPE, TWICE = (2, 4, 64, 64), (4, 4, 64, 64)

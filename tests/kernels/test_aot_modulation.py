@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="Triton is not available on this platform")
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="an interpreted function is never compiled"
 )
-from moe_sampler.kernels import aot  # noqa: E402
+from bench import aot  # noqa: E402
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 

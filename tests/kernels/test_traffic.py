@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from moe_sampler.kernels import _jit, cases, conversions
+from bench import cases
+from moe_sampler.kernels import _jit, conversions
 
 pytest.importorskip("triton", reason="Triton is not available on this platform")
 from triton.runtime.errors import InterpreterError
 
-from moe_sampler.kernels.traffic import count_traffic
+from bench.traffic import count_traffic
 
 pytestmark = pytest.mark.interpreter
 

@@ -1,0 +1,1 @@
+"""How good the demo experts are: an independent judge, distances, tables and sheets of docs/DEMO.md."""

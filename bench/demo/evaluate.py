@@ -1,0 +1,262 @@
+"""Measure the demo experts: Sol alone, Lune alone, naive handoff and hybrid, on the same prompts and seeds.
+
+`python -m bench.demo.evaluate WORK_DIR` with the work folder of a training run (for its scenes and the
+judge, which is trained there when missing) prints the tables of docs/DEMO.md and saves what it generated.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bench.demo.evaluator import attributes_right, read, train_evaluator
+from bench.demo.metrics import frechet_distance, high_frequency_ratio, patch_distance
+from bench.demo.report import errors_table, measures_table
+from moe_sampler import HybridPipeline, plan, sample
+from moe_sampler.demo import experts_path
+from moe_sampler.demo.attributes import AttributeReader
+from moe_sampler.demo.autoencoder import encode_all, to_model
+from moe_sampler.demo.captions import describe
+from moe_sampler.demo.data import HELD_OUT_FIRST, SceneSet, write_array
+from moe_sampler.demo.scenes import Scene
+from moe_sampler.demo.stages import SHIPPED
+from moe_sampler.demo.tokenizer import MAX_LENGTH
+from moe_sampler.sampling.paths import FlowPath, VPPath
+from moe_sampler.sampling.predictions import velocity_to_x0, x0_coefficients
+
+METHODS = ("sol", "lune", "naive", "hybrid")
+STEPS = 20
+HELD_OUT_SCENES = 1000
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out scenes: the first `count` give the prompts, the others the reference pictures."""
+
+    scenes: SceneSet
+    count: int = 300
+
+    def prompts(self) -> tuple[list[str], list[dict[str, str]]]:
+        """Captions that mention an attribute with probability 0.8, and what they mention."""
+        rng = np.random.default_rng(5)
+        pairs = [_fitting_caption(self.scenes.scene(i), rng) for i in range(self.count)]
+        return [text for text, _ in pairs], [said for _, said in pairs]
+
+
+def _fitting_caption(scene: Scene, rng: np.random.Generator) -> tuple[str, dict[str, str]]:
+    """`describe`, drawn again when it is too long for the text encoder."""
+    while True:
+        text, said = describe(scene, rng, keep=0.8)
+        if len(text.replace(",", " ,").split()) <= MAX_LENGTH - 2:
+            return text, said
+
+
+@torch.no_grad()
+def generate(
+    pipe: HybridPipeline,
+    method: str,
+    prompts: list[str],
+    seed: int,
+    steps: int = STEPS,
+    batch: int = 50,
+    **settings,
+) -> np.ndarray:
+    """uint8 [N, 64, 64, 3]; image i of `seed` starts from the same noise whatever the method.
+
+    Args:
+        method: one of METHODS. "naive" is the hybrid with the mistake it is often built with: the VP latent
+            goes on unscaled, with s = t / 1000.
+        settings: as `HybridPipeline.__call__` takes them.
+    """
+    parts = []
+    for start in range(0, len(prompts), batch):
+        texts = prompts[start : start + batch]
+        seeds = [1_000_000 * seed + start + i for i in range(len(texts))]
+        if method == "naive":
+            latents = _naive(pipe, texts, seeds, steps, **settings)
+            images = pipe.decode_latents(latents, "np")
+        else:
+            images = pipe(
+                texts, expert=method, num_inference_steps=steps, seed=seeds, output_type="np", **settings
+            ).images
+        parts.append((images * 255).round().astype(np.uint8))
+    return np.concatenate(parts)
+
+
+def _naive(pipe: HybridPipeline, prompts: list[str], seeds: list[int], steps: int, handoff=None, **settings):
+    sol, lune = pipe.experts(settings.get("sol_guidance"), settings.get("lune_guidance"))
+    right = pipe.plan("hybrid", steps, handoff=handoff, experts=(sol, lune))
+    first = next(i for i, step in enumerate(right.steps) if step.calls[0].name == "lune")
+    level = right.steps[first].level.noise
+    vp = VPPath.linear()
+    timestep = vp.nearest_timestep(level)
+    early = plan(
+        sol, noise_levels=[step.level.noise for step in right.steps[:first]], end=vp.level(timestep).noise
+    )
+    late = plan(lune, steps=steps - first, start=timestep / 1000)
+    cond = {"prompt_embeds": pipe.encode_prompt(prompts)}
+    uncond = {"prompt_embeds": pipe.encode_prompt([""] * len(prompts))}
+    side = pipe.unet_sol.config.sample_size
+    shape = (len(prompts), pipe.unet_sol.config.in_channels, side, side)
+    x = sample(early, sol, shape=shape, seeds=seeds, cond=cond, uncond=uncond)
+    return sample(late, lune, x, seeds=seeds, cond=cond, uncond=uncond)
+
+
+@torch.no_grad()
+def x0_errors(
+    pipe: HybridPipeline, test: HeldOut, levels: list[float], count: int = 500
+) -> list[dict[str, float]]:
+    """Held-out mean squared x0 error of both experts at each noise level s, without guidance.
+
+    Sol is asked at the integer timestep nearest to s and Lune at that same level; `sol_structure` is Sol's
+    error against the structure picture's latent, from that latent noised.
+    """
+    vae, flow, vp = pipe.vae, FlowPath(), VPPath.linear()
+    latents = torch.from_numpy(encode_all(vae, test.scenes.pictures[:count])) * vae.config.scaling_factor
+    rng = np.random.default_rng(6)
+    texts = [_fitting_caption(test.scenes.scene(i), rng)[0] for i in range(count)]
+    states = torch.cat([pipe.encode_prompt(texts[i : i + 100]) for i in range(0, count, 100)])
+    rows = []
+    for s in levels:
+        timestep = vp.nearest_timestep(s)
+        level = vp.level(timestep)
+        noise = torch.randn(latents[:, 0].shape, generator=torch.Generator().manual_seed(timestep))
+        errors = dict.fromkeys(("sol", "lune", "sol_structure"), 0.0)
+        for i in range(0, count, 50):
+            part, embeds, eps = latents[i : i + 50], states[i : i + 50], noise[i : i + 50]
+            full, structure = part[:, 0], part[:, 1]
+            x = level.alpha * full + level.sigma * eps
+            errors["sol"] += _sol_error(pipe, x, level, timestep, embeds, full)
+            x_structure = level.alpha * structure + level.sigma * eps
+            errors["sol_structure"] += _sol_error(pipe, x_structure, level, timestep, embeds, structure)
+            here = flow.at(level.noise)
+            x = here.alpha * full + here.sigma * eps
+            velocity = pipe.unet_lune(x, torch.tensor(flow.timestep(here)), embeds).sample
+            p, q = x0_coefficients("flow_prediction", here)
+            errors["lune"] += float((p * x + q * velocity - full).square().sum())
+        mean = {name: total / latents[:, 0].numel() for name, total in errors.items()}
+        rows.append({"s": level.noise, "timestep": timestep, **mean})
+    return rows
+
+
+def _sol_error(pipe: HybridPipeline, x, level, timestep: int, embeds, target) -> float:
+    velocity = pipe.unet_sol(x, torch.tensor(timestep), embeds).sample
+    return float((velocity_to_x0(velocity, x, level.alpha, level.sigma) - target).square().sum())
+
+
+def crossing(rows: list[dict[str, float]]) -> float | None:
+    """The highest noise level where Lune's error falls below Sol's, interpolated; None without a crossing."""
+    ordered = sorted(rows, key=lambda row: -row["s"])
+    for above, below in pairwise(ordered):
+        a, b = above["sol"] / above["lune"] - 1, below["sol"] / below["lune"] - 1
+        if a <= 0 < b:
+            return above["s"] + (below["s"] - above["s"]) * a / (a - b)
+    return None
+
+
+@torch.no_grad()
+def reconstruct(vae, pictures: np.ndarray, batch: int = 100) -> np.ndarray:
+    """Pictures through the autoencoder and back, uint8."""
+    parts = []
+    for i in range(0, len(pictures), batch):
+        output = vae.decode(vae.encode(to_model(pictures[i : i + batch])).latents).sample
+        parts.append(((output.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy())
+    return np.concatenate(parts)
+
+
+@dataclass(frozen=True)
+class Referee:
+    """What pictures of the held-out prompts are measured by.
+
+    Args:
+        judge: reads attributes and gives features.
+        test: the prompts' scenes, and the others, whose pictures are the reference.
+        reconstructions: uint8 [scenes, 64, 64, 3], all held-out pictures through the autoencoder.
+    """
+
+    judge: AttributeReader
+    test: HeldOut
+    reconstructions: np.ndarray
+
+    @classmethod
+    def prepare(cls, work_dir: Path, vae, count: int = 300, scenes: int = HELD_OUT_SCENES) -> Referee:
+        """Render the held-out scenes and train the judge, or load both from a training run's work folder."""
+        held_out = SceneSet(work_dir / "scenes", scenes, HELD_OUT_FIRST)
+        held_out.render()
+        judge = train_evaluator(SceneSet(work_dir / "scenes", SHIPPED.scenes), work_dir / "checkpoints")
+        return cls(judge, HeldOut(held_out, count), reconstruct(vae, held_out.pictures[:, 0]))
+
+    @cached_property
+    def prompts(self) -> list[str]:
+        return self.test.prompts()[0]
+
+    @property
+    def real(self) -> dict[str, np.ndarray]:
+        """The prompts' own pictures, as drawn and through the autoencoder: what could be reached."""
+        count = self.test.count
+        return {
+            "renders": self.test.scenes.pictures[:count, 0],
+            "reconstructions": self.reconstructions[:count],
+        }
+
+    @cached_property
+    def _features(self) -> np.ndarray:
+        return read(self.judge, self._reference)[0]
+
+    @property
+    def _reference(self) -> np.ndarray:
+        return self.reconstructions[self.test.count :]
+
+    def measure(self, images: np.ndarray) -> dict[str, float]:
+        """All numbers of one set of pictures, uint8 [count, 64, 64, 3], one a prompt."""
+        own, classes = read(self.judge, images)
+        scenes = [self.test.scenes.scene(i) for i in range(self.test.count)]
+        right, count = attributes_right(classes, scenes, self.test.prompts()[1])
+        return {
+            "attributes": right / count,
+            "frechet": frechet_distance(own, self._features),
+            "high_frequencies": high_frequency_ratio(images, self._reference),
+            "patches": patch_distance(images, self._reference),
+        }
+
+
+def evaluate(
+    work_dir: Path, experts: Path, methods: tuple[str, ...] = METHODS, seeds: tuple[int, ...] = (0, 1, 2)
+) -> dict:
+    """Everything in docs/DEMO.md's tables; pictures are kept under `work_dir`/evaluation and reused."""
+    pipe = HybridPipeline.from_pretrained(experts)
+    pipe.set_progress_bar_config(disable=True)
+    referee = Referee.prepare(work_dir, pipe.vae)
+    pictures = {name: [images] for name, images in referee.real.items()}
+    folder = work_dir / "evaluation"
+    folder.mkdir(exist_ok=True)
+    for method in methods:
+        for seed in seeds:
+            path = folder / f"{method}-{seed}.npy"
+            if not path.exists():
+                write_array(path, generate(pipe, method, referee.prompts, seed))
+            pictures.setdefault(method, []).append(np.load(path))
+    table = {method: [referee.measure(images) for images in sets] for method, sets in pictures.items()}
+    errors = x0_errors(
+        pipe, referee.test, [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.98]
+    )
+    return {"table": table, "x0_errors": errors, "crossing": crossing(errors)}
+
+
+def main(work_dir: Path, experts: Path) -> None:
+    """Print the tables, and keep the numbers as evaluation/result.json in the work folder."""
+    result = evaluate(work_dir, experts)
+    (work_dir / "evaluation" / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    print(measures_table(result["table"]), errors_table(result["x0_errors"]), sep="\n\n")
+    print(f"\nThe errors cross at s = {result['crossing']}.")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else experts_path())

@@ -1,0 +1,80 @@
+"""An independent judge for generated scenes: reads attributes and gives features for distances.
+
+It shares no weights with the text encoder's training: its own network and seed, stronger augmentation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moe_sampler.demo.attributes import HEADS, AttributeReader, augment, heads_loss, labels
+from moe_sampler.demo.autoencoder import to_model
+from moe_sampler.demo.data import SceneSet
+from moe_sampler.demo.scene_task import SceneLoss, SceneTask, run_stage, stage_settings
+from moe_sampler.demo.scenes import Scene
+from moe_sampler.demo.weights import fill, trained_steps
+
+SETTINGS = stage_settings(1200, 1.5e-3, 48, ema=0.995)
+SEED = 77
+
+
+def new_evaluator() -> AttributeReader:
+    """An untrained judge with a fixed initialisation."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        return AttributeReader(width=96, channels=(32, 64, 96, 96))
+
+
+def evaluator_loss(model: AttributeReader, scenes: SceneSet) -> SceneLoss:
+    """Attributes of full pictures under strong augmentation."""
+    pictures = scenes.pictures
+
+    def loss(which: np.ndarray, rng: np.random.Generator, generator: torch.Generator):
+        images = augment(to_model(pictures[which, 0]), rng, generator, 1.0)
+        value, accuracy = heads_loss(model(images)[1], labels([scenes.scene(i) for i in which]))
+        return value, {"accuracy": accuracy}
+
+    return loss
+
+
+def train_evaluator(
+    scenes: SceneSet, folder: Path, settings: Mapping[str, Any] = SETTINGS
+) -> AttributeReader:
+    """Train the judge, or continue, or load it when done, from `folder`/evaluator.safetensors."""
+    model, path = new_evaluator(), folder / "evaluator.safetensors"
+    if trained_steps(path) >= settings["max_train_steps"]:
+        return fill(model, path)
+    task = SceneTask("evaluator", model, evaluator_loss(model, scenes), len(scenes))
+    return run_stage(task, folder, SEED, settings)
+
+
+@torch.no_grad()
+def read(
+    model: AttributeReader, images: np.ndarray, batch: int = 100
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Features float64 [N, width] and the predicted class of every head [N], for uint8 [N, 64, 64, 3]."""
+    features, classes = [], {head: [] for head in HEADS}
+    for i in range(0, len(images), batch):
+        part, logits = model(to_model(images[i : i + batch]))
+        features.append(part.double().numpy())
+        for head, values in logits.items():
+            classes[head].append(values.argmax(-1).numpy())
+    return np.concatenate(features), {head: np.concatenate(parts) for head, parts in classes.items()}
+
+
+def attributes_right(
+    classes: dict[str, np.ndarray], scenes: list[Scene], said: list[dict[str, str]]
+) -> tuple[int, int]:
+    """How many of the attributes the captions mention (and the kind) the pictures show, and of how many."""
+    right = count = 0
+    for i, scene in enumerate(scenes):
+        claims = {"kind": scene.kind, **{f"{scene.kind}.{name}": value for name, value in said[i].items()}}
+        for head, value in claims.items():
+            right += int(HEADS[head][classes[head][i]] == value)
+            count += 1
+    return right, count

@@ -1,0 +1,308 @@
+"""`moe-sampler tinyflux ...`. Heavy imports wait until a command needs them, so that --help is quick."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .options import one_line_errors
+from .student_sample import sample
+from .student_train import train
+
+if TYPE_CHECKING:
+    from ..tinyflux.features.cache_build import Teachers
+    from ..tinyflux.features.encoders import StudentEncoders
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="tinyflux",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="The student: caches of what Sol and Lune teach it, its training, its images, and upstream's files.",
+)
+app.command("train")(train)
+app.command()(sample)
+
+Folder = Annotated[Path, typer.Argument(help="Folder of the cache.")]
+Demo = Annotated[
+    bool, typer.Option("--demo", help="The demo's scenes and experts, instead of SOURCE and --experts.")
+]
+
+
+@contextlib.contextmanager
+def _bar(shown: bool) -> Iterator[Callable[[int, int], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not shown) as progress:
+        task = progress.add_task("samples", total=None, visible=False)
+        yield lambda done, total: progress.update(task, completed=done, total=total, visible=total > 0)
+
+
+@app.command()
+def cache(
+    folder: Folder,
+    source: Annotated[
+        Path | None,
+        typer.Argument(
+            help="Images and captions: a folder (a.png + a.txt, or metadata.jsonl), a .tar, or a folder of "
+            "WebDataset .tar files.",
+            show_default=False,
+        ),
+    ] = None,
+    demo: Demo = False,
+    count: Annotated[int, typer.Option(help="With --demo: how many scenes.")] = 256,
+    experts: Annotated[
+        Path | None,
+        typer.Option(help="Pipeline folder with unet_sol/ and unet_lune/. Default: the demo experts."),
+    ] = None,
+    teachers: Annotated[str, typer.Option(help="sol, lune, both or none.")] = "both",
+    encoders: Annotated[
+        str | None,
+        typer.Option(
+            help="The student's encoders: a pipeline's folder or hub id (Flux's, Stable Diffusion's). "
+            "Default: the experts' own."
+        ),
+    ] = None,
+    vae: Annotated[str | None, typer.Option(help="Another VAE for the student, folder or hub id.")] = None,
+    clip: Annotated[str | None, typer.Option(help="Another CLIP text encoder, folder or hub id.")] = None,
+    t5: Annotated[
+        str | None,
+        typer.Option(help="T5 encoder, folder or hub id. Default: --encoders' own, or none."),
+    ] = None,
+    t5_length: Annotated[int, typer.Option(help="Tokens of T5.")] = 128,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            help="512, or height x width as 512x768: images are resized and cut. Default: the experts'."
+        ),
+    ] = None,
+    buckets: Annotated[
+        str | None,
+        typer.Option(help="Times of the features, as 0.1,0.5,0.9; 1 is data. Default: 0.05, 0.15 ... 0.95."),
+    ] = None,
+    convention: Annotated[
+        str,
+        typer.Option(
+            help="sample; or tiny-flux-v4: pure noise and reversed time, to continue upstream's checkpoints."
+        ),
+    ] = "sample",
+    seed: Annotated[int, typer.Option(help="Sample i's noise has seed + i.")] = 0,
+    dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32, on disk.")] = "float16",
+    shard_size: Annotated[int, typer.Option(help="Samples a file.")] = 256,
+    micro_batch: Annotated[int, typer.Option(help="Samples computed together.")] = 8,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda ... Default: CUDA where it is.")] = None,
+) -> None:
+    """Encode images and captions, and extract what the experts teach about them.
+
+    `moe-sampler tinyflux cache runs/cache --demo`
+
+    Stopped, it continues when called again with the same arguments. Several processes:
+
+    `accelerate launch --num_processes 4 -m moe_sampler.cli tinyflux cache runs/cache pictures/`
+    """
+    with one_line_errors():
+        if (source is None) != demo:
+            raise ValueError("give a SOURCE of images and captions, or --demo")
+        if teachers not in ("sol", "lune", "both", "none"):
+            raise ValueError(f'--teachers must be sol, lune, both or none, got "{teachers}"')
+        times = None if buckets is None else _numbers(buckets)
+        from ..data.captioned_images import DemoScenes, open_source
+
+        images = DemoScenes(count) if source is None else open_source(source)
+        device = _device(device)
+        from ..tinyflux.features.cache_build import build_cache
+
+        teaching, student, default = _models(
+            experts, teachers, convention, (encoders, vae, clip, t5), t5_length, device
+        )
+        height, width = default if size is None else _size(size)
+        settings: dict[str, Any] = {} if times is None else {"t_buckets": times}
+        first = int(os.environ.get("RANK", "0")) == 0
+        with _bar(shown=first) as progress:
+            manifest = build_cache(
+                folder,
+                images,
+                student,
+                teaching,
+                height=height,
+                width=width,
+                seed=seed,
+                dtype=dtype,
+                shard_size=shard_size,
+                micro_batch=micro_batch,
+                progress=progress,
+                **settings,
+            )
+        if first:
+            typer.echo(f"{folder}: {manifest.length} samples in {len(manifest.shards)} shards")
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f'"{text}" is not a list of numbers like 0.1,0.5,0.9') from None
+
+
+def _size(text: str) -> tuple[int, int]:
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isdecimal() for part in parts):
+        raise ValueError(f'"{text}" is not a size like 512 or 512x768 (height x width)')
+    return int(parts[0]), int(parts[-1])
+
+
+def _device(name: str | None) -> Any:
+    import torch
+    from accelerate import PartialState
+
+    if name is None:
+        return PartialState().device if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f'"{name}" is not a device: use cpu, cuda or cuda:N') from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("CUDA is not available here: use --device cpu")
+    return device
+
+
+def _models(
+    experts: Path | None,
+    teachers: str,
+    convention: str,
+    student: tuple[str | None, str | None, str | None, str | None],
+    t5_length: int,
+    device: Any,
+) -> tuple[Teachers | None, StudentEncoders, tuple[int, int]]:
+    """(What teaches, what encodes for the student, the experts' image size)."""
+    import torch
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for logging in (diffusers_logging, transformers_logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    from .. import HybridPipeline
+    from ..demo import experts_path
+    from ..tinyflux.features.cache_build import Teachers
+    from ..tinyflux.features.encoders import StudentEncoders, TextEncoder, find_t5
+
+    encoders, vae, clip, t5 = student
+    if experts is not None and not experts.is_dir():
+        raise ValueError(f"{experts} is not a folder")
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    pipe = HybridPipeline.from_pretrained(experts or experts_path(), dtype=dtype).to(device)
+    side = pipe.unet_sol.config.sample_size * pipe.vae_scale_factor
+    names = {"both": ("sol", "lune"), "none": ()}.get(teachers, (teachers,))
+    teaching = Teachers.from_pipeline(pipe, names, convention=convention) if names else None
+    if encoders is None and vae is None and clip is None and t5 is None:
+        text = TextEncoder(pipe.text_encoder, pipe.tokenizer)
+        return teaching, StudentEncoders(pipe.vae, text), (side, side)
+    base = str(experts or experts_path()) if encoders is None else encoders
+    if t5 is None and encoders is not None:
+        t5 = find_t5(encoders)
+    loaded = StudentEncoders.load(vae or base, clip or base, t5, t5_length=t5_length, device=device)
+    return teaching, loaded, (side, side)
+
+
+@app.command()
+def check(folder: Folder) -> None:
+    """Read all of a cache, compare its checksums, and say what it holds."""
+    with one_line_errors():
+        from ..tinyflux.features.cache_read import FeatureCache
+
+        opened = FeatureCache(folder)
+        typer.echo(f"{folder}: {len(opened)} samples in {len(opened.manifest.shards)} shards, all whole")
+        for name, (dtype, *shape) in opened.shapes.items():
+            typer.echo(f"  {name:21} {dtype:9} {' × '.join(map(str, shape)) or '1'}")
+        if opened.manifest.t_buckets:
+            times = ", ".join(f"{t:g}" for t in opened.manifest.t_buckets)
+            typer.echo(f"  features at t = {times} ({opened.manifest.settings['convention']})")
+
+
+@app.command()
+def export(
+    folder: Folder,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the files.")] = Path("."),
+    name: Annotated[str | None, typer.Option(help="The set's name. Default: the cache folder's.")] = None,
+) -> None:
+    """Write upstream TinyFlux's files: encodings.pt, lune.pt, sol.pt and meta.pt.
+
+    `moe-sampler tinyflux export runs/cache -o upstream/`
+    """
+    with one_line_errors():
+        from ..tinyflux.features.cache_read import FeatureCache
+        from ..tinyflux.features.exchange import export_upstream
+
+        opened = FeatureCache(folder)
+        for path in export_upstream(opened, output, name=name):
+            typer.echo(str(path))
+        for expert, there in (("lune", opened.has_lune), ("sol", opened.has_sol)):
+            if not there:
+                typer.echo(
+                    f"{expert}.pt is left out: the cache has no features of {expert.title()}'s", err=True
+                )
+
+
+@app.command("import")
+def import_(
+    folder: Folder,
+    source: Annotated[Path, typer.Argument(help="Folder with upstream's encodings.pt and the others.")],
+    convention: Annotated[
+        str,
+        typer.Option(help="How the features were extracted: tiny-flux-v4 (upstream's own), or sample."),
+    ] = "tiny-flux-v4",
+    shard_size: Annotated[int, typer.Option(help="Samples a file.")] = 256,
+) -> None:
+    """Make a cache of upstream TinyFlux's files.
+
+    `moe-sampler tinyflux import runs/cache upstream/`
+    """
+    with one_line_errors():
+        from ..tinyflux.features.exchange import import_upstream
+
+        made = import_upstream(source, folder, convention=convention, shard_size=shard_size)
+        typer.echo(f"{folder}: {made.length} samples in {len(made.shards)} shards")
+
+
+@app.command()
+def show(
+    folder: Folder,
+    output: Annotated[Path, typer.Option("--output", "-o", help="PNG to write.")] = Path("maps.png"),
+    samples: Annotated[
+        str | None, typer.Option(help="Which, as 0,5,7. Default: six, spread over the cache.")
+    ] = None,
+) -> None:
+    """Draw Sol's maps over the images at every bucket.
+
+    `moe-sampler tinyflux show runs/cache -o maps.png`
+    """
+    with one_line_errors():
+        from PIL import Image
+
+        from ..viewing.images import check_writable, save_png
+
+        check_writable(output)
+        from ..tinyflux.features.cache_read import FeatureCache
+        from ..tinyflux.features.maps_sheet import maps_sheet
+
+        opened = FeatureCache(folder, verify=False)
+        rows = min(6, len(opened))
+        chosen = [i * len(opened) // rows for i in range(rows)]
+        if samples is not None:
+            chosen = [int(number) for number in _numbers(samples)]
+        # A palette makes the file half as large.
+        save_png(maps_sheet(opened, chosen).quantize(256, kmeans=4, dither=Image.Dither.NONE), output)
+        typer.echo(str(output))
+
+
+if __name__ == "__main__":
+    app()

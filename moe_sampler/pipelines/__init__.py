@@ -1,0 +1,1 @@
+"""diffusers' interface around the sampler: prompts, images, adapters, offloading, queues."""

@@ -1,0 +1,234 @@
+"""A diffusers pipeline with any number of experts: its components, where they are, and how it is saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+
+from ..loading.weights import ExpertWeights
+from .offload import ExpertOffload, Offload, check_offload
+
+__all__ = ["ExpertPipeline"]
+
+
+class ExpertPipeline(DiffusionPipeline):
+    """What `HybridPipeline` needs beyond diffusers: a set of components that isn't fixed by the class.
+
+    Experts are `unet_<name>` with `scheduler_<name>`, as attributes, in `components` and as folders.
+    """
+
+    def _register_experts(self, components: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+        """Called once by the constructor, with the experts' UNets among the components, in order."""
+        self._component_names = tuple(components)
+        self._setting_names = tuple(settings)
+        self.expert_names = tuple(n.removeprefix("unet_") for n in components if n.startswith("unet_"))
+        self._weights: dict[str, ExpertWeights] = {}
+        self._offload: ExpertOffload | None = None
+        self._findings: dict[tuple, tuple[list[tuple], Any]] = {}
+        self.register_modules(**components)
+        self.register_to_config(**settings)
+        self.model_cpu_offload_seq = "->".join(
+            ["text_encoder", *(f"unet_{name}" for name in self.expert_names), "vae"]
+        )
+
+    @classmethod
+    def _get_signature_keys(cls, obj: Any) -> tuple[list[str], list[str]]:
+        # diffusers reads the components off the constructor's signature; ours are a pipeline's own.
+        if isinstance(obj, ExpertPipeline) and hasattr(obj, "_component_names"):
+            return sorted(obj._component_names), sorted(obj._setting_names)
+        return super()._get_signature_keys(obj)
+
+    def expert_unet(self, expert: str) -> UNet2DConditionModel:
+        """An expert's UNet by the expert's name.
+
+        Raises:
+            ValueError: no such expert.
+        """
+        if expert not in self.expert_names:
+            raise ValueError(f'unknown expert "{expert}": use {" or ".join(self.expert_names)}')
+        return getattr(self, f"unet_{expert}")
+
+    def _expert_weights(self) -> dict[str, ExpertWeights]:
+        """Every expert's weights; a UNet put in place of another has no files."""
+        for name in self.expert_names:
+            if name not in self._weights or self._weights[name].unet is not self.expert_unet(name):
+                self._weights[name] = ExpertWeights(self.expert_unet(name))
+        return {name: self._weights[name] for name in self.expert_names}
+
+    @property
+    def offload(self) -> Offload:
+        """Which of `set_offload`'s modes is on."""
+        if self._offload is not None:
+            return "expert"
+        return "model" if getattr(self, "_all_hooks", None) else "none"
+
+    def set_offload(self, offload: Offload, device: torch.device | str | None = None) -> None:
+        """Choose what is in the memory of the device that computes.
+
+        Args:
+            offload: "none": everything. "model": one component at a time, by diffusers'
+                `enable_model_cpu_offload`. "expert": the experts at work, of which one is resident at a time
+                outside of crossfades; with more prompts than `batch_size`, all batches go through one
+                expert's steps before the next expert comes, so each moves once. On CUDA the next expert is
+                copied beside the last step before it, if there is room, from pinned host memory; on a CPU
+                experts are read from their memory-mapped files and given up after.
+            device: to compute on. By default CUDA where it is, else where the pipeline is; with "none", where
+                the pipeline is.
+
+        Raises:
+            ValueError: an unknown mode; "model" without an accelerator; "expert" on a CPU for experts that
+                were not loaded from files.
+        """
+        check_offload(offload)
+        device = self._offload_target(device, offload)
+        if offload == "model" and device.type == "cpu":
+            raise ValueError('offload="model" moves components to an accelerator, and there is none')
+        weights = self._expert_weights()
+        if offload == "expert" and device.type == "cpu":
+            ExpertOffload.check(weights, device)
+        if self._offload is not None:
+            self._offload.end("cpu")
+            self._offload = None
+        self.remove_all_hooks()
+        if offload == "none":
+            self.to(device)
+        elif offload == "model":
+            self.enable_model_cpu_offload(device=device)
+        else:
+            self.vae.to("cpu")
+            self.text_encoder.to("cpu")
+            self._offload = ExpertOffload(weights, device)
+
+    def _offload_target(self, device: torch.device | str | None, offload: str) -> torch.device:
+        if device is None:
+            here = self._execution_device
+            pick = offload != "none" and here.type == "cpu" and torch.cuda.is_available()
+            return torch.device("cuda", 0) if pick else here
+        device = torch.device(device)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError("CUDA is not available here")
+        return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+    def to(self, *args: Any, **kwargs: Any) -> ExpertPipeline:
+        """As diffusers' `to`. With offload="expert" a device is where the experts come to work."""
+        if self._offload is None:
+            return super().to(*args, **kwargs)
+        device, dtype, _, _ = torch._C._nn._parse_to(
+            *args, **{key: value for key, value in kwargs.items() if key != "silence_dtype_warnings"}
+        )
+        if dtype is not None:
+            super().to(dtype)
+        if device is not None:
+            device = self._offload_target(device, "expert")
+            ExpertOffload.check(self._expert_weights(), device)
+            self._offload.device = device
+        return self
+
+    @property
+    def _execution_device(self) -> torch.device:
+        if self._offload is not None:
+            return self._offload.device
+        modules = [m for m in self.components.values() if isinstance(m, torch.nn.Module)]
+        return self._found("device", modules, lambda: super(ExpertPipeline, self)._execution_device)
+
+    def _dtype_of(self, model: torch.nn.Module) -> torch.dtype:
+        """What a model computes in."""
+        return self._found("dtype", [model], lambda: model.dtype)
+
+    def _found(self, what: str, modules: Sequence[torch.nn.Module], look: Callable[[], Any]) -> Any:
+        """What diffusers finds by looking through every submodule for hooks, which takes as long as a few
+        steps: looked for again only once one of the modules is another, was moved, cast or hooked."""
+        key = what, *map(id, modules)
+        state = [
+            (p.device, p.dtype, hasattr(m, "_hf_hook"), hasattr(m, "_diffusers_hook"))
+            for m in modules
+            for p in islice(m.parameters(), 1)
+        ]
+        if key not in self._findings or self._findings[key][0] != state:
+            self._findings[key] = state, look()
+        return self._findings[key][1]
+
+    @contextmanager
+    def _at_work(self, component: str) -> Iterator[None]:
+        """A component that isn't an expert, on the device that computes for as long as the block lasts."""
+        module = getattr(self, component)
+        moves = self._offload is not None and module.device != self._offload.device
+        if moves:
+            module.to(self._offload.device)
+        try:
+            yield
+        finally:
+            if moves:
+                module.to("cpu")
+
+    def _with_expert(self, expert: str) -> Any:
+        """A block in which an expert's weights are in memory."""
+        return nullcontext() if self._offload is None else self._offload.using(expert)
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Write one folder, as diffusers does, that `from_pretrained` reads back to the same bits.
+
+        Args:
+            save_directory: created if need be.
+            safe_serialization: always; there is no other format here.
+            variant, max_shard_size, push_to_hub, kwargs: as diffusers takes them.
+
+        Raises:
+            ValueError: an expert has LoRA adapters, which a folder of this layout doesn't hold.
+        """
+        if not safe_serialization:
+            raise ValueError("weights are written as safetensors only: leave out safe_serialization=False")
+        experts = {name: self.expert_unet(name) for name in self.expert_names}
+        parts = {**experts, "text_encoder": self.text_encoder}
+        adapted = [name for name, part in parts.items() if getattr(part, "peft_config", None)]
+        if adapted:
+            raise ValueError(
+                f"{', '.join(adapted)} has LoRA adapters: fuse them or call unload_lora_weights() first"
+            )
+        options = {"variant": variant, "max_shard_size": max_shard_size}
+        if self._offload is None:
+            super().save_pretrained(save_directory, push_to_hub=push_to_hub, **options, **kwargs)
+        elif push_to_hub:
+            raise ValueError('pushing needs all experts in memory: call set_offload("none") first')
+        else:
+            self._save_one_by_one(Path(save_directory), {k: v for k, v in options.items() if v is not None})
+
+    def _save_one_by_one(self, folder: Path, options: Mapping[str, Any]) -> None:
+        for name, part in self.components.items():
+            expert = name.removeprefix("unet_") if name.startswith("unet_") else None
+            with nullcontext() if expert is None else self._with_expert(expert):
+                part.save_pretrained(folder / name, **(options if isinstance(part, torch.nn.Module) else {}))
+        self.save_config(folder)
+
+    def compile(self, **kwargs: Any) -> None:
+        """`torch.compile` every expert; kwargs are for it. Each size's first image takes longer."""
+        for name in self.expert_names:
+            self.expert_unet(name).compile(**kwargs)
+
+    def enable_vae_slicing(self) -> None:
+        """Decode one image of a batch at a time."""
+        self.vae.enable_slicing()
+
+    def disable_vae_slicing(self) -> None:
+        self.vae.disable_slicing()
+
+    def enable_vae_tiling(self) -> None:
+        """Decode large images in overlapping tiles."""
+        self.vae.enable_tiling()
+
+    def disable_vae_tiling(self) -> None:
+        self.vae.disable_tiling()

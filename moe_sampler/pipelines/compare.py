@@ -1,0 +1,187 @@
+"""Each expert alone, a naive handoff and the hybrid, side by side from the same noise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from ..sampling.experts import Expert
+from ..sampling.naive import check_comparable, naive_plan
+from ..sampling.plan import SamplingPlan
+from ..viewing.images import BACKGROUND, fitted
+from .prompts import Negative, negative_embeds
+from .queue import Batches
+
+__all__ = ["Comparison", "compare"]
+
+_INK, _FAINT = (38, 38, 40), (110, 110, 114)
+_EXPERT_SETTINGS = ("shift", "solver", "eta", "guidance_scale", "guidance_rescale", "guidance_window")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Images by method, in rows.
+
+    Args:
+        titles, notes: of each column.
+        images: by column, then by row.
+        rows: what was asked for in each row.
+        plans: what each column ran.
+    """
+
+    titles: tuple[str, ...]
+    notes: tuple[str, ...]
+    images: tuple[tuple[Image.Image, ...], ...]
+    rows: tuple[str, ...]
+    plans: tuple[SamplingPlan, ...]
+
+    def sheet(self, tile: int = 256) -> Image.Image:
+        """All images in one: what each column is at the top, and what was asked for above each row.
+
+        Args:
+            tile: width of each image in the sheet, in pixels.
+        """
+        large, small = (ImageFont.load_default(size=max(13, round(tile / part))) for part in (14, 20))
+        gap, line = max(8, tile // 28), round(small.size * 1.35)
+        height = round(tile * self.images[0][0].height / self.images[0][0].width)
+        lines = max(note.count("\n") + 1 for note in self.notes)
+        top = gap + round(large.size * 1.4) + lines * line + gap
+        row = line + gap // 2 + height + gap
+        width = gap + len(self.titles) * (tile + gap)
+        sheet = Image.new("RGB", (width, top + len(self.rows) * row), BACKGROUND)
+        draw = ImageDraw.Draw(sheet)
+        for column, (title, note) in enumerate(zip(self.titles, self.notes, strict=True)):
+            x = gap + column * (tile + gap)
+            draw.text((x, gap), fitted(title, large, tile), fill=_INK, font=large)
+            for number, text in enumerate(note.split("\n")):
+                y = gap + round(large.size * 1.4) + number * line
+                draw.text((x, y), fitted(text, small, tile), fill=_FAINT, font=small)
+        for index, text in enumerate(self.rows):
+            y = top + index * row
+            draw.text((gap, y), fitted(text, small, width - 2 * gap), fill=_INK, font=small)
+            for column, images in enumerate(self.images):
+                image = images[index].convert("RGB")
+                kind = Image.Resampling.BICUBIC if image.width < tile else Image.Resampling.LANCZOS
+                sheet.paste(
+                    image.resize((tile, height), kind), (gap + column * (tile + gap), y + line + gap // 2)
+                )
+        return sheet
+
+
+def compare(
+    pipe: Any,
+    prompt: str | Sequence[str],
+    seed: int | Sequence[int] = 0,
+    num_inference_steps: int | None = None,
+    handoff: float | None = None,
+    *,
+    negative_prompt: Negative | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    batch_size: int | None = None,
+    **settings: Any,
+) -> Comparison:
+    """The first expert alone, the second alone, both with a naive handoff and both with the right one.
+
+    All four start from the same noise and take the same number of steps.
+
+    Args:
+        pipe: a `HybridPipeline` of a DDPM expert and a flow expert, as Sol and Lune.
+        prompt, seed: every prompt is made with every seed, a row each.
+        num_inference_steps, handoff: by default the model's.
+        negative_prompt, height, width, batch_size: as the pipeline takes them; a negative prompt is one text
+            for all, or a mapping to texts by expert.
+        settings: `shift`, `solver`, `eta`, `guidance_scale`, `guidance_rescale`, `guidance_window`.
+
+    Raises:
+        ValueError: wrong input, before any work.
+    """
+    unknown = settings.keys() - set(_EXPERT_SETTINGS)
+    if unknown:
+        raise TypeError(f"compare takes no {', '.join(sorted(unknown))}")
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    seeds = [seed] if isinstance(seed, int) else list(seed)
+    if not prompts or not seeds:
+        raise ValueError("give at least one prompt and one seed")
+    experts = pipe.experts(**settings)
+    check_comparable(experts)
+    right = pipe.plan("hybrid", num_inference_steps, handoff=handoff, experts=experts)
+    wrong = naive_plan(experts, right)
+    alone = [pipe.plan(e.name, num_inference_steps, experts=experts) for e in experts]
+    call = dict(
+        prompt=[text for text in prompts for _ in seeds],
+        seed=[each for _ in prompts for each in seeds],
+        negative_prompt=negative_prompt,
+        height=height,
+        width=width,
+        batch_size=batch_size,
+        num_inference_steps=num_inference_steps,
+        **settings,
+    )
+    made = [pipe(expert=e.name, **call).images for e in experts]
+    hybrid = pipe(handoff=handoff, **call).images
+    naive = _run(pipe, wrong, experts, call)
+    titles = (*(f"{e.name.title()} alone" for e in experts), "Naive handoff", "Hybrid")
+    rows = tuple(f'"{text}", seed {each}' for text, each in zip(call["prompt"], call["seed"], strict=True))
+    images = tuple(tuple(column) for column in (*made, naive, hybrid))
+    return Comparison(titles, _notes(experts, alone, wrong, right), images, rows, (*alone, wrong, right))
+
+
+def _notes(
+    experts: Sequence[Expert], alone: Sequence[SamplingPlan], wrong: SamplingPlan, right: SamplingPlan
+) -> tuple[str, ...]:
+    def shares(one: SamplingPlan) -> str:
+        counts = [sum(s.calls[0].name == e.name and not s.corrects for s in one.steps) for e in experts]
+        return " + ".join(f"{n} {e.name.title()}" for n, e in zip(counts, experts, strict=True) if n)
+
+    noise = next(s.level.noise for s in right.steps if s.calls[0].name == experts[1].name)
+    told = next(s.level.noise for s in wrong.steps if s.calls[0].name == experts[1].name)
+    texts = [f"{e.prediction.replace('_prediction', '')}-prediction, {e.solver}" for e in experts]
+    texts += [f"not converted, s = t / 1000 = {told:.2f}", f"exact, at noise {noise:.2f}"]
+    return tuple(
+        f"{text}\n{shares(one)} steps" for text, one in zip(texts, (*alone, wrong, right), strict=True)
+    )
+
+
+def _run(
+    pipe: Any, compiled: SamplingPlan, experts: Sequence[Expert], call: dict[str, Any]
+) -> list[Image.Image]:
+    """Images of a plan the pipeline would not make itself; the rest as its call does it."""
+    import torch
+
+    with torch.no_grad():
+        prompts, device = call["prompt"], pipe._execution_device
+        guided = [
+            e.name
+            for e in experts
+            if any(c.guided and c.name == e.name for s in compiled.steps for c in s.calls)
+        ]
+        uncond = negative_embeds(
+            call["negative_prompt"], None, guided, pipe.expert_names, len(prompts), pipe.encode_prompt
+        )
+        unet = pipe.expert_unet(experts[0].name).config
+        side = unet.sample_size * pipe.vae_scale_factor
+        size = [(call[name] or side) // pipe.vae_scale_factor for name in ("height", "width")]
+        batches = Batches(
+            pipe,
+            compiled,
+            experts,
+            (len(prompts), unet.in_channels, *size),
+            device=device,
+            cond={"prompt_embeds": pipe.encode_prompt(prompts)},
+            uncond={name: {"prompt_embeds": embeds.to(device)} for name, embeds in uncond.items()},
+            images_per_prompt=1,
+            batch_size=call["batch_size"] or len(prompts),
+            seeds=call["seed"],
+            generator=None,
+            latents=None,
+            image_latents=None,
+            callback=None,
+            callback_inputs=(),
+        )
+        made = batches.decode(batches.run(), pipe.decode_latents, "pil")
+        pipe.maybe_free_model_hooks()
+    return made

@@ -1,0 +1,359 @@
+"""`HybridPipeline`: several experts behind the interface of a diffusers pipeline."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import BaseOutput
+from PIL import Image
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from ..loading.parts import check_experts_fit, check_names
+from ..sampling.experts import Expert
+from ..sampling.plan import SamplingPlan
+from ..sampling.routers import PerStep, Router
+from .adapters import AdapterMixin
+from .base import ExpertPipeline
+from .checks import (
+    check_generator,
+    check_latents,
+    check_options,
+    check_size,
+    check_strength,
+    guidance_by_expert,
+    seeds_of,
+)
+from .latents import check_image, decode_latents, encode_pixels, image_size
+from .pretrained import PretrainedMixin
+from .prompts import Negative, check_prompts, encode_prompts, negative_embeds, prompt_count
+from .queue import Batches
+from .settings import default_settings, enter_plan, hybrid_experts, hybrid_plan
+
+__all__ = ["HybridPipeline", "HybridPipelineOutput"]
+
+
+@dataclasses.dataclass
+class HybridPipelineOutput(BaseOutput):
+    """What a run made.
+
+    Args:
+        images: PIL images, or [B, H, W, C] float32 NumPy in [0, 1], or [B, C, H, W] tensors.
+        seeds: the seed of each image, or None when a generator was given.
+        plan: the plan that was run.
+    """
+
+    images: list[Image.Image] | Any
+    seeds: list[int] | None
+    plan: SamplingPlan
+
+
+class HybridPipeline(PretrainedMixin, AdapterMixin, ExpertPipeline):
+    """Text to image with several experts: Sol lays the image out, Lune paints it; or others, by any names.
+
+    Args:
+        vae: decodes latents; AutoencoderKL or AutoencoderTiny.
+        text_encoder, tokenizer: CLIP, shared by the experts.
+        experts: names, from noise to data; by default the order in which the UNets are given.
+        handoff: default noise level, between 0 (data) and 1 (noise), where one expert hands over to the next;
+            of more than two experts, a list of them, descending.
+        num_inference_steps: default steps in all.
+        parts: `unet_<name>` and `scheduler_<name>` of every expert. The schedulers are not run; their configs
+            say what each expert was trained on (betas, prediction type, shift, spacing, clipping) and their
+            class which solver is its default. `<name>_guidance` is an expert's default guidance scale.
+
+    Raises:
+        TypeError: a part that isn't one.
+        ValueError: experts that don't fit the VAE or the text encoder.
+    """
+
+    _callback_tensor_inputs = ("latents", "pred_original_sample")
+
+    def __init__(
+        self,
+        vae: AutoencoderKL | AutoencoderTiny,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        experts: Sequence[str] | None = None,
+        handoff: float | Sequence[float] | None = None,
+        num_inference_steps: int | None = None,
+        **parts: Any,
+    ) -> None:
+        super().__init__()
+        given = [key.removeprefix("unet_") for key in parts if key.startswith("unet_")]
+        names = check_names(given if experts is None else experts)
+        wanted = {f"{part}_{name}" for name in names for part in ("unet", "scheduler")}
+        unknown = parts.keys() - wanted - {f"{name}_guidance" for name in names}
+        if unknown or wanted - parts.keys():
+            what, keys = ("unknown", unknown) if unknown else ("missing", wanted - parts.keys())
+            raise TypeError(f"{what} parts of a pipeline of {', '.join(names)}: {', '.join(sorted(keys))}")
+        unets = {name: parts[f"unet_{name}"] for name in names}
+        check_experts_fit({n: u.config for n, u in unets.items()}, vae.config, text_encoder.config.to_dict())
+        settings = {"handoff": handoff, "num_inference_steps": num_inference_steps, **parts}
+        settings = {key: value for key, value in settings.items() if value is not None}
+        self._register_experts(
+            {
+                **{"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer},
+                **{f"unet_{name}": unet for name, unet in unets.items()},
+                **{f"scheduler_{name}": parts[f"scheduler_{name}"] for name in names},
+            },
+            {"experts": list(names), **default_settings(names, settings)},
+        )
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        self._interrupt = False
+
+    def experts(
+        self,
+        sol_guidance: float | None = None,
+        lune_guidance: float | None = None,
+        shift: float | Mapping[str, float] | None = None,
+        solver: str | Mapping[str, str] | None = None,
+        eta: float | Mapping[str, float] | None = None,
+        *,
+        guidance_scale: float | Mapping[str, float] | None = None,
+        guidance_rescale: float | Mapping[str, float] | None = None,
+        guidance_window: tuple[float, float] | Mapping[str, tuple[float, float]] | None = None,
+    ) -> tuple[Expert, ...]:
+        """The experts as the planner sees them, from noise to data; None leaves a setting at this model's
+        default, a mapping sets it by expert."""
+        schedulers = {name: getattr(self, f"scheduler_{name}") for name in self.expert_names}
+        configs = {name: {**s.config, "_class_name": type(s).__name__} for name, s in schedulers.items()}
+        own = {"sol": sol_guidance, "lune": lune_guidance}
+        experts = hybrid_experts(
+            configs,
+            guidance_by_expert(guidance_scale, own, self.config, self.expert_names),
+            shift=shift,
+            solver=solver,
+            eta=eta,
+            guidance_rescale=guidance_rescale,
+            guidance_window=guidance_window,
+        )
+        return tuple(self._with_model(expert, self.expert_unet(expert.name)) for expert in experts)
+
+    def _with_model(self, expert: Expert, unet: UNet2DConditionModel) -> Expert:
+        dtype = self._dtype_of(unet)
+
+        def model(x: torch.Tensor, timestep: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
+            embeds = prompt_embeds.to(dtype)
+            return unet(x, timestep, encoder_hidden_states=embeds, return_dict=False)[0]
+
+        return dataclasses.replace(expert, model=model, dtype=dtype)
+
+    def plan(
+        self,
+        expert: str = "hybrid",
+        num_inference_steps: int | Mapping[str, int] | None = None,
+        sol_steps: int | None = None,
+        lune_steps: int | None = None,
+        handoff: float | Sequence[float] | None = None,
+        router: Router | PerStep | None = None,
+        experts: Sequence[Expert] | None = None,
+        strength: float | None = None,
+    ) -> SamplingPlan:
+        """The plan `__call__` runs with the same arguments; `experts` from `HybridPipeline.experts`."""
+        experts = self.experts() if experts is None else experts
+        whole = hybrid_plan(
+            experts,
+            self.config,
+            expert=expert,
+            num_inference_steps=num_inference_steps,
+            sol_steps=sol_steps,
+            lune_steps=lune_steps,
+            handoff=handoff,
+            router=router,
+        )
+        return whole if strength is None else enter_plan(experts, whole, strength)
+
+    @property
+    def interrupt(self) -> bool:
+        """Set `pipe._interrupt = True`, from a callback or another thread, and no more models are called: the
+        images are what they are by then."""
+        return self._interrupt
+
+    def _any_unet(self) -> UNet2DConditionModel:
+        return self.expert_unet(self.expert_names[0])
+
+    def _size_multiple(self) -> int:
+        """Every level of a UNet but the first halves the latents."""
+        levels = max(len(self.expert_unet(name).config.block_out_channels) for name in self.expert_names)
+        return self.vae_scale_factor * 2 ** (levels - 1)
+
+    def encode_prompt(
+        self, prompt: str | list[str], batch_size: int | None = None, device: torch.device | None = None
+    ) -> torch.Tensor:
+        """[B, tokens, channels]: CLIP's hidden states, of `batch_size` prompts at once. Too long a prompt is
+        cut, with a warning. device: where the pipeline computes, by default."""
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        device, size = device or self._execution_device, batch_size or len(prompts)
+        with self._at_work("text_encoder"):
+            parts = [
+                encode_prompts(prompts[i : i + size], self.tokenizer, self.text_encoder, device)
+                for i in range(0, len(prompts), size)
+            ]
+        return torch.cat(parts)
+
+    def decode_latents(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
+        """Images from float32 latents [B, C, h, w]."""
+        with self._at_work("vae"):
+            return decode_latents(
+                latents, self.vae, self.image_processor, output_type, self._dtype_of(self.vae)
+            )
+
+    def _image_latents(
+        self, image: Any, height: int, width: int, images: int, batch_size: int, device: torch.device
+    ) -> torch.Tensor:
+        """float32 latents [images, C, h, w] of the images that images start from."""
+        pixels = self.image_processor.preprocess(image, height, width)
+        with self._at_work("vae"):
+            parts = [encode_pixels(part.to(device), self.vae) for part in pixels.split(batch_size)]
+        return torch.cat(parts).repeat_interleave(images // len(pixels), 0)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | Mapping[str, int] | None = None,
+        guidance_scale: float | Mapping[str, float] | None = None,
+        negative_prompt: Negative | None = None,
+        num_images_per_prompt: int = 1,
+        eta: float | Mapping[str, float] | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | Mapping[str, torch.Tensor] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        *,
+        image: Any = None,
+        strength: float | None = None,
+        seed: int | Sequence[int] | None = None,
+        batch_size: int | None = None,
+        expert: str = "hybrid",
+        handoff: float | Sequence[float] | None = None,
+        router: Router | PerStep | None = None,
+        sol_steps: int | None = None,
+        lune_steps: int | None = None,
+        sol_guidance: float | None = None,
+        lune_guidance: float | None = None,
+        shift: float | Mapping[str, float] | None = None,
+        solver: str | Mapping[str, str] | None = None,
+        guidance_rescale: float | Mapping[str, float] | None = None,
+        guidance_window: tuple[float, float] | Mapping[str, tuple[float, float]] | None = None,
+    ) -> HybridPipelineOutput | tuple:
+        """Make images. Arguments diffusers' pipelines have mean what they mean there; settings of experts are
+        one value for all, or a mapping by name. The others:
+
+        Args:
+            negative_prompt: for all experts, or by name: `{"sol": "text", "lune": "blur"}`.
+            image: to start from: PIL, NumPy or tensor in [0, 1]; one for all prompts or a list, one each.
+            strength: with image, the share of the steps that are run, 0.8 by default: the run enters the plan
+                where that many steps are left, at the expert who works there. 1 leaves little of the image.
+            seed: one integer (counted up over the batch) or one an image. An image depends on its own seed
+                alone. Without seed, generator and latents a random seed is drawn and returned.
+            batch_size: how many images are sampled at once; by default all.
+            expert: "hybrid", or one of them alone.
+            handoff: noise level in (0, 1) where an expert hands over to the next; 1 is pure noise, 0 the
+                data. Of more than two experts, a list of levels, descending.
+            router: over the experts' names, instead of a handoff; e.g. `Crossfade("sol", "lune", 0.8, 0.6)`.
+            sol_steps, lune_steps: steps of each expert, instead of `num_inference_steps` in all.
+            sol_guidance, lune_guidance: guidance scales, before `guidance_scale`.
+            shift: k of the shifted sigmas of flow experts.
+            solver: as `Expert` takes it.
+            guidance_rescale, guidance_window: as `Expert` takes them.
+            callback_on_step_end: diffusers' signature (pipeline, step, timestep, kwargs), called for every
+                batch; it may return a dict with new `latents`. `pred_original_sample` gives the step's x0.
+
+        Returns:
+            `HybridPipelineOutput`, or with `return_dict=False` the tuple (images,).
+
+        Raises:
+            ValueError: for inputs that don't fit, before any work.
+        """
+        check_prompts(
+            prompt,
+            prompt_embeds,
+            negative_prompt,
+            negative_prompt_embeds,
+            self.expert_names,
+            self.text_encoder.config.hidden_size,
+        )
+        prompts = prompt_count(prompt, prompt_embeds)
+        if image is not None:
+            check_image(image, prompts)
+        side = self._any_unet().config.sample_size * self.vae_scale_factor
+        own_height, own_width = (side, side) if image is None else image_size(image)
+        height = own_height if height is None else height
+        width = own_width if width is None else width
+        check_size(height, width, self._size_multiple())
+        check_options(
+            num_images_per_prompt,
+            batch_size,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+            self._callback_tensor_inputs,
+        )
+        strength = check_strength(strength, image, latents)
+        experts = self.experts(
+            sol_guidance,
+            lune_guidance,
+            shift,
+            solver,
+            eta,
+            guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale,
+            guidance_window=guidance_window,
+        )
+        compiled = self.plan(
+            expert, num_inference_steps, sol_steps, lune_steps, handoff, router, experts, strength
+        )
+        images = prompts * num_images_per_prompt
+        check_generator(generator, seed, images)
+        seeds = seeds_of(seed, images) if generator is None else None
+        cells = (height // self.vae_scale_factor, width // self.vae_scale_factor)
+        shape = (images, self._any_unet().config.in_channels, *cells)
+        check_latents(latents, shape)
+
+        self._interrupt = False
+        batch_size = batch_size or images
+        device = self._execution_device  # found by looking through all modules, so once
+        encode = partial(self.encode_prompt, batch_size=batch_size, device=device)
+        cond = encode(prompt) if prompt_embeds is None else prompt_embeds.to(device)
+        guided = list(dict.fromkeys(c.name for s in compiled.steps for c in s.calls if c.guided))
+        uncond = negative_embeds(
+            negative_prompt, negative_prompt_embeds, guided, self.expert_names, prompts, encode
+        )
+        start = (
+            None if image is None else self._image_latents(image, height, width, images, batch_size, device)
+        )
+        batches = Batches(
+            self,
+            compiled,
+            experts,
+            shape,
+            cond={"prompt_embeds": cond},
+            uncond={name: {"prompt_embeds": embeds.to(device)} for name, embeds in uncond.items()},
+            device=device,
+            images_per_prompt=num_images_per_prompt,
+            batch_size=batch_size,
+            seeds=seeds,
+            generator=generator,
+            latents=latents,
+            image_latents=start,
+            callback=callback_on_step_end,
+            callback_inputs=callback_on_step_end_tensor_inputs,
+        )
+        made = batches.decode(
+            batches.run(), partial(self.decode_latents, output_type=output_type), output_type
+        )
+        self.maybe_free_model_hooks()
+        return HybridPipelineOutput(made, seeds, compiled) if return_dict else (made,)

@@ -1,0 +1,124 @@
+"""`from_pretrained`: a pipeline from a folder, the hub, a preset, and experts from anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..loading.folders import SHARED
+from ..loading.hub import Hub
+from ..loading.parts import Dtypes, load_parts
+from ..loading.presets import ExpertSource
+from ..loading.presets import preset as find_preset
+from .offload import Offload, check_offload
+from .settings import DEFAULTS
+
+if TYPE_CHECKING:
+    from typing import Self
+
+__all__ = ["PretrainedMixin"]
+
+
+class PretrainedMixin:
+    """Loading, for a pipeline whose constructor takes components and settings by name."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path | None = None,
+        *,
+        preset: str | None = None,
+        sol: ExpertSource | str | Path | None = None,
+        lune: ExpertSource | str | Path | None = None,
+        sd15: ExpertSource | str | Path | None = None,
+        experts: Mapping[str, ExpertSource | str | Path] | None = None,
+        dtype: Dtypes | None = None,
+        torch_dtype: Dtypes | None = None,
+        variant: str | None = None,
+        revision: str | None = None,
+        offload: Offload = "none",
+        device: torch.device | str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        force_download: bool = False,
+        **parts: Any,
+    ) -> Self:
+        """Load the parts experts share from one place, and the experts from there or from anywhere.
+
+        Args:
+            pretrained_model_name_or_path: the base, a local folder or a hub id: of a pipeline like this one
+                (`unet_sol/`, `scheduler_sol/` ...), or of Stable Diffusion, whose VAE, text encoder and
+                tokenizer are then used.
+            preset: "sd15" for Stable Diffusion 1.5 with the published Sol and Lune; what else is given takes
+                precedence.
+            sol, lune, sd15: an expert of that name, trained as that name says unless a scheduler config lies
+                beside it: a diffusers folder, a hub id `owner/name`, a hub file `owner/name:file`, or a file
+                (see `ExpertSource`, which also takes a revision and other training settings).
+            experts: experts by any name, in the order they work in; they follow those above.
+            dtype, torch_dtype: of all models, or by component with "default" for the others. float32.
+            variant: prefer `*.<variant>.safetensors`, such as "fp16".
+            revision: of the base on the hub.
+            offload, device: see `set_offload`.
+            cache_dir, local_files_only, token, force_download: for the hub.
+            parts: components to use instead of loading them, and default settings (`handoff`,
+                `num_inference_steps`, `<name>_guidance`).
+
+        Raises:
+            CheckpointError: anything missing, unreadable, unexpected or misshapen, by name.
+            ValueError: parts that don't fit each other.
+        """
+        check_offload(offload)
+        named = {"sol": sol, "lune": lune, "sd15": sd15}
+        given = {name: source for name, source in named.items() if source is not None} | dict(experts or {})
+        base = pretrained_model_name_or_path
+        if preset is not None:
+            known = find_preset(preset)
+            base, given = known.base if base is None else base, {**known.experts, **given}
+        if base is None:
+            raise ValueError("give the folder or hub id of the base, or preset=")
+        if dtype is not None and torch_dtype is not None:
+            raise ValueError("dtype and torch_dtype are the same: give one of them")
+        dtype = torch_dtype if dtype is None else dtype
+        modules, settings = _split(parts)
+        loaded = load_parts(
+            base,
+            given,
+            dtypes=torch.float32 if dtype is None else dtype,
+            hub=Hub(cache_dir, local_files_only, token, force_download),
+            revision=revision,
+            variant=variant,
+            passed=modules,
+            resident=offload != "expert",
+        )
+        settings = {**_settings_of(loaded.index, loaded.experts), **settings}
+        pipe = cls(**loaded.components, experts=loaded.experts, **settings)
+        pipe.register_to_config(_name_or_path=str(base))
+        pipe._weights.update(loaded.weights)
+        if offload != "none" or device is not None:
+            pipe.set_offload(offload, device)
+        return pipe
+
+    @classmethod
+    def from_preset(cls, name: str = "sd15", **kwargs: Any) -> Self:
+        """A pipeline by name; kwargs are for `from_pretrained`."""
+        return cls.from_pretrained(preset=name, **kwargs)
+
+
+def _split(parts: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Components and settings out of what was passed by name."""
+    modules = {k: v for k, v in parts.items() if k in SHARED or k.startswith(("unet_", "scheduler_"))}
+    settings = {k: v for k, v in parts.items() if k not in modules}
+    unknown = [k for k in settings if k not in DEFAULTS and not k.endswith("_guidance")]
+    if unknown:
+        raise TypeError(f"unknown arguments or parts of a pipeline: {', '.join(unknown)}")
+    return modules, settings
+
+
+def _settings_of(index: Mapping[str, Any], experts: Sequence[str]) -> dict[str, Any]:
+    """The default settings a model index has for these experts."""
+    keys = ("handoff", "num_inference_steps", *(f"{name}_guidance" for name in experts))
+    return {key: index[key] for key in keys if key in index}

@@ -1,0 +1,120 @@
+"""Prompts to text features: one for all experts, negative ones each expert's own if wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers.utils import logging
+
+from .settings import by_expert
+
+__all__ = ["check_prompts", "encode_prompts", "negative_embeds", "prompt_count"]
+
+Negative = str | list[str] | Mapping[str, str | list[str]]
+
+
+def prompt_count(prompt: str | list[str] | None, prompt_embeds: torch.Tensor | None) -> int:
+    return 1 if isinstance(prompt, str) else len(prompt if prompt is not None else prompt_embeds)
+
+
+def check_prompts(
+    prompt: Any,
+    prompt_embeds: Any,
+    negative_prompt: Any,
+    negative_prompt_embeds: Any,
+    experts: Sequence[str],
+    features: int,
+) -> None:
+    """Raise ValueError for what is wrong with them.
+
+    Args:
+        prompt, prompt_embeds, negative_prompt, negative_prompt_embeds: as the pipeline takes them.
+        experts: names, which negative prompts may be keyed by.
+        features: channels of the text encoder.
+    """
+    if (prompt is None) == (prompt_embeds is None):
+        raise ValueError("give either prompt or prompt_embeds")
+    prompts = [] if prompt is None else [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, list) or not all(isinstance(p, str) for p in prompts) or prompt == []:
+        raise ValueError(f"prompt must be a string or a non-empty list of strings, got {prompt!r}")
+    if prompt_embeds is not None:
+        _check_embeds("prompt_embeds", prompt_embeds, features)
+    count = prompt_count(prompt, prompt_embeds)
+    if negative_prompt is not None and negative_prompt_embeds is not None:
+        raise ValueError("give either negative_prompt or negative_prompt_embeds, not both")
+    for name, negative in by_expert("negative_prompt", negative_prompt, experts).items():
+        texts = negative if isinstance(negative, list) else [negative or ""]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"{name}: a negative prompt is a string or a list of strings, got {negative!r}")
+        if isinstance(negative, list) and len(negative) != count:
+            raise ValueError(f"{count} prompts need as many negative prompts, got {len(negative)}")
+    for embeds in by_expert("negative_prompt_embeds", negative_prompt_embeds, experts).values():
+        if embeds is not None:
+            _check_embeds("negative_prompt_embeds", embeds, features)
+            if len(embeds) not in (1, count):
+                raise ValueError(f"{count} prompts need as many negative_prompt_embeds, got {len(embeds)}")
+
+
+def _check_embeds(what: str, embeds: Any, features: int) -> None:
+    if not isinstance(embeds, torch.Tensor) or embeds.ndim != 3 or embeds.shape[-1] != features:
+        shape = tuple(embeds.shape) if isinstance(embeds, torch.Tensor) else type(embeds).__name__
+        raise ValueError(f"{what} must be [prompts, tokens, {features}], as encode_prompt gives, got {shape}")
+    if not len(embeds):
+        raise ValueError(f"{what} must hold at least one prompt")
+
+
+def encode_prompts(
+    prompts: Sequence[str], tokenizer: Any, text_encoder: Any, device: torch.device
+) -> torch.Tensor:
+    """[B, tokens, channels] in the encoder's dtype: CLIP's hidden states. Too long a prompt is cut, with a
+    warning that says what was cut."""
+    length = tokenizer.model_max_length
+    tokens = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=False)
+    for ids in tokens.input_ids:
+        if len(ids) > length:
+            cut = tokenizer.decode(ids[length - 1 : -1])
+            logging.get_logger(__name__).warning(
+                f"the prompt is longer than {length} tokens; this was cut off: {cut!r}"
+            )
+    if any(len(ids) > length for ids in tokens.input_ids):
+        tokens = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True)
+    tokens = tokens.convert_to_tensors("pt")
+    mask = None
+    if getattr(text_encoder.config, "use_attention_mask", False):
+        mask = tokens.attention_mask.to(device)
+    return text_encoder(tokens.input_ids.to(device), attention_mask=mask)[0]
+
+
+def negative_embeds(
+    negative: Negative | None,
+    embeds: torch.Tensor | Mapping[str, torch.Tensor] | None,
+    guided: Sequence[str],
+    experts: Sequence[str],
+    count: int,
+    encode: Any,
+) -> dict[str, torch.Tensor]:
+    """What guidance leads away from, by expert: [B, tokens, channels]. Shared texts are encoded once.
+
+    Args:
+        negative, embeds: one for all experts, or by expert; nothing is the empty prompt.
+        guided: the experts that need it.
+        experts: all names.
+        count: prompts.
+        encode: from texts to features.
+    """
+    own = by_expert("negative_prompt", negative, experts) if negative is not None else {}
+    given = by_expert("negative_prompt_embeds", embeds, experts) if embeds is not None else {}
+    encoded: dict[tuple[str, ...], torch.Tensor] = {}
+    result = {}
+    for name in guided:
+        if given.get(name) is not None:
+            result[name] = given[name].expand(count, -1, -1)
+            continue
+        text = own.get(name) or ""
+        texts = (text,) if isinstance(text, str) else tuple(text)
+        if texts not in encoded:
+            encoded[texts] = encode(list(texts)).expand(count, -1, -1)
+        result[name] = encoded[texts]
+    return result

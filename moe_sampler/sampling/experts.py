@@ -1,0 +1,178 @@
+"""An expert: a model and everything the planner must know to use it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .paths import FlowPath, Path, VPPath, path_from_scheduler_config
+from .predictions import Prediction, check_prediction
+from .solvers import Solver, check_solver
+
+__all__ = ["Expert"]
+
+_SOLVER_OF_SCHEDULER = {
+    "DDPMScheduler": "ddpm",
+    "DDIMScheduler": "ddim",
+    "FlowMatchEulerDiscreteScheduler": "euler",
+    "FlowMatchHeunDiscreteScheduler": "heun",
+    "HeunDiscreteScheduler": "heun",
+    "DPMSolverMultistepScheduler": "dpmpp_2m",
+    "FusedDDPMScheduler": "ddpm",
+    "FusedDDIMScheduler": "ddim",
+    "FusedFlowMatchEulerScheduler": "euler",
+}
+# What a run would silently do differently, and the setting that makes it harmless when given.
+_UNSUPPORTED_OPTIONS = {
+    "thresholding": None,
+    "use_karras_sigmas": None,
+    "use_exponential_sigmas": None,
+    "use_beta_sigmas": None,
+    "use_lu_lambdas": None,
+    "use_dynamic_shifting": "shift",
+}
+_SOLVER_OF_ALGORITHM = {"dpmsolver++": "dpmpp_2m", "sde-dpmsolver++": "dpmpp_2m_sde"}
+
+
+@dataclass(frozen=True)
+class Expert:
+    """A diffusion expert. Settings are this expert's own; change one with `dataclasses.replace`.
+
+    Args:
+        name: how routers, step counts and plans call it.
+        path: the noise path it was trained on, which also says what timestep it is told.
+        prediction: what it predicts (see `predictions.Prediction`).
+        model: `model(sample, timestep, **conditioning)` with sample [B or 2B, ...] of `dtype` and timestep a
+            0-d tensor (int64 on a discrete path, float32 else); returns the prediction, or a tuple that
+            starts with it, or a diffusers output. Only sampling needs it, planning doesn't.
+        dtype: what the model eats.
+        solver: "ddpm", "ddim", "euler", "heun" (two model evaluations a step), "dpmpp_2m" or "dpmpp_2m_sde".
+        eta: DDIM's share of noise, 0 to 1.
+        shift: k of the shifted sigmas, on flow paths.
+        spacing: timestep spacing on discrete paths, "trailing", "leading" or "linspace".
+        guidance_scale: classifier-free guidance; 1 means one model pass without guidance, whatever the
+            other experts do.
+        guidance_window: (high, low), the noise levels between which guidance is on, both included; outside
+            the scale is 1 and the model is called once (arXiv:2404.07724). None is everywhere.
+        guidance_rescale: phi in [0, 1] of arXiv:2305.08891, section 3.4: the share of the guided prediction
+            that is scaled back to the conditional one's standard deviation, sample by sample.
+        clip_sample_range: clip x0 to plus-minus this before the solver; None leaves it alone. Clipping harms
+            latents and is meant for pixel-space models.
+    """
+
+    name: str
+    path: Path
+    prediction: Prediction
+    model: Callable[..., Any] | None = None
+    dtype: torch.dtype = torch.float32
+    solver: Solver = "dpmpp_2m"
+    eta: float = 0.0
+    shift: float = 3.0
+    spacing: str = "trailing"
+    guidance_scale: float = 1.0
+    clip_sample_range: float | None = None
+    guidance_window: tuple[float, float] | None = None
+    guidance_rescale: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_prediction(self.prediction)
+        check_solver(self.solver)
+        if not isinstance(self.path, VPPath | FlowPath | Path):
+            raise TypeError(
+                f"{self.name}: path must be a VPPath, a FlowPath or implement moe_sampler.sampling.paths.Path"
+            )
+        if not 0 < self.shift < math.inf:
+            raise ValueError(f"{self.name}: shift must be positive, got {self.shift}")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"{self.name}: eta must lie between 0 and 1, got {self.eta}")
+        if self.clip_sample_range is not None and not self.clip_sample_range > 0:
+            raise ValueError(f"{self.name}: clip_sample_range must be positive, got {self.clip_sample_range}")
+        if not math.isfinite(self.guidance_scale):
+            raise ValueError(f"{self.name}: guidance_scale must be finite, got {self.guidance_scale}")
+        if not 0 <= self.guidance_rescale <= 1:
+            raise ValueError(
+                f"{self.name}: guidance_rescale must lie between 0 and 1, got {self.guidance_rescale}"
+            )
+        if self.guidance_window is not None:
+            window = tuple(map(float, self.guidance_window))
+            if len(window) != 2 or not 0 <= window[1] < window[0] <= 1:
+                raise ValueError(
+                    f"{self.name}: guidance_window is (high, low) with 0 <= low < high <= 1, from noise (1) "
+                    f"to data (0), got {self.guidance_window}"
+                )
+            object.__setattr__(self, "guidance_window", window)
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance_scale != 1.0
+
+    def guidance_at(self, noise: float) -> float:
+        """The guidance scale at a share of noise: 1 outside the guidance window."""
+        high, low = self.guidance_window or (1.0, 0.0)
+        return self.guidance_scale if low <= noise <= high else 1.0
+
+    @classmethod
+    def sol(cls, model: Callable[..., Any] | None = None, name: str = "sol", **settings) -> Expert:
+        """Sol: v-prediction on DDPM's linear betas, sampled ancestrally as published."""
+        return cls(name, VPPath.linear(), "v_prediction", model, **{"solver": "ddpm", **settings})
+
+    @classmethod
+    def lune(cls, model: Callable[..., Any] | None = None, name: str = "lune", **settings) -> Expert:
+        """Lune: rectified flow, told 1000 * s, Euler on sigmas shifted by 2 as published."""
+        return cls(
+            name, FlowPath(), "flow_prediction", model, **{"solver": "euler", "shift": 2.0, **settings}
+        )
+
+    @classmethod
+    def sd15(cls, model: Callable[..., Any] | None = None, name: str = "sd15", **settings) -> Expert:
+        """Stable Diffusion 1.5: epsilon-prediction on scaled-linear betas."""
+        return cls(name, VPPath.scaled_linear(), "epsilon", model, **settings)
+
+    @classmethod
+    def from_scheduler_config(
+        cls, name: str, config: Mapping[str, Any], model: Callable[..., Any] | None = None, **settings
+    ) -> Expert:
+        """What a diffusers scheduler config says of an expert; `settings` that aren't None take precedence.
+
+        The config's class is the default solver, its betas the path; shift, prediction type, spacing and
+        clipping are the expert's own.
+
+        Raises:
+            ValueError: a scheduler class, beta schedule or prediction type this package doesn't know, or an
+                option that changes how the scheduler samples and has no counterpart here.
+        """
+        scheduler = config.get("_class_name", "")
+        if scheduler not in _SOLVER_OF_SCHEDULER:
+            known = ", ".join(_SOLVER_OF_SCHEDULER)
+            raise ValueError(f'{name}: scheduler "{scheduler}" is not supported: use one of {known}')
+        given = {key: value for key, value in settings.items() if value is not None}
+        path = path_from_scheduler_config(config)
+        for option, remedy in _UNSUPPORTED_OPTIONS.items():
+            if config.get(option) and remedy not in given:
+                raise ValueError(f"{name}: {scheduler}'s {option} is not supported: set it to false")
+        read = {
+            "shift": config.get("shift", config.get("flow_shift", 1.0)),
+            "spacing": config.get("timestep_spacing", "trailing"),
+            "clip_sample_range": config.get("clip_sample_range", 1.0) if config.get("clip_sample") else None,
+        }
+        if "solver" not in given:
+            read["solver"] = _solver_of(name, scheduler, config)
+        prediction = config.get("prediction_type", "epsilon") if path.discrete else "flow_prediction"
+        return cls(name, path, prediction, model, **{**read, **given})
+
+
+def _solver_of(name: str, scheduler: str, config: Mapping[str, Any]) -> Solver:
+    if scheduler != "DPMSolverMultistepScheduler":
+        return _SOLVER_OF_SCHEDULER[scheduler]
+    algorithm = config.get("algorithm_type", "dpmsolver++")
+    order, kind = config.get("solver_order", 2), config.get("solver_type", "midpoint")
+    if algorithm not in _SOLVER_OF_ALGORITHM or (order, kind) != (2, "midpoint"):
+        raise ValueError(
+            f"{name}: {scheduler} is supported with algorithm_type {' or '.join(_SOLVER_OF_ALGORITHM)}, "
+            f"solver_order 2 and solver_type midpoint, got {algorithm}, {order} and {kind}"
+        )
+    return _SOLVER_OF_ALGORITHM[algorithm]

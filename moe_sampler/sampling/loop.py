@@ -1,0 +1,345 @@
+"""The loop: call the model, launch one fused kernel, repeat. Nothing in it waits for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..kernels import philox_normal, sampler_step_
+from ..kernels.noise import normal_of_steps, seeds_tensor
+from .experts import Expert
+from .guidance import Conditioning, GuidanceInputs, rescaled_guidance
+from .plan import ExpertCall, SamplingPlan
+from .predictions import add_noise
+
+__all__ = ["SamplingRun", "initial_latents", "noised", "sample"]
+
+INITIAL_NOISE_STREAM = 1  # the steps' own noise is stream 0
+Callback = Callable[[dict[str, Any]], torch.Tensor | None]
+
+
+def initial_latents(
+    plan: SamplingPlan,
+    shape: Sequence[int],
+    seeds: Sequence[int] | torch.Tensor,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """The state a plan starts from: float32 noise that depends on each sample's seed alone.
+
+    For plans that begin at pure noise; one that begins further down starts from an image (see `noised`).
+
+    Args:
+        plan: decides the scale.
+        shape: of the batch, [B, ...].
+        seeds: B integers, one a sample.
+    """
+    if len(seeds) != shape[0]:
+        raise ValueError(f"{shape[0]} samples need as many seeds, got {len(seeds)}")
+    noise = philox_normal(tuple(shape), seeds, stream=INITIAL_NOISE_STREAM, device=device)
+    return noise.mul_(plan.initial_scale)
+
+
+def noised(
+    plan: SamplingPlan,
+    x0: torch.Tensor,
+    *,
+    seeds: Sequence[int] | torch.Tensor | None = None,
+    noise: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The state a plan starts from if it starts from an image: alpha * x0 + sigma * noise at its first level.
+
+    Args:
+        plan: one that begins below pure noise, `plan(..., start=0.6)`; `plan.start_level` is the level.
+        x0: [B, ...] float32, clean latents.
+        seeds: B integers, one a sample, for the noise `initial_latents` would draw; or
+        noise: [B, ...] float32, N(0, 1).
+
+    Returns:
+        [B, ...] float32.
+    """
+    if (seeds is None) == (noise is None):
+        raise ValueError("give either seeds or noise")
+    if x0.dtype != torch.float32:
+        raise TypeError(f"the sampling state is float32 whatever the models' dtype, got {x0.dtype}")
+    if seeds is not None:
+        if len(seeds) != x0.shape[0]:
+            raise ValueError(f"{x0.shape[0]} samples need as many seeds, got {len(seeds)}")
+        noise = philox_normal(tuple(x0.shape), seeds, stream=INITIAL_NOISE_STREAM, device=x0.device)
+    elif noise.shape != x0.shape:
+        raise ValueError(f"noise must have shape {list(x0.shape)}, got {list(noise.shape)}")
+    return add_noise(x0, noise, plan.start_level.alpha, plan.start_level.sigma)
+
+
+class _Inputs:
+    """Two alternating sets of model inputs, so that a model may return its input itself."""
+
+    def __init__(self, x: torch.Tensor, experts: Mapping[str, Expert]) -> None:
+        self._x, self._experts = x, experts
+        self._buffers: dict[tuple[int, int, int, torch.dtype], torch.Tensor] = {}
+
+    def buffers(self, calls: Iterable[ExpertCall], index: int) -> list[torch.Tensor]:
+        return [self._buffer(index % 2, slot, call) for slot, call in enumerate(calls)]
+
+    def _buffer(self, parity: int, slot: int, call: ExpertCall) -> torch.Tensor:
+        batch = self._x.shape[0] * (2 if call.guided else 1)
+        key = (parity, slot, batch, self._experts[call.name].dtype)
+        if key not in self._buffers:
+            self._buffers[key] = torch.empty(
+                (batch, *self._x.shape[1:]), dtype=key[-1], device=self._x.device
+            )
+        return self._buffers[key]
+
+    def write(self, calls: Sequence[ExpertCall], index: int) -> list[torch.Tensor]:
+        """Fill a step's inputs from the state: before the first step, or after a callback changed it."""
+        buffers = self.buffers(calls, index)
+        for call, buffer in zip(calls, buffers, strict=True):
+            for copy in buffer.split(self._x.shape[0]):
+                copy.copy_(self._x * call.input_scale)
+        return buffers
+
+
+def _timesteps(plan: SamplingPlan, device: torch.device) -> list[list[torch.Tensor]]:
+    """0-d device tensors, int64 for discrete paths and float32 else, moved in two copies."""
+    calls = [call for step in plan.steps for call in step.calls]
+    whole = iter(torch.tensor([int(c.timestep) for c in calls], dtype=torch.int64).to(device).unbind())
+    real = iter(torch.tensor([float(c.timestep) for c in calls], dtype=torch.float32).to(device).unbind())
+    pairs = iter([(i, r) for i, r in zip(whole, real, strict=True)])
+
+    def pick(call: ExpertCall) -> torch.Tensor:
+        integer, floating = next(pairs)
+        return integer if isinstance(call.timestep, int) else floating
+
+    return [[pick(call) for call in step.calls] for step in plan.steps]
+
+
+class _NoiseAhead:
+    """The noise of coming steps, drawn several at a time, on a CPU: a model leaves nothing of the generator
+    in the caches, and to fetch that again at every step costs more than the noise of small latents."""
+
+    _ELEMENTS = 1 << 18
+
+    def __init__(self, steps: Sequence[int], like: torch.Tensor, seeds: torch.Tensor) -> None:
+        self._steps, self._shape, self._seeds = steps, tuple(like.shape), seeds
+        self._count = max(1, self._ELEMENTS // max(like.numel(), 1))
+        self._drawn: dict[int, torch.Tensor] = {}
+
+    def __call__(self, step: int) -> torch.Tensor:
+        if step not in self._drawn:
+            coming = [other for other in self._steps if other >= step][: self._count]
+            drawn = normal_of_steps(self._shape, self._seeds, coming)
+            self._drawn = dict(zip(coming, drawn.unbind(), strict=True))
+        return self._drawn.pop(step)
+
+
+class SamplingRun:
+    """One batch on its way through a plan; it may pause between any two steps.
+
+    Several runs may thus share a device that holds one model at a time: advance each to the handoff, swap the
+    models, advance each to the end. The result is the same to the last bit as without the pause.
+
+    Args: as `sample` takes them. Everything is checked here; device memory beyond the state is only used
+        from the first `advance` on, and between two calls of it the models' inputs are given up again.
+        keep_x0: whether the callback reads `x0`; a step that need not keep it takes fewer passes.
+
+    Attributes:
+        plan: what is run.
+        index: the plan step to be run next; `len(plan)` when the run is done.
+        x: [B, ...] float32, the state, updated in place.
+        x0: [B, ...] float32, the last step's prediction, or None before the first step and where nothing
+            needs it (no multistep solver, no callback).
+        interrupted: set it to True, from a callback or from anywhere, and no more models are called; set it
+            back to False to go on.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        plan: SamplingPlan,
+        experts: Expert | Iterable[Expert],
+        x: torch.Tensor | None = None,
+        *,
+        shape: Sequence[int] | None = None,
+        seeds: Sequence[int] | torch.Tensor | None = None,
+        noise: Callable[[int], torch.Tensor] | None = None,
+        cond: Conditioning | None = None,
+        uncond: Conditioning | None = None,
+        device: torch.device | str = "cpu",
+        callback: Callback | None = None,
+        keep_x0: bool = True,
+    ) -> None:
+        self.plan, self.index, self.interrupted = plan, 0, False
+        self.x0: torch.Tensor | None = None
+        self._experts = {e.name: e for e in ([experts] if isinstance(experts, Expert) else experts)}
+        for name in plan.experts:
+            if name not in self._experts or self._experts[name].model is None:
+                raise ValueError(f"the plan calls expert {name!r}: pass it to sample() with its model")
+        if x is None:
+            if shape is None or seeds is None:
+                raise ValueError("give either x, or shape and seeds")
+            batch = shape[0]
+        else:
+            if x.dtype != torch.float32:
+                raise TypeError(f"the sampling state is float32 whatever the models' dtype, got {x.dtype}")
+            batch = x.shape[0]
+        if plan.needs_noise and seeds is None and noise is None:
+            raise ValueError("the plan adds fresh noise: give seeds (one a sample) or a noise function")
+        if seeds is not None and len(seeds) != batch:
+            raise ValueError(f"{batch} samples need as many seeds, got {len(seeds)}")
+        self._guidance = GuidanceInputs(plan, list(self._experts), batch, cond, uncond)
+        self._seeds, self._noise, self._callback = seeds, noise, callback
+        self._keep_x0 = keep_x0 and callback is not None
+        self.x = (
+            initial_latents(plan, shape, seeds, device)
+            if x is None
+            else x.clone(memory_format=torch.contiguous_format)
+        )
+        self._table: torch.Tensor | None = None
+
+    @property
+    def done(self) -> bool:
+        return self.index == len(self.plan)
+
+    def _move_to_device(self) -> None:
+        device = self.x.device
+        self._table, self._timesteps = self.plan.table(device), _timesteps(self.plan, device)
+        drawn = self.plan.needs_noise and self._noise is None
+        self._seed_tensor = seeds_tensor(self._seeds, device) if drawn else None
+        if drawn and device.type == "cpu":
+            noisy = [index for index, step in enumerate(self.plan.steps) if step.adds_noise]
+            self._noise, self._seed_tensor = _NoiseAhead(noisy, self.x, self._seed_tensor), None
+        # The prediction is kept only where someone reads it: the caller, or a multistep solver here or next.
+        reads = [step.reads_history for step in self.plan.steps]
+        self._keeps = [self._keep_x0 or any(pair) for pair in zip(reads, [*reads[1:], False], strict=True)]
+        self._history = torch.zeros_like(self.x) if any(self._keeps) else None
+
+    @torch.no_grad()
+    def advance(self, until: int | None = None) -> torch.Tensor:
+        """Run the steps up to, not including, plan step `until`; None runs to the end.
+
+        Returns:
+            The state `x` itself, [B, ...] float32: the level of step `until`, or the plan's last target.
+
+        Raises:
+            ValueError: `until` lies behind the run or beyond the plan.
+        """
+        until = len(self.plan) if until is None else until
+        if isinstance(until, bool) or not isinstance(until, int) or not self.index <= until <= len(self.plan):
+            raise ValueError(
+                f"the run is at step {self.index} of {len(self.plan)}: cannot advance until {until!r}"
+            )
+        if self.index == until or self.interrupted:
+            return self.x
+        if self._table is None:
+            self._move_to_device()
+        steps = self.plan.steps[self.index : until]
+        conditioning = self._guidance.of(call for step in steps for call in step.calls)
+        inputs = _Inputs(self.x, self._experts)
+        # The launch that ended the last stretch wrote no inputs: the state says the same.
+        current = inputs.write(self.plan.steps[self.index].calls, self.index)
+        while self.index < until and not self.interrupted:
+            current = self._step(inputs, current, conditioning, self.index + 1 == until)
+        return self.x
+
+    def _predict(
+        self, call: ExpertCall, x: torch.Tensor, timestep: torch.Tensor, conditioning: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        output = self._experts[call.name].model(x, timestep, **conditioning)
+        output = output if isinstance(output, torch.Tensor) else output[0]
+        if call.guidance_rescale:
+            return rescaled_guidance(output, call.guidance_scale, call.guidance_rescale)
+        return output.contiguous()
+
+    def _step(
+        self,
+        inputs: _Inputs,
+        current: list[torch.Tensor],
+        conditioning: Mapping[tuple[str, bool], dict[str, torch.Tensor]],
+        last: bool,
+    ) -> list[torch.Tensor]:
+        """One model evaluation and one launch; returns the next step's model inputs."""
+        index, step = self.index, self.plan.steps[self.index]
+        outputs = [
+            self._predict(call, model_input, timestep, conditioning[call.name, call.guided])
+            for call, model_input, timestep in zip(step.calls, current, self._timesteps[index], strict=True)
+        ]
+        following = () if last else self.plan.steps[index + 1].calls
+        buffers = inputs.buffers(following, index + 1)
+        # Noise exists only where the row asks for it, so a deterministic step never touches the generator.
+        noisy = step.adds_noise
+        self.x0 = self._history if self._keeps[index] else None
+        sampler_step_(
+            self.x,
+            outputs,
+            self._table,
+            index,
+            x0_prev=self.x0,
+            next_inputs=buffers,
+            seeds=self._seed_tensor if noisy else None,
+            noise=self._noise(index) if noisy and self._noise is not None else None,
+        )
+        self.index += 1
+        if self._callback is None:
+            return buffers
+        replaced = self._callback({"step": index, "plan_step": step, "x": self.x, "x0": self.x0, "run": self})
+        if replaced is None:
+            return buffers
+        if replaced.shape != self.x.shape:
+            raise ValueError(
+                f"a callback's state must have shape {list(self.x.shape)}, got {list(replaced.shape)}"
+            )
+        self.x.copy_(replaced)
+        return inputs.write(following, index + 1)
+
+
+def sample(
+    plan: SamplingPlan,
+    experts: Expert | Iterable[Expert],
+    x: torch.Tensor | None = None,
+    *,
+    shape: Sequence[int] | None = None,
+    seeds: Sequence[int] | torch.Tensor | None = None,
+    noise: Callable[[int], torch.Tensor] | None = None,
+    cond: Conditioning | None = None,
+    uncond: Conditioning | None = None,
+    device: torch.device | str = "cpu",
+    callback: Callback | None = None,
+) -> torch.Tensor:
+    """Run a plan from its first step to its last (`SamplingRun` can pause in between).
+
+    Args:
+        plan: from `moe_sampler.plan`.
+        experts: with their models; every expert the plan names must be among them.
+        x: [B, ...] float32, the state to start from (it is not modified); or give `shape` and `seeds`.
+        shape: [B, ...] of the state to draw.
+        seeds: one integer a sample. Noise is a function of (seed, step, element) alone, so a sample is the
+            same alone and inside any batch.
+        noise: instead of `seeds` for the steps' noise: `noise(step)` returns [B, ...] float32.
+        cond, uncond: keyword arguments for the models, tensors with the batch first; or a mapping of them for
+            each expert, by name, `{"sol": {"prompt_embeds": ...}, "lune": {...}}`. Guided calls get
+            `cat([uncond, cond])`, diffusers' order, unguided calls `cond` alone.
+        device: where to run when `x` isn't given.
+        callback: gets a dict after each step: `step`, `plan_step`, `x` (the state), `x0` (the prediction;
+            both are live buffers, clone what you keep) and `run`, whose `interrupted` it may set to True. A
+            returned tensor replaces the state.
+
+    Returns:
+        [B, ...] float32: the state at the plan's last target, or where it was interrupted.
+
+    Raises:
+        ValueError: missing experts, models, seeds or conditioning, before any model call.
+    """
+    run = SamplingRun(
+        plan,
+        experts,
+        x,
+        shape=shape,
+        seeds=seeds,
+        noise=noise,
+        cond=cond,
+        uncond=uncond,
+        device=device,
+        callback=callback,
+    )
+    return run.advance()

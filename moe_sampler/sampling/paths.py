@@ -1,0 +1,287 @@
+"""Noise paths: how a timestep, as a model is told it, becomes a noise level, and back.
+
+Everything here is float64 on the host. A level is a pair (alpha, sigma) with x = alpha * x0 + sigma * eps.
+Two levels on different paths are the same noise level when alpha / sigma agree; the latents then differ by a
+positive factor only, which is what makes an exact handoff between experts possible.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from ..kernels.conversions import shift_sigma
+
+__all__ = ["FlowPath", "Level", "Path", "VPPath", "path_from_scheduler_config"]
+
+
+SPACINGS = ("trailing", "leading", "linspace")
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """A noise level: x = alpha * x0 + sigma * eps."""
+
+    alpha: float
+    sigma: float
+
+    @property
+    def noise(self) -> float:
+        """Share of noise sigma / (alpha + sigma): the flow coordinate s, 1 at pure noise and 0 at data."""
+        return self.sigma / (self.alpha + self.sigma)
+
+    @property
+    def half_log_snr(self) -> float:
+        """ln(alpha / sigma); -inf at pure noise, +inf at data."""
+        if self.alpha == 0.0:
+            return -math.inf
+        if self.sigma == 0.0:
+            return math.inf
+        return math.log(self.alpha / self.sigma)
+
+
+@runtime_checkable
+class Path(Protocol):
+    """What the planner needs to know of a path. Implement it to bring your own."""
+
+    discrete: bool
+    """Whether the model was trained on integer timesteps, so that nodes must lie on that grid."""
+
+    def at(self, noise: float) -> Level:
+        """The level on this path with the given share of noise (see `Level.noise`)."""
+
+    def timestep(self, level: Level) -> float:
+        """What the model is told at this level; `level` may lie on any path."""
+
+    def level(self, timestep: float) -> Level:
+        """The level a model on this path means by `timestep`."""
+
+    def initial_scale(self, level: Level) -> float:
+        """Factor on N(0, 1) noise when sampling starts at `level` without an image."""
+
+    def grid(self, steps: int, start: float, end: float, shift: float, spacing: str) -> list[float]:
+        """`steps` nodes from `start` (included) towards `end` (excluded), as shares of noise, descending."""
+
+
+def _check_betas(betas: np.ndarray) -> np.ndarray:
+    betas = np.asarray(betas, dtype=np.float64)
+    if betas.ndim != 1 or betas.size < 2 or not ((betas > 0) & (betas < 1)).all():
+        raise ValueError("betas must be a one-dimensional sequence of at least two values in (0, 1)")
+    return betas
+
+
+@dataclass(frozen=True)
+class VPPath:
+    """Variance-preserving (DDPM) path on integer timesteps: alpha = sqrt(abar_t), sigma = sqrt(1 - abar_t).
+
+    Ho et al. 2020 (arXiv:2006.11239). Sol uses linear betas, Stable Diffusion 1.5 scaled-linear ones.
+    """
+
+    betas: tuple[float, ...] = field(repr=False)
+    steps_offset: int = 0
+    discrete = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", tuple(_check_betas(self.betas).tolist()))
+
+    @classmethod
+    @lru_cache(maxsize=16)
+    def linear(
+        cls, start: float = 1e-4, end: float = 0.02, num_train_timesteps: int = 1000, **kwargs
+    ) -> VPPath:
+        """Betas linear in t: diffusers' `beta_schedule="linear"`, the DDPM default and Sol's training."""
+        return cls(tuple(np.linspace(start, end, num_train_timesteps)), **kwargs)
+
+    @classmethod
+    @lru_cache(maxsize=16)
+    def scaled_linear(
+        cls, start: float = 0.00085, end: float = 0.012, num_train_timesteps: int = 1000, **kwargs
+    ) -> VPPath:
+        """Betas linear in their square root: diffusers' `"scaled_linear"`, as Stable Diffusion 1.5."""
+        return cls(tuple(np.linspace(start**0.5, end**0.5, num_train_timesteps) ** 2), **kwargs)
+
+    @property
+    def num_train_timesteps(self) -> int:
+        return len(self.betas)
+
+    @cached_property
+    def alphas(self) -> np.ndarray:
+        """[T] float64: sqrt(abar_t)."""
+        return np.sqrt(np.cumprod(1.0 - np.asarray(self.betas)))
+
+    @cached_property
+    def sigmas(self) -> np.ndarray:
+        """[T] float64: sqrt(1 - abar_t)."""
+        return np.sqrt(-np.expm1(np.cumsum(np.log1p(-np.asarray(self.betas)))))
+
+    @cached_property
+    def _half_log_snrs(self) -> np.ndarray:
+        return np.log(self.alphas / self.sigmas)
+
+    @cached_property
+    def _rising(self) -> tuple[np.ndarray, np.ndarray]:
+        """Half the log SNRs in rising order, and their timesteps."""
+        timesteps = np.arange(self.num_train_timesteps, dtype=np.float64)
+        return self._half_log_snrs[::-1].copy(), timesteps[::-1].copy()
+
+    def at(self, noise: float) -> Level:
+        norm = math.hypot(1.0 - noise, noise)
+        return Level((1.0 - noise) / norm, noise / norm)
+
+    def level(self, timestep: float) -> Level:
+        """Exact at integer timesteps; between them ln(alpha / sigma) is interpolated linearly."""
+        if not 0 <= timestep <= self.num_train_timesteps - 1:
+            raise ValueError(f"timestep {timestep} is outside 0..{self.num_train_timesteps - 1}")
+        index = int(timestep)
+        if index == timestep:
+            return Level(float(self.alphas[index]), float(self.sigmas[index]))
+        ratio = math.exp(np.interp(timestep, np.arange(self.num_train_timesteps), self._half_log_snrs))
+        return self.at(1.0 / (1.0 + ratio))
+
+    def timestep(self, level: Level) -> float:
+        """Inverse of `level`; levels beyond the ends of the grid get its ends."""
+        return float(np.interp(level.half_log_snr, *self._rising))
+
+    def nearest_timestep(self, noise: float) -> int:
+        """The integer timestep whose level is closest to a share of noise."""
+        return round(self.timestep(self.at(noise)))
+
+    def initial_scale(self, level: Level) -> float:
+        # The training distribution at the last timestep is N(0, 1) to within alpha_T: diffusers'
+        # init_noise_sigma = 1 for VP schedulers.
+        return 1.0
+
+    def grid(
+        self, steps: int, start: float = 1.0, end: float = 0.0, shift: float = 1.0, spacing: str = "trailing"
+    ) -> list[float]:
+        """Integer-timestep nodes. Over the whole range these are diffusers' timesteps for `spacing`.
+
+        Args:
+            steps: number of nodes.
+            start, end: shares of noise; the span is cut out of the timestep axis between them.
+            shift: not used: VP spacings have none.
+            spacing: "trailing", "leading" or "linspace" (table 2 of arXiv:2305.08891). They differ at the
+                ends of the axis only: "leading" begins a stride below its top, "leading" and "linspace" have
+                their last node at its bottom (plus `steps_offset`, for "leading"). A part of the axis that
+                shares an end with it is spaced like it there; at a handoff, nodes begin right there, and end
+                a stride before it.
+        """
+        if spacing not in SPACINGS:
+            raise ValueError(f'unknown timestep spacing "{spacing}": use one of {", ".join(SPACINGS)}')
+        total = self.num_train_timesteps
+        from_noise, to_data = start >= self.level(total - 1).noise, end <= 0.0
+        if from_noise and to_data:
+            timesteps = self._whole_axis(steps, spacing)
+        else:
+            timesteps = self._part_of_axis(steps, start, end, spacing, from_noise, to_data)
+        if len(np.unique(timesteps)) < steps:
+            raise ValueError(
+                f"{steps} steps do not fit on the integer timesteps between noise levels {start:.3f} and "
+                f"{end:.3f}: use fewer steps there"
+            )
+        if timesteps.min() < 0 or timesteps.max() > total - 1:
+            raise ValueError(
+                f"spacing {spacing!r} with steps_offset {self.steps_offset} leaves 0..{total - 1}"
+            )
+        return [self.level(int(t)).noise for t in timesteps]
+
+    def _whole_axis(self, steps: int, spacing: str) -> np.ndarray:
+        total = self.num_train_timesteps
+        if spacing == "trailing":
+            return np.round(total - total / steps * np.arange(steps)) - 1
+        if spacing == "leading":
+            return (np.arange(steps) * (total // steps))[::-1] + self.steps_offset
+        return np.round(np.linspace(0, total - 1, steps))[::-1]
+
+    def _part_of_axis(
+        self, steps: int, start: float, end: float, spacing: str, from_noise: bool, to_data: bool
+    ) -> np.ndarray:
+        top = self.num_train_timesteps - 1 if from_noise else self.nearest_timestep(start)
+        if not from_noise and self.level(top).noise <= end:
+            top += (
+                1  # the nearest timestep lies beyond so short a span; the next noisier one is in front of it
+            )
+        # As timesteps of one more, so that the data lie at 0: the axis then has `total` equal strides.
+        first, last = top + 1.0, 0.0 if to_data else self.timestep(self.at(end)) + 1.0
+        if spacing == "leading" and from_noise:
+            first -= (first - last) / (steps + 1)
+        if spacing != "trailing" and to_data:
+            bottom = 1.0 + (self.steps_offset if spacing == "leading" else 0)
+            timesteps = np.round(np.linspace(first, bottom, steps)) - 1
+        else:
+            timesteps = np.round(first - (first - last) / steps * np.arange(steps)) - 1
+        if not from_noise:
+            timesteps[0] = top
+        return timesteps
+
+
+@dataclass(frozen=True)
+class FlowPath:
+    """Rectified-flow path in continuous time: alpha = 1 - s, sigma = s (Liu et al. 2022, arXiv:2209.03003).
+
+    Args:
+        timestep_scale: the model is told `timestep_scale * s` (1000 for Lune and diffusers' flow models).
+        data_at_one: the model's clock runs from noise (0) to data (`timestep_scale`), as TinyFlux's does.
+    """
+
+    timestep_scale: float = 1000.0
+    data_at_one: bool = False
+    discrete = False
+
+    def at(self, noise: float) -> Level:
+        return Level(1.0 - noise, noise)
+
+    def level(self, timestep: float) -> Level:
+        s = timestep / self.timestep_scale
+        if not 0 <= s <= 1:
+            raise ValueError(f"timestep {timestep} is outside 0..{self.timestep_scale:g}")
+        return self.at(1.0 - s if self.data_at_one else s)
+
+    def timestep(self, level: Level) -> float:
+        s = level.noise
+        return self.timestep_scale * (1.0 - s if self.data_at_one else s)
+
+    def initial_scale(self, level: Level) -> float:
+        return level.sigma
+
+    def grid(
+        self, steps: int, start: float = 1.0, end: float = 0.0, shift: float = 1.0, spacing: str = "linspace"
+    ) -> list[float]:
+        """Shifted sigmas: uniform before the shift s' = k s / (1 + (k - 1) s), so that a span of a run has
+        the nodes' density of the whole run (Esser et al. 2024, arXiv:2403.03206, eq. 23)."""
+        first, last = shift_sigma(start, 1.0 / shift), shift_sigma(end, 1.0 / shift)
+        nodes = [shift_sigma(first + (last - first) * i / steps, shift) for i in range(steps)]
+        nodes[0] = start
+        return nodes
+
+
+def path_from_scheduler_config(config: dict) -> Path:
+    """The path a diffusers scheduler config describes.
+
+    Flow-matching schedulers give a `FlowPath`; the others a `VPPath` from their betas.
+
+    Raises:
+        ValueError: for a beta schedule this package does not know.
+    """
+    total = config.get("num_train_timesteps", 1000)
+    if "FlowMatch" in config.get("_class_name", "") or config.get("prediction_type") == "flow_prediction":
+        return FlowPath(timestep_scale=float(total))
+    if config.get("rescale_betas_zero_snr"):
+        raise ValueError(
+            "rescale_betas_zero_snr is not supported: the last level would have no signal at all"
+        )
+    offset = config.get("steps_offset", 0)
+    if config.get("trained_betas") is not None:
+        return VPPath(tuple(config["trained_betas"]), steps_offset=offset)
+    schedules = {"linear": VPPath.linear, "scaled_linear": VPPath.scaled_linear}
+    name = config.get("beta_schedule", "linear")
+    if name not in schedules:
+        raise ValueError(
+            f'beta_schedule "{name}" is not supported: use "linear", "scaled_linear" or trained_betas'
+        )
+    start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
+    return schedules[name](start, end, total, steps_offset=offset)

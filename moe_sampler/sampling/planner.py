@@ -1,0 +1,325 @@
+"""Planning: from experts and a router to a table of coefficients, in float64, before the first model call."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..kernels.conversions import shift_sigma
+from ..kernels.rows import COLUMNS
+from .experts import Expert
+from .paths import Level
+from .plan import ExpertCall, PlanStep, SamplingPlan
+from .predictions import x0_coefficients
+from .routers import PerStep, Router, Spans, active_experts, lead_expert, lead_spans
+from .solvers import HEUN_CORRECTOR, SolverRow, heun_corrector_row, solver_row
+
+__all__ = ["ExpertCall", "PlanStep", "SamplingPlan", "plan"]
+
+_DEFAULT_STEPS = 20
+_LARGEST = torch.finfo(torch.float32).max
+
+
+@dataclass(frozen=True, slots=True)
+class _Node:
+    """A place where models are evaluated: the state's level and who looks at it."""
+
+    noise: float
+    weights: Mapping[str, float]
+    lead: Expert
+    level: Level
+
+
+@dataclass(frozen=True, slots=True)
+class _Evaluation:
+    """One evaluation of a node's experts, and what the solver makes of it."""
+
+    node: _Node
+    target: Level
+    solver: str
+    update: SolverRow
+
+
+def _allocate(spans: Sequence[tuple[str, float, float]], steps: int, shift: float) -> list[int]:
+    """Share `steps` out to spans in proportion to their length on the shifted grid, at least one each."""
+    if steps < len(spans):
+        raise ValueError(
+            f"{steps} steps cannot serve {len(spans)} spans of experts: use at least {len(spans)}"
+        )
+    u = [shift_sigma(high, 1.0 / shift) - shift_sigma(low, 1.0 / shift) for _, high, low in spans]
+    exact = [steps * length / sum(u) for length in u]
+    counts = [max(1, math.floor(share)) for share in exact]
+    while sum(counts) < steps:
+        counts[max(range(len(u)), key=lambda i: exact[i] - counts[i])] += 1
+    while sum(counts) > steps:
+        counts[max((i for i in range(len(u)) if counts[i] > 1), key=lambda i: counts[i] - exact[i])] -= 1
+    return counts
+
+
+def _counts_by_name(
+    spans: Sequence[tuple[str, float, float]], steps: Mapping[str, int], known: Sequence[str]
+) -> list[int]:
+    for name in steps:
+        if name not in known:
+            raise ValueError(f"steps names {name!r}, but the experts are {', '.join(map(repr, known))}")
+    counts: list[int] = [0] * len(spans)
+    for name in {span[0] for span in spans}:
+        if name not in steps:
+            raise ValueError(f"expert {name!r} leads a part of the run: say how many steps it gets")
+        own = [i for i, span in enumerate(spans) if span[0] == name]
+        for i, count in zip(own, _allocate([spans[i] for i in own], steps[name], 1.0), strict=True):
+            counts[i] = count
+    return counts
+
+
+def _noise_levels(
+    experts: Mapping[str, Expert], router: Router, steps: int | Mapping[str, int], start: float, end: float
+) -> list[float]:
+    """Nodes for every span, each on its leading expert's own grid."""
+    spans = lead_spans(router, list(experts), start, end)
+    if isinstance(steps, Mapping):
+        counts = _counts_by_name(spans, steps, list(experts))
+    else:
+        shifts = [e.shift for e in experts.values() if not e.path.discrete]
+        counts = _allocate(spans, steps, max(shifts, default=1.0))
+    return [
+        noise
+        for (name, high, low), count in zip(spans, counts, strict=True)
+        for noise in experts[name].path.grid(count, high, low, experts[name].shift, experts[name].spacing)
+    ]
+
+
+def _levels_per_step(
+    experts: Mapping[str, Expert], leads: Sequence[str], start: float, end: float
+) -> list[float]:
+    """Nodes of a `PerStep`: the lead changes where the shared grid has the change's step, and every stretch
+    between two changes is a span on its leading expert's own grid."""
+    flows = [experts[name] for name in dict.fromkeys(leads) if not experts[name].path.discrete]
+    shared = max(flows, key=lambda e: e.shift, default=experts[leads[0]])
+    nodes = shared.path.grid(len(leads), start, end, shared.shift, shared.spacing)
+    changes = [i for i in range(1, len(leads)) if leads[i] != leads[i - 1]]
+    edges = [(0, start), *((i, nodes[i]) for i in changes), (len(leads), end)]
+    levels = []
+    for (first, high), (stop, low) in itertools.pairwise(edges):
+        lead = experts[leads[first]]
+        levels += lead.path.grid(stop - first, high, low, lead.shift, lead.spacing)
+    return levels
+
+
+def _node(experts: Mapping[str, Expert], weights: Mapping[str, float], noise: float) -> _Node:
+    lead = experts[lead_expert(weights)]
+    # A discrete-time model sees only its integer grid; a continuous one follows it anywhere.
+    grid = next((e.path for e in (lead, *(experts[name] for name in weights)) if e.path.discrete), None)
+    level = lead.path.at(noise)
+    if grid is not None:
+        on_grid = grid.level(round(grid.timestep(level)))
+        noise = on_grid.noise
+        level = on_grid if lead.path is grid else lead.path.at(noise)
+    return _Node(noise, weights, lead, level)
+
+
+def _routed(experts: Mapping[str, Expert], router: Router, noise: float) -> _Node:
+    """The node with the router's weights where the models really look: on a discrete expert's grid, if one
+    is at work."""
+    node = _node(experts, active_experts(router, noise, list(experts)), noise)
+    if node.noise == noise:
+        return node
+    seen = active_experts(router, node.noise, list(experts))
+    return _node(experts, seen, noise) if seen.keys() == node.weights.keys() else node
+
+
+def _check_descending(nodes: Sequence[_Node]) -> None:
+    for earlier, later in itertools.pairwise(nodes):
+        if not later.noise < earlier.noise:
+            raise ValueError(
+                f"two steps fall on noise level {later.noise:.4f} of the integer timesteps: use fewer steps"
+            )
+
+
+def _call(expert: Expert, weight: float, state: Level) -> tuple[ExpertCall, float, tuple[float, float]]:
+    """An expert's call at the state's level, with its share of p and its (q_cond, q_uncond)."""
+    own = expert.path.at(state.noise)
+    timestep = expert.path.timestep(own)
+    if expert.path.discrete and abs(timestep - round(timestep)) < 1e-6:
+        timestep = round(timestep)
+        own = expert.path.level(timestep)
+    scale = 1.0 if own == state else own.sigma / state.sigma
+    p, q = x0_coefficients(expert.prediction, own)
+    g = expert.guidance_at(state.noise)
+    rescale = expert.guidance_rescale if g != 1.0 else 0.0
+    call = ExpertCall(expert.name, weight, timestep, g, scale, rescale)
+    # A rescaled prediction comes to the row with its guidance already in it.
+    folded = 1.0 if rescale else g
+    return call, weight * p * scale, (weight * folded * q, weight * (1.0 - folded) * q)
+
+
+def _corrector_at(experts: Mapping[str, Expert], last: _Node, end: float) -> _Node | None:
+    """The last node's experts at the end of a run that keeps some noise, if their grids hold that level."""
+    node = _node(experts, last.weights, end)
+    return node if math.isclose(node.noise, end, rel_tol=1e-9) else None
+
+
+def _evaluations(experts: Mapping[str, Expert], nodes: Sequence[_Node], end: float) -> Iterator[_Evaluation]:
+    """One step from every node to the next; the last one goes to `end`.
+
+    A Heun step evaluates a second time where it arrives. Who works at that level is the router's to say, so
+    across a handoff the next expert does, and is told a timestep of its own grid. Into the data, and to an
+    end between two integer timesteps, there is no second evaluation.
+    """
+    previous = None  # the level x0_prev was predicted at
+    for node, following in zip(nodes, [*nodes[1:], None], strict=True):
+        heun = node.lead.solver == "heun"
+        if following is None:
+            target = Level(1.0, 0.0) if end == 0.0 else node.lead.path.at(end)
+            following = _corrector_at(experts, node, end) if heun and end > 0.0 else None
+        if following is not None:
+            target = following.level
+        update = solver_row(node.lead.solver, node.level, target, previous, node.lead.eta)
+        yield _Evaluation(node, target, node.lead.solver, update)
+        previous = node.level
+        if heun and following is not None:
+            yield _Evaluation(following, target, HEUN_CORRECTOR, heun_corrector_row(node.level, target))
+            previous = target
+
+
+def _check_row(row: Mapping[str, float], calls: Sequence[ExpertCall], index: int, step: _Evaluation) -> None:
+    numbers = {**row, "clip": 0.0, **{f"{call.name}'s timestep": call.timestep for call in calls}}
+    bad = [f"{name} = {value:g}" for name, value in numbers.items() if not abs(value) <= _LARGEST]
+    if bad:
+        raise ValueError(
+            f"step {index} ({' + '.join(step.node.weights)}, {step.solver}, noise {step.node.noise:.6g} to "
+            f"{step.target.noise:.6g}) has coefficients that are no finite float32 numbers: "
+            f"{', '.join(bad)}. Choose other noise levels, another prediction type or another solver"
+        )
+
+
+def _compile(experts: Mapping[str, Expert], evaluations: Sequence[_Evaluation]) -> tuple[PlanStep, ...]:
+    calls: list[tuple[ExpertCall, ...]] = []
+    rows: list[dict[str, float]] = []
+    for step in evaluations:
+        clip = step.node.lead.clip_sample_range
+        row = dict.fromkeys(COLUMNS, 0.0) | step.update._asdict()
+        row["clip"] = math.inf if clip is None else clip
+        own = []
+        for slot, (name, weight) in enumerate(step.node.weights.items()):
+            call, p, (q_cond, q_uncond) = _call(experts[name], weight, step.node.level)
+            own.append(call)
+            row["p"] += p
+            row[f"q_cond_{slot}"], row[f"q_uncond_{slot}"] = q_cond, q_uncond
+            if rows:
+                # The launch that ends a step also writes the next step's model inputs.
+                rows[-1][f"scale_{slot}"] = call.input_scale
+        calls.append(tuple(own))
+        rows.append(row)
+    for index, (step, own, row) in enumerate(zip(evaluations, calls, rows, strict=True)):
+        _check_row(row, own, index, step)
+    return tuple(
+        PlanStep(own, step.node.level, step.target, step.solver, tuple(row[name] for name in COLUMNS))
+        for own, step, row in zip(calls, evaluations, rows, strict=True)
+    )
+
+
+def check_steps(steps: int | Mapping[str, int]) -> None:
+    """Raise ValueError unless all counts are whole numbers of at least 1."""
+    for count in steps.values() if isinstance(steps, Mapping) else [steps]:
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"steps must be whole numbers of at least 1, got {count!r}")
+
+
+def _steps(steps: int | Mapping[str, int] | None, router: Router | PerStep) -> int | Mapping[str, int]:
+    if steps is not None:
+        check_steps(steps)
+    if isinstance(router, PerStep):
+        if steps is not None and steps != len(router.steps):
+            raise ValueError(
+                f"the router decides {len(router.steps)} steps one by one, but steps is {steps!r}: "
+                "leave it out"
+            )
+        return len(router.steps)
+    return _DEFAULT_STEPS if steps is None else steps
+
+
+def _check_noise_levels(noise_levels: Sequence[float], end: float) -> list[float]:
+    levels = [float(noise) for noise in noise_levels]
+    if (
+        not levels
+        or not all(end < later < earlier for earlier, later in itertools.pairwise([math.inf, *levels]))
+        or levels[0] > 1.0
+    ):
+        raise ValueError(
+            f"noise levels must be given from noise to data, descending, at most 1 and above the end of the "
+            f"run ({end})"
+        )
+    return levels
+
+
+def plan(
+    experts: Expert | Sequence[Expert],
+    router: Router | PerStep | None = None,
+    *,
+    steps: int | Mapping[str, int] | None = None,
+    start: float = 1.0,
+    end: float = 0.0,
+    noise_levels: Sequence[float] | None = None,
+) -> SamplingPlan:
+    """Compile a run: every step's guidance, conversion, solver, handoff and mixing folded into one row.
+
+    Args:
+        experts: one or several. Their solver, shift, spacing, guidance and clipping are their own.
+        router: who works at which noise level; not needed for a single expert.
+        steps: in all (20 by default), shared out over the experts' spans by their length on the shifted grid;
+            or by name, `{"sol": 8, "lune": 12}`. A Heun step counts once and is two rows. A `PerStep` router
+            brings its own count.
+        start, end: the noise levels (`Level.noise`) the run begins and ends at. A discrete-time expert begins
+            at its timestep nearest to `start`: `SamplingPlan.start_level` says where the run really begins.
+        noise_levels: the nodes themselves, descending, instead of `steps`, `start` and the experts' grids;
+            where a discrete-time expert is at work, its nearest timesteps.
+
+    Returns:
+        An immutable `SamplingPlan`.
+
+    Raises:
+        ValueError: anything out of range or inconsistent, or a coefficient that is not finite, before any
+            work.
+    """
+    known = {e.name: e for e in ([experts] if isinstance(experts, Expert) else experts)}
+    if not known or len(known) < (1 if isinstance(experts, Expert) else len(experts)):
+        raise ValueError("give at least one expert, each with a name of its own")
+    if router is None:
+        if len(known) > 1:
+            raise ValueError(f"{len(known)} experts need a router that says which works when")
+        router = Spans(((next(iter(known)), 0.0),))
+    if not (callable(router) or isinstance(router, PerStep)):
+        raise TypeError(f"a router is a callable from noise level to weights, or a PerStep, got {router!r}")
+    if not 0.0 <= end < start <= 1.0:
+        raise ValueError(f"a run goes from start to end with 0 <= end < start <= 1, got {start} to {end}")
+    steps = _steps(steps, router)
+
+    if noise_levels is not None:
+        noise_levels = _check_noise_levels(noise_levels, end)
+    if isinstance(router, PerStep):
+        weights = router.weights(list(known))
+        if noise_levels is None:
+            noise_levels = _levels_per_step(known, [lead_expert(own) for own in weights], start, end)
+        elif len(noise_levels) != len(weights):
+            raise ValueError(
+                f"the router decides {len(weights)} steps one by one, but there are "
+                f"{len(noise_levels)} noise levels"
+            )
+        nodes = [_node(known, own, noise) for noise, own in zip(noise_levels, weights, strict=True)]
+    else:
+        if noise_levels is None:
+            noise_levels = _noise_levels(known, router, steps, start, end)
+        nodes = [_routed(known, router, noise) for noise in noise_levels]
+    _check_descending(nodes)
+    if not nodes[-1].noise > end:
+        raise ValueError(
+            f"the last step's integer timestep is noise level {nodes[-1].noise:.4f}, not above the end of "
+            f"the run ({end:.4f}): end further down"
+        )
+    evaluations = list(_evaluations(known, nodes, end))
+    return SamplingPlan(_compile(known, evaluations), nodes[0].lead.path.initial_scale(nodes[0].level))

@@ -1,0 +1,574 @@
+"""Caches: what they hold, bytes that depend on settings alone, kills at any point, damage that is named."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch.utils.data import DataLoader
+from transformers import CLIPTextModel, T5Config, T5EncoderModel
+from typer.testing import CliRunner
+
+from moe_sampler.cli.student import app
+from moe_sampler.data.captioned_images import DemoScenes
+from moe_sampler.demo import experts_path
+from moe_sampler.kernels import philox_normal
+from moe_sampler.loading.folders import CheckpointError
+from moe_sampler.pipelines.latents import encode_images
+from moe_sampler.tinyflux.features import cache_format
+from moe_sampler.tinyflux.features.cache_build import Teachers, build_cache
+from moe_sampler.tinyflux.features.cache_format import CacheError, Manifest
+from moe_sampler.tinyflux.features.cache_read import FeatureCache, MultiSource, at_time
+from moe_sampler.tinyflux.features.cache_shards import build_shards
+from moe_sampler.tinyflux.features.encoders import StudentEncoders, TextEncoder, find_t5
+from moe_sampler.tinyflux.features.extraction import ExpertFeatures
+
+BUCKETS = (0.1, 0.3, 0.9)
+SETTINGS = {"height": 32, "width": 32, "t_buckets": BUCKETS, "shard_size": 4, "micro_batch": 3}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def encoders(demo_pipeline) -> StudentEncoders:
+    return StudentEncoders(
+        demo_pipeline.vae, TextEncoder(demo_pipeline.text_encoder, demo_pipeline.tokenizer)
+    )
+
+
+@pytest.fixture(scope="module")
+def teachers(demo_pipeline) -> Teachers:
+    return Teachers.from_pipeline(demo_pipeline)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory, encoders, teachers) -> Path:
+    folder = tmp_path_factory.mktemp("caches") / "built"
+    build_cache(folder, DemoScenes(10), encoders, teachers, **SETTINGS)
+    return folder
+
+
+@pytest.fixture
+def copy(built, tmp_path) -> Path:
+    return Path(shutil.copytree(built, tmp_path / "copy"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
+
+
+def test_a_cache_holds_what_the_encoders_and_experts_say(built, encoders, teachers, demo_pipeline):
+    cache = FeatureCache(built)
+    assert len(cache) == 10 and sorted(contents(built)) == [
+        "manifest.json",
+        *(f"shard-0000{i}.safetensors" for i in range(3)),
+    ]
+    source = DemoScenes(10)
+    for index in (0, 3, 4, 9):
+        item, sample = cache[index], source[index]
+        assert item["caption"] == cache.caption(index) == sample.caption
+        small = sample.image.resize((32, 32), Image.Resampling.LANCZOS)
+        pixels = torch.from_numpy(np.asarray(small).copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+        with torch.no_grad():
+            latents = demo_pipeline.vae.encode(pixels).latents * demo_pipeline.vae.config.scaling_factor
+            tokens = demo_pipeline.tokenizer(
+                sample.caption, padding="max_length", max_length=32, truncation=True, return_tensors="pt"
+            )
+            text = demo_pipeline.text_encoder(tokens.input_ids)
+        close = {"rtol": 2e-3, "atol": 2e-3}
+        torch.testing.assert_close(item["latents"], latents[0].half(), **close)
+        torch.testing.assert_close(item["prompt_embeds"], text.last_hidden_state[0].half(), **close)
+        torch.testing.assert_close(item["pooled_prompt_embeds"], text.pooler_output[0].half(), **close)
+        assert torch.equal(item["prompt_mask"], tokens.attention_mask[0].bool())
+        features = teachers.features(latents, [sample.caption], seeds=[index], t=BUCKETS)
+        torch.testing.assert_close(item["lune"], features.lune[0].half(), rtol=2e-3, atol=5e-3)
+        torch.testing.assert_close(item["sol_stats"], features.sol_stats[0], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(item["sol_maps"], features.sol_maps[0], rtol=1e-2, atol=1e-4)
+        assert cache.preview(index).shape == (64, 64, 3)
+    manifest = json.loads((built / "manifest.json").read_text())
+    assert manifest["encoders"]["t5"] is None and manifest["encoders"]["text_states"] == "clip"
+    assert manifest["settings"]["convention"] == "sample" and manifest["length"] == 10
+    assert len({expert["fingerprint"] for expert in manifest["experts"].values()}) == 4
+    torch.testing.assert_close(cache.t_buckets, torch.tensor(BUCKETS))
+
+
+def test_items_are_copies_and_shards_are_mapped(built):
+    cache = FeatureCache(built)
+    before = cache[2]["latents"].clone()
+    cache[2]["latents"].zero_()
+    assert torch.equal(cache[2]["latents"], before)
+    assert torch.equal(cache[-8]["latents"], before)
+    with pytest.raises(IndexError):
+        cache[10]
+    maps = Path("/proc/self/maps").read_text()
+    assert str(built / "shard-00000.safetensors") in maps
+
+
+def test_a_different_micro_batch_differs_in_rounding_alone(tmp_path, built, encoders, teachers):
+    other = tmp_path / "other"
+    build_cache(
+        other, DemoScenes(10), encoders, teachers, **{**SETTINGS, "micro_batch": 4, "shard_size": 100}
+    )
+    ours, theirs = FeatureCache(built), FeatureCache(other)
+    for name in ours.shapes:
+        a, b = ours.stacked(name), theirs.stacked(name)
+        torch.testing.assert_close(a.float(), b.float(), rtol=2e-3, atol=1e-2)
+
+
+def build_simple(folder: Path) -> None:
+    """A cache of ten samples in three shards, without any model."""
+
+    def parts(first: int, length: int):
+        for i in range(first, first + length):
+            yield {"latents": philox_normal((1, 4, 8, 8), [i]), "captions": [f"sample {i}"]}
+
+    manifest = Manifest({"shard_size": 4, "t_buckets": []}, None, None, 10, (), "1")
+    build_shards(folder, manifest, parts)
+
+
+def _build_until(step: int, folder: Path) -> None:
+    """In a child: build, and die without any clean-up at the given call that changes the disk."""
+    counter = [0]
+
+    def dying(name: str):
+        original = getattr(os, name)
+
+        def call(*args, **kwargs):
+            counter[0] += 1
+            if counter[0] == step:
+                os._exit(9)
+            return original(*args, **kwargs)
+
+        return call
+
+    for name in ("replace", "fsync", "mkdir", "chmod", "unlink", "rmdir"):
+        setattr(os, name, dying(name))
+    build_simple(folder)
+    os._exit(0)
+
+
+def test_a_kill_at_any_point_and_another_run_give_the_same_bytes(tmp_path):
+    build_simple(tmp_path / "whole")
+    wanted = contents(tmp_path / "whole")
+    fork = multiprocessing.get_context("fork")
+    states = []
+    for step in range(1, 100):
+        folder = tmp_path / f"killed-{step}"
+        child = fork.Process(target=_build_until, args=(step, folder))
+        child.start()
+        child.join(60)
+        if child.exitcode == 0:
+            break
+        assert child.exitcode == 9
+        begun = (folder / "manifest.json").exists()
+        states.append(begun + (begun and cache_format.read_manifest(folder).complete))
+        if states[-1] == 2:
+            assert len(FeatureCache(folder)) == 10
+        else:
+            with pytest.raises(CacheError, match="not finished" if begun else "not a cache"):
+                FeatureCache(folder)
+        build_simple(folder)
+        assert contents(folder) == wanted
+    assert child.exitcode == 0
+    # Killed before there was a manifest, while shards were written, and after all were done.
+    assert [states.count(i) >= n for i, n in ((0, 4), (1, 20), (2, 4))] == [True] * 3
+
+
+def test_what_was_finished_before_a_kill_is_not_computed_again(copy, encoders, teachers):
+    manifest = json.loads((copy / "manifest.json").read_text())
+    wanted = contents(copy)
+    (copy / "building").mkdir()
+    for record in manifest["shards"][:2]:
+        (copy / "building" / record["file"]).with_suffix(".json").write_text(json.dumps(record))
+    (copy / "manifest.json").write_text(json.dumps(manifest | {"shards": []}))
+    (copy / "shard-00002.safetensors").write_bytes(b"half")
+    counts = []
+    build_cache(
+        copy,
+        DemoScenes(10),
+        encoders,
+        teachers,
+        progress=lambda done, total: counts.append((done, total)),
+        **SETTINGS,
+    )
+    assert counts == [(0, 2), (2, 2)]
+    assert contents(copy) == wanted
+
+
+def test_two_processes_give_the_same_bytes(tmp_path):
+    """Each with its share of the shards, launched as `accelerate launch` does where there are GPUs."""
+    arguments = ["--demo", "--count", "7", "--shard-size", "2", "--micro-batch", "2", "--size", "32"]
+    arguments += ["--buckets", "0.2,0.8", "--device", "cpu"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["-m", "moe_sampler.cli.student", "cache", str(tmp_path / "two")]
+    done = subprocess.run(
+        [*command, *arguments], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("7 samples in 4 shards") == 1
+    result = CliRunner().invoke(app, ["cache", str(tmp_path / "one"), *arguments])
+    assert result.exit_code == 0, result.output
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_changed_settings_are_refused_with_what_changed(copy, built, encoders, teachers, finished):
+    if not finished:
+        manifest = json.loads((copy / "manifest.json").read_text())
+        (copy / "manifest.json").write_text(json.dumps(manifest | {"shards": []}))
+    before = contents(copy)
+    changes = {
+        "seed: 0, now 1": {"seed": 1},
+        "width: 32, now 64": {"width": 64},
+        'dtype: "float16", now "float32"': {"dtype": "float32"},
+        "t_buckets": {"t_buckets": (0.1, 0.9)},
+    }
+    for message, change in changes.items():
+        with pytest.raises(CacheError, match=f"settings.{message}"):
+            build_cache(copy, DemoScenes(10), encoders, teachers, **{**SETTINGS, **change})
+    with pytest.raises(CacheError, match="length: 10, now 11"):
+        build_cache(copy, DemoScenes(11), encoders, teachers, **SETTINGS)
+    with pytest.raises(CacheError, match=r"source\.first: 0, now 3"):
+        build_cache(copy, DemoScenes(10, first=3), encoders, teachers, **SETTINGS)
+    swapped = Teachers(
+        ExpertFeatures(sol=teachers.features.lune, lune=teachers.features.lune, encode_prompt=lambda p: None),
+        teachers.vae,
+        teachers.text_encoder,
+    )
+    with pytest.raises(CacheError, match=r"experts\.sol\.fingerprint"):
+        build_cache(copy, DemoScenes(10), encoders, swapped, **SETTINGS)
+    with pytest.raises(CacheError, match="experts"):
+        build_cache(copy, DemoScenes(10), encoders, None, **SETTINGS)
+    assert contents(copy) == before
+
+
+def damage_cut(file: Path, folder: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def damage_bit(file: Path, folder: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-1000] ^= 4
+    file.write_bytes(data)
+
+
+def damage_missing(file: Path, folder: Path) -> None:
+    file.unlink()
+
+
+def damage_exchanged(file: Path, folder: Path) -> None:
+    other, spare = folder / "shard-00000.safetensors", folder / "spare"
+    other.rename(spare)
+    file.rename(other)
+    spare.rename(file)
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (damage_cut, r"shard-00001\.safetensors has \d+ bytes instead of"),
+        (damage_bit, r"shard-00001\.safetensors has changed"),
+        (damage_missing, r"shard-00001\.safetensors is missing"),
+        (damage_exchanged, r"shard-0000[01]\.safetensors has"),
+    ],
+)
+def test_damage_is_named(copy, encoders, teachers, damage, message):
+    damage(copy / "shard-00001.safetensors", copy)
+    with pytest.raises(CacheError, match=message):
+        FeatureCache(copy)
+    with pytest.raises(CacheError, match=message):
+        build_cache(copy, DemoScenes(10), encoders, teachers, **SETTINGS)
+
+
+def test_exchanged_shards_are_found_without_reading_them(tmp_path, encoders):
+    class SameCaptions(DemoScenes):
+        def __getitem__(self, index):
+            return super().__getitem__(index)._replace(caption="a scene")
+
+    build_cache(tmp_path / "cache", SameCaptions(8), encoders, None, **SETTINGS)
+    assert len(FeatureCache(tmp_path / "cache", verify=False)) == 8
+    damage_exchanged(tmp_path / "cache" / "shard-00001.safetensors", tmp_path / "cache")
+    with pytest.raises(CacheError, match="exchanged"):
+        FeatureCache(tmp_path / "cache", verify=False)
+
+
+def test_a_shard_damaged_while_building_is_named(copy, encoders, teachers):
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "building").mkdir()
+    for record in manifest["shards"]:
+        (copy / "building" / record["file"]).with_suffix(".json").write_text(json.dumps(record))
+    (copy / "manifest.json").write_text(json.dumps(manifest | {"shards": []}))
+    damage_bit(copy / "shard-00001.safetensors", copy)
+    with pytest.raises(CacheError, match=r"shard-00001\.safetensors has changed"):
+        build_cache(copy, DemoScenes(10), encoders, teachers, **SETTINGS)
+
+
+def test_manifests_are_checked(copy, tmp_path):
+    file = copy / "manifest.json"
+    manifest = json.loads(file.read_text())
+    for change, message in (
+        ({"schema": 2}, "schema version 2"),
+        ({"shards": manifest["shards"][::-1]}, "out of order at shard-00002"),
+        ({"shards": manifest["shards"][:2]}, "8 samples instead of 10"),
+        ({"shards": []}, "not finished"),
+        ({"shards": [{}]}, "damaged"),
+    ):
+        file.write_text(json.dumps(manifest | change))
+        with pytest.raises(CacheError, match=message):
+            FeatureCache(copy)
+    file.write_text("{")
+    with pytest.raises(CacheError, match="damaged"):
+        FeatureCache(copy)
+    with pytest.raises(CacheError, match="is not a cache"):
+        FeatureCache(tmp_path / "absent")
+
+
+def test_bad_settings_stop_before_any_work(tmp_path, encoders, teachers):
+    source = DemoScenes(2)
+    for change, message in (
+        ({"t_buckets": (0.5, 0.5)}, "must increase"),
+        ({"t_buckets": (0.5, 1.5)}, "between 0"),
+        ({"dtype": "int8"}, "unknown dtype"),
+        ({"height": 30}, "multiples of 4"),
+        ({"micro_batch": 0}, "micro_batch"),
+        ({"seed": -1}, "seed"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build_cache(tmp_path / "cache", source, encoders, teachers, **{**SETTINGS, **change})
+    assert not (tmp_path / "cache").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    with pytest.raises(CacheError, match="not empty"):
+        build_cache(tmp_path / "mine", source, encoders, teachers, **SETTINGS)
+
+
+def test_features_that_are_not_finite_name_the_sample(tmp_path, encoders, teachers, demo_pipeline):
+    class Broken(DemoScenes):
+        def __getitem__(self, index):
+            return super().__getitem__(index)._replace(caption="bad" if index == 1 else "good")
+
+    def encode(prompts):
+        embeds = demo_pipeline.encode_prompt(prompts)
+        embeds[[p == "bad" for p in prompts]] = torch.nan
+        return embeds
+
+    features = ExpertFeatures(lune=teachers.features.lune, encode_prompt=encode)
+    broken = Teachers(features, teachers.vae, teachers.text_encoder)
+    with pytest.raises(ValueError, match="lune of scene 1 are not finite"):
+        build_cache(tmp_path / "cache", Broken(2), encoders, broken, **SETTINGS)
+
+
+def test_between_buckets_and_at_them():
+    generator = torch.Generator().manual_seed(0)
+    buckets = torch.tensor([0.1, 0.25, 0.3, 0.9])
+    values = torch.randn(500, 4, 3, 2, generator=generator)
+    t = torch.rand(500, generator=generator)
+    t[:4], t[4:8] = buckets, torch.tensor([0.0, 1.0, 0.05, 0.95])
+    found = at_time(values, buckets, t)
+    flat = values.flatten(2).double().numpy()
+    for i in range(500):
+        expected = [np.interp(t[i].item(), buckets.double().numpy(), flat[i, :, j]) for j in range(6)]
+        np.testing.assert_allclose(found[i].flatten().numpy(), expected, rtol=1e-5, atol=1e-5)
+    for i in range(4):
+        assert torch.equal(found[i], values[i, i])
+    assert torch.equal(found[4], values[4, 0]) and torch.equal(found[5], values[5, 3])
+    # The same decimal fraction in float64 is the same bucket.
+    assert torch.equal(at_time(values[:4], buckets, torch.tensor([0.1, 0.25, 0.3, 0.9]).double()), found[:4])
+    assert torch.equal(at_time(values[:, :1], buckets[:1], t), values[:, 0])
+    assert at_time(values.half(), buckets, t).dtype == torch.float16
+    with pytest.raises(TypeError, match="float32 or float64"):
+        at_time(values, buckets, t.bfloat16())
+    with pytest.raises(ValueError, match=r"\[B, T"):
+        at_time(values, buckets[:2], t)
+
+
+def test_lookups_do_not_wait_for_the_device():
+    from bench.counting import count_dispatches
+
+    values, buckets, t = torch.zeros(8, 10, 5), torch.linspace(0.05, 0.95, 10), torch.rand(8)
+    assert count_dispatches(lambda: at_time(values, buckets, t))[1] == 0
+
+
+def test_many_sources_in_one_run(tmp_path, built, encoders, demo_pipeline):
+    sol = Teachers.from_pipeline(demo_pipeline, ("sol",))
+    build_cache(tmp_path / "sol", DemoScenes(3, first=50), encoders, sol, **SETTINGS)
+    build_cache(tmp_path / "none", DemoScenes(2, first=90), encoders, None, **SETTINGS)
+    caches = [FeatureCache(folder) for folder in (built, tmp_path / "sol", tmp_path / "none")]
+    both = MultiSource(caches)
+    assert len(both) == 15
+    batch = next(iter(DataLoader(both, batch_size=15)))
+    assert batch["has_lune"].tolist() == [True] * 10 + [False] * 5
+    assert batch["has_sol"].tolist() == [True] * 13 + [False] * 2
+    assert batch["source"].tolist() == [0] * 10 + [1] * 3 + [2] * 2
+    assert batch["lune"].shape == (15, 3, 128) and batch["sol_maps"].shape == (15, 3, 8, 8)
+    assert torch.equal(batch["sol_maps"][10], caches[1][0]["sol_maps"])
+    assert torch.equal(both[-1]["latents"], caches[2][1]["latents"])
+    assert batch["caption"][13] == caches[2].caption(0)
+    torch.testing.assert_close(both.t_buckets, torch.tensor(BUCKETS))
+    alone = next(iter(DataLoader(MultiSource(caches[2:]), batch_size=2)))
+    assert "lune" not in alone and not alone["has_sol"].any()
+
+
+def test_sources_that_do_not_go_together_are_refused(tmp_path, built, encoders, teachers, demo_pipeline):
+    for change, message in (
+        ({"t_buckets": (0.1, 0.4, 0.9)}, "t_buckets"),
+        ({"width": 64}, "the shape of latents"),
+        ({"dtype": "float32"}, "the shape of latents"),
+    ):
+        folder = tmp_path / message.replace(" ", "") / next(iter(change))
+        folder.parent.mkdir(exist_ok=True)
+        build_cache(folder, DemoScenes(1), encoders, teachers, **{**SETTINGS, **change})
+        with pytest.raises(ValueError, match=message):
+            MultiSource([FeatureCache(built), FeatureCache(folder)])
+    old = Teachers.from_pipeline(demo_pipeline, convention="tiny-flux-v4")
+    build_cache(tmp_path / "old", DemoScenes(1), encoders, old, **SETTINGS)
+    with pytest.raises(ValueError, match="convention"):
+        MultiSource([FeatureCache(built), FeatureCache(tmp_path / "old")])
+    manifest = json.loads((tmp_path / "old" / "manifest.json").read_text())
+    manifest["settings"]["convention"] = "sample"
+    manifest["experts"]["lune"]["fingerprint"] = "another"
+    (tmp_path / "old" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"experts\.lune"):
+        MultiSource([FeatureCache(built), FeatureCache(tmp_path / "old")])
+    with pytest.raises(ValueError, match="at least one"):
+        MultiSource([])
+
+
+def test_worker_processes_read_the_same(built):
+    cache = FeatureCache(built)
+    here = [cache[i]["lune"] for i in range(10)]
+    loader = DataLoader(cache, batch_size=5, num_workers=1, multiprocessing_context="fork")
+    assert torch.equal(torch.cat([batch["lune"] for batch in loader]), torch.stack(here))
+    import pickle
+
+    again = pickle.loads(pickle.dumps(cache))
+    assert torch.equal(again[7]["lune"], here[7]) and len(pickle.dumps(cache)) < 20_000
+
+
+def test_flux_vaes_have_a_scale_and_a_shift_and_t5_its_own_states(tmp_path, encoders, demo_pipeline):
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        latent_channels=16,
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+    ).eval()
+    image = Image.effect_noise((32, 32), 50).convert("RGB")
+    with torch.no_grad():
+        pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+        expected = (vae.encode(pixels).latent_dist.mean - 0.1159) * 0.3611
+    torch.testing.assert_close(encode_images(vae, [image]), expected, rtol=1e-4, atol=1e-5)
+
+    tokenizer = demo_pipeline.tokenizer
+    t5 = T5EncoderModel(
+        T5Config(vocab_size=len(tokenizer), d_model=24, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    ).eval()
+    for part, model in (("vae", vae), ("text_encoder", encoders.clip.model), ("text_encoder_2", t5)):
+        model.save_pretrained(tmp_path / "flux" / part)
+    for part in ("tokenizer", "tokenizer_2"):
+        tokenizer.save_pretrained(tmp_path / "flux" / part)
+    (tmp_path / "flux" / "model_index.json").write_text("{}")
+    pipeline = str(tmp_path / "flux")
+    assert find_t5(pipeline) == pipeline and find_t5(experts_path()) is None
+    student = StudentEncoders.load(pipeline, pipeline, pipeline, t5_length=20)
+    build_cache(tmp_path / "cache", DemoScenes(3), student, None, height=32, width=48, micro_batch=2)
+    item = FeatureCache(tmp_path / "cache")[1]
+    assert item["latents"].shape == (16, 16, 24) and item["prompt_embeds"].shape == (20, 24)
+    caption = DemoScenes(3)[1].caption
+    tokens = tokenizer(caption, padding="max_length", max_length=20, truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        states = t5(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state[0]
+    torch.testing.assert_close(item["prompt_embeds"].float(), states, rtol=2e-3, atol=2e-3)
+    assert torch.equal(item["prompt_mask"], tokens.attention_mask[0].bool())
+    pooled = encoders.text([caption]).pooled[0]
+    torch.testing.assert_close(item["pooled_prompt_embeds"].float(), pooled, rtol=2e-3, atol=2e-3)
+    manifest = json.loads((tmp_path / "cache" / "manifest.json").read_text())
+    assert manifest["encoders"]["text_states"] == "t5" and manifest["experts"] is None
+    # A component's own folder, with its tokenizer beside it, serves as well.
+    alone = TextEncoder.load(T5EncoderModel, tmp_path / "flux" / "text_encoder_2", 20)
+    torch.testing.assert_close(alone([caption]).states[0], states)
+
+
+def test_the_command(tmp_path):
+    def run(*arguments, code=0):
+        result = CliRunner().invoke(app, [str(a) for a in arguments])
+        assert result.exit_code == code, (result.output, result.exception)
+        return result.output
+
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i, sample in enumerate(DemoScenes(3)[j] for j in range(3)):
+        sample.image.resize((90, 70)).save(pictures / f"{i}.png")
+        (pictures / f"{i}.txt").write_text(sample.caption)
+    cache = tmp_path / "cache"
+    shown = run("cache", cache, pictures, "--size", "32x64", "--buckets", "0.2,0.7", "--teachers", "sol")
+    assert "3 samples in 1 shards" in shown
+    shown = run("check", cache)
+    assert "4 × 8 × 16" in shown and "0.2, 0.7 (sample)" in shown and "lune" not in shown
+    run("show", cache, "-o", tmp_path / "maps.png", "--samples", "0,2")
+    sheet = Image.open(tmp_path / "maps.png")
+    assert sheet.width > 300 and len(sheet.convert("RGB").getcolors(1 << 20)) > 100
+    run("export", cache, "-o", tmp_path / "upstream")
+    run("import", tmp_path / "again", tmp_path / "upstream", "--convention", "sample")
+    assert "3 samples" in run("check", tmp_path / "again")
+    for arguments, message in (
+        (("cache", tmp_path / "x"), "give a SOURCE"),
+        (("cache", tmp_path / "x", pictures, "--demo"), "give a SOURCE"),
+        (("cache", tmp_path / "x", "--demo", "--teachers", "david"), "--teachers must be"),
+        (("cache", tmp_path / "x", "--demo", "--size", "big"), "not a size"),
+        (("cache", tmp_path / "x", "--demo", "--vae", tmp_path), "no model's folder"),
+        (("cache", tmp_path / "x", "--demo", "--device", "toaster"), "not a device"),
+        (("show", tmp_path / "again", "-o", "maps.jpg"), ".png"),
+        (("show", cache, "-o", tmp_path / "maps.png", "--samples", "3"), "0..2"),
+        (("check", tmp_path), "not a cache"),
+    ):
+        assert message in run(*arguments, code=2)
+    assert not (tmp_path / "x").exists()
+
+
+def test_encoders_from_the_hub(tmp_path, monkeypatch, demo_pipeline):
+    """A pipeline's parts are fetched, and nothing else of it."""
+    import huggingface_hub
+
+    asked = []
+
+    def snapshot_download(name: str, allow_patterns: list[str]) -> str:
+        asked.append((name, allow_patterns))
+        if name != "owner/pipeline":
+            raise huggingface_hub.errors.RepositoryNotFoundError("no such repository", response=Response())
+        return str(experts_path())
+
+    class Response:
+        headers, request, status_code = {}, None, 404
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    student = StudentEncoders.load("owner/pipeline", "owner/pipeline")
+    assert student.describe() == StudentEncoders.load(experts_path(), experts_path()).describe()
+    wanted = {pattern.split("/")[0] for _, patterns in asked for pattern in patterns if "/" in pattern}
+    assert wanted == {"vae", "text_encoder", "tokenizer"}
+    with pytest.raises(CheckpointError, match="owner/other cannot be read from the hub: no such repository"):
+        TextEncoder.load(CLIPTextModel, "owner/other")
+    with pytest.raises(CheckpointError, match="neither a folder nor a hub id"):
+        TextEncoder.load(CLIPTextModel, "nowhere")

@@ -1,0 +1,236 @@
+"""Building a cache: images and captions in, the student's inputs and what its teachers say out.
+
+A shard's samples are computed in micro-batches that begin with the shard, by one process. So its bytes depend
+on the settings alone: not on how many processes build, nor on when a build was killed and continued.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_sampler import __version__
+from moe_sampler.data.captioned_images import CaptionedImage, Source, fit_image
+from moe_sampler.loading.fingerprint import fingerprint
+from moe_sampler.pipelines.latents import encode_images
+from moe_sampler.tinyflux.features.cache_format import Manifest
+from moe_sampler.tinyflux.features.cache_shards import build_shards
+from moe_sampler.tinyflux.features.encoders import StudentEncoders
+from moe_sampler.tinyflux.features.extraction import T_BUCKETS, ExpertFeatures, check_buckets
+
+__all__ = ["Teachers", "build_cache"]
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_PREVIEW = 64
+_FULL = ("prompt_mask", "sol_stats", "sol_maps", "previews")  # small or not floats: kept as they are
+
+
+@dataclass(frozen=True)
+class Teachers:
+    """The experts with the VAE whose latents they know.
+
+    Args:
+        features: of Sol, Lune or both, with their text encoder.
+        vae: the experts' own.
+        text_encoder: the model behind `features.encode_prompt`, for the manifest's fingerprint.
+    """
+
+    features: ExpertFeatures
+    vae: nn.Module
+    text_encoder: nn.Module
+
+    @classmethod
+    def from_pipeline(cls, pipe: Any, teachers: Sequence[str] = ("sol", "lune"), **settings: Any) -> Teachers:
+        """The experts of a HybridPipeline; `teachers` and `settings` as `ExpertFeatures.from_pipeline`."""
+        features = ExpertFeatures.from_pipeline(pipe, teachers, **settings)
+        return cls(features, pipe.vae, pipe.text_encoder)
+
+    def describe(self) -> dict[str, Any]:
+        described: dict[str, Any] = {
+            "vae": {"class": type(self.vae).__name__, "fingerprint": fingerprint(self.vae)},
+            "text_encoder": {
+                "class": type(self.text_encoder).__name__,
+                "fingerprint": fingerprint(self.text_encoder),
+            },
+        }
+        for name in self.features.teachers:
+            path = getattr(self.features, f"{name}_path")
+            described[name] = {
+                "fingerprint": fingerprint(getattr(self.features, name)),
+                "path": type(path).__name__,
+                "timesteps": [path.timestep(path.at(s)) for s in (0.25, 0.5, 0.75)],
+            }
+        return described
+
+
+def build_cache(
+    folder: str | Path,
+    source: Source,
+    encoders: StudentEncoders,
+    teachers: Teachers | None = None,
+    *,
+    height: int,
+    width: int,
+    t_buckets: Sequence[float] = T_BUCKETS,
+    seed: int = 0,
+    dtype: str = "float16",
+    shard_size: int = 256,
+    micro_batch: int = 8,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Manifest:
+    """Build the cache in `folder`, or continue one that was interrupted.
+
+    Under `accelerate launch` every process takes its share of the shards; the first one writes the manifest.
+    The same settings give the same bytes, whatever the number of processes and interruptions, on the same
+    machine, software and number of threads. Another `micro_batch` is another setting, since a model may
+    round differently in another batch.
+
+    Args:
+        folder: new, empty or begun before with the same settings.
+        source: images and captions.
+        encoders: the student's.
+        teachers: None for a cache without expert features.
+        height, width: pixels images are resized and cut to, keeping their proportions.
+        t_buckets: increasing times at which features are taken; 0 is noise, 1 is data.
+        seed: sample i's noise has seed + i.
+        dtype: "float16", "bfloat16" or "float32", of latents, text states and Lune's features.
+        shard_size: samples a shard.
+        micro_batch: samples computed together.
+        progress: called with (samples done, samples in all) of this process's share.
+
+    Returns:
+        The finished manifest.
+
+    Raises:
+        CacheError: the folder holds something else, was begun with other settings (it says which), or one of
+            its shards is damaged (it says which).
+        ValueError: settings that make no sense; an image that can't be read; features that aren't finite.
+    """
+    wanted = _manifest(
+        source, encoders, teachers, height, width, t_buckets, seed, dtype, shard_size, micro_batch
+    )
+    work = _Work(source, encoders, teachers, wanted.settings)
+    return build_shards(Path(folder), wanted, work.parts, progress)
+
+
+def _manifest(
+    source: Source,
+    encoders: StudentEncoders,
+    teachers: Teachers | None,
+    height: int,
+    width: int,
+    t_buckets: Sequence[float],
+    seed: int,
+    dtype: str,
+    shard_size: int,
+    micro_batch: int,
+) -> Manifest:
+    """What is asked for, checked."""
+    buckets = check_buckets(t_buckets)
+    if dtype not in DTYPES:
+        raise ValueError(f'unknown dtype "{dtype}": use one of {", ".join(DTYPES)}')
+    for name, value in (("shard_size", shard_size), ("micro_batch", micro_batch), ("length", len(source))):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if not 0 <= seed < 2**62:
+        raise ValueError(f"seed must lie in [0, 2**62), got {seed}")
+    scales = {"the student's": encoders.scale}
+    if teachers is not None:
+        scales["the experts'"] = 2 ** (len(teachers.vae.config.block_out_channels) - 1)
+    for whose, scale in scales.items():
+        if height < scale or width < scale or height % scale or width % scale:
+            raise ValueError(
+                f"height and width must be multiples of {scale} for {whose} VAE, got {height} × {width}"
+            )
+    settings = {
+        "source": source.describe(),
+        "height": height,
+        "width": width,
+        "t_buckets": [] if teachers is None else list(buckets),
+        "convention": None if teachers is None else teachers.features.convention,
+        "map_size": None if teachers is None else teachers.features.map_size,
+        "seed": seed,
+        "dtype": dtype,
+        "shard_size": shard_size,
+        "micro_batch": micro_batch,
+    }
+    experts = None if teachers is None else teachers.describe()
+    return Manifest(settings, encoders.describe(), experts, len(source), (), __version__)
+
+
+class _Work:
+    """Computes samples, a micro-batch at a time."""
+
+    def __init__(
+        self,
+        source: Source,
+        encoders: StudentEncoders,
+        teachers: Teachers | None,
+        settings: dict[str, Any],
+    ) -> None:
+        self.source, self.encoders, self.teachers, self.settings = source, encoders, teachers, settings
+        self.dtype = DTYPES[settings["dtype"]]
+
+    def parts(self, first: int, length: int) -> Iterator[dict[str, Any]]:
+        """Tensors by name, and the captions, of each micro-batch of a shard; images are read ahead."""
+        size = self.settings["micro_batch"]
+        indices = range(first, first + length)
+        batches = [indices[i : i + size] for i in range(0, length, size)]
+        with ThreadPoolExecutor(min(8, size)) as pool:
+            ahead = [pool.submit(self._load, i) for i in batches[0]]
+            for batch, following in zip(batches, [*batches[1:], range(0)], strict=True):
+                images = [future.result() for future in ahead]
+                ahead = [pool.submit(self._load, i) for i in following]
+                yield self._compute(batch, images)
+
+    def _load(self, index: int) -> CaptionedImage:
+        sample = self.source[index]
+        image = fit_image(sample.image, self.settings["height"], self.settings["width"])
+        return sample._replace(image=image)
+
+    def _compute(self, indices: range, samples: list[CaptionedImage]) -> dict[str, Any]:
+        images, captions = [sample.image for sample in samples], [sample.caption for sample in samples]
+        text = self.encoders.text(captions)
+        latents = encode_images(self.encoders.vae, images)
+        found = {
+            "latents": latents,
+            "prompt_embeds": text.states,
+            "prompt_mask": text.mask,
+            "pooled_prompt_embeds": text.pooled,
+            "previews": _previews(images),
+        }
+        if self.teachers is not None:
+            same = self.teachers.vae is self.encoders.vae
+            features = self.teachers.features(
+                latents if same else encode_images(self.teachers.vae, images),
+                captions,
+                seeds=[self.settings["seed"] + i for i in indices],
+                t=self.settings["t_buckets"],
+            )
+            found |= {name: value for name, value in features._asdict().items() if value is not None}
+        for name, value in found.items():
+            value = value.to("cpu", value.dtype if name in _FULL else self.dtype)
+            if value.is_floating_point() and not value.isfinite().all():
+                bad = value.flatten(1).isfinite().all(1).logical_not().nonzero()[0].item()
+                raise ValueError(
+                    f"{name} of {samples[bad].key} are not finite in {self.settings['dtype']}: use float32, "
+                    "or remove the sample"
+                )
+            found[name] = value
+        return found | {"captions": captions}
+
+
+def _previews(images: list[Any]) -> Tensor:
+    """uint8 [B, h, w, 3], the longer side 64."""
+    scale = _PREVIEW / max(images[0].size)
+    width, height = (max(1, round(side * scale)) for side in images[0].size)
+    small = [
+        torch.frombuffer(bytearray(fit_image(i, height, width).tobytes()), dtype=torch.uint8) for i in images
+    ]
+    return torch.stack(small).view(len(images), height, width, 3)

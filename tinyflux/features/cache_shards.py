@@ -1,0 +1,172 @@
+"""Shards built by any number of processes, continued after a kill: what `build_cache` and imports share."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+from torch import Tensor
+
+from moe_sampler.tinyflux.features.cache_format import (
+    BUILDING,
+    MANIFEST,
+    CacheError,
+    Manifest,
+    ShardRecord,
+    open_shard,
+    pack_captions,
+    read_manifest,
+    remove_unfinished,
+    shard_name,
+    write_manifest,
+    write_shard,
+    write_whole,
+)
+
+__all__ = ["build_shards"]
+
+Span = tuple[int, int, int]  # a shard's index, its first sample, its length
+
+
+def build_shards(
+    folder: Path,
+    wanted: Manifest,
+    parts: Callable[[int, int], Iterator[dict[str, Any]]],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Manifest:
+    """Build what `wanted` describes, or continue it; `build_cache` says how.
+
+    parts: (first sample, length) of a shard to its tensors by name and list of `captions`, in one or several
+    parts.
+    """
+    processes = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # it doesn't look there itself
+    if (folder / MANIFEST).is_file():
+        _check_same(folder, read_manifest(folder), wanted)
+    elif folder.exists() and (not folder.is_dir() or any(_not_ours(folder))):
+        raise CacheError(f"{folder} is not empty and not a cache: give a new folder")
+    processes.wait_for_everyone()
+    with ExitStack() as held:
+        if processes.is_main_process:
+            (folder / BUILDING).mkdir(parents=True, exist_ok=True)
+            held.enter_context(_lock(folder))
+            remove_unfinished(folder)
+            if not (folder / MANIFEST).is_file():
+                write_manifest(folder, wanted)
+        processes.wait_for_everyone()
+        begun = read_manifest(folder)
+        if not begun.complete:
+            _build_missing(folder, begun, parts, progress, processes)
+        else:
+            for record in begun.shards:
+                open_shard(folder, record, whole=True)
+            processes.wait_for_everyone()
+        if processes.is_main_process:
+            _clear(folder)
+    return read_manifest(folder)
+
+
+def _build_missing(
+    folder: Path,
+    begun: Manifest,
+    parts: Callable[[int, int], Iterator[dict[str, Any]]],
+    progress: Callable[[int, int], None],
+    processes: PartialState,
+) -> None:
+    shards = _spans(begun.length, begun.settings["shard_size"])
+    records = [_read_record(folder, span) for span in shards]
+    processes.wait_for_everyone()  # so that all see the same shards missing
+    share = slice(processes.process_index, None, processes.num_processes)
+    for record in [record for record in records if record is not None][share]:
+        open_shard(folder, record, whole=True)
+    mine = [span for span, record in zip(shards, records, strict=True) if record is None][share]
+    total, done = sum(length for _, _, length in mine), 0
+    progress(0, total)
+    for index, first, length in mine:
+        found = []
+        for part in parts(first, length):
+            found.append(part)
+            done += len(part["captions"])
+            progress(done, total)
+        _write_record(folder, write_shard(folder, index, first, _joined(found)))
+    processes.wait_for_everyone()
+    if processes.is_main_process:
+        records = [_read_record(folder, span) for span in shards]
+        for span, record in zip(shards, records, strict=True):
+            if record is None:
+                raise CacheError(f"{folder / shard_name(span[0])} was not built: did a process fail?")
+            open_shard(folder, record, whole=False)
+        write_manifest(folder, replace(begun, shards=tuple(records)))
+    processes.wait_for_everyone()
+
+
+def _spans(count: int, size: int) -> list[Span]:
+    return [(i, first, min(size, count - first)) for i, first in enumerate(range(0, count, size))]
+
+
+def _check_same(folder: Path, begun: Manifest, wanted: Manifest) -> None:
+    changed = begun.differences(wanted)
+    if changed:
+        raise CacheError(
+            f"{folder} was begun with other settings ({'; '.join(changed)}): use those, or another folder"
+        )
+
+
+def _not_ours(folder: Path) -> Iterator[Path]:
+    """What a killed build that had not yet written its manifest would not have left."""
+    for path in folder.iterdir():
+        if path.name != BUILDING and not (path.name.startswith(f".{MANIFEST}.") and path.suffix == ".tmp"):
+            yield path
+
+
+def _lock(folder: Path) -> TextIO:
+    """Held until the returned file is closed, or the process ends."""
+    file = open(folder / BUILDING / "lock", "w")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise CacheError(f"{folder} is being built by another process") from None
+    return file
+
+
+def _record_file(folder: Path, index: int) -> Path:
+    return (folder / BUILDING / shard_name(index)).with_suffix(".json")
+
+
+def _write_record(folder: Path, record: ShardRecord) -> None:
+    file = folder / BUILDING / Path(record.file).with_suffix(".json").name
+    write_whole(file, lambda path: path.write_text(json.dumps(asdict(record)), encoding="utf-8"))
+
+
+def _read_record(folder: Path, span: Span) -> ShardRecord | None:
+    file = _record_file(folder, span[0])
+    if not file.is_file():
+        return None
+    try:
+        record = ShardRecord(**json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise CacheError(f"{file} is damaged ({error}): delete it, and its shard is built again") from None
+    if (record.file, record.first, record.length) != (shard_name(span[0]), *span[1:]):
+        raise CacheError(f"{file} describes another shard: delete it, and its shard is built again")
+    return record
+
+
+def _clear(folder: Path) -> None:
+    """Remove what is only needed while building."""
+    if (folder / BUILDING).is_dir():
+        for file in (folder / BUILDING).iterdir():
+            file.unlink()
+        (folder / BUILDING).rmdir()
+
+
+def _joined(parts: list[dict[str, Any]]) -> dict[str, Tensor]:
+    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0] if name != "captions"}
+    return tensors | pack_captions([caption for part in parts for caption in part["captions"]])

@@ -1,0 +1,229 @@
+"""What turns images and captions into the student's inputs: its VAE, T5's hidden states, CLIP's pooled ones.
+
+A `TextEncoder` is loaded from a folder or hub id of transformers' format, the VAE of diffusers'. A whole
+pipeline (Flux's, Stable Diffusion's) serves as well as its parts: they are found in its subfolders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
+from torch import Tensor
+from transformers import AutoTokenizer, CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
+
+from moe_sampler.loading.fingerprint import fingerprint
+from moe_sampler.loading.folders import CheckpointError, load_component, read_config
+
+__all__ = [
+    "EncodedText",
+    "StudentEncoders",
+    "TextEncoder",
+    "find_t5",
+    "load_vae",
+]
+
+_VAES = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+_INDEX = "model_index.json"
+_CLIP_PARTS = ("text_encoder", "tokenizer")
+_T5_PARTS = ("text_encoder_2", "tokenizer_2")
+
+
+def _locate(source: str | Path, *parts: str) -> tuple[Path, ...]:
+    """Folders on this machine of a pipeline's parts, or of the component that `source` itself is.
+
+    A hub id is downloaded, of a pipeline the parts alone.
+    """
+    path = Path(source)
+    if path.is_dir():
+        if (path / _INDEX).is_file():
+            return tuple(path / part for part in parts)
+        if not (path / "config.json").is_file():
+            raise CheckpointError(f"{path} has neither config.json nor {_INDEX}: it is no model's folder")
+        return (path,)
+    if path.exists() or path.is_absolute() or str(source).count("/") != 1:
+        raise CheckpointError(f"{source} is neither a folder nor a hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+
+    files = ("*.json", "*.safetensors", "*.txt", "*.model")
+    try:
+        folder = Path(snapshot_download(str(source), allow_patterns=[_INDEX, "config.json"]))
+        whole = (folder / _INDEX).is_file()
+        wanted = [f"{part}/{file}" for part in parts for file in files] if whole else list(files)
+        folder = Path(snapshot_download(str(source), allow_patterns=wanted))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(f"{source} cannot be read from the hub: {reason[0]}") from None
+    return tuple(folder / part for part in parts) if whole else (folder,)
+
+
+def find_t5(pipeline: str | Path) -> str | Path | None:
+    """`pipeline` itself if its `text_encoder_2/` is T5, as Flux's is, else None.
+
+    Raises:
+        CheckpointError: not a pipeline's folder or hub id.
+    """
+    config = _locate(pipeline, _T5_PARTS[0])[-1] / "config.json"
+    architectures = read_config(config).get("architectures") if config.is_file() else None
+    return pipeline if T5EncoderModel.__name__ in (architectures or ()) else None
+
+
+def load_vae(source: str | Path, **kwargs: Any) -> AutoencoderKL | AutoencoderTiny:
+    """A VAE from its own folder, or from a pipeline's `vae/`; or from the hub.
+
+    Raises:
+        CheckpointError: not there, of another class, or not strictly loadable.
+    """
+    (folder,) = _locate(source, "vae")
+    name = read_config(folder / "config.json").get("_class_name")
+    if name not in _VAES:
+        raise CheckpointError(f"{folder}: the VAE is a {name}, use one of {', '.join(_VAES)}")
+    return load_component(_VAES[name], folder, **kwargs)
+
+
+class EncodedText(NamedTuple):
+    """states: float32 [B, tokens, D]. mask: bool [B, tokens], True where a token counts. pooled: float32
+    [B, P], or None for T5."""
+
+    states: Tensor
+    mask: Tensor
+    pooled: Tensor | None
+
+
+class TextEncoder:
+    """T5 or CLIP with its tokenizer.
+
+    Args:
+        model: T5EncoderModel or CLIPTextModel.
+        tokenizer: pads to `max_length`, and cuts there.
+        max_length: tokens; None for the tokenizer's own.
+    """
+
+    def __init__(
+        self,
+        model: T5EncoderModel | CLIPTextModel,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int | None = None,
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.max_length = tokenizer.model_max_length if max_length is None else max_length
+        if not 1 <= self.max_length <= 4096:
+            raise ValueError(f"max_length must lie between 1 and 4096, got {self.max_length}")
+
+    @classmethod
+    def load(
+        cls,
+        kind: type[T5EncoderModel] | type[CLIPTextModel],
+        source: str | Path,
+        max_length: int | None = None,
+    ) -> TextEncoder:
+        """`kind` from its own folder with its tokenizer, or from a pipeline's subfolder; or from the hub.
+
+        Raises:
+            CheckpointError: not there, or not strictly loadable.
+        """
+        parts = _T5_PARTS if kind is T5EncoderModel else _CLIP_PARTS
+        folder, *beside = _locate(source, *parts)
+        own = any(folder.glob("tokenizer*")) or (folder / "vocab.json").is_file()
+        tokenizer = (
+            beside[0]
+            if beside
+            else folder
+            if own
+            else folder.with_name(folder.name.replace("text_encoder", "tokenizer"))
+        )
+        if not tokenizer.is_dir():
+            raise CheckpointError(f"{source} has no tokenizer, in it or in {tokenizer}")
+        try:
+            loaded = AutoTokenizer.from_pretrained(tokenizer)
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{tokenizer} cannot be loaded: {str(error).splitlines()[0]}") from None
+        return cls(load_component(kind, folder), loaded, max_length)
+
+    @torch.no_grad()
+    def __call__(self, texts: Sequence[str]) -> EncodedText:
+        tokens = self.tokenizer(
+            list(texts),
+            padding="max_length",
+            max_length=self.max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).to(self.model.device)
+        # CLIP in Stable Diffusion and Flux attends to its padding; T5 doesn't where the mask is given.
+        t5 = isinstance(self.model, T5EncoderModel)
+        output = self.model(tokens.input_ids, attention_mask=tokens.attention_mask if t5 else None)
+        pooled = None if t5 else output.pooler_output.float()
+        return EncodedText(output.last_hidden_state.float(), tokens.attention_mask.bool(), pooled)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "class": type(self.model).__name__,
+            "fingerprint": fingerprint(self.model),
+            "max_length": self.max_length,
+        }
+
+
+class StudentEncoders:
+    """The student's VAE and text encoders.
+
+    Args:
+        vae: makes the student's latents.
+        clip: its pooled states condition the student.
+        t5: its hidden states are the student's text tokens; without it CLIP's are.
+    """
+
+    def __init__(
+        self, vae: AutoencoderKL | AutoencoderTiny, clip: TextEncoder, t5: TextEncoder | None = None
+    ) -> None:
+        self.vae, self.clip, self.t5 = vae, clip, t5
+
+    @classmethod
+    def load(
+        cls,
+        vae: str | Path,
+        clip: str | Path,
+        t5: str | Path | None = None,
+        *,
+        t5_length: int = 128,
+        device: torch.device | str = "cpu",
+    ) -> StudentEncoders:
+        """Everything from folders or hub ids, in float32, on `device`."""
+        made = cls(
+            load_vae(vae),
+            TextEncoder.load(CLIPTextModel, clip),
+            None if t5 is None else TextEncoder.load(T5EncoderModel, t5, t5_length),
+        )
+        return made.to(device, torch.float32)  # transformers leaves weights in the precision of their file
+
+    def to(self, *args: Any) -> StudentEncoders:
+        """All of them, as `torch.nn.Module.to`."""
+        for model in (self.vae, self.clip.model, *([] if self.t5 is None else [self.t5.model])):
+            model.to(*args)
+        return self
+
+    @property
+    def scale(self) -> int:
+        """Pixels a side of one latent pixel."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def text(self, texts: Sequence[str]) -> EncodedText:
+        """States and mask of T5, or of CLIP without it; pooled states of CLIP."""
+        clip = self.clip(texts)
+        return clip if self.t5 is None else self.t5(texts)._replace(pooled=clip.pooled)
+
+    def describe(self) -> dict[str, Any]:
+        """What a cache's manifest says of them; without T5 it says that CLIP's states are the text's."""
+        return {
+            "vae": {
+                "class": type(self.vae).__name__,
+                "fingerprint": fingerprint(self.vae),
+                "scaling_factor": self.vae.config.scaling_factor,
+                "shift_factor": getattr(self.vae.config, "shift_factor", None) or 0.0,
+            },
+            "clip": self.clip.describe(),
+            "t5": None if self.t5 is None else self.t5.describe(),
+            "text_states": "clip" if self.t5 is None else "t5",
+        }

@@ -1,0 +1,1 @@
+"""The student itself: its configuration, blocks, conditioning, and reading it from files."""

@@ -1,0 +1,83 @@
+"""Whether a student, its encoders and the experts beside it belong together."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_sampler import HybridPipeline
+from moe_sampler.loading.folders import read_config
+from moe_sampler.tinyflux.features.encoders import StudentEncoders
+from moe_sampler.tinyflux.model.tinyflux import TinyFlux
+
+__all__ = ["check_experts", "check_student", "default_side", "same_latents"]
+
+
+def check_student(student: TinyFlux, encoders: StudentEncoders) -> None:
+    """Whether a student takes what its encoders give.
+
+    Raises:
+        TypeError: not a TinyFlux.
+        ValueError: numbers of channels that differ, with both.
+    """
+    if not isinstance(student, TinyFlux):
+        raise TypeError(f"student must be a TinyFlux, got {type(student).__name__}")
+    text = encoders.clip if encoders.t5 is None else encoders.t5
+    fits = {
+        "in_channels": ("the VAE's latents", encoders.vae.config.latent_channels),
+        "joint_attention_dim": ("the text encoder's states", text.model.config.hidden_size),
+        "pooled_projection_dim": ("CLIP's pooled states", encoders.clip.model.config.hidden_size),
+    }
+    for setting, (what, size) in fits.items():
+        if student.config[setting] != size:
+            raise ValueError(
+                f"the student's {setting} is {student.config[setting]}, but {what} have {size} channels: "
+                "give the encoders that it was trained with"
+            )
+
+
+def check_experts(encoders: StudentEncoders, experts: HybridPipeline) -> None:
+    """Whether experts can work on the student's latents.
+
+    Raises:
+        ValueError: another latent space, or experts that aren't all in memory.
+    """
+    if experts.offload != "none":
+        raise ValueError('experts that guide a student work beside it: load them with offload="none"')
+    if not same_latents(encoders.vae, experts.vae):
+        raise ValueError(
+            "the student and the experts work on different latents: experts can only guide a student that "
+            "was trained with their own VAE"
+        )
+
+
+def same_latents(a: Any, b: Any) -> bool:
+    """Whether two VAEs encode alike; their decoders, and the precision they are held in, may differ."""
+    if a is b:
+        return True
+    scales = [(vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0) for vae in (a, b)]
+    ours, theirs = (
+        {name: x for name, x in vae.state_dict().items() if name.startswith(("encoder.", "quant_conv."))}
+        for vae in (a, b)
+    )
+    if scales[0] != scales[1] or ours.keys() != theirs.keys():
+        return False
+    return all(_equal(x, theirs[name]) for name, x in ours.items())
+
+
+def _equal(x: Tensor, y: Tensor) -> bool:
+    coarse = min(x.dtype, y.dtype, key=lambda dtype: dtype.itemsize)
+    return x.shape == y.shape and torch.equal(x.to("cpu", coarse), y.to("cpu", coarse))
+
+
+def default_side(folder: str | os.PathLike) -> int | None:
+    """Side of a local pipeline's latents as its denoiser's config says, if it says so."""
+    configs = [
+        path for part in ("unet*", "transformer") for path in sorted(Path(folder).glob(f"{part}/config.json"))
+    ]
+    sizes = [read_config(path).get("sample_size") for path in configs]
+    return next((size for size in sizes if isinstance(size, int)), None)

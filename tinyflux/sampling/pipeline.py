@@ -1,0 +1,320 @@
+"""`StudentPipeline`: text to image with the student, alone or guided by Sol and Lune."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from moe_sampler import Expert, SamplingPlan
+from moe_sampler.pipelines.checks import check_generator, check_latents, check_options, check_size, seeds_of
+from moe_sampler.pipelines.hybrid import HybridPipeline, HybridPipelineOutput
+from moe_sampler.pipelines.latents import decode_latents
+from moe_sampler.pipelines.prompts import Negative, check_prompts, negative_embeds
+from moe_sampler.pipelines.queue import Batches
+from moe_sampler.pipelines.settings import by_expert
+from moe_sampler.tinyflux.features.encoders import EncodedText, StudentEncoders, TextEncoder
+from moe_sampler.tinyflux.model.tinyflux import TinyFlux
+from moe_sampler.tinyflux.sampling.expert import STUDENT
+from moe_sampler.tinyflux.sampling.fitting import check_experts, check_student, default_side
+from moe_sampler.tinyflux.sampling.guided import GuidedRouter, Weight, guided_experts, guided_plan
+
+if TYPE_CHECKING:
+    from typing import Self
+
+__all__ = ["StudentPipeline"]
+
+
+class StudentPipeline:
+    """A student with its encoders and, to be guided, a pipeline of experts on the same latents.
+
+    Args:
+        student: predicts.
+        encoders: the VAE and text encoders it was trained with.
+        experts: with Sol and Lune, or one of them.
+        sample_size: side of the latents where no height and width are given; the experts' by default.
+
+    Raises:
+        ValueError: parts that don't fit each other.
+    """
+
+    _callback_tensor_inputs = ("latents", "pred_original_sample")
+    _offload = None
+
+    def __init__(
+        self,
+        student: TinyFlux,
+        encoders: StudentEncoders,
+        experts: HybridPipeline | None = None,
+        sample_size: int | None = None,
+    ) -> None:
+        check_student(student, encoders)
+        if experts is not None:
+            check_experts(encoders, experts)
+            sample_size = sample_size or experts.expert_unet(experts.expert_names[0]).config.sample_size
+        self.student, self.encoders, self.hybrid = student.eval(), encoders, experts
+        self.sample_size = sample_size
+        self.image_processor = VaeImageProcessor(vae_scale_factor=encoders.scale)
+        self._interrupt, self._bar_settings = False, {}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        student: str | os.PathLike | TinyFlux,
+        experts: str | os.PathLike | HybridPipeline | None = None,
+        *,
+        encoders: str | os.PathLike | None = None,
+        vae: str | os.PathLike | None = None,
+        clip: str | os.PathLike | None = None,
+        t5: str | os.PathLike | None = None,
+        t5_length: int = 128,
+        ema: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Self:
+        """Load a student, and what it needs to paint.
+
+        Args:
+            student: what `TinyFlux.from_pretrained` takes, with ema; or a student itself.
+            experts: a pipeline's folder or hub id with Sol and Lune, or one that is loaded, to guide the
+                student. Without it the student paints alone.
+            encoders: a pipeline's folder or hub id with the student's VAE and text encoders; the experts'
+                own by default.
+            vae, clip, t5, t5_length: other encoders, as `StudentEncoders.load` takes them.
+            dtype: of the student and of experts that are loaded here.
+            device: of everything.
+
+        Raises:
+            CheckpointError: something cannot be loaded.
+            ValueError: parts that don't fit each other, or neither experts nor encoders.
+        """
+        from moe_sampler.tinyflux.features.encoders import find_t5
+
+        if experts is None and encoders is None and (vae is None or clip is None):
+            raise ValueError("say which encoders the student was trained with: give encoders= or experts=")
+        loaded = isinstance(student, TinyFlux)
+        model = (student if loaded else TinyFlux.from_pretrained(student, ema=ema)).to(dtype)
+        if experts is not None and not isinstance(experts, HybridPipeline):
+            experts = HybridPipeline.from_pretrained(experts, dtype=dtype)
+        if encoders is None and experts is not None and (vae, clip, t5) == (None, None, None):
+            made = StudentEncoders(experts.vae, TextEncoder(experts.text_encoder, experts.tokenizer))
+        else:
+            base = encoders if encoders is not None or experts is None else experts.config._name_or_path
+            t5 = find_t5(encoders) if t5 is None and encoders is not None else t5
+            made = StudentEncoders.load(vae or base, clip or base, t5, t5_length=t5_length)
+        side = None if encoders is None else default_side(encoders)
+        return cls(model, made, experts, side).to(device)
+
+    def to(self, device: torch.device | str) -> Self:
+        """Everything to a device."""
+        self.student.to(device)
+        self.encoders.to(device)
+        if self.hybrid is not None:
+            self.hybrid.to(device)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.student.device
+
+    @property
+    def expert_names(self) -> tuple[str, ...]:
+        """The student, then who can guide it."""
+        return (STUDENT, *(() if self.hybrid is None else self.hybrid.expert_names))
+
+    @property
+    def interrupt(self) -> bool:
+        """As `HybridPipeline.interrupt`."""
+        return self._interrupt
+
+    def set_progress_bar_config(self, **settings: Any) -> None:
+        """As in diffusers: keyword arguments of tqdm."""
+        self._bar_settings = settings
+
+    def progress_bar(self, total: int) -> tqdm:
+        return tqdm(total=total, **self._bar_settings)
+
+    def experts(
+        self,
+        guidance_scale: float | Mapping[str, float] | None = None,
+        shift: float | Mapping[str, float] | None = None,
+        solver: str | Mapping[str, str] | None = None,
+        upstream_schedule: bool = False,
+    ) -> tuple[Expert, ...]:
+        """The student and those who can guide it, as the planner sees them. Settings are one for all, or by
+        name; None leaves them to each expert's default."""
+        return guided_experts(
+            self.student,
+            self.expert_names[1:],
+            lambda **settings: self.hybrid.experts(**settings),
+            guidance_scale=guidance_scale,
+            shift=shift,
+            solver=solver,
+            upstream_schedule=upstream_schedule,
+        )
+
+    def plan(
+        self,
+        num_inference_steps: int | Mapping[str, int] | None = None,
+        sol_weight: Weight = 0.0,
+        lune_weight: Weight = 0.0,
+        handoff: float | None = None,
+        experts: Sequence[Expert] | None = None,
+    ) -> SamplingPlan:
+        """The plan `__call__` runs with the same arguments; `experts` from `StudentPipeline.experts`."""
+        student, *guides = self.experts() if experts is None else experts
+        if handoff is None and self.hybrid is not None:
+            handoff = self.hybrid.config.handoff
+        settings = {} if handoff is None else {"handoff": handoff}
+        router = GuidedRouter(sol_weight, lune_weight, student=student.name, **settings)
+        return guided_plan(student, guides, router, num_inference_steps)
+
+    def encode_prompt(self, texts: Sequence[str], batch_size: int | None = None) -> dict[str, Tensor]:
+        """What the student is told of texts, encoded `batch_size` at once: encoder_hidden_states [B, L, D]
+        and pooled_projections [B, P], float32, and encoder_attention_mask, bool [B, L]."""
+        size = batch_size or len(texts)
+        parts = [self.encoders.text(texts[i : i + size]) for i in range(0, len(texts), size)]
+        text = EncodedText(*(torch.cat(part).to(self.device) for part in zip(*parts, strict=True)))
+        return {
+            "encoder_hidden_states": text.states,
+            "pooled_projections": text.pooled,
+            "encoder_attention_mask": text.mask,
+        }
+
+    def decode_latents(self, latents: Tensor, output_type: str = "pil") -> Any:
+        """Images from float32 latents [B, C, h, w]."""
+        return decode_latents(latents, self.encoders.vae, self.image_processor, output_type)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str],
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | Mapping[str, int] | None = None,
+        guidance_scale: float | Mapping[str, float] | None = None,
+        negative_prompt: Negative | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        *,
+        sol_weight: Weight = 0.0,
+        lune_weight: Weight = 0.0,
+        handoff: float | None = None,
+        seed: int | Sequence[int] | None = None,
+        batch_size: int | None = None,
+        shift: float | Mapping[str, float] | None = None,
+        solver: str | Mapping[str, str] | None = None,
+        upstream_schedule: bool = False,
+    ) -> HybridPipelineOutput | tuple:
+        """Make images. Arguments that `HybridPipeline` has mean what they mean there; the student's name, for
+        settings by name, is "tinyflux". The others:
+
+        Args:
+            guidance_scale: 3 for the student and the experts' own defaults, where it isn't given. The
+                student's unconditional side is its null condition, Sol's and Lune's the empty prompt; a
+                negative prompt takes the place of both.
+            sol_weight, lune_weight: shares of the prediction, 0 to 1, see `GuidedRouter`; the student has
+                the rest.
+            handoff: noise level down to which Sol's weight counts, and from which Lune's does; the experts'
+                own by default.
+            upstream_schedule: as `tinyflux_expert` takes it.
+
+        Returns:
+            `HybridPipelineOutput`, or with `return_dict=False` the tuple (images,).
+
+        Raises:
+            ValueError: for inputs that don't fit, before any work.
+        """
+        check_prompts(prompt, None, negative_prompt, None, self.expert_names, 0)
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        height, width = self._size(height, width)
+        check_options(
+            num_images_per_prompt,
+            batch_size,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+            self._callback_tensor_inputs,
+        )
+        experts = self.experts(guidance_scale, shift, solver, upstream_schedule)
+        compiled = self.plan(num_inference_steps, sol_weight, lune_weight, handoff, experts)
+        images = len(prompts) * num_images_per_prompt
+        check_generator(generator, seed, images)
+        seeds = seeds_of(seed, images) if generator is None else None
+        cells = (height // self.encoders.scale, width // self.encoders.scale)
+        shape = (images, self.student.config.in_channels, *cells)
+        check_latents(latents, shape)
+
+        self._interrupt = False
+        batch_size = batch_size or images
+        cond, uncond = self._conditioning(compiled, prompts, negative_prompt, batch_size)
+        batches = Batches(
+            self,
+            compiled,
+            experts,
+            shape,
+            cond=cond,
+            uncond=uncond,
+            device=self.device,
+            images_per_prompt=num_images_per_prompt,
+            batch_size=batch_size,
+            seeds=seeds,
+            generator=generator,
+            latents=latents,
+            image_latents=None,
+            callback=callback_on_step_end,
+            callback_inputs=callback_on_step_end_tensor_inputs,
+        )
+        made = batches.decode(
+            batches.run(), partial(self.decode_latents, output_type=output_type), output_type
+        )
+        return HybridPipelineOutput(made, seeds, compiled) if return_dict else (made,)
+
+    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        scale = self.encoders.scale
+        if self.sample_size is None and (height is None or width is None):
+            raise ValueError("nothing says how large the student's images are: give height and width")
+        side = (self.sample_size or 0) * scale
+        height, width = side if height is None else height, side if width is None else width
+        check_size(height, width, scale if self.hybrid is None else self.hybrid._size_multiple())
+        return height, width
+
+    def _conditioning(
+        self, compiled: SamplingPlan, prompts: list[str], negative: Negative | None, batch_size: int
+    ) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]]]:
+        """(cond, uncond), each by expert."""
+        guided = {c.name for step in compiled.steps for c in step.calls if c.guided}
+        guides = [name for name in compiled.experts if name != STUDENT]
+        cond, uncond = {}, {}
+        if STUDENT in compiled.experts:
+            cond[STUDENT] = self.encode_prompt(prompts, batch_size)
+        if STUDENT in guided:
+            uncond[STUDENT] = self._unconditional(prompts, negative, cond[STUDENT], batch_size)
+        if guides:
+            encode = partial(self.hybrid.encode_prompt, batch_size=batch_size, device=self.device)
+            states = encode(prompts)
+            cond |= {name: {"prompt_embeds": states} for name in guides}
+            wanted = [name for name in guides if name in guided]
+            embeds = negative_embeds(negative, None, wanted, self.expert_names, len(prompts), encode)
+            uncond |= {name: {"prompt_embeds": value} for name, value in embeds.items()}
+        return cond, uncond
+
+    def _unconditional(
+        self, prompts: list[str], negative: Negative | None, cond: dict[str, Tensor], batch_size: int
+    ) -> dict[str, Tensor]:
+        own = by_expert("negative_prompt", negative, self.expert_names)[STUDENT]
+        if own:
+            texts = own if isinstance(own, list) else [own]
+            encoded = self.encode_prompt(texts, batch_size)
+            return {name: value.expand(len(prompts), *value.shape[1:]) for name, value in encoded.items()}
+        return self.student.null_condition(len(prompts), cond["encoder_hidden_states"].shape[1], mask=True)

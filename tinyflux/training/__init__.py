@@ -1,0 +1,1 @@
+"""The student's training: task, objectives, teachers, settings."""

@@ -1,0 +1,202 @@
+"""The student's loss on a batch; `ObjectiveSettings` says what it is made of.
+
+Time t runs from noise (0) to data (1), and the student predicts data - noise; a share of noise is s = 1 - t.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_sampler.kernels import flow_training_pair, min_snr_weight, weighted_mse
+from moe_sampler.tinyflux.model.tinyflux import TinyFlux, TinyFluxOutput
+from moe_sampler.tinyflux.training.objective_settings import ObjectiveSettings
+from moe_sampler.tinyflux.training.routed import RoutedTeachers
+from moe_sampler.tinyflux.training.teachers import FeatureTeachers, Taught
+from moe_sampler.tinyflux.training.time_settings import TimeSettings
+from moe_sampler.tinyflux.training.times import sample_noise
+from moe_sampler.training.draws import Draws
+from moe_sampler.training.task import Losses
+
+__all__ = ["student_loss", "tokens"]
+
+
+def student_loss(
+    model: nn.Module,
+    student: TinyFlux,
+    batch: Mapping[str, Any],
+    draws: Draws,
+    *,
+    step: int,
+    objective: ObjectiveSettings,
+    time: TimeSettings,
+    teachers: FeatureTeachers | None = None,
+    routed: RoutedTeachers | None = None,
+) -> Losses:
+    """The loss of a batch, a mean over all its samples: one without a teacher counts as zero there.
+
+    Args:
+        model: `student`, maybe wrapped for several processes or compiled.
+        student: the model itself.
+        batch: of a cache's items (`FeatureCache`, `MultiSource`), on the draws' device.
+        draws: where all random numbers are from.
+        step: the optimizer's, for warm-ups.
+        objective: for which `check_objective` found everything there.
+        time: how times are drawn.
+        teachers: of the features.
+        routed: experts whose velocity is distilled.
+
+    Returns:
+        terms: "velocity" and, where they have a weight, "lune", "sol_stats", "sol_map" and "distill", before
+        min-SNR and their weights. per_sample: the velocity's.
+    """
+    config, size = student.config, tuple(batch["latents"].shape[2:])
+    noise = sample_noise(time, draws)
+    pair = flow_training_pair(
+        batch["latents"].contiguous(),
+        noise,
+        seeds=draws.seeds("noise"),
+        prediction="reversed_flow_prediction",
+        dtype=torch.float32,
+    )
+    taught_rows = ~_drawn(draws, "teacher_dropout", objective.teacher_dropout)
+    taught = None if teachers is None else _dropped(teachers.features(batch, 1 - noise, draws), taught_rows)
+    out = model(
+        tokens(pair.noisy),
+        batch["prompt_embeds"],
+        batch["pooled_prompt_embeds"],
+        1 - noise,
+        size=size,
+        encoder_attention_mask=batch.get("prompt_mask"),
+        drop_text=_drawn(
+            draws,
+            "text_dropout",
+            config.text_dropout if objective.text_dropout is None else objective.text_dropout,
+        ),
+        **_real_features(config, taught, _drawn(draws, "feature_input", objective.feature_input)),
+    )
+    weight_map = _weight_map(objective.sol_weight_map, taught)
+
+    def velocity_error(target: Tensor, kind: str) -> Tensor:
+        return _error(
+            kind, out.sample, tokens(target), objective.huber_delta, weight_map=weight_map, size=size
+        )
+
+    velocity = velocity_error(pair.target, objective.velocity_loss)
+    per_sample, terms = velocity, {"velocity": velocity}
+    if objective.distill_weight:
+        weight = objective.distill_weight * _ramp(step, objective.distill_warmup_steps)
+        share = weight * objective.mix(noise) * taught_rows
+        target = _routed_velocity(routed, pair.noisy, noise, batch, share)
+        terms["distill"] = velocity_error(target, objective.distill_loss) * (share > 0)
+        per_sample = torch.lerp(velocity, terms["distill"], share)
+    if objective.min_snr_gamma is not None:
+        snr = min_snr_weight(1 - noise, noise, objective.min_snr_gamma, "reversed_flow_prediction")
+        per_sample = snr * per_sample
+    for name, weight, error in _feature_errors(objective, step, student, out, taught):
+        terms[name] = error
+        per_sample = per_sample + weight * error
+    means = {name: term.detach().mean() for name, term in terms.items()}
+    return Losses(per_sample.mean(), means, velocity.detach(), noise)
+
+
+def _drawn(draws: Draws, stream: str, rate: float) -> Tensor:
+    """bool [B]: each sample with probability `rate`."""
+    return draws.uniform(stream) < rate
+
+
+def _ramp(step: int, warmup_steps: int) -> float:
+    return min(1.0, step / warmup_steps) if warmup_steps else 1.0
+
+
+def tokens(images: Tensor) -> Tensor:
+    """[B, C, h, w] to [B, h·w, C]."""
+    return images.flatten(2).transpose(1, 2).contiguous()
+
+
+def _dropped(taught: Taught, rows: Tensor) -> Taught:
+    return taught._replace(has_lune=taught.has_lune & rows, has_sol=taught.has_sol & rows)
+
+
+def _real_features(config: Any, taught: Taught | None, fed: Tensor) -> dict[str, Tensor]:
+    """What the student is given of the experts. Masks are never left out, so that the predictors belong to
+    every step's graph, as training in several processes needs."""
+    given: dict[str, Tensor] = {}
+    if taught is not None and taught.lune is not None and config.use_lune_expert:
+        given |= {"lune_features": taught.lune, "lune_mask": taught.has_lune & fed}
+    if taught is not None and taught.sol_stats is not None and config.use_sol_prior:
+        given |= {
+            "sol_stats": taught.sol_stats,
+            "sol_spatial": taught.sol_map,
+            "sol_mask": taught.has_sol & fed,
+        }
+    return given
+
+
+def _weight_map(strength: float, taught: Taught | None) -> Tensor | None:
+    """[B, S, S] with a mean of 1: Sol's map where there is one, ones elsewhere."""
+    if not strength:
+        return None
+    unit = taught.sol_map / taught.sol_map.mean((1, 2), keepdim=True).clamp_min(1e-12)
+    return torch.where(taught.has_sol[:, None, None], 1 + strength * (unit - 1), 1.0)
+
+
+def _routed_velocity(
+    routed: RoutedTeachers, noisy: Tensor, noise: Tensor, batch: Mapping[str, Any], share: Tensor
+) -> Tensor:
+    """[B, C, h, w], zero where the experts have no share: these samples don't run through them."""
+    velocity = torch.zeros_like(noisy)
+    rows = [row for row, part in enumerate(share.tolist()) if part > 0]
+    if not rows:
+        return velocity
+    places = torch.tensor(rows).to(noisy.device)
+    text = {
+        "caption": [batch["caption"][row] for row in rows],
+        "prompt_embeds": batch["prompt_embeds"][places],
+    }
+    return velocity.index_copy_(0, places, routed.velocity(noisy[places], noise[places], text))
+
+
+def _feature_errors(
+    objective: ObjectiveSettings, step: int, student: TinyFlux, out: TinyFluxOutput, taught: Taught | None
+) -> list[tuple[str, float, Tensor]]:
+    """(name, weight, error [B]) of every expert feature that is learned."""
+    found = []
+    delta = objective.huber_delta
+    lune, sol = (_ramp(step, n) for n in (objective.lune_warmup_steps, objective.sol_warmup_steps))
+    if objective.lune_weight:
+        error = _error(objective.lune_loss, out.lune_pred, taught.lune, delta) * taught.has_lune
+        found.append(("lune", lune * objective.lune_weight, error))
+    if objective.sol_stats_weight:
+        error = _error("mse", out.pred_stats, taught.sol_stats, delta) * taught.has_sol
+        found.append(("sol_stats", sol * objective.sol_stats_weight, error))
+    if objective.sol_map_weight:
+        error = _error("mse", out.pred_spatial, student.sol_prior.scaled(taught.sol_map), delta)
+        found.append(("sol_map", sol * objective.sol_map_weight, error * taught.has_sol))
+    return found
+
+
+def _error(
+    kind: str,
+    prediction: Tensor,
+    target: Tensor,
+    delta: float,
+    *,
+    weight_map: Tensor | None = None,
+    size: tuple[int, int] | None = None,
+) -> Tensor:
+    """float32 [B]: each sample's mean error; of tokens [B, h·w, C] of `size` weighed by a map [B, S, S]."""
+    if kind == "mse":
+        return weighted_mse(prediction, target, weight_map=weight_map, size=size, reduction="none")
+    prediction = prediction.float()
+    if kind == "cosine":
+        return 1 - F.cosine_similarity(prediction, target, dim=-1)
+    error = F.huber_loss(prediction, target, reduction="none", delta=delta)
+    if weight_map is not None:
+        spread = F.interpolate(weight_map[:, None], size=size, mode="bilinear", align_corners=False)
+        error = error * tokens(spread)
+    return error.flatten(1).mean(1)

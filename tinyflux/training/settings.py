@@ -1,0 +1,114 @@
+"""All settings of a student's training, by the tables of a TOML file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from moe_sampler.tinyflux.training.objective_settings import ObjectiveSettings
+from moe_sampler.tinyflux.training.time_settings import TimeSettings
+from moe_sampler.training import SettingsError, TrainingSettings
+
+__all__ = ["DataSettings", "ModelSettings", "StudentSettings", "TeacherSettings", "ValidationSettings"]
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The student that is trained."""
+
+    preset: Annotated[
+        Literal["demo", "deep", "deep_v4"],
+        "A new student of this TinyFluxConfig: the demo's size, the published size, or the published model",
+    ] = "deep"
+    init_from: Annotated[
+        str | None, "Instead: continue a student; a folder, hub id, .safetensors or trainer's .pt"
+    ] = None
+    qk_norm: Annotated[bool | None, "Normalise queries and keys. Default: the preset's"] = None
+    lune_dropout: Annotated[float | None, "Dropout of Lune's predictor. Default: the preset's"] = None
+    use_lune_expert: Annotated[bool | None, "Whether the student takes Lune's features"] = None
+    use_sol_prior: Annotated[bool | None, "Whether the student takes Sol's statistics and map"] = None
+
+    def __post_init__(self) -> None:
+        if self.init_from is not None and self.changes():
+            raise SettingsError(f"init_from has a config of its own: leave out {', '.join(self.changes())}")
+
+    def changes(self) -> dict[str, bool | float]:
+        """What differs from the preset."""
+        names = ("qk_norm", "lune_dropout", "use_lune_expert", "use_sol_prior")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What the student is trained on: caches made by `moe-sampler tinyflux cache`."""
+
+    caches: Annotated[tuple[Path, ...], "Folders of caches, used one after the other"] = ()
+    verify: Annotated[bool, "Compare the caches' checksums first"] = True
+    held_out: Annotated[int, "The last so many samples are for validation and never trained on"] = 256
+
+    def __post_init__(self) -> None:
+        if not self.caches:
+            raise SettingsError('give caches, the folders of "moe-sampler tinyflux cache"')
+        if self.held_out < 0:
+            raise SettingsError(f"held_out must not be negative, got {self.held_out}")
+
+
+@dataclass(frozen=True)
+class TeacherSettings:
+    """Who teaches, and where their answers come from."""
+
+    features: Annotated[
+        Literal["cached", "live"],
+        "Experts' features: those of the cache, or of experts in the loop at the student's own noisy latents",
+    ] = "cached"
+    experts: Annotated[
+        str | None,
+        "Pipeline folder or hub id with Sol and Lune, for live features and for distillation. Default: the "
+        "demo's where the student is the demo's",
+    ] = None
+    experts_dtype: Annotated[
+        Literal["float32", "float16", "bfloat16"], "Precision of experts in the loop"
+    ] = "float32"
+    offload: Annotated[bool, "Keep experts on the CPU and bring each to the device for its call"] = False
+
+
+@dataclass(frozen=True)
+class ValidationSettings:
+    """Held-out losses and sheets of samples."""
+
+    noise_levels: Annotated[tuple[float, ...], "Shares of noise at which held-out losses are taken"] = (
+        *(0.1, 0.3, 0.5),
+        *(0.7, 0.9),
+    )
+    validation_batch_size: Annotated[int, "Held-out samples computed at once"] = 32
+    prompts: Annotated[tuple[str, ...], "Of the sheets of samples. Default: four held-out captions"] = ()
+    encoders: Annotated[
+        str | None,
+        "Pipeline folder or hub id with the student's VAE and text encoders, for the sheets. Default: the "
+        "teachers' experts; without either there are no sheets",
+    ] = None
+    num_inference_steps: Annotated[int, "Steps of the samples"] = 20
+    guidance_scale: Annotated[float, "Guidance scale of the samples"] = 3.0
+
+    def __post_init__(self) -> None:
+        if not self.noise_levels or not all(0 < s < 1 for s in self.noise_levels):
+            raise SettingsError(f"noise_levels lie between 0 and 1, got {list(self.noise_levels)}")
+        for name in ("validation_batch_size", "num_inference_steps"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class StudentSettings:
+    """A whole run."""
+
+    training: Annotated[TrainingSettings, "How"]
+    data: Annotated[DataSettings, "On what"]
+    model: Annotated[ModelSettings, "What"] = field(default_factory=ModelSettings)
+    objective: Annotated[ObjectiveSettings, "For what"] = field(default_factory=ObjectiveSettings)
+    time: Annotated[TimeSettings, "At which times"] = field(default_factory=TimeSettings)
+    teachers: Annotated[TeacherSettings, "Who teaches"] = field(default_factory=TeacherSettings)
+    validation: Annotated[ValidationSettings, "How it is looked at"] = field(
+        default_factory=ValidationSettings
+    )

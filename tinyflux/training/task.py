@@ -1,0 +1,134 @@
+"""The student as something a `Trainer` trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from moe_sampler.kernels import flow_training_pair, weighted_mse
+from moe_sampler.tinyflux.model.tinyflux import TinyFlux
+from moe_sampler.tinyflux.training.objective_settings import ObjectiveSettings
+from moe_sampler.tinyflux.training.objectives import student_loss, tokens
+from moe_sampler.tinyflux.training.routed import RoutedTeachers
+from moe_sampler.tinyflux.training.teachers import FeatureTeachers
+from moe_sampler.tinyflux.training.time_settings import TimeSettings
+from moe_sampler.training import Draws, Losses
+
+__all__ = ["StudentTask"]
+
+_VALIDATION_SEED = 2**40  # no sample of a run has a seed that is as round
+
+
+class StudentTask:
+    """Implements `moe_sampler.training.Task`.
+
+    Args:
+        model: the student.
+        data: items as `FeatureCache` and `MultiSource` have them.
+        objective, time, teachers, routed: as `student_loss` takes them.
+        held_out: likewise, for validation; None for none.
+        noise_levels: at which held-out velocities are measured.
+        validation_batch_size: samples at once.
+        paint: makes pictures with the student, for eyes; None for none.
+        about: of the data and all else that makes the run, plain values.
+    """
+
+    name = "tinyflux"
+    weights_name = "model.safetensors"
+
+    def __init__(
+        self,
+        model: TinyFlux,
+        data: Dataset,
+        *,
+        objective: ObjectiveSettings,
+        time: TimeSettings,
+        teachers: FeatureTeachers | None = None,
+        routed: RoutedTeachers | None = None,
+        held_out: Dataset | None = None,
+        noise_levels: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
+        validation_batch_size: int = 32,
+        paint: Callable[[TinyFlux], list[Image.Image]] | None = None,
+        about: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.model, self.data = model, data
+        self.objective, self.time, self.teachers, self.routed = objective, time, teachers, routed
+        self.held_out, self.noise_levels = held_out, tuple(noise_levels)
+        self.validation_batch_size, self.paint = validation_batch_size, paint
+        self.about = dict(about or {})
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Any], draws: Draws) -> Losses:
+        """See `student_loss`."""
+        return student_loss(
+            model,
+            self.model,
+            batch,
+            draws,
+            step=draws.step,
+            objective=self.objective,
+            time=self.time,
+            teachers=self.teachers,
+            routed=self.routed,
+        )
+
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        """The velocity's mean squared error on held-out samples, where the student predicts the experts'
+        features itself, as it does alone: "loss" over all levels, and "noise 0.5" at one.
+
+        A sample's noise is the same at every level and in every validation.
+        """
+        if self.held_out is None or not len(self.held_out):
+            return {}
+        device = self.model.device
+        sums = torch.zeros(len(self.noise_levels), dtype=torch.float64, device=device)
+        first = 0
+        for batch in DataLoader(self.held_out, self.validation_batch_size):
+            latents = batch["latents"].to(device).contiguous()
+            seeds = torch.arange(first, first + len(latents), device=device) + _VALIDATION_SEED
+            first += len(latents)
+            for index, level in enumerate(self.noise_levels):
+                errors = self._errors(model, batch, latents, seeds, level)
+                sums[index] += errors.double().sum()
+        means = (sums / first).tolist()
+        by_level = {f"noise {s:g}": mean for s, mean in zip(self.noise_levels, means, strict=True)}
+        return {"loss": sum(means) / len(means), **by_level}
+
+    def _errors(
+        self, model: nn.Module, batch: Mapping[str, Any], latents: Tensor, seeds: Tensor, level: float
+    ) -> Tensor:
+        """float32 [B]."""
+        device = latents.device
+        noise = torch.full((len(latents),), level, device=device)
+        pair = flow_training_pair(
+            latents, noise, seeds=seeds, prediction="reversed_flow_prediction", dtype=torch.float32
+        )
+        mask = batch.get("prompt_mask")
+        out = model(
+            tokens(pair.noisy),
+            batch["prompt_embeds"].to(device),
+            batch["pooled_prompt_embeds"].to(device),
+            1 - noise,
+            size=tuple(latents.shape[2:]),
+            encoder_attention_mask=None if mask is None else mask.to(device),
+        )
+        return weighted_mse(out.sample, tokens(pair.target), reduction="none")
+
+    def samples(self, model: nn.Module) -> list[Image.Image]:
+        """What `paint` makes."""
+        return [] if self.paint is None else self.paint(self.model)
+
+    def describe(self) -> dict[str, Any]:
+        """The data, the student's config and what teaches it."""
+        return {
+            "summary": "A TinyFlux student, trained with moe-sampler.",
+            "tags": ["tinyflux", "text-to-image"],
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "samples": len(self.data),
+            "held-out samples": 0 if self.held_out is None else len(self.held_out),
+            **self.about,
+        }

@@ -1,0 +1,193 @@
+"""Where the features come from that a student is taught: a cache, or the experts in the training loop.
+
+Time t runs from noise (0) to data (1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from moe_sampler.loading.fingerprint import fingerprint
+from moe_sampler.tinyflux.features.cache_format import Manifest
+from moe_sampler.tinyflux.features.cache_read import (
+    FeatureCache,
+    MultiSource,
+    at_time,
+    between,
+    buckets_around,
+)
+from moe_sampler.tinyflux.features.extraction import ExpertFeatures, check_buckets
+from moe_sampler.training.draws import Draws
+
+__all__ = ["CachedTeachers", "FeatureTeachers", "LiveTeachers", "Taught", "check_shared_latents"]
+
+
+class Taught(NamedTuple):
+    """What the experts say of B samples, each at its own time, float32; None where there is no such expert.
+
+    lune: [B, channels]. sol_stats: [B, 3]. sol_map: [B, S, S], with a sum of 1. has_lune, has_sol: bool [B],
+    the samples whose features count; the others' are placeholders.
+    """
+
+    lune: Tensor | None
+    sol_stats: Tensor | None
+    sol_map: Tensor | None
+    has_lune: Tensor
+    has_sol: Tensor
+
+
+class FeatureTeachers(Protocol):
+    """Implement this to teach from elsewhere.
+
+    Attributes:
+        teaches: which of "sol" and "lune" give features.
+    """
+
+    teaches: tuple[str, ...]
+
+    def features(self, batch: Mapping[str, Any], t: Tensor, draws: Draws) -> Taught:
+        """Of a batch of a cache's items at times t, float32 [B] on the batch's device."""
+
+
+class CachedTeachers:
+    """The features in a batch, linear between the times they were taken at.
+
+    Args:
+        data: what the batches are from.
+    """
+
+    def __init__(self, data: FeatureCache | MultiSource) -> None:
+        self.teaches = tuple(name for name in ("sol", "lune") if getattr(data, f"has_{name}"))
+        self._t_buckets = data.t_buckets
+
+    def features(self, batch: Mapping[str, Any], t: Tensor, draws: Draws) -> Taught:
+        """See `FeatureTeachers`."""
+        t_buckets = self._t_buckets.to(t.device)
+        found = {
+            name: at_time(batch[name], t_buckets, t).float() if name in batch else None
+            for name in ("lune", "sol_stats", "sol_maps")
+        }
+        everywhere = torch.ones(len(t), dtype=torch.bool, device=t.device)
+        has_lune, has_sol = (
+            batch.get(f"has_{expert}", everywhere) if found[name] is not None else ~everywhere
+            for expert, name in (("lune", "lune"), ("sol", "sol_stats"))
+        )
+        return Taught(*found.values(), has_lune, has_sol)
+
+
+class LiveTeachers:
+    """The experts themselves, run on every batch, without a gradient and in their own dtype.
+
+    They see the very latent that the student sees: its noise, at its time. With `t_buckets` and `seed` they
+    say instead what a cache of these says, which costs two passes a batch and not one.
+
+    Args:
+        experts: of the student's latent space (`check_shared_latents`). If they have no text encoder, the
+            batch's `prompt_embeds` are taken for their text states.
+        t_buckets: times of the cache to match.
+        seed: of that cache.
+        offload: bring the experts to the batch's device for the call alone, and back.
+
+    Raises:
+        ValueError: t_buckets without a seed, or the other way round; experts in upstream's convention, which
+            knows no time between buckets.
+    """
+
+    def __init__(
+        self,
+        experts: ExpertFeatures,
+        *,
+        t_buckets: Sequence[float] | None = None,
+        seed: int | None = None,
+        offload: bool = False,
+    ) -> None:
+        if (t_buckets is None) != (seed is None):
+            raise ValueError("give both t_buckets and seed, to match a cache, or neither")
+        if experts.convention != "sample":
+            raise ValueError('live teachers need experts with convention="sample"')
+        self.teaches = experts.teachers
+        self._experts, self._seed, self._offload = experts, seed, offload
+        self._t_buckets = (
+            None if t_buckets is None else torch.tensor(check_buckets(t_buckets), dtype=torch.float64)
+        )
+
+    def features(self, batch: Mapping[str, Any], t: Tensor, draws: Draws) -> Taught:
+        """See `FeatureTeachers`. The batch's noise is that of `draws.seeds("noise")`."""
+        modules = [getattr(self._experts, name) for name in self.teaches]
+        with undisturbed(t.device), resident(modules, t.device, self._offload):
+            found = self._own(batch, t, draws) if self._t_buckets is None else self._as_cached(batch, t)
+        lune, stats, maps = found
+        has = torch.ones(len(t), dtype=torch.bool, device=t.device)
+        return Taught(lune, stats, maps, has & (lune is not None), has & (stats is not None))
+
+    def _extract(self, batch: Mapping[str, Any], seeds: Tensor, t: Tensor) -> list[Tensor | None]:
+        text = expert_text(batch, self._experts.encode_prompt).to(t.device)
+        found = self._experts(batch["latents"].float(), prompt_embeds=text, seeds=seeds, t=t)
+        return list(found)
+
+    def _own(self, batch: Mapping[str, Any], t: Tensor, draws: Draws) -> list[Tensor | None]:
+        found = self._extract(batch, draws.seeds("noise"), t[:, None])
+        return [None if part is None else part[:, 0] for part in found]
+
+    def _as_cached(self, batch: Mapping[str, Any], t: Tensor) -> list[Tensor | None]:
+        t_buckets = self._t_buckets.to(t.device)
+        before, after, weight = buckets_around(t_buckets, t)
+        times = torch.stack([t_buckets[before], t_buckets[after]], 1)
+        found = self._extract(batch, self._seed + batch["index"], times)
+        return [None if part is None else between(part[:, 0], part[:, 1], weight) for part in found]
+
+
+def check_shared_latents(manifest: Manifest, vae: nn.Module) -> None:
+    """Whether a cache's latents are those that experts with this VAE know.
+
+    Raises:
+        ValueError: they aren't, or it isn't known.
+    """
+    made_with = (manifest.encoders or {}).get("vae")
+    if made_with is None:
+        raise ValueError(
+            "the cache doesn't say which VAE made its latents, so experts can't be run on them: build it "
+            "from images"
+        )
+    if made_with["fingerprint"] != fingerprint(vae):
+        raise ValueError(
+            "the cache's latents were made with another VAE than the experts', so these can't be run on "
+            "them: build it with the experts' VAE for the student too"
+        )
+
+
+def expert_text(batch: Mapping[str, Any], encode_prompt: Callable[[list[str]], Tensor] | None) -> Tensor:
+    """[B, tokens, channels] for the experts' cross-attention: of the captions, or the batch's own states."""
+    return batch["prompt_embeds"] if encode_prompt is None else encode_prompt(list(batch["caption"]))
+
+
+@contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """Without a gradient, and in the models' own dtypes whatever the student is trained in."""
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+@contextmanager
+def resident(modules: Sequence[nn.Module], device: torch.device, offload: bool) -> Iterator[None]:
+    """Models on `device` for as long as the block lasts, if they may be moved.
+
+    Raises:
+        ValueError: they are elsewhere and must stay there.
+    """
+    homes = [(module, next(module.parameters()).device) for module in modules]
+    away = [(module, home) for module, home in homes if home != device]
+    if away and not offload:
+        raise ValueError(f"the experts are on {away[0][1]}, the batch on {device}: move them, or use offload")
+    try:
+        for module, _ in away:
+            module.to(device)
+        yield
+    finally:
+        for module, home in away:
+            module.to(home)
