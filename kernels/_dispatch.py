@@ -40,8 +40,9 @@ class Operator:
         _library.impl(name, launch, "CUDA")
         torch.library.register_fake(f"moe_sampler::{name}", fake, lib=_library)
         if autograd is not None:
+            save, backward = autograd
             torch.library.register_autograd(
-                f"moe_sampler::{name}", autograd[1], setup_context=self._save_for(None), lib=_library
+                f"moe_sampler::{name}", backward, setup_context=_for_backend(save, None), lib=_library
             )
         packet, _, overload = name.partition(".")
         self.default = getattr(getattr(torch.ops.moe_sampler, packet), overload or "default")
@@ -57,22 +58,24 @@ class Operator:
             return self._body(self.launch, backend)
         raise ValueError(f"backend must be None, 'triton' or 'torch', got {backend!r}")
 
-    def _save_for(self, backend: str | None) -> Callable:
-        def save(ctx, inputs, output) -> None:
-            ctx.backend = backend
-            self._autograd[0](ctx, inputs, output)
-
-        return save
-
     def _body(self, body: Callable, backend: str) -> Callable:
         if self._autograd is None:
             return body
+        save, backward = self._autograd
         methods = {
             "forward": staticmethod(body),
-            "setup_context": staticmethod(self._save_for(backend)),
-            "backward": staticmethod(self._autograd[1]),
+            "setup_context": staticmethod(_for_backend(save, backend)),
+            "backward": staticmethod(backward),
         }
         return type("Body", (torch.autograd.Function,), methods).apply
+
+
+def _for_backend(save: Callable, backend: str | None) -> Callable:
+    def save_with_backend(ctx, inputs, output) -> None:
+        ctx.backend = backend
+        save(ctx, inputs, output)
+
+    return save_with_backend
 
 
 def unobserved(x: Tensor) -> bool:

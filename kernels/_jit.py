@@ -154,7 +154,7 @@ def normal(seed, step, stream, start, BLOCK: tl.constexpr):
     block = start // 8 + tl.arange(0, BLOCK // 8) + 1
     counter_1 = tl.full((1,), 0, tl.uint64) + step.to(tl.uint64)
     counter_2 = tl.full((1,), 0, tl.uint64) + stream.to(tl.uint64)
-    w0, w1, w2, w3 = tl.philox(
+    w0, w1, w2, w3 = tl.philox(  # pyright: ignore[reportGeneralTypeIssues] - a device function, typed for the host
         seed.to(tl.uint64), block.to(tl.uint64), counter_1, counter_2, tl.full((1,), 0, tl.uint64)
     )
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))

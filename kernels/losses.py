@@ -12,7 +12,7 @@ bilinearly interpolated to the pixels.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -76,7 +76,7 @@ def _factor(a: Loss, precision: torch.dtype) -> Tensor | None:
     weight, small, alpha, sigma = (
         None if t is None else t.to(precision) for t in (a.weight, a.weight_map, a.alpha, a.sigma)
     )
-    if alpha is not None:
+    if alpha is not None and sigma is not None:
         of_levels = min_snr_weight(alpha, sigma, a.gamma, a.kind)
         weight = of_levels if weight is None else weight * of_levels
     if small is None:
@@ -104,7 +104,7 @@ def _sums_of_squares(difference: Tensor) -> Tensor:
     return norms.square_().sum(1)
 
 
-def _twin(*arguments: Tensor | int | float | str | bool | None) -> tuple[Tensor, Tensor]:
+def _twin(*arguments: Any) -> tuple[Tensor, Tensor]:
     a = Loss(*arguments)
     _check(a)
     precision = _precision(a)
@@ -114,7 +114,7 @@ def _twin(*arguments: Tensor | int | float | str | bool | None) -> tuple[Tensor,
         difference = a.prediction.to(precision, copy=True).sub_(a.target)
     batch, numel = len(difference), math.prod(difference.shape[1:])
     factor = _factor(a, precision)
-    if a.weight_map is None:
+    if a.weight_map is None or factor is None:
         loss = _sums_of_squares(difference)
         if factor is not None:
             loss *= factor.view(batch)
@@ -205,7 +205,7 @@ def launch_of(a: Loss, partial: Tensor, residual: Tensor | None) -> _jit.Launch:
     return _jit.Launch(_weighted_mse_kernel, _jit.blocks(numel, batch, _BLOCK), args, constants)
 
 
-def _fake(*arguments: Tensor | int | float | str | bool | None) -> tuple[Tensor, Tensor]:
+def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     a = Loss(*arguments)
     _check(a)
     loss = a.prediction.new_empty(a.prediction.shape[:1], dtype=_precision(a))
@@ -220,7 +220,7 @@ def _refuse_float64(**tensors: Tensor) -> None:
             )
 
 
-def _launch(*arguments: Tensor | int | float | str | bool | None) -> tuple[Tensor, Tensor]:
+def _launch(*arguments: Any) -> tuple[Tensor, Tensor]:
     a = Loss(*arguments)
     _refuse_float64(prediction=a.prediction, target=a.target)
     _check(a)
@@ -317,9 +317,9 @@ def _backward_launch(residual: Tensor, gradient: Tensor, *dtypes: torch.dtype | 
     _refuse_float64(residual=residual, gradient=gradient)
     _check_backward(residual, gradient)
     slopes = _backward_fake(residual, gradient, *dtypes)
-    wanted = [slope if dtype else None for slope, dtype in zip(slopes, dtypes, strict=True)]
+    prediction, target = (slope if dtype else None for slope, dtype in zip(slopes, dtypes, strict=True))
     if any(dtypes):
-        backward_launch_of(*wanted, residual, gradient).run(residual.device)
+        backward_launch_of(prediction, target, residual, gradient).run(residual.device)
     return slopes
 
 

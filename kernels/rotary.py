@@ -97,7 +97,7 @@ def _backward_twin(
     turns = torch.complex(cos, -sin)
     back_q, back_k = _turn(grad_q, turns), _turn(grad_k, turns)
     dmodulation = cos.new_empty(0)
-    if q is not None:
+    if q is not None and k is not None:
         product = torch.mul(back_q, q).addcmul_(back_k, k.to(back_k.dtype))
         dmodulation = (product @ product.new_ones(product.shape[-1])).contiguous()
     if modulation is not None:
@@ -235,7 +235,7 @@ def _launch(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, modulation: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     _check(FLOATS, cos, sin, modulation, "q", q, k=k)
-    out = tuple(torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(2))
+    out = q.new_empty(q.shape), q.new_empty(q.shape)
     launch_of(*out, q, k, cos, sin, modulation).run(q.device)
     return out
 
@@ -302,8 +302,10 @@ def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 
 def _backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple:
     cos, sin, modulation, q, k = ctx.saved_tensors
-    grads = (g if g.stride(-1) == 1 else g.contiguous() for g in (grad_q, grad_k))
-    dq, dk, dmodulation = _backward_operator.on(ctx.backend, cos.device)(*grads, cos, sin, modulation, q, k)
+    grad_q, grad_k = (g if g.stride(-1) == 1 else g.contiguous() for g in (grad_q, grad_k))
+    dq, dk, dmodulation = _backward_operator.on(ctx.backend, cos.device)(
+        grad_q, grad_k, cos, sin, modulation, q, k
+    )
     return dq, dk, None, None, None if q is None else dmodulation
 
 

@@ -16,7 +16,7 @@ and Ho 2022, arXiv:2202.00512).
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,16 +72,18 @@ def _check(p: Pair) -> None:
         check_tensor("alphas", p.alphas, device, _FLOAT32)
         if p.alphas.ndim != 1 or p.alphas.numel() == 0:
             raise ValueError(f"alphas must have shape [T], a level a timestep, got {list(p.alphas.shape)}")
+        if p.sigmas is None:
+            raise ValueError("alphas without sigmas: give both tables")
         check_tensor("sigmas", p.sigmas, device, _FLOAT32, p.alphas.shape)
-    if p.seeds is None and p.noise is None:
-        raise ValueError("give seeds or noise")
     if p.seeds is not None:
         if p.noise is not None:
             raise ValueError("give either seeds or noise, not both")
         check_tensor("seeds", p.seeds, device, (torch.int64,), batch)
         check_counter(p.step, p.stream)
-    else:
+    elif p.noise is not None:
         check_tensor("noise", p.noise, device, FLOATS, p.x0.shape)
+    else:
+        raise ValueError("give seeds or noise")
     predictions = _OF_FLOW if p.alphas is None else _OF_DDPM
     if p.prediction not in predictions:
         raise ValueError(f"prediction must be one of {', '.join(predictions)}, got {p.prediction!r}")
@@ -97,32 +99,33 @@ def _check_levels(p: Pair) -> None:
     if p.alphas is None:
         if not ((p.level >= 0) & (p.level <= 1)).all():
             raise ValueError("sigma must lie in [0, 1], where 1 is noise")
-    elif not _known(p).all():
+    elif not _known(p.level, p.alphas).all():
         raise ValueError(f"timesteps must lie in [0, {p.alphas.numel()}), as the tables do")
 
 
-def _known(p: Pair) -> Tensor:
-    return (p.level >= 0) & (p.level < p.alphas.numel())
+def _known(timesteps: Tensor, table: Tensor) -> Tensor:
+    return (timesteps >= 0) & (timesteps < table.numel())
 
 
 def _levels(p: Pair) -> tuple[Tensor, Tensor]:
     """(α, σ), each [B]."""
-    if p.alphas is None:
+    if p.alphas is None or p.sigmas is None:
         sigma = shift_sigma(p.level, p.shift)
         return 1 - sigma, sigma
-    rows = p.level.clamp(0, p.alphas.numel() - 1)
-    alpha, sigma = (table[rows].masked_fill_(~_known(p), torch.nan) for table in (p.alphas, p.sigmas))
+    rows, unknown = p.level.clamp(0, p.alphas.numel() - 1), ~_known(p.level, p.alphas)
+    alpha, sigma = (table[rows].masked_fill_(unknown, torch.nan) for table in (p.alphas, p.sigmas))
     return alpha, sigma
 
 
 def _epsilon(p: Pair) -> Tensor:
-    if p.noise is not None:
-        return p.noise.float()
-    epsilon = torch.empty(p.x0.shape, dtype=torch.float32, device=p.x0.device)
-    return fill_normal(epsilon, p.seeds, p.step, p.stream)
+    if p.seeds is not None:
+        epsilon = torch.empty(p.x0.shape, dtype=torch.float32, device=p.x0.device)
+        return fill_normal(epsilon, p.seeds, p.step, p.stream)
+    assert p.noise is not None  # `_check` saw to it
+    return p.noise.float()
 
 
-def _twin(*arguments: Tensor | int | float | str | torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
+def _twin(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     p = Pair(*arguments)
     _check(p)
     _check_levels(p)
@@ -215,14 +218,14 @@ def launch_of(p: Pair, noisy: Tensor, target: Tensor, timestep: Tensor | None) -
     return _jit.Launch(_training_pair_kernel, grid, (*pointers, *scalars), constants)
 
 
-def _fake(*arguments: Tensor | int | float | str | torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     p = Pair(*arguments)
     _check(p)
     noisy, target = torch.empty_like(p.x0, dtype=p.dtype), torch.empty_like(p.x0, dtype=p.dtype)
     return noisy, target, torch.empty_like(p.level) if p.alphas is None else p.level.new_empty(0)
 
 
-def _launch(*arguments: Tensor | int | float | str | torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
+def _launch(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     p = Pair(*arguments)
     noisy, target, timestep = _fake(*arguments)
     _check_levels(p)

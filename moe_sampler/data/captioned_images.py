@@ -34,9 +34,11 @@ class Source(Protocol):
 
     def __getitem__(self, index: int) -> CaptionedImage:
         """The same image and caption every time."""
+        ...
 
     def describe(self) -> dict[str, Any]:
         """JSON that changes when the data do: kind, and a fingerprint where there are files."""
+        ...
 
 
 def fit_image(image: Image.Image, height: int, width: int) -> Image.Image:

@@ -15,7 +15,7 @@ from .solvers import Solver, check_solver
 
 __all__ = ["Expert"]
 
-_SOLVER_OF_SCHEDULER = {
+_SOLVER_OF_SCHEDULER: dict[str, Solver] = {
     "DDPMScheduler": "ddpm",
     "DDIMScheduler": "ddim",
     "FlowMatchEulerDiscreteScheduler": "euler",
@@ -35,7 +35,7 @@ _UNSUPPORTED_OPTIONS = {
     "use_lu_lambdas": None,
     "use_dynamic_shifting": "shift",
 }
-_SOLVER_OF_ALGORITHM = {"dpmsolver++": "dpmpp_2m", "sde-dpmsolver++": "dpmpp_2m_sde"}
+_SOLVER_OF_ALGORITHM: dict[str, Solver] = {"dpmsolver++": "dpmpp_2m", "sde-dpmsolver++": "dpmpp_2m_sde"}
 
 
 @dataclass(frozen=True)

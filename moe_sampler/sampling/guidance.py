@@ -19,10 +19,11 @@ def _by_expert(
     kind: str, given: Conditioning, experts: Iterable[str], needed: Iterable[str]
 ) -> dict[str, Mapping[str, torch.Tensor]]:
     """The keyword arguments of each needed expert."""
-    own = [name for name, value in given.items() if isinstance(value, Mapping)]
+    own = {name: value for name, value in given.items() if isinstance(value, Mapping)}
+    shared = {name: value for name, value in given.items() if not isinstance(value, Mapping)}
     if not own:
-        return dict.fromkeys(needed, given)
-    if len(own) < len(given):
+        return dict.fromkeys(needed, shared)
+    if shared:
         raise ValueError(
             f"{kind} mixes tensors and mappings: give either keyword arguments for all experts, or a mapping "
             f"of them for each, by name"
@@ -33,7 +34,7 @@ def _by_expert(
     for name in needed:
         if name not in given:
             raise ValueError(f"{kind} has nothing for expert {name!r}: give its keyword arguments, or {{}}")
-    return {name: given[name] for name in needed}
+    return {name: own[name] for name in needed}
 
 
 class GuidanceInputs:

@@ -62,15 +62,20 @@ def noised(
     """
     if (seeds is None) == (noise is None):
         raise ValueError("give either seeds or noise")
-    if x0.dtype != torch.float32:
-        raise TypeError(f"the sampling state is float32 whatever the models' dtype, got {x0.dtype}")
+    _check_state(x0)
     if seeds is not None:
         if len(seeds) != x0.shape[0]:
             raise ValueError(f"{x0.shape[0]} samples need as many seeds, got {len(seeds)}")
         noise = philox_normal(tuple(x0.shape), seeds, stream=INITIAL_NOISE_STREAM, device=x0.device)
-    elif noise.shape != x0.shape:
+    elif noise is not None and noise.shape != x0.shape:
         raise ValueError(f"noise must have shape {list(x0.shape)}, got {list(noise.shape)}")
+    assert noise is not None  # one of the two was given
     return add_noise(x0, noise, plan.start_level.alpha, plan.start_level.sigma)
+
+
+def _check_state(x: torch.Tensor) -> None:
+    if x.dtype != torch.float32:
+        raise TypeError(f"the sampling state is float32 whatever the models' dtype, got {x.dtype}")
 
 
 class _Inputs:
@@ -173,17 +178,18 @@ class SamplingRun:
         self.plan, self.index, self.interrupted = plan, 0, False
         self.x0: torch.Tensor | None = None
         self._experts = {e.name: e for e in ([experts] if isinstance(experts, Expert) else experts)}
+        self._models = {e.name: e.model for e in self._experts.values() if e.model is not None}
         for name in plan.experts:
-            if name not in self._experts or self._experts[name].model is None:
+            if name not in self._models:
                 raise ValueError(f"the plan calls expert {name!r}: pass it to sample() with its model")
-        if x is None:
-            if shape is None or seeds is None:
-                raise ValueError("give either x, or shape and seeds")
-            batch = shape[0]
+        if x is not None:
+            _check_state(x)
+            self.x = x.clone(memory_format=torch.contiguous_format)
+        elif shape is not None and seeds is not None:
+            self.x = initial_latents(plan, shape, seeds, device)
         else:
-            if x.dtype != torch.float32:
-                raise TypeError(f"the sampling state is float32 whatever the models' dtype, got {x.dtype}")
-            batch = x.shape[0]
+            raise ValueError("give either x, or shape and seeds")
+        batch = self.x.shape[0]
         if plan.needs_noise and seeds is None and noise is None:
             raise ValueError("the plan adds fresh noise: give seeds (one a sample) or a noise function")
         if seeds is not None and len(seeds) != batch:
@@ -191,12 +197,7 @@ class SamplingRun:
         self._guidance = GuidanceInputs(plan, list(self._experts), batch, cond, uncond)
         self._seeds, self._noise, self._callback = seeds, noise, callback
         self._keep_x0 = keep_x0 and callback is not None
-        self.x = (
-            initial_latents(plan, shape, seeds, device)
-            if x is None
-            else x.clone(memory_format=torch.contiguous_format)
-        )
-        self._table: torch.Tensor | None = None
+        self._on_device = False
 
     @property
     def done(self) -> bool:
@@ -205,15 +206,19 @@ class SamplingRun:
     def _move_to_device(self) -> None:
         device = self.x.device
         self._table, self._timesteps = self.plan.table(device), _timesteps(self.plan, device)
-        drawn = self.plan.needs_noise and self._noise is None
-        self._seed_tensor = seeds_tensor(self._seeds, device) if drawn else None
-        if drawn and device.type == "cpu":
-            noisy = [index for index, step in enumerate(self.plan.steps) if step.adds_noise]
-            self._noise, self._seed_tensor = _NoiseAhead(noisy, self.x, self._seed_tensor), None
+        self._seed_tensor = None
+        if self.plan.needs_noise and self._noise is None and self._seeds is not None:
+            seeds = seeds_tensor(self._seeds, device)
+            if device.type == "cpu":
+                noisy = [index for index, step in enumerate(self.plan.steps) if step.adds_noise]
+                self._noise = _NoiseAhead(noisy, self.x, seeds)
+            else:
+                self._seed_tensor = seeds
         # The prediction is kept only where someone reads it: the caller, or a multistep solver here or next.
         reads = [step.reads_history for step in self.plan.steps]
         self._keeps = [self._keep_x0 or any(pair) for pair in zip(reads, [*reads[1:], False], strict=True)]
         self._history = torch.zeros_like(self.x) if any(self._keeps) else None
+        self._on_device = True
 
     @torch.no_grad()
     def advance(self, until: int | None = None) -> torch.Tensor:
@@ -232,7 +237,7 @@ class SamplingRun:
             )
         if self.index == until or self.interrupted:
             return self.x
-        if self._table is None:
+        if not self._on_device:
             self._move_to_device()
         steps = self.plan.steps[self.index : until]
         conditioning = self._guidance.of(call for step in steps for call in step.calls)
@@ -246,7 +251,7 @@ class SamplingRun:
     def _predict(
         self, call: ExpertCall, x: torch.Tensor, timestep: torch.Tensor, conditioning: dict[str, torch.Tensor]
     ) -> torch.Tensor:
-        output = self._experts[call.name].model(x, timestep, **conditioning)
+        output = self._models[call.name](x, timestep, **conditioning)
         output = output if isinstance(output, torch.Tensor) else output[0]
         if call.guidance_rescale:
             return rescaled_guidance(output, call.guidance_scale, call.guidance_rescale)

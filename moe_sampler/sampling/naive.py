@@ -49,7 +49,7 @@ def naive_plan(experts: Sequence[Expert], right: SamplingPlan) -> SamplingPlan:
     nodes = [
         [s.level.noise for s in right.steps if s.calls[0].name == e.name and not s.corrects] for e in experts
     ]
-    timestep = first.path.nearest_timestep(nodes[1][0])
+    timestep = round(first.path.timestep(first.path.at(nodes[1][0])))
     early = plan(first, noise_levels=nodes[0], end=first.path.level(timestep).noise)
     late = plan(second, steps=len(nodes[1]), start=timestep / 1000)
     joint = _passing_on(early.steps[-1])

@@ -8,9 +8,10 @@ positive factor only, which is what makes an exact handoff between experts possi
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -53,22 +54,27 @@ class Path(Protocol):
 
     def at(self, noise: float) -> Level:
         """The level on this path with the given share of noise (see `Level.noise`)."""
+        ...
 
     def timestep(self, level: Level) -> float:
         """What the model is told at this level; `level` may lie on any path."""
+        ...
 
     def level(self, timestep: float) -> Level:
         """The level a model on this path means by `timestep`."""
+        ...
 
     def initial_scale(self, level: Level) -> float:
         """Factor on N(0, 1) noise when sampling starts at `level` without an image."""
+        ...
 
     def grid(self, steps: int, start: float, end: float, shift: float, spacing: str) -> list[float]:
         """`steps` nodes from `start` (included) towards `end` (excluded), as shares of noise, descending."""
+        ...
 
 
-def _check_betas(betas: np.ndarray) -> np.ndarray:
-    betas = np.asarray(betas, dtype=np.float64)
+def _check_betas(given: Sequence[float] | np.ndarray) -> np.ndarray:
+    betas = np.asarray(given, dtype=np.float64)
     if betas.ndim != 1 or betas.size < 2 or not ((betas > 0) & (betas < 1)).all():
         raise ValueError("betas must be a one-dimensional sequence of at least two values in (0, 1)")
     return betas
@@ -259,7 +265,7 @@ class FlowPath:
         return nodes
 
 
-def path_from_scheduler_config(config: dict) -> Path:
+def path_from_scheduler_config(config: Mapping[str, Any]) -> FlowPath | VPPath:
     """The path a diffusers scheduler config describes.
 
     Flow-matching schedulers give a `FlowPath`; the others a `VPPath` from their betas.
@@ -267,9 +273,17 @@ def path_from_scheduler_config(config: dict) -> Path:
     Raises:
         ValueError: for a beta schedule this package does not know.
     """
-    total = config.get("num_train_timesteps", 1000)
     if "FlowMatch" in config.get("_class_name", "") or config.get("prediction_type") == "flow_prediction":
-        return FlowPath(timestep_scale=float(total))
+        return FlowPath(timestep_scale=float(config.get("num_train_timesteps", 1000)))
+    return vp_path_from_config(config)
+
+
+def vp_path_from_config(config: Mapping[str, Any]) -> VPPath:
+    """The path that the betas of a diffusers scheduler config describe.
+
+    Raises:
+        ValueError: for a beta schedule this package does not know.
+    """
     if config.get("rescale_betas_zero_snr"):
         raise ValueError(
             "rescale_betas_zero_snr is not supported: the last level would have no signal at all"
@@ -284,4 +298,5 @@ def path_from_scheduler_config(config: dict) -> Path:
             f'beta_schedule "{name}" is not supported: use "linear", "scaled_linear" or trained_betas'
         )
     start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
+    total = config.get("num_train_timesteps", 1000)
     return schedules[name](start, end, total, steps_offset=offset)

@@ -174,11 +174,12 @@ def _evaluations(experts: Mapping[str, Expert], nodes: Sequence[_Node], end: flo
     previous = None  # the level x0_prev was predicted at
     for node, following in zip(nodes, [*nodes[1:], None], strict=True):
         heun = node.lead.solver == "heun"
-        if following is None:
-            target = Level(1.0, 0.0) if end == 0.0 else node.lead.path.at(end)
-            following = _corrector_at(experts, node, end) if heun and end > 0.0 else None
+        if following is None and heun and end > 0.0:
+            following = _corrector_at(experts, node, end)
         if following is not None:
             target = following.level
+        else:
+            target = Level(1.0, 0.0) if end == 0.0 else node.lead.path.at(end)
         update = solver_row(node.lead.solver, node.level, target, previous, node.lead.eta)
         yield _Evaluation(node, target, node.lead.solver, update)
         previous = node.level

@@ -77,6 +77,8 @@ def x0_to_epsilon(x0: torch.Tensor, x: torch.Tensor, alpha: float, sigma: float)
     return (x - alpha * x0) / sigma
 
 
-def add_noise(x0: torch.Tensor, noise: torch.Tensor, alpha: float, sigma: float) -> torch.Tensor:
+def add_noise(
+    x0: torch.Tensor, noise: torch.Tensor, alpha: float | torch.Tensor, sigma: float | torch.Tensor
+) -> torch.Tensor:
     """x = alpha * x0 + sigma * noise: DDPM's forward process and flow's interpolation (1 - s, s) alike."""
     return alpha * x0 + sigma * noise

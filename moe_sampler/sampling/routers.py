@@ -30,6 +30,7 @@ class Router(Protocol):
 
     def __call__(self, noise: float) -> Mapping[str, float]:
         """Weights of the experts at a share of noise in [0, 1]."""
+        ...
 
 
 def _check_noise(name: str, value: float) -> None:
@@ -148,7 +149,7 @@ class PerStep:
         return [_active(weights, f"step {index}", known) for index, weights in enumerate(self.steps)]
 
 
-def _active(weights: Mapping[str, float], where: str, known: Sequence[str]) -> dict[str, float]:
+def _active(weights: str | Mapping[str, float], where: str, known: Sequence[str]) -> dict[str, float]:
     if not isinstance(weights, Mapping) or not all(isinstance(w, int | float) for w in weights.values()):
         raise ValueError(f"a router gives a mapping from expert names to weights, got {weights!r} at {where}")
     unknown = [name for name in weights if name not in known]
@@ -193,8 +194,9 @@ def lead_spans(
         return lead_expert(active_experts(router, noise, known))
 
     # Where the range ends nobody predicts any more: a change exactly there is no span.
-    if hasattr(router, "knots"):
-        levels = [*router.knots, math.nextafter(end, start)]
+    knots = getattr(router, "knots", None)
+    if knots is not None:
+        levels = [*knots, math.nextafter(end, start)]
     else:
         levels = [start + (end - start) * i / _SCAN for i in range(1, _SCAN)]
     spans, above, opened = [], start, start

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+from .._config import register_to_config
 from ..sampling.paths import Level
 from ..sampling.solvers import SolverRow
 from .fused_step import solver_step, table_row
@@ -72,15 +73,16 @@ class FusedDDIMScheduler(VPScheduler):
     def _target(self, timestep: int) -> Level:
         if timestep >= 0:
             return self._path.level(timestep)
-        return Level(1.0, 0.0) if self.config.set_alpha_to_one else self._path.level(0)
+        return Level(1.0, 0.0) if self.config["set_alpha_to_one"] else self._path.level(0)
 
-    def _row(self, t: int, eta: float, use_clipped_model_output: bool) -> list[float]:
+    def _row(self, t: int, *options: Any) -> list[float]:
+        eta, use_clipped_model_output = options
         # As the original: down by the stride of the step count, whatever the next node is.
-        target = self._target(t - self.config.num_train_timesteps // self.num_inference_steps)
+        target = self._target(t - self.config["num_train_timesteps"] // self.num_inference_steps)
         level = self._path.level(t)
         row = solver_step("ddim", level, target, eta)
         p, q = self._x0(level)
-        if self.config.clip_sample and not use_clipped_model_output:
+        if self.config["clip_sample"] and not use_clipped_model_output:
             # The direction comes from the model's own x0 = p x + q o, only the data's part from the clipped
             # one: a x + b x0 is a (x - alpha x0) + (b + a alpha) x0. What the output adds to the direction
             # goes through the history's slot.

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+from .._config import register_to_config
 from ..sampling.paths import Level
 from .fused_step import solver_step, table_row
 from .vp import VPScheduler
@@ -76,18 +76,18 @@ class FusedDDPMScheduler(VPScheduler):
         Raises:
             ValueError: both or neither given, or timesteps that don't descend within the training range.
         """
-        if (num_inference_steps is None) == (timesteps is None):
-            raise ValueError("give either num_inference_steps or timesteps")
         self._follow_config()
-        if timesteps is None:
+        if num_inference_steps is not None and timesteps is None:
             chosen = self._spaced(num_inference_steps)
-        else:
+        elif timesteps is not None and num_inference_steps is None:
             chosen = [int(t) for t in timesteps]
-            total = self.config.num_train_timesteps
+            total = self.config["num_train_timesteps"]
             if not chosen or any(after >= before for before, after in itertools.pairwise(chosen)):
                 raise ValueError("timesteps must be given in descending order")
             if chosen[0] >= total or chosen[-1] < 0:
                 raise ValueError(f"timesteps must lie in 0..{total - 1}, got {chosen[0]}..{chosen[-1]}")
+        else:
+            raise ValueError("give either num_inference_steps or timesteps")
         self.custom_timesteps = timesteps is not None
         self.num_inference_steps = len(chosen)
         self._schedule(chosen, device)
@@ -107,7 +107,7 @@ class FusedDDPMScheduler(VPScheduler):
         row = solver_step("ddpm", level, target)
         if t == 0:
             row = row._replace(n=0.0)
-        elif self.config.variance_type == "fixed_large":
+        elif self.config["variance_type"] == "fixed_large":
             # The posterior's mean with the forward step's deviation, sqrt(1 - abar / abar').
             row = row._replace(n=math.sqrt(1.0 - (level.alpha / target.alpha) ** 2))
         return table_row(row, *self._x0(level), clip=self._clip)

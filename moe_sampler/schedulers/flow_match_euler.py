@@ -9,13 +9,13 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from diffusers.utils import is_scipy_available, logging
 from diffusers.utils.torch_utils import randn_tensor
 
 from moe_sampler.kernels import shift_sigma
 
+from .._config import register_to_config
 from ..sampling.paths import FlowPath
 from ..sampling.predictions import add_noise, x0_coefficients
 from ..sampling.solvers import SolverRow
@@ -79,18 +79,18 @@ class FusedFlowMatchEulerScheduler(FusedScheduler):
     def _check_config(self) -> None:
         config = self.config
         self._check_choice("time_shift_type", ("exponential", "linear"))
-        if not config.shift > 0:
+        if not config["shift"] > 0:
             self._refuse("shift", "use a positive number")
-        if config.shift_terminal is not None and not 0 <= config.shift_terminal < 1:
+        if config["shift_terminal"] is not None and not 0 <= config["shift_terminal"] < 1:
             self._refuse("shift_terminal", "use a noise level between 0 and 1, or None")
         chosen = [name for name in _RESPACINGS if config[name]]
         if len(chosen) > 1:
             raise ValueError(f"{' and '.join(chosen)} exclude each other: use one of them")
-        if config.use_beta_sigmas and not is_scipy_available():
+        if config["use_beta_sigmas"] and not is_scipy_available():
             raise ImportError("use_beta_sigmas needs SciPy: pip install scipy")
 
     def _compile_config(self) -> None:
-        self._path = FlowPath(timestep_scale=float(self.config.num_train_timesteps))
+        self._path = FlowPath(timestep_scale=float(self.config["num_train_timesteps"]))
         self._tables: dict[torch.device, torch.Tensor] = {}
 
     def _forget_position(self) -> None:
@@ -123,26 +123,26 @@ class FusedFlowMatchEulerScheduler(FusedScheduler):
         self._begin_index = begin_index
 
     def _shifted(self, sigmas: np.ndarray, mu: float | None) -> np.ndarray:
-        if not self.config.use_dynamic_shifting:
+        if mu is None or not self.config["use_dynamic_shifting"]:
             return shift_sigma(sigmas, self.shift)
-        k = math.exp(mu) if self.config.time_shift_type == "exponential" else mu
+        k = math.exp(mu) if self.config["time_shift_type"] == "exponential" else mu
         return shift_sigma(sigmas, k)
 
     def _stretched(self, sigmas: np.ndarray) -> np.ndarray:
         """The last sigma moved to `shift_terminal`, the others in proportion to their distance from 1."""
         if sigmas[-1] == 1.0:
             raise ValueError("shift_terminal needs a last sigma below 1: use more steps")
-        return 1.0 - (1.0 - sigmas) * (1.0 - self.config.shift_terminal) / (1.0 - sigmas[-1])
+        return 1.0 - (1.0 - sigmas) * (1.0 - self.config["shift_terminal"]) / (1.0 - sigmas[-1])
 
     def _respaced(self, sigmas: np.ndarray) -> np.ndarray:
         """Karras (arXiv:2206.00364, eq. 5, rho = 7), exponential or beta (arXiv:2407.12173) spacing between
         the ends."""
         first, last, u = sigmas[0], sigmas[-1], np.linspace(0.0, 1.0, len(sigmas))
-        if self.config.use_karras_sigmas:
+        if self.config["use_karras_sigmas"]:
             return (first ** (1 / 7) + u * (last ** (1 / 7) - first ** (1 / 7))) ** 7
-        if self.config.use_exponential_sigmas:
+        if self.config["use_exponential_sigmas"]:
             return first ** (1.0 - u) * last**u
-        if self.config.use_beta_sigmas:
+        if self.config["use_beta_sigmas"]:
             from scipy.stats import beta
 
             return last + beta.ppf(1.0 - u, 0.6, 0.6) * (first - last)
@@ -174,23 +174,24 @@ class FusedFlowMatchEulerScheduler(FusedScheduler):
         """
         self._follow_config()
         counts = {len(given) for given in (sigmas, timesteps) if given is not None}
-        counts |= {num_inference_steps} - {None}
+        if num_inference_steps is not None:
+            counts.add(num_inference_steps)
         if len(counts) != 1 or min(counts) < 1:
             raise ValueError(
                 "give num_inference_steps, sigmas or timesteps, and as many of each as of the others; got "
                 f"{num_inference_steps} steps, {None if sigmas is None else len(sigmas)} sigmas and "
                 f"{None if timesteps is None else len(timesteps)} timesteps"
             )
-        if self.config.use_dynamic_shifting and mu is None:
+        if self.config["use_dynamic_shifting"] and mu is None:
             raise ValueError("use_dynamic_shifting needs mu: pass it to set_timesteps")
         (count,) = counts
-        total = self.config.num_train_timesteps
+        total = self.config["num_train_timesteps"]
         told = None if timesteps is None else np.asarray(timesteps, dtype=np.float64)
         if sigmas is not None:
             nodes = np.asarray(sigmas, dtype=np.float64)
         elif told is not None:
             nodes = told / total
-            if self.config.use_dynamic_shifting or self.shift != 1.0:
+            if self.config["use_dynamic_shifting"] or self.shift != 1.0:
                 logging.get_logger(__name__).warning(
                     "timesteps without sigmas: the model is told them as they are, but the steps' sigmas are "
                     "shifted"
@@ -200,11 +201,11 @@ class FusedFlowMatchEulerScheduler(FusedScheduler):
         if not ((nodes >= 0) & (nodes <= 1)).all():
             raise ValueError(f"sigmas must lie in 0..1, got {nodes.min():g}..{nodes.max():g}")
         nodes = self._shifted(nodes, mu)
-        if self.config.shift_terminal:
+        if self.config["shift_terminal"]:
             nodes = self._stretched(nodes)
         nodes = self._respaced(nodes)
         rows = self._compile([*nodes.tolist(), 0.0])
-        if self.config.invert_sigmas:
+        if self.config["invert_sigmas"]:
             told, nodes, end = None, 1.0 - nodes, 1.0
         else:
             end = 0.0
@@ -216,12 +217,12 @@ class FusedFlowMatchEulerScheduler(FusedScheduler):
 
     def _compile(self, noises: Sequence[float]) -> list[list[float]]:
         """A row from every noise level to the next. Inverted sigmas mean a model of data - noise."""
-        prediction = "reversed_flow_prediction" if self.config.invert_sigmas else "flow_prediction"
+        prediction = "reversed_flow_prediction" if self.config["invert_sigmas"] else "flow_prediction"
         levels = [self._path.at(noise) for noise in noises]
         rows = []
         for level, target in itertools.pairwise(levels):
             row = solver_step("euler", level, target)
-            if self.config.stochastic_sampling:
+            if self.config["stochastic_sampling"]:
                 row = SolverRow(a=0.0, b=target.alpha, n=target.sigma)
             rows.append(table_row(row, *x0_coefficients(prediction, level)))
         return rows
@@ -247,7 +248,7 @@ class FusedFlowMatchEulerScheduler(FusedScheduler):
 
         After `set_begin_index` the sigma is that of the step which comes next, as in the original.
         """
-        if self.config.invert_sigmas:
+        if self.config["invert_sigmas"]:
             raise ValueError("inverted sigmas are shares of data, so there is no noise to scale by them")
         if self.begin_index is None:
             indices = [self.index_for_timestep(each) for each in timestep.flatten()]
@@ -297,19 +298,22 @@ class FusedFlowMatchEulerScheduler(FusedScheduler):
         if self._compiled_config is not self._internal_dict:
             raise ValueError("the config has changed since set_timesteps: call it again")
         self._check_tensors(model_output, sample)
-        if self._step_index is None:
-            begins = self._begin_index is not None
-            self._step_index = self._begin_index if begins else self.index_for_timestep(timestep)
-        if self._step_index >= self.num_inference_steps:
+        index = self._begin_index if self._step_index is None else self._step_index
+        if index is None:
+            index = self.index_for_timestep(timestep)
+        if index >= self.num_inference_steps:
             raise ValueError(
                 f"all {self.num_inference_steps} steps are done: call set_timesteps for another run"
             )
         if sample.device not in self._tables:
             self._tables[sample.device] = make_table(self._rows, sample.device)
         noise = None
-        if self.config.stochastic_sampling:
+        if self.config["stochastic_sampling"]:
             noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=torch.float32)
-        x = self._launch(model_output, sample, self._tables[sample.device], self._step_index, noise)
-        self._step_index += 1
+        x = self._launch(model_output, sample, self._tables[sample.device], index, noise)
+        self._step_index = index + 1
         previous = x.to(model_output.dtype)
-        return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=previous) if return_dict else (previous,)
+        if not return_dict:
+            return (previous,)
+        # diffusers' output says FloatTensor, the legacy class that no tensor of float16 is an instance of.
+        return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=previous)  # pyright: ignore[reportArgumentType]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
+from diffusers.configuration_utils import FrozenDict
 
 from moe_sampler.kernels import make_row, sampler_step_
 from moe_sampler.kernels._dispatch import FLOATS
@@ -46,7 +47,7 @@ def view_index(timestep: Any, schedule: torch.Tensor) -> int | None:
     if timestep.untyped_storage().data_ptr() != schedule.untyped_storage().data_ptr():
         return None
     index = timestep.storage_offset() - schedule.storage_offset()
-    return index if 0 <= index < len(schedule) else None
+    return int(index) if 0 <= index < len(schedule) else None
 
 
 class FusedScheduler(SchedulerMixin, ConfigMixin):
@@ -59,15 +60,20 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def from_config(
-        cls, config: Mapping[str, Any] | None = None, return_unused_kwargs: bool = False, **kwargs: Any
+        cls,
+        config: FrozenDict | dict[str, Any] | None = None,
+        return_unused_kwargs: bool = False,
+        **kwargs: Any,
     ) -> Any:
         """From the config of this scheduler, the original, or another one with the same noise levels.
 
         Raises:
             ValueError: the config has a setting that changes the noise levels, which this scheduler lacks.
         """
+        if config is None:
+            raise ValueError("give the config to make the scheduler from, like from_config(other.config)")
         own = cls._get_init_keys(cls)
-        for name, value in {**(config or {}), **kwargs}.items():
+        for name, value in {**config, **kwargs}.items():
             harmless = name in own or name.startswith("_") or name in cls._other_solvers_fields
             if not harmless and value is not None and value is not False:
                 raise ValueError(
@@ -103,7 +109,7 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):
         return sample
 
     def __len__(self) -> int:
-        return self.config.num_train_timesteps
+        return self.config["num_train_timesteps"]
 
     @staticmethod
     def _check_tensors(model_output: torch.Tensor, sample: torch.Tensor) -> None:

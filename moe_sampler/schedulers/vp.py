@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 
-from ..sampling.paths import SPACINGS, Level, VPPath, path_from_scheduler_config
+from ..sampling.paths import SPACINGS, Level, VPPath, vp_path_from_config
 from ..sampling.predictions import add_noise, x0_coefficients
 from .fused_step import FusedScheduler, make_table, view_index
 
@@ -44,24 +44,24 @@ class VPScheduler(FusedScheduler):
         config = self.config
         self._check_choice("prediction_type", _PREDICTIONS)
         self._check_choice("timestep_spacing", SPACINGS)
-        if config.trained_betas is None:
+        if config["trained_betas"] is None:
             self._check_choice("beta_schedule", _BETA_SCHEDULES)
-        elif len(config.trained_betas) != config.num_train_timesteps:
-            self._refuse("num_train_timesteps", f"trained_betas has {len(config.trained_betas)} values")
-        if config.thresholding:
+        elif len(config["trained_betas"]) != config["num_train_timesteps"]:
+            self._refuse("num_train_timesteps", f"trained_betas has {len(config['trained_betas'])} values")
+        if config["thresholding"]:
             self._refuse("thresholding", "use clip_sample with a clip_sample_range, or diffusers' scheduler")
-        if config.rescale_betas_zero_snr:
+        if config["rescale_betas_zero_snr"]:
             self._refuse("rescale_betas_zero_snr", "the first level would have no signal to divide by")
-        if config.clip_sample and not config.clip_sample_range > 0:
+        if config["clip_sample"] and not config["clip_sample_range"] > 0:
             self._refuse("clip_sample_range", "use a positive range, or clip_sample=False")
 
     def _compile_config(self) -> None:
         config = self.config
-        if config.trained_betas is None and config.beta_schedule == "squaredcos_cap_v2":
-            betas = cosine_betas(config.num_train_timesteps)
-            self._path = VPPath(tuple(betas), steps_offset=config.steps_offset)
+        if config["trained_betas"] is None and config["beta_schedule"] == "squaredcos_cap_v2":
+            betas = cosine_betas(config["num_train_timesteps"])
+            self._path = VPPath(tuple(betas), steps_offset=config["steps_offset"])
         else:
-            self._path = path_from_scheduler_config({**config, "_class_name": type(self).__name__})
+            self._path = vp_path_from_config(config)
         self.betas = torch.tensor(self._path.betas, dtype=torch.float32)
         self.alphas = 1.0 - self.betas
         self.alphas_cumprod = torch.from_numpy(self._path.alphas**2).float()
@@ -72,7 +72,7 @@ class VPScheduler(FusedScheduler):
         """The state of a scheduler that was just made: every training timestep, no step count."""
         self._follow_config()
         self.num_inference_steps: int | None = None
-        self._schedule(range(self.config.num_train_timesteps - 1, -1, -1), None)
+        self._schedule(range(self.config["num_train_timesteps"] - 1, -1, -1), None)
 
     def _schedule(self, timesteps: Sequence[int], device: torch.device | str | None) -> None:
         self._steps = list(timesteps)
@@ -84,17 +84,17 @@ class VPScheduler(FusedScheduler):
 
     def _spaced(self, num_inference_steps: int) -> list[int]:
         """diffusers' timesteps for the config's spacing."""
-        total = self.config.num_train_timesteps
+        total = self.config["num_train_timesteps"]
         if not 1 <= num_inference_steps <= total:
             raise ValueError(
                 f"num_inference_steps must lie between 1 and num_train_timesteps = {total}, got "
                 f"{num_inference_steps}"
             )
-        if self.config.timestep_spacing == "trailing":
+        if self.config["timestep_spacing"] == "trailing":
             # NumPy's arange decides which way the original's halves round; its float error may add a node -1.
             nodes = np.arange(total, 0, -total / num_inference_steps)[:num_inference_steps]
             return [round(node) - 1 for node in nodes]
-        nodes = self._path.grid(num_inference_steps, spacing=self.config.timestep_spacing)
+        nodes = self._path.grid(num_inference_steps, spacing=self.config["timestep_spacing"])
         return [self._path.nearest_timestep(noise) for noise in nodes]
 
     def _timestep(self, timestep: int | torch.Tensor) -> int:
@@ -106,16 +106,16 @@ class VPScheduler(FusedScheduler):
         if floating:
             raise ValueError(f"timesteps of {type(self).__name__} are integers, got {timestep}")
         t = int(timestep)
-        if not 0 <= t < self.config.num_train_timesteps:
-            raise ValueError(f"timestep {t} is outside 0..{self.config.num_train_timesteps - 1}")
+        if not 0 <= t < len(self):
+            raise ValueError(f"timestep {t} is outside 0..{len(self) - 1}")
         return t
 
     @property
     def _clip(self) -> float:
-        return self.config.clip_sample_range if self.config.clip_sample else math.inf
+        return self.config["clip_sample_range"] if self.config["clip_sample"] else math.inf
 
     def _x0(self, level: Level) -> tuple[float, float]:
-        return x0_coefficients(self.config.prediction_type, level)
+        return x0_coefficients(self.config["prediction_type"], level)
 
     def _row(self, t: int, *options: Any) -> list[float]:
         """The row of the step from timestep `t`."""
