@@ -9,8 +9,15 @@ from typing import TYPE_CHECKING
 from ._lazy import lazy_names
 
 if TYPE_CHECKING:
+    from moe_sampler.kernels import (
+        euler_step_,
+        philox_normal,
+        sampler_step_,
+        shift_sigmas,
+        velocity_to_epsilon,
+    )
+
     from .data.captioned_images import DemoScenes, ImageFolder, TarFiles, open_source
-    from .kernels import euler_step_, philox_normal, sampler_step_, shift_sigmas, velocity_to_epsilon
     from .loading.presets import ExpertSource
     from .pipelines.hybrid import HybridPipeline
     from .sampling.experts import Expert

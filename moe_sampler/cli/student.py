@@ -15,8 +15,8 @@ from .student_sample import sample
 from .student_train import train
 
 if TYPE_CHECKING:
-    from ..tinyflux.features.cache_build import Teachers
-    from ..tinyflux.features.encoders import StudentEncoders
+    from moe_sampler.tinyflux.features.cache_build import Teachers
+    from moe_sampler.tinyflux.features.encoders import StudentEncoders
 
 __all__ = ["app"]
 
@@ -118,7 +118,7 @@ def cache(
 
         images = DemoScenes(count) if source is None else open_source(source)
         device = _device(device)
-        from ..tinyflux.features.cache_build import build_cache
+        from moe_sampler.tinyflux.features.cache_build import build_cache
 
         teaching, student, default = _models(
             experts, teachers, convention, (encoders, vae, clip, t5), t5_length, device
@@ -190,10 +190,11 @@ def _models(
     for logging in (diffusers_logging, transformers_logging):
         logging.set_verbosity_error()
         logging.disable_progress_bar()
+    from moe_sampler.tinyflux.features.cache_build import Teachers
+    from moe_sampler.tinyflux.features.encoders import StudentEncoders, TextEncoder, find_t5
+
     from .. import HybridPipeline
     from ..demo import experts_path
-    from ..tinyflux.features.cache_build import Teachers
-    from ..tinyflux.features.encoders import StudentEncoders, TextEncoder, find_t5
 
     encoders, vae, clip, t5 = student
     if experts is not None and not experts.is_dir():
@@ -217,7 +218,7 @@ def _models(
 def check(folder: Folder) -> None:
     """Read all of a cache, compare its checksums, and say what it holds."""
     with one_line_errors():
-        from ..tinyflux.features.cache_read import FeatureCache
+        from moe_sampler.tinyflux.features.cache_read import FeatureCache
 
         opened = FeatureCache(folder)
         typer.echo(f"{folder}: {len(opened)} samples in {len(opened.manifest.shards)} shards, all whole")
@@ -239,8 +240,8 @@ def export(
     `moe-sampler tinyflux export runs/cache -o upstream/`
     """
     with one_line_errors():
-        from ..tinyflux.features.cache_read import FeatureCache
-        from ..tinyflux.features.exchange import export_upstream
+        from moe_sampler.tinyflux.features.cache_read import FeatureCache
+        from moe_sampler.tinyflux.features.exchange import export_upstream
 
         opened = FeatureCache(folder)
         for path in export_upstream(opened, output, name=name):
@@ -267,7 +268,7 @@ def import_(
     `moe-sampler tinyflux import runs/cache upstream/`
     """
     with one_line_errors():
-        from ..tinyflux.features.exchange import import_upstream
+        from moe_sampler.tinyflux.features.exchange import import_upstream
 
         made = import_upstream(source, folder, convention=convention, shard_size=shard_size)
         typer.echo(f"{folder}: {made.length} samples in {len(made.shards)} shards")
@@ -291,8 +292,8 @@ def show(
         from ..viewing.images import check_writable, save_png
 
         check_writable(output)
-        from ..tinyflux.features.cache_read import FeatureCache
-        from ..tinyflux.features.maps_sheet import maps_sheet
+        from moe_sampler.tinyflux.features.cache_read import FeatureCache
+        from moe_sampler.tinyflux.features.maps_sheet import maps_sheet
 
         opened = FeatureCache(folder, verify=False)
         rows = min(6, len(opened))

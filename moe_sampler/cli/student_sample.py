@@ -275,8 +275,9 @@ def _spelled_out(
     settings: Mapping[str, Any], defaults: Mapping[str, Any], names: Sequence[str]
 ) -> dict[str, Any]:
     """The defaults of what isn't set, so that the record means the same when those change."""
+    from moe_sampler.tinyflux.sampling.guided import GUIDANCE_SCALE
+
     from ..pipelines.settings import by_expert
-    from ..tinyflux.sampling.guided import GUIDANCE_SCALE
 
     found = {"num_inference_steps": 20} | ({"handoff": defaults["handoff"]} if names else {})
     found = {key: value for key, value in found.items() if key not in settings}
@@ -290,7 +291,7 @@ def _check_plan(
     call: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]], defaults: Mapping[str, Any]
 ) -> None:
     """Plan the run without any weights."""
-    from ..tinyflux.sampling.guided import GuidedRouter, guided_experts, guided_plan
+    from moe_sampler.tinyflux.sampling.guided import GuidedRouter, guided_experts, guided_plan
 
     keys = ("guidance_scale", "shift", "solver", "upstream_schedule")
     student, *guides = guided_experts(
@@ -310,7 +311,7 @@ def _load(student: str, model: Model, settings: Mapping[str, Any], machine: Mach
     """The pipeline."""
     import torch
 
-    from ..tinyflux.sampling.pipeline import StudentPipeline
+    from moe_sampler.tinyflux.sampling.pipeline import StudentPipeline
 
     quiet()
     experts = model.load(machine) if guided else None

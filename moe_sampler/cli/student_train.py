@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ..tinyflux.training.settings import StudentSettings
+from moe_sampler.tinyflux.training.settings import StudentSettings
+
 from ..training.flags import with_settings
 from .options import one_line_errors
 from .training import run_training
@@ -20,7 +21,7 @@ def _train(settings: StudentSettings) -> None:
 
     `accelerate launch --num_processes 4 -m moe_sampler.cli tinyflux train student.toml`
     """
-    from ..tinyflux.training.run import train as run
+    from moe_sampler.tinyflux.training.run import train as run
 
     run_training(lambda: run(settings), settings.training.output_dir)
 

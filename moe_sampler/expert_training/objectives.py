@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels import ddpm_training_pair, flow_training_pair, weighted_mse
-from ..kernels.conversions import shift_sigma
-from ..kernels.loss_weights import MinSNR
-from ..kernels.training_pairs import TrainingPair
+from moe_sampler.kernels import ddpm_training_pair, flow_training_pair, weighted_mse
+from moe_sampler.kernels.conversions import shift_sigma
+from moe_sampler.kernels.loss_weights import MinSNR
+from moe_sampler.kernels.training_pairs import TrainingPair
+
 from ..sampling.experts import Expert
 from ..sampling.paths import Level
 from ..sampling.predictions import x0_coefficients

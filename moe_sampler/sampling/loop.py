@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from ..kernels import philox_normal, sampler_step_
-from ..kernels.noise import normal_of_steps, seeds_tensor
+from moe_sampler.kernels import philox_normal, sampler_step_
+from moe_sampler.kernels.noise import normal_of_steps, seeds_tensor
+
 from .experts import Expert
 from .guidance import Conditioning, GuidanceInputs, rescaled_guidance
 from .plan import ExpertCall, SamplingPlan

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from ..kernels.rows import COLUMNS
+from moe_sampler.kernels.rows import COLUMNS
+
 from .experts import Expert
 from .plan import PlanStep, SamplingPlan
 from .planner import plan

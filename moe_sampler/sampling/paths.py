@@ -14,7 +14,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from ..kernels.conversions import shift_sigma
+from moe_sampler.kernels.conversions import shift_sigma
 
 __all__ = ["FlowPath", "Level", "Path", "VPPath", "path_from_scheduler_config"]
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..kernels.rows import COLUMNS, INDEX, ROW_WIDTH, check_row
+from moe_sampler.kernels.rows import COLUMNS, INDEX, ROW_WIDTH, check_row
+
 from .paths import Level
 from .solvers import HEUN_CORRECTOR
 

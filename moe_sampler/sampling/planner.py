@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..kernels.conversions import shift_sigma
-from ..kernels.rows import COLUMNS
+from moe_sampler.kernels.conversions import shift_sigma
+from moe_sampler.kernels.rows import COLUMNS
+
 from .experts import Expert
 from .paths import Level
 from .plan import ExpertCall, PlanStep, SamplingPlan

@@ -6,7 +6,8 @@ from typing import Literal, get_args
 
 import torch
 
-from ..kernels import velocity_to_epsilon
+from moe_sampler.kernels import velocity_to_epsilon
+
 from .paths import Level
 
 __all__ = [

@@ -14,7 +14,8 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from diffusers.utils import is_scipy_available, logging
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..kernels import shift_sigma
+from moe_sampler.kernels import shift_sigma
+
 from ..sampling.paths import FlowPath
 from ..sampling.predictions import add_noise, x0_coefficients
 from ..sampling.solvers import SolverRow

@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
 
-from ..kernels import make_row, sampler_step_
-from ..kernels._dispatch import FLOATS
+from moe_sampler.kernels import make_row, sampler_step_
+from moe_sampler.kernels._dispatch import FLOATS
+
 from ..sampling.paths import Level
 from ..sampling.solvers import Solver, SolverRow, solver_row
 

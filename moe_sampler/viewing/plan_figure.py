@@ -9,7 +9,8 @@ from pathlib import Path
 
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
-from ..kernels import shift_sigma
+from moe_sampler.kernels import shift_sigma
+
 from ..sampling.plan import PlanStep, SamplingPlan
 from .images import BACKGROUND, check_writable, save_png
 
