@@ -99,7 +99,7 @@ def _backward_twin(
     dmodulation = cos.new_empty(0)
     if q is not None and k is not None:
         product = torch.mul(back_q, q).addcmul_(back_k, k.to(back_k.dtype))
-        dmodulation = (product @ product.new_ones(product.shape[-1])).contiguous()
+        dmodulation = product.sum(-1)
     if modulation is not None:
         back_q.mul_(modulation[..., None])
         back_k.mul_(modulation[..., None])
