@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from typing import Any, NamedTuple, Protocol
 
 from PIL import Image
@@ -37,21 +38,40 @@ class Task(Protocol):
     """
 
     name: str
-    model: nn.Module
-    data: Dataset
     weights_name: str
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    @property
+    def data(self) -> Dataset: ...
 
     def loss(self, model: nn.Module, batch: Any, draws: Draws) -> Losses:
         """Of a micro-batch. `model` is `self.model`, maybe wrapped for several processes or compiled: call
         it, don't look into it. Everything random comes from `draws`."""
+        ...
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         """Numbers on held-out data, with fixed noise; "loss" is what the best checkpoint is chosen by. Empty
         where there is nothing held out."""
+        ...
 
     def samples(self, model: nn.Module) -> list[Image.Image]:
         """Pictures from fixed seeds, for eyes. May be empty."""
+        ...
 
     def describe(self) -> dict[str, Any]:
         """Of the data and all else a model card should say beside the settings. Plain values, and the same
         in a run that is resumed: a checkpoint is only continued with the same description."""
+        ...
+
+
+def length(data: Dataset) -> int:
+    """How many samples a dataset has.
+
+    Raises:
+        TypeError: one that only iterates.
+    """
+    if not isinstance(data, Sized):
+        raise TypeError(f"{type(data).__name__} has no length: a task's data is a dataset with __len__")
+    return len(data)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
 
 from moe_sampler import __version__
@@ -42,7 +43,7 @@ class Teachers:
     """
 
     features: ExpertFeatures
-    vae: nn.Module
+    vae: AutoencoderKL | AutoencoderTiny
     text_encoder: nn.Module
 
     @classmethod
@@ -142,7 +143,7 @@ def _manifest(
         raise ValueError(f"seed must lie in [0, 2**62), got {seed}")
     scales = {"the student's": encoders.scale}
     if teachers is not None:
-        scales["the experts'"] = 2 ** (len(teachers.vae.config.block_out_channels) - 1)
+        scales["the experts'"] = 2 ** (len(teachers.vae.config["block_out_channels"]) - 1)
     for whose, scale in scales.items():
         if height < scale or width < scale or height % scale or width % scale:
             raise ValueError(

@@ -138,9 +138,10 @@ class FeatureCache(Dataset):
         index %= len(self)
         shard = bisect.bisect_right(self._ends, index)
         record = self.manifest.shards[shard]
-        if self._shards[shard] is None:
-            self._shards[shard] = open_shard(self.folder, record, whole=False)
-        return self._shards[shard], index - record.first
+        tensors = self._shards[shard]
+        if tensors is None:
+            tensors = self._shards[shard] = open_shard(self.folder, record, whole=False)
+        return tensors, index - record.first
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         tensors, place = self._find(index)

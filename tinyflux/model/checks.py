@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,41 +13,48 @@ __all__ = ["check_inputs"]
 
 
 def check_inputs(
-    config: Any, size: tuple[int, int] | None, **inputs: Tensor | None
+    config: Mapping[str, Any],
+    size: tuple[int, int] | None,
+    *,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    timestep: Tensor,
+    img_ids: Tensor | None,
+    txt_ids: Tensor | None,
+    **others: Tensor | None,
 ) -> tuple[int, int] | None:
     """The size (H, W) of the latents, or None where nothing needs it; see `TinyFlux.forward` for the rest.
 
     Raises:
         ValueError: shapes that don't fit each other or the model, real features without their expert.
     """
-    latents, text = inputs["hidden_states"], inputs["encoder_hidden_states"]
+    latents, text = hidden_states, encoder_hidden_states
     if latents.ndim != 3 or text.ndim != 3:
         raise ValueError(
             "hidden_states and encoder_hidden_states must have shapes [B, N, C] and [B, L, D], got "
             f"{list(latents.shape)} and {list(text.shape)}"
         )
-    (batch, tokens, _), length, side = latents.shape, text.shape[1], config.sol_spatial_size
+    (batch, tokens, _), length, side = latents.shape, text.shape[1], config["sol_spatial_size"]
     expected = {
-        "hidden_states": (batch, tokens, config.in_channels),
-        "encoder_hidden_states": (batch, length, config.joint_attention_dim),
-        "pooled_projections": (batch, config.pooled_projection_dim),
+        "hidden_states": (batch, tokens, config["in_channels"]),
+        "encoder_hidden_states": (batch, length, config["joint_attention_dim"]),
+        "pooled_projections": (batch, config["pooled_projection_dim"]),
         "encoder_attention_mask": (batch, length),
         "drop_text": (batch,),
-        "lune_features": (batch, config.lune_expert_dim),
+        "lune_features": (batch, config["lune_expert_dim"]),
         "sol_stats": (batch, 3),
         "sol_spatial": (batch, side, side),
         "lune_mask": (batch,),
         "sol_mask": (batch,),
     }
+    inputs = {**others, "hidden_states": latents, "encoder_hidden_states": text}
     for name, shape in expected.items():
         given = inputs[name]
         if given is not None and tuple(given.shape) != shape:
             raise ValueError(f"{name} must have shape {list(shape)}, got {list(given.shape)}")
-    timestep = inputs["timestep"]
     if timestep.ndim and tuple(timestep.shape) != (batch,):
         raise ValueError(f"timestep must have shape [{batch}] or [], got {list(timestep.shape)}")
-    for name, count in (("img_ids", tokens), ("txt_ids", length)):
-        ids = inputs[name]
+    for name, ids, count in (("img_ids", img_ids, tokens), ("txt_ids", txt_ids, length)):
         if ids is not None and (ids.ndim not in (2, 3) or tuple(ids.shape[-2:]) != (count, 3)):
             raise ValueError(f"{name} must have shape [{count}, 3] or [B, {count}, 3], got {list(ids.shape)}")
     for name, option in (
@@ -56,7 +64,7 @@ def check_inputs(
     ):
         if inputs[name] is not None and not config[option]:
             raise ValueError(f"{name} given, but this model has {option}=False")
-    return _size(tokens, size, inputs["img_ids"], config.use_sol_prior)
+    return _size(tokens, size, img_ids, config["use_sol_prior"])
 
 
 def _size(

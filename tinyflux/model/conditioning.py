@@ -42,9 +42,9 @@ class RotaryFrequencies(nn.Module):
             self.register_buffer(f"freqs_{i}", 1.0 / _THETA**exponent)
 
     def _apply(self, fn, recurse: bool = True):
-        exact = dict(self._buffers)
+        exact = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
-        for name, cast in self._buffers.items():
+        for name, cast in list(self.named_buffers(recurse=False)):
             if cast.dtype in (torch.float16, torch.bfloat16):
                 self._buffers[name] = exact[name].to(cast.device)
         return self
@@ -52,8 +52,8 @@ class RotaryFrequencies(nn.Module):
     def forward(self, ids: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """(cos, sin), each [tokens, head_dim / 2] of `dtype`; ids: [tokens, axes]."""
         ids = ids.to(dtype)
-        angles = [ids[:, i : i + 1] * freqs.to(dtype) for i, freqs in enumerate(self._buffers.values())]
-        angles = torch.cat(angles, -1)
+        axes = [freqs for freqs in self._buffers.values() if freqs is not None]
+        angles = torch.cat([ids[:, i : i + 1] * freqs.to(dtype) for i, freqs in enumerate(axes)], -1)
         return angles.cos(), angles.sin()
 
 
@@ -71,13 +71,13 @@ def attention_inputs(
     zeros. mask: bool [B, L] or None. dtype: of the tables.
     """
     img_ids = img_ids if img_ids.ndim == 2 else img_ids[0]
-    tables = still = rope(torch.cat([img_ids.new_zeros(length, 3), img_ids]), dtype)
+    cos, sin = still_cos, still_sin = rope(torch.cat([img_ids.new_zeros(length, 3), img_ids]), dtype)
     if txt_ids is not None:
         txt_ids = txt_ids if txt_ids.ndim == 2 else txt_ids[0]
-        tables = rope(torch.cat([txt_ids.to(dtype), img_ids.to(dtype)]), dtype)
+        cos, sin = rope(torch.cat([txt_ids.to(dtype), img_ids.to(dtype)]), dtype)
     if mask is not None:
         mask = torch.cat([mask, mask.new_ones(len(mask), len(img_ids))], 1)[:, None, None]
-    return AttentionInputs(*still, None, mask), AttentionInputs(*tables, None, mask)
+    return AttentionInputs(still_cos, still_sin, None, mask), AttentionInputs(cos, sin, None, mask)
 
 
 def sol_factors(
@@ -106,7 +106,8 @@ def sol_factors(
     half_log = 0.5 * temperature.clamp_min(0.1).log()
     blocks, exact = [*double, *single], half_log.dtype
     weight = torch.stack([block.weight.view(1, -1, 1) for block in blocks]).to(exact)
-    bias = torch.stack([block.bias.view(1, -1, 1) for block in blocks]).to(exact)
+    biases = [block.bias for block in blocks if block.bias is not None]
+    bias = torch.stack([of_block.view(1, -1, 1) for of_block in biases]).to(exact)
     resized = F.interpolate(importance[:, None], size=size, mode="bilinear").flatten(2)
     logs = (weight * resized + bias).clamp(-_LARGEST_LOG, _LARGEST_LOG) - half_log[..., None]
     of_double = F.pad(logs[: len(double)], (length, 0)).exp()

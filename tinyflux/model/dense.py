@@ -39,8 +39,10 @@ class _Product(torch.autograd.Function):
         )
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    @once_differentiable  # which has no annotations
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         rows = grad.flatten(0, -2)
         dx = None if weight is None else _product(grad, weight.t())
@@ -51,10 +53,10 @@ class _Product(torch.autograd.Function):
 class Linear(nn.Linear):
     """`torch.nn.Linear`, with float32 products of many rows on the CPU done by oneDNN."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self._use_onednn(x):
-            return F.linear(x, self.weight, self.bias)
-        return _Product.apply(x, self.weight, self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        if not self._use_onednn(input):
+            return F.linear(input, self.weight, self.bias)
+        return _Product.apply(input, self.weight, self.bias)
 
     def _use_onednn(self, x: Tensor) -> bool:
         return (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +54,8 @@ class TimeEmbedding(nn.Module):
         """[B, width] in the weights' dtype; t: [B], float32 or float64."""
         k = torch.arange(128, dtype=t.dtype, device=t.device)
         angles = self.factor * t[:, None] * torch.exp(k * (-math.log(_THETA) / 127))
-        return self.mlp(torch.cat([angles.sin(), angles.cos()], -1).to(self.mlp[0].weight.dtype))
+        first = cast(nn.Linear, self.mlp[0])
+        return self.mlp(torch.cat([angles.sin(), angles.cos()], -1).to(first.weight.dtype))
 
 
 class AdaNorm(nn.Module):
@@ -90,8 +92,8 @@ class _Heads(nn.Module):
         if config.use_sol_prior:
             # Holds one weight and one bias a head; the model evaluates those of all blocks at once.
             self.spatial_to_mod = nn.Conv2d(1, config.num_attention_heads, kernel_size=1)
-            nn.init.zeros_(self.spatial_to_mod.weight)
-            nn.init.zeros_(self.spatial_to_mod.bias)
+            for parameter in self.spatial_to_mod.parameters():
+                nn.init.zeros_(parameter)
 
     def _project(self, x: Tensor, qkv: nn.Linear, norms: tuple[HeadNorm, HeadNorm] | None) -> Tensor:
         """[B, tokens, 3, heads, head_dim] of x: [B, tokens, D]."""

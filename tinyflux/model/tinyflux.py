@@ -8,9 +8,9 @@ predicts the velocity data - noise.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, cast, overload
 
 import torch
 import torch.nn.functional as F
@@ -104,14 +104,31 @@ class TinyFlux(ModelMixin, ConfigMixin):
         self.final_linear = linear(width, config.in_channels, gain=0.0)
         self.register_load_state_dict_pre_hook(self._leave_out_ignored)
 
-    def to(self, *args: Any, **kwargs: Any) -> TinyFlux:
+    # diffusers' own is a wrapper without a signature.
+    def to(self, *args: Any, **kwargs: Any) -> TinyFlux:  # pyright: ignore[reportIncompatibleVariableOverride]
         """As `torch.nn.Module.to`. diffusers' own warns of modules that stay float32; here they see to it."""
-        return nn.Module.to(self, *args, **kwargs)
+        nn.Module.to(self, *args, **kwargs)
+        return self
 
     # Loading and saving: `save_pretrained` is diffusers' own.
 
+    @overload
     @classmethod
     def from_config(
+        cls,
+        config: TinyFluxConfig | Mapping[str, Any],
+        return_unused_kwargs: Literal[False] = False,
+        **settings: Any,
+    ) -> TinyFlux: ...
+
+    @overload
+    @classmethod
+    def from_config(
+        cls, config: TinyFluxConfig | Mapping[str, Any], return_unused_kwargs: bool, **settings: Any
+    ) -> TinyFlux | tuple[TinyFlux, dict[str, Any]]: ...
+
+    @classmethod
+    def from_config(  # pyright: ignore[reportIncompatibleMethodOverride] - the base's default is an error there
         cls, config: TinyFluxConfig | Mapping[str, Any], return_unused_kwargs: bool = False, **settings: Any
     ) -> TinyFlux | tuple[TinyFlux, dict[str, Any]]:
         """A new model from a config or a parsed config.json, with `settings` in place of its own.
@@ -124,14 +141,14 @@ class TinyFlux(ModelMixin, ConfigMixin):
         return (model, {}) if return_unused_kwargs else model
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride] - the base's None says nothing to load
         cls,
         pretrained_model_name_or_path: str | os.PathLike,
         *,
         config: TinyFluxConfig | None = None,
         ema: bool | str = False,
         **kwargs: Any,
-    ) -> TinyFlux | tuple[TinyFlux, dict[str, Any]]:
+    ) -> TinyFlux:
         """A trained model, in eval mode, from wherever its tensors lie.
 
         Args:
@@ -184,12 +201,12 @@ class TinyFlux(ModelMixin, ConfigMixin):
         return found
 
     def _null_vectors(self) -> tuple[Tensor, Tensor]:
-        if self.config.null_condition == "learned":
+        if self.config["null_condition"] == "learned":
             return self.null_text, self.null_pooled
         like = self.img_in.weight
         return (
-            like.new_zeros(self.config.joint_attention_dim),
-            like.new_zeros(self.config.pooled_projection_dim),
+            like.new_zeros(self.config["joint_attention_dim"]),
+            like.new_zeros(self.config["pooled_projection_dim"]),
         )
 
     # Forward
@@ -279,16 +296,20 @@ class TinyFlux(ModelMixin, ConfigMixin):
             stats = None if sol_stats is None else sol_stats.to(dtype)
             sol = self.sol_prior(time_and_text, t, stats, sol_spatial, sol_mask)
 
-        img_ids = self.create_img_ids(*size, device=t.device) if img_ids is None else img_ids
+        if img_ids is None:
+            assert size is not None  # `check_inputs` sees to it
+            img_ids = self.create_img_ids(*size, device=t.device)
         shared = attention_inputs(self.rope, img_ids, txt_ids, text.shape[1], mask, exact)
+        modulations: Sequence[Tensor | None]
         modulations = [None] * (len(self.double_blocks) + len(self.single_blocks))
         if sol is not None and modulations:
+            assert size is not None  # likewise
             temperature = sol.temperature
-            if not self.config.head_temperature:
+            if not self.config["head_temperature"]:
                 temperature = temperature.mean(1, keepdim=True).expand_as(temperature)
             factor, modulations = sol_factors(
-                [block.attn.spatial_to_mod for block in self.double_blocks],
-                [block.attn.spatial_to_mod for block in self.single_blocks],
+                _of_maps(self.double_blocks),
+                _of_maps(self.single_blocks),
                 temperature,
                 sol.importance,
                 size,
@@ -307,7 +328,7 @@ class TinyFlux(ModelMixin, ConfigMixin):
     def _text_vector(self, text: Tensor, pooled: Tensor, mask: Tensor | None) -> Tensor:
         """[B, D] of the pooled text and the text tokens, weighted by the softmax of their means."""
         vector = self.vector_in(pooled)
-        if not self.config.use_t5_vec:
+        if not self.config["use_t5_vec"]:
             return vector
         weights = text.mean(-1)
         if mask is None:
@@ -323,7 +344,7 @@ class TinyFlux(ModelMixin, ConfigMixin):
         img: Tensor,
         conditioning: Tensor,
         shared: tuple[AttentionInputs, AttentionInputs],
-        modulations: list[Tensor | None],
+        modulations: Sequence[Tensor | None],
     ) -> Tensor:
         """[B, N, D] of the image after all blocks."""
         doubles, length = len(self.double_blocks), txt.shape[1]
@@ -337,9 +358,10 @@ class TinyFlux(ModelMixin, ConfigMixin):
         return x[:, length:].contiguous()
 
     def _run(self, block: nn.Module, *args: Any) -> Any:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return self._gradient_checkpointing_func(block, *args)
-        return block(*args)
+        checkpointed = self._gradient_checkpointing_func if self.gradient_checkpointing else None
+        if checkpointed is None or not torch.is_grad_enabled():
+            return block(*args)
+        return checkpointed(block, *args)
 
     @staticmethod
     def create_img_ids(height: int, width: int, device: torch.device | str | None = None) -> Tensor:
@@ -348,3 +370,8 @@ class TinyFlux(ModelMixin, ConfigMixin):
             torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij"
         )
         return torch.stack([torch.zeros_like(y), y, x], -1).flatten(0, 1)
+
+
+def _of_maps(blocks: nn.ModuleList) -> list[nn.Conv2d]:
+    """What each block makes of Sol's map."""
+    return [cast("DoubleBlock | SingleBlock", block).attn.spatial_to_mod for block in blocks]

@@ -6,7 +6,7 @@ Time t runs from noise (0) to data (1), and the student predicts data - noise; a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,8 @@ from moe_sampler.training.draws import Draws
 from moe_sampler.training.task import Losses
 
 __all__ = ["student_loss", "tokens"]
+
+T = TypeVar("T")
 
 
 def student_loss(
@@ -54,7 +56,9 @@ def student_loss(
         terms: "velocity" and, where they have a weight, "lune", "sol_stats", "sol_map" and "distill", before
         min-SNR and their weights. per_sample: the velocity's.
     """
-    config, size = student.config, tuple(batch["latents"].shape[2:])
+    config = student.config
+    height, width = batch["latents"].shape[2:]
+    size = (height, width)
     noise = sample_noise(time, draws)
     pair = flow_training_pair(
         batch["latents"].contiguous(),
@@ -75,7 +79,7 @@ def student_loss(
         drop_text=_drawn(
             draws,
             "text_dropout",
-            config.text_dropout if objective.text_dropout is None else objective.text_dropout,
+            config["text_dropout"] if objective.text_dropout is None else objective.text_dropout,
         ),
         **_real_features(config, taught, _drawn(draws, "feature_input", objective.feature_input)),
     )
@@ -91,7 +95,7 @@ def student_loss(
     if objective.distill_weight:
         weight = objective.distill_weight * _ramp(step, objective.distill_warmup_steps)
         share = weight * objective.mix(noise) * taught_rows
-        target = _routed_velocity(routed, pair.noisy, noise, batch, share)
+        target = _routed_velocity(_there(routed, "routed"), pair.noisy, noise, batch, share)
         terms["distill"] = velocity_error(target, objective.distill_loss) * (share > 0)
         per_sample = torch.lerp(velocity, terms["distill"], share)
     if objective.min_snr_gamma is not None:
@@ -122,18 +126,15 @@ def _dropped(taught: Taught, rows: Tensor) -> Taught:
     return taught._replace(has_lune=taught.has_lune & rows, has_sol=taught.has_sol & rows)
 
 
-def _real_features(config: Any, taught: Taught | None, fed: Tensor) -> dict[str, Tensor]:
+def _real_features(config: Mapping[str, Any], taught: Taught | None, fed: Tensor) -> dict[str, Tensor]:
     """What the student is given of the experts. Masks are never left out, so that the predictors belong to
     every step's graph, as training in several processes needs."""
     given: dict[str, Tensor] = {}
-    if taught is not None and taught.lune is not None and config.use_lune_expert:
+    if taught is not None and taught.lune is not None and config["use_lune_expert"]:
         given |= {"lune_features": taught.lune, "lune_mask": taught.has_lune & fed}
-    if taught is not None and taught.sol_stats is not None and config.use_sol_prior:
-        given |= {
-            "sol_stats": taught.sol_stats,
-            "sol_spatial": taught.sol_map,
-            "sol_mask": taught.has_sol & fed,
-        }
+    sol = None if taught is None or not config["use_sol_prior"] else taught
+    if sol is not None and sol.sol_stats is not None and sol.sol_map is not None:
+        given |= {"sol_stats": sol.sol_stats, "sol_spatial": sol.sol_map, "sol_mask": sol.has_sol & fed}
     return given
 
 
@@ -141,7 +142,9 @@ def _weight_map(strength: float, taught: Taught | None) -> Tensor | None:
     """[B, S, S] with a mean of 1: Sol's map where there is one, ones elsewhere."""
     if not strength:
         return None
-    unit = taught.sol_map / taught.sol_map.mean((1, 2), keepdim=True).clamp_min(1e-12)
+    taught = _there(taught, "teachers")
+    found = _there(taught.sol_map, "Sol's maps")
+    unit = found / found.mean((1, 2), keepdim=True).clamp_min(1e-12)
     return torch.where(taught.has_sol[:, None, None], 1 + strength * (unit - 1), 1.0)
 
 
@@ -165,18 +168,29 @@ def _feature_errors(
     objective: ObjectiveSettings, step: int, student: TinyFlux, out: TinyFluxOutput, taught: Taught | None
 ) -> list[tuple[str, float, Tensor]]:
     """(name, weight, error [B]) of every expert feature that is learned."""
-    found = []
-    delta = objective.huber_delta
+    if not (objective.lune_weight or objective.sol_stats_weight or objective.sol_map_weight):
+        return []
+    found, delta, taught = [], objective.huber_delta, _there(taught, "teachers")
     lune, sol = (_ramp(step, n) for n in (objective.lune_warmup_steps, objective.sol_warmup_steps))
     if objective.lune_weight:
-        error = _error(objective.lune_loss, out.lune_pred, taught.lune, delta) * taught.has_lune
-        found.append(("lune", lune * objective.lune_weight, error))
+        predicted = _there(out.lune_pred, "a student with use_lune_expert")
+        error = _error(objective.lune_loss, predicted, _there(taught.lune, "Lune's features"), delta)
+        found.append(("lune", lune * objective.lune_weight, error * taught.has_lune))
     if objective.sol_stats_weight:
-        error = _error("mse", out.pred_stats, taught.sol_stats, delta) * taught.has_sol
-        found.append(("sol_stats", sol * objective.sol_stats_weight, error))
+        predicted = _there(out.pred_stats, "a student with use_sol_prior")
+        error = _error("mse", predicted, _there(taught.sol_stats, "Sol's statistics"), delta)
+        found.append(("sol_stats", sol * objective.sol_stats_weight, error * taught.has_sol))
     if objective.sol_map_weight:
-        error = _error("mse", out.pred_spatial, student.sol_prior.scaled(taught.sol_map), delta)
+        predicted = _there(out.pred_spatial, "a student with use_sol_prior")
+        prior = _there(student.sol_prior, "a student with use_sol_prior")
+        error = _error("mse", predicted, prior.scaled(_there(taught.sol_map, "Sol's maps")), delta)
         found.append(("sol_map", sol * objective.sol_map_weight, error * taught.has_sol))
+    return found
+
+
+def _there(found: T | None, what: str) -> T:
+    if found is None:
+        raise ValueError(f"the objective needs {what}: `check_objective` says so before a run")
     return found
 
 

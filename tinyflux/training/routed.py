@@ -64,7 +64,8 @@ class RoutedTeachers:
         self._experts = {expert.name: expert for expert in experts}
         if not experts or len(self._experts) < len(experts):
             raise ValueError(f"give experts of different names, got {[e.name for e in experts]}")
-        if missing := [expert.name for expert in experts if expert.model is None]:
+        self._models = {expert.name: expert.model for expert in experts if expert.model is not None}
+        if missing := [name for name in self._experts if name not in self._models]:
             raise ValueError(f"{', '.join(missing)} came without a model")
         if guidance_scale != 1 and encode_prompt is None and null_embeds is None:
             raise ValueError("guidance needs null_embeds where there is no encode_prompt")
@@ -121,13 +122,15 @@ class RoutedTeachers:
 
     def _predict(self, expert: Expert, sample: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
         """The expert's output with guidance, float32."""
+        model = self._models[expert.name]
         if self._scale == 1:
-            return _output(expert, sample, timestep, text)
+            return _output(model, sample, timestep, text)
         if self._null_embeds is None:
+            assert self._encode_prompt is not None  # the constructor sees to it
             self._null_embeds = self._encode_prompt([""])
         null = self._null_embeds.to(text).expand_as(text)
         uncond, cond = _output(
-            expert, sample.repeat(2, 1, 1, 1), timestep.repeat(2), torch.cat([null, text])
+            model, sample.repeat(2, 1, 1, 1), timestep.repeat(2), torch.cat([null, text])
         ).chunk(2)
         return torch.lerp(uncond, cond, self._scale)
 
@@ -148,6 +151,6 @@ def _tensor(values: Sequence[float], like: Tensor) -> Tensor:
     return torch.tensor(values).to(like.device, non_blocking=True)
 
 
-def _output(expert: Expert, sample: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
-    output = expert.model(sample, timestep, prompt_embeds=text)
+def _output(model: Callable[..., Any], sample: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+    output = model(sample, timestep, prompt_embeds=text)
     return (output if isinstance(output, Tensor) else output[0]).float()

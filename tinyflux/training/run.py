@@ -60,7 +60,7 @@ def new_task(settings: StudentSettings) -> StudentTask:
     pipe = _experts(settings, caches)
     teachers = _feature_teachers(settings, data, pipe)
     routed = None
-    if settings.objective.distill_weight:
+    if pipe is not None and settings.objective.distill_weight:
         routed = RoutedTeachers.from_pipeline(
             pipe,
             settings.objective.router(),
@@ -149,7 +149,7 @@ def _pipeline_of(settings: StudentSettings) -> str | None:
 def _feature_teachers(
     settings: StudentSettings, data: MultiSource, pipe: HybridPipeline | None
 ) -> FeatureTeachers | None:
-    if settings.teachers.features == "live":
+    if pipe is not None and settings.teachers.features == "live":
         return LiveTeachers(ExpertFeatures.from_pipeline(pipe), offload=settings.teachers.offload)
     return CachedTeachers(data) if data.has_lune or data.has_sol else None
 

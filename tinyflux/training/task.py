@@ -18,6 +18,7 @@ from moe_sampler.tinyflux.training.routed import RoutedTeachers
 from moe_sampler.tinyflux.training.teachers import FeatureTeachers
 from moe_sampler.tinyflux.training.time_settings import TimeSettings
 from moe_sampler.training import Draws, Losses
+from moe_sampler.training.task import length
 
 __all__ = ["StudentTask"]
 
@@ -82,7 +83,7 @@ class StudentTask:
 
         A sample's noise is the same at every level and in every validation.
         """
-        if self.held_out is None or not len(self.held_out):
+        if self.held_out is None or not length(self.held_out):
             return {}
         device = self.model.device
         sums = torch.zeros(len(self.noise_levels), dtype=torch.float64, device=device)
@@ -128,7 +129,7 @@ class StudentTask:
             "summary": "A TinyFlux student, trained with moe-sampler.",
             "tags": ["tinyflux", "text-to-image"],
             "parameters": sum(p.numel() for p in self.model.parameters()),
-            "samples": len(self.data),
-            "held-out samples": 0 if self.held_out is None else len(self.held_out),
+            "samples": length(self.data),
+            "held-out samples": 0 if self.held_out is None else length(self.held_out),
             **self.about,
         }

@@ -52,6 +52,7 @@ class FeatureTeachers(Protocol):
 
     def features(self, batch: Mapping[str, Any], t: Tensor, draws: Draws) -> Taught:
         """Of a batch of a cache's items at times t, float32 [B] on the batch's device."""
+        ...
 
 
 class CachedTeachers:
@@ -77,7 +78,7 @@ class CachedTeachers:
             batch.get(f"has_{expert}", everywhere) if found[name] is not None else ~everywhere
             for expert, name in (("lune", "lune"), ("sol", "sol_stats"))
         )
-        return Taught(*found.values(), has_lune, has_sol)
+        return Taught(found["lune"], found["sol_stats"], found["sol_maps"], has_lune, has_sol)
 
 
 class LiveTeachers:
@@ -120,8 +121,10 @@ class LiveTeachers:
         """See `FeatureTeachers`. The batch's noise is that of `draws.seeds("noise")`."""
         modules = [getattr(self._experts, name) for name in self.teaches]
         with undisturbed(t.device), resident(modules, t.device, self._offload):
-            found = self._own(batch, t, draws) if self._t_buckets is None else self._as_cached(batch, t)
-        lune, stats, maps = found
+            if self._t_buckets is None:
+                lune, stats, maps = self._own(batch, t, draws)
+            else:
+                lune, stats, maps = self._as_cached(batch, t, self._t_buckets.to(t.device))
         has = torch.ones(len(t), dtype=torch.bool, device=t.device)
         return Taught(lune, stats, maps, has & (lune is not None), has & (stats is not None))
 
@@ -134,8 +137,7 @@ class LiveTeachers:
         found = self._extract(batch, draws.seeds("noise"), t[:, None])
         return [None if part is None else part[:, 0] for part in found]
 
-    def _as_cached(self, batch: Mapping[str, Any], t: Tensor) -> list[Tensor | None]:
-        t_buckets = self._t_buckets.to(t.device)
+    def _as_cached(self, batch: Mapping[str, Any], t: Tensor, t_buckets: Tensor) -> list[Tensor | None]:
         before, after, weight = buckets_around(t_buckets, t)
         times = torch.stack([t_buckets[before], t_buckets[after]], 1)
         found = self._extract(batch, self._seed + batch["index"], times)
