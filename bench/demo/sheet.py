@@ -6,16 +6,16 @@
 from __future__ import annotations
 
 import sys
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from moe_sampler.demo.captions import EXAMPLE_PROMPTS
 from moe_sampler.demo.data import HELD_OUT_FIRST
 from moe_sampler.demo.scenes import KINDS, draw_scene, render
+from moe_sampler.viewing.sheets import INK, Sheet, scalable_font, wrapped
 
 GAP = 6
 LABEL = 150
@@ -33,21 +33,18 @@ def contact_sheet(
         scale: whole-number enlargement, without smoothing.
     """
     height, width = (scale * side for side in rows[0][1][0].shape[:2])
-    label = LABEL if any(text for text, _ in rows) else 0
-    size = (label + len(columns) * (width + GAP) + GAP, HEADER + len(rows) * (height + GAP) + GAP)
-    sheet = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(size=12)
+    left = GAP + (LABEL if any(text for text, _ in rows) else 0)
+    margins = (left, HEADER, GAP, 2 * GAP)
+    sheet = Sheet(len(columns), len(rows), (width, height), gap=GAP, margins=margins, background="white")
+    font = scalable_font(12)
     for i, text in enumerate(columns):
-        centre = label + GAP + i * (width + GAP) + width // 2
-        draw.text((centre, HEADER // 2), text, fill="black", font=font, anchor="mm")
+        sheet.heading(i, HEADER // 2, text, font)
     for j, (text, pictures) in enumerate(rows):
-        top = HEADER + j * (height + GAP)
-        draw.multiline_text((GAP, top + 4), "\n".join(textwrap.wrap(text, 22)), fill="black", font=font)
+        place = (GAP, sheet.corner(0, j)[1] + 4)
+        sheet.draw.multiline_text(place, wrapped(text, 22), fill=INK, font=font)
         for i, picture in enumerate(pictures):
-            image = Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(image, (label + GAP + i * (width + GAP), top))
-    return sheet
+            sheet.paste(Image.fromarray(picture), i, j, smooth=False)
+    return sheet.image
 
 
 def data_sheet(count: int = 6) -> Image.Image:

@@ -6,18 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from ..sampling.experts import Expert
 from ..sampling.naive import check_comparable, naive_plan
 from ..sampling.plan import SamplingPlan
-from ..viewing.images import BACKGROUND, fitted
+from ..viewing.sheets import FAINT, INK, Sheet, fitted, scalable_font
 from .prompts import Negative, negative_embeds
 from .queue import Batches
 
 __all__ = ["Comparison", "compare"]
 
-_INK, _FAINT = (38, 38, 40), (110, 110, 114)
 _EXPERT_SETTINGS = ("shift", "solver", "eta", "guidance_scale", "guidance_rescale", "guidance_window")
 
 
@@ -44,31 +43,31 @@ class Comparison:
         Args:
             tile: width of each image in the sheet, in pixels.
         """
-        large, small = (ImageFont.load_default(size=max(13, round(tile / part))) for part in (14, 20))
-        gap, line = max(8, tile // 28), round(small.size * 1.35)
+        large, small = (scalable_font(max(13, round(tile / part))) for part in (14, 20))
+        gap, line, below_title = max(8, tile // 28), round(small.size * 1.35), round(large.size * 1.4)
         height = round(tile * self.images[0][0].height / self.images[0][0].width)
         lines = max(note.count("\n") + 1 for note in self.notes)
-        top = gap + round(large.size * 1.4) + lines * line + gap
-        row = line + gap // 2 + height + gap
-        width = gap + len(self.titles) * (tile + gap)
-        sheet = Image.new("RGB", (width, top + len(self.rows) * row), BACKGROUND)
-        draw = ImageDraw.Draw(sheet)
+        sheet = Sheet(
+            len(self.titles),
+            len(self.rows),
+            (tile, height),
+            gap=gap,
+            margins=(gap, gap + below_title + lines * line + gap, gap, gap),
+            above=line + gap // 2,
+        )
         for column, (title, note) in enumerate(zip(self.titles, self.notes, strict=True)):
-            x = gap + column * (tile + gap)
-            draw.text((x, gap), fitted(title, large, tile), fill=_INK, font=large)
+            x, _ = sheet.corner(column, 0)
+            sheet.draw.text((x, gap), fitted(title, large, tile), fill=INK, font=large)
             for number, text in enumerate(note.split("\n")):
-                y = gap + round(large.size * 1.4) + number * line
-                draw.text((x, y), fitted(text, small, tile), fill=_FAINT, font=small)
-        for index, text in enumerate(self.rows):
-            y = top + index * row
-            draw.text((gap, y), fitted(text, small, width - 2 * gap), fill=_INK, font=small)
+                y = gap + below_title + number * line
+                sheet.draw.text((x, y), fitted(text, small, tile), fill=FAINT, font=small)
+        for row, text in enumerate(self.rows):
+            x, y = sheet.corner(0, row)
+            text = fitted(text, small, sheet.image.width - 2 * gap)
+            sheet.draw.text((x, y - gap // 2 - line), text, fill=INK, font=small)
             for column, images in enumerate(self.images):
-                image = images[index].convert("RGB")
-                kind = Image.Resampling.BICUBIC if image.width < tile else Image.Resampling.LANCZOS
-                sheet.paste(
-                    image.resize((tile, height), kind), (gap + column * (tile + gap), y + line + gap // 2)
-                )
-        return sheet
+                sheet.paste(images[row], column, row)
+        return sheet.image
 
 
 def compare(

@@ -1,4 +1,4 @@
-"""Writing images: settings in the PNG's metadata, whole files or none, contact sheets."""
+"""Writing images: settings in the PNG's metadata, whole files or none."""
 
 from __future__ import annotations
 
@@ -10,22 +10,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 __all__ = [
     "check_writable",
-    "contact_sheet",
-    "fitted",
     "read_settings",
     "save_latents",
     "save_png",
     "save_webp",
     "zoom",
 ]
-
-BACKGROUND = (250, 250, 248)
-"""Of contact sheets and figures."""
 
 _KEY = "moe-sampler"
 _KINDS = {
@@ -128,46 +123,3 @@ def zoom(image: Image.Image, factor: int) -> Image.Image:
         if factor == 1
         else image.resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC)
     )
-
-
-def fitted(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    """The text, cut with dots if it is wider than `width`."""
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "...") > width:
-        text = text[:-1]
-    return text.rstrip() + "..."
-
-
-def contact_sheet(
-    images: Sequence[Image.Image],
-    labels: Sequence[str],
-    columns: int,
-    tile: int = 192,
-    title: str | None = None,
-) -> Image.Image:
-    """Images in rows of `columns`, each scaled to `tile` pixels in width and labelled below."""
-    if len(images) != len(labels) or not images:
-        raise ValueError(f"as many labels as images, and at least one: got {len(labels)} and {len(images)}")
-    font = ImageFont.load_default(size=max(11, tile // 14))
-    line = round(font.size * 1.35)
-    text_height = line * max(label.count("\n") + 1 for label in labels) + 6
-    height = round(tile * images[0].height / images[0].width)
-    gap, top = 8, (line * 2 if title else 0)
-    rows = -(-len(images) // columns)
-    columns = min(columns, len(images))
-    sheet = Image.new(
-        "RGB",
-        (gap + columns * (tile + gap), top + gap + rows * (height + text_height + gap)),
-        BACKGROUND,
-    )
-    draw = ImageDraw.Draw(sheet)
-    if title:
-        draw.text((gap, line // 2), title, fill=(20, 20, 20), font=font)
-    for index, (image, label) in enumerate(zip(images, labels, strict=True)):
-        x = gap + (index % columns) * (tile + gap)
-        y = top + gap + (index // columns) * (height + text_height + gap)
-        enlarge = Image.Resampling.BICUBIC if image.width < tile else Image.Resampling.LANCZOS
-        sheet.paste(image.convert("RGB").resize((tile, height), enlarge), (x, y))
-        draw.multiline_text((x, y + height + 3), label, fill=(40, 40, 40), font=font, spacing=2)
-    return sheet

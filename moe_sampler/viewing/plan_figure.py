@@ -7,20 +7,21 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from PIL import Image, ImageColor, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw
 
 from moe_sampler.kernels import shift_sigma
 
 from ..sampling.plan import PlanStep, SamplingPlan
-from .images import BACKGROUND, check_writable, save_png
+from .images import check_writable, save_png
+from .sheets import BACKGROUND, FAINT, INK, scalable_font
 
-__all__ = ["draw_plan", "expert_colors", "expert_summary", "mixed_color"]
+__all__ = ["draw_plan", "expert_colors", "expert_summary", "mixed_color", "pale"]
 
 Color = tuple[int, int, int]
 
 _OWN_COLORS = {"sol": "#dd8a1f", "lune": "#3d6db5"}
 _MORE_COLORS = ("#2f9d78", "#b5527e", "#7a62b8", "#8c8c3a", "#4fa3c7", "#a2583a")
-_INK, _FAINT, _GRID = (38, 38, 40), (120, 120, 124), (226, 226, 222)
+_GRID = (226, 226, 222)
 
 _FINE = 3  # drawn this much larger and reduced, for smooth lines
 _WIDTH, _HEIGHT = 1060, 500  # at least so high
@@ -32,20 +33,28 @@ _LEGEND = 778
 def expert_colors(plan: SamplingPlan) -> dict[str, Color]:
     """A colour for each expert, in order of appearance; Sol's and Lune's are always the same."""
     more = itertools.cycle(_MORE_COLORS)
-    return {name: ImageColor.getrgb(_OWN_COLORS.get(name) or next(more)) for name in plan.experts}
+    return {name: _rgb(_OWN_COLORS.get(name) or next(more)) for name in plan.experts}
+
+
+def _rgb(name: str) -> Color:
+    red, green, blue = ImageColor.getrgb(name)[:3]
+    return red, green, blue
 
 
 def mixed_color(step: PlanStep, colors: Mapping[str, Color]) -> Color:
     """The colours of a step's experts, mixed by their weights."""
-    return tuple(round(sum(c.weight * colors[c.name][i] for c in step.calls)) for i in range(3))
+    red, green, blue = (round(sum(c.weight * colors[c.name][i] for c in step.calls)) for i in range(3))
+    return red, green, blue
 
 
 def _lead(step: PlanStep) -> str:
     return max(step.calls, key=lambda call: call.weight).name
 
 
-def _pale(color: Color, share: float) -> Color:
-    return tuple(round(b + share * (c - b)) for c, b in zip(color, BACKGROUND, strict=True))
+def pale(color: Color, share: float) -> Color:
+    """`share` of the colour over the background."""
+    red, green, blue = (round(b + share * (c - b)) for c, b in zip(color, BACKGROUND, strict=True))
+    return red, green, blue
 
 
 def _handoffs(plan: SamplingPlan) -> list[tuple[int, int]]:
@@ -132,12 +141,12 @@ class _Canvas:
         self._image = Image.new("RGB", (width * _FINE, height * _FINE), BACKGROUND)
         self._draw = ImageDraw.Draw(self._image)
 
-    def text(self, x: float, y: float, text: str, size: int, color: Color = _INK, anchor: str = "la") -> None:
-        font = ImageFont.load_default(size=size * _FINE)
+    def text(self, x: float, y: float, text: str, size: int, color: Color = INK, anchor: str = "la") -> None:
+        font = scalable_font(size * _FINE)
         self._draw.text((x * _FINE, y * _FINE), text, fill=color, font=font, anchor=anchor)
 
     def text_width(self, text: str, size: int) -> float:
-        return ImageFont.load_default(size=size * _FINE).getlength(text) / _FINE
+        return scalable_font(size * _FINE).getlength(text) / _FINE
 
     def line(self, points: Sequence[tuple[float, float]], color: Color, width: float = 1.0) -> None:
         scaled = [(x * _FINE, y * _FINE) for x, y in points]
@@ -146,8 +155,8 @@ class _Canvas:
     def dashes(self, start: tuple[float, float], end: tuple[float, float], color: Color, dash: float) -> None:
         length = math.dist(start, end)
         for i in range(0, int(length / dash) + 1, 2):
-            a, b = i * dash / length, min((i + 1) * dash / length, 1.0)
-            ends = [tuple(s + u * (e - s) for s, e in zip(start, end, strict=True)) for u in (a, b)]
+            shares = i * dash / length, min((i + 1) * dash / length, 1.0)
+            ends = [(start[0] + u * (end[0] - start[0]), start[1] + u * (end[1] - start[1])) for u in shares]
             self.line(ends, color, 1.2)
 
     def polygon(self, points: Sequence[tuple[float, float]], color: Color) -> None:
@@ -171,13 +180,13 @@ def _draw_axes(canvas: _Canvas, count: int) -> None:
     for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
         y = _y(tick)
         canvas.line([(_LEFT, y), (_RIGHT, y)], _GRID)
-        canvas.text(_LEFT - 10, y, f"{tick:g}", 13, _FAINT, "rm")
-    canvas.text(_LEFT - 10, _TOP - 26, "noise", 13, _FAINT, "rm")
-    canvas.text(_LEFT - 10, sum(_STRIP) / 2, "expert", 13, _FAINT, "rm")
+        canvas.text(_LEFT - 10, y, f"{tick:g}", 13, FAINT, "rm")
+    canvas.text(_LEFT - 10, _TOP - 26, "noise", 13, FAINT, "rm")
+    canvas.text(_LEFT - 10, sum(_STRIP) / 2, "expert", 13, FAINT, "rm")
     every = next(e for e in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if count / e <= 20)
     for step in range(0, count, every):
-        canvas.text(_x(step + 0.5, count), _STRIP[1] + 8, str(step), 13, _FAINT, "ma")
-    canvas.text((_LEFT + _RIGHT) / 2, _STRIP[1] + 30, "step", 13, _FAINT, "ma")
+        canvas.text(_x(step + 0.5, count), _STRIP[1] + 8, str(step), 13, FAINT, "ma")
+    canvas.text((_LEFT + _RIGHT) / 2, _STRIP[1] + 30, "step", 13, FAINT, "ma")
 
 
 def _x(step: float, count: int) -> float:
@@ -194,9 +203,9 @@ def _draw_curve(canvas: _Canvas, plan: SamplingPlan, colors: Mapping[str, Color]
     ends = [(_x(i, count), _y(step.level.noise)) for i, step in enumerate(plan.steps)]
     ends.append((_x(count, count), _y(plan.steps[-1].target.noise)))
     for step, (start, end) in zip(plan.steps, itertools.pairwise(ends), strict=True):
-        fill = _pale(mixed_color(step, colors), 0.16)
+        fill = pale(mixed_color(step, colors), 0.16)
         canvas.polygon([start, end, (end[0], _BOTTOM), (start[0], _BOTTOM)], fill)
-    canvas.line([(_LEFT, _BOTTOM), (_RIGHT, _BOTTOM)], _FAINT)
+    canvas.line([(_LEFT, _BOTTOM), (_RIGHT, _BOTTOM)], FAINT)
     _draw_handoffs(canvas, plan)
     for step, (start, end) in zip(plan.steps, itertools.pairwise(ends), strict=True):
         canvas.line([start, end], mixed_color(step, colors), 2.6)
@@ -226,15 +235,15 @@ def _draw_handoffs(canvas: _Canvas, plan: SamplingPlan) -> None:
     for first, end in _handoffs(plan):
         edges = [(_x(i, count), noises[i]) for i in dict.fromkeys((first, end))]
         for x, noise in edges:
-            canvas.dashes((x, _TOP - 12), (x, _STRIP[1]), _FAINT, 5)
-            canvas.dashes((_LEFT, _y(noise)), (x, _y(noise)), _FAINT, 5)
+            canvas.dashes((x, _TOP - 12), (x, _STRIP[1]), FAINT, 5)
+            canvas.dashes((_LEFT, _y(noise)), (x, _y(noise)), FAINT, 5)
         middle = sum(x for x, _ in edges) / len(edges)
         levels = " to ".join(f"{noise:.2f}" for _, noise in edges)
         full.append((middle, f"{'crossfade,' if end > first else 'handoff at'} noise {levels}"))
         short.append((middle, levels))
     placed, all_fit = _labels(canvas, full)
     for centre, text in placed if all_fit else _labels(canvas, short)[0]:
-        canvas.text(centre, _TOP - 17, text, 13, _INK, "md")
+        canvas.text(centre, _TOP - 17, text, 13, INK, "md")
 
 
 def _draw_strip(canvas: _Canvas, plan: SamplingPlan, colors: Mapping[str, Color]) -> None:
@@ -274,7 +283,7 @@ def draw_plan(plan: SamplingPlan, path: str | Path | None = None) -> Image.Image
     canvas = _Canvas(_WIDTH, max(_HEIGHT, _TOP + sum(36 + 20 * len(lines) for lines in legend.values())))
     calls = f"{plan.model_calls} model call{'s' * (plan.model_calls != 1)} per sample"
     count = f"{len(plan)} step{'s' * (len(plan) != 1)}, {calls}"
-    canvas.text(_RIGHT, 20, count, 14, _FAINT, "ra")
+    canvas.text(_RIGHT, 20, count, 14, FAINT, "ra")
     *others, last = (name.title() for name in plan.experts)
     title = f"{', '.join(others)} and {last}" if others else last
     room = _RIGHT - _LEFT - canvas.text_width(count, 14) - 20
@@ -285,10 +294,10 @@ def draw_plan(plan: SamplingPlan, path: str | Path | None = None) -> Image.Image
     y = _TOP
     for name, lines in legend.items():
         canvas.box(_LEGEND, y, _LEGEND + 14, y + 14, colors[name])
-        canvas.text(_LEGEND + 24, y + 7, name.title(), 16, _INK, "lm")
+        canvas.text(_LEGEND + 24, y + 7, name.title(), 16, INK, "lm")
         for line in lines:
             y += 20
-            canvas.text(_LEGEND + 24, y + 7, line, 13, _FAINT, "lm")
+            canvas.text(_LEGEND + 24, y + 7, line, 13, FAINT, "lm")
         y += 36
     image = canvas.finished()
     if path is not None:

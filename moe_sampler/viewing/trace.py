@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from ..sampling.plan import PlanStep, SamplingPlan
-from .images import BACKGROUND, check_writable, contact_sheet, fitted, save_webp, zoom
-from .plan_figure import expert_colors, mixed_color
+from .images import check_writable, save_webp, zoom
+from .plan_figure import expert_colors, mixed_color, pale
+from .sheets import BACKGROUND, FAINT, INK, contact_sheet, fitted, scalable_font
 
 __all__ = ["Animation", "Trace"]
 
-_INK, _FAINT = (38, 38, 40), (120, 120, 124)
 _RUN_MS, _HOLD_MS = 4500, 2500
 _SHORTEST_MS, _LONGEST_MS = 60, 400
 
@@ -123,8 +123,8 @@ def _frame(image: Image.Image, plan: SamplingPlan, index: int, title: str | None
     """The image, below it who is at work and how, and a bar of the run in the experts' colours."""
     step, colors = plan.steps[index], expert_colors(plan)
     width, height = image.size
-    large = ImageFont.load_default(size=max(12, width // 26))
-    small = ImageFont.load_default(size=max(10, width // 34))
+    large = scalable_font(max(12, width // 26))
+    small = scalable_font(max(10, width // 34))
     pad = max(6, width // 48)
     top = pad + (round(small.size * 1.6) if title else 0)
     caption = top + height + pad
@@ -133,12 +133,12 @@ def _frame(image: Image.Image, plan: SamplingPlan, index: int, title: str | None
     frame = Image.new("RGB", (width + 2 * pad, bar + thick + pad), BACKGROUND)
     draw = ImageDraw.Draw(frame)
     if title:
-        draw.text((pad, pad), fitted(title, small, width), fill=_INK, font=small)
+        draw.text((pad, pad), fitted(title, small, width), fill=INK, font=small)
     frame.paste(image, (pad, top))
     draw.text((pad, caption), _who(step), fill=mixed_color(step, colors), font=large)
     place = f"{index + 1} / {len(plan)}"
-    draw.text((pad + width, caption), place, fill=_FAINT, font=large, anchor="ra")
-    draw.text((pad, caption + round(large.size * 1.3)), _how(step), fill=_FAINT, font=small)
+    draw.text((pad + width, caption), place, fill=FAINT, font=large, anchor="ra")
+    draw.text((pad, caption + round(large.size * 1.3)), _how(step), fill=FAINT, font=small)
     _draw_bar(draw, plan, index, (pad, bar, pad + width, bar + thick))
     return frame
 
@@ -151,7 +151,7 @@ def _draw_bar(draw: ImageDraw.ImageDraw, plan: SamplingPlan, index: int, box: Se
     for i, step in enumerate(plan.steps):
         color = mixed_color(step, colors)
         if i > index:
-            color = tuple(round(b + 0.25 * (c - b)) for c, b in zip(color, BACKGROUND, strict=True))
+            color = pale(color, 0.25)
         draw.rectangle(
             (round(edges[i]), top, max(round(edges[i + 1]) - 1, round(edges[i])), bottom - 1), color
         )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from moe_sampler.tinyflux.features.cache_read import FeatureCache
+from moe_sampler.viewing.sheets import INK, Sheet, scalable_font, wrapped
 
 __all__ = ["maps_sheet"]
 
@@ -40,12 +40,12 @@ def _tile(picture: Image.Image | None, values: np.ndarray, size: tuple[int, int]
 def _legend(draw: ImageDraw.ImageDraw, right: int, font: ImageFont.FreeTypeFont) -> None:
     """A bar from a third of the mean to three times the mean, its right end at `right`."""
     width = 120
-    draw.text((right, 5), f"{_RANGE:g}x mean", fill=(60, 60, 60), font=font, anchor="ra")
+    draw.text((right, 5), f"{_RANGE:g}x mean", fill=INK, font=font, anchor="ra")
     left = right - 60 - width
     for i in range(width):
         value = np.asarray(_RANGE ** (2 * i / (width - 1) - 1))
         draw.line(((left + i, 8), (left + i, 16)), fill=tuple(int(c) for c in _colour(value)))
-    draw.text((left - 6, 5), f"mean / {_RANGE:g}", fill=(60, 60, 60), font=font, anchor="ra")
+    draw.text((left - 6, 5), f"mean / {_RANGE:g}", fill=INK, font=font, anchor="ra")
 
 
 def maps_sheet(cache: FeatureCache, indices: Sequence[int], tile: int = 88) -> Image.Image:
@@ -64,32 +64,26 @@ def maps_sheet(cache: FeatureCache, indices: Sequence[int], tile: int = 88) -> I
     height = tile
     if pictures[0] is not None:
         height = round(tile * pictures[0].shape[0] / pictures[0].shape[1])
-    buckets = cache.manifest.t_buckets
-    columns = len(buckets) + (pictures[0] is not None)
-    font, small = ImageFont.load_default(size=13), ImageFont.load_default(size=12)
-    size = (
-        _LABEL + columns * (tile + _GAP) + 2 * _GAP,
-        _HEADER + len(indices) * (height + _GAP) + _GAP,
-    )
-    sheet = Image.new("RGB", size, (250, 250, 248))
-    draw = ImageDraw.Draw(sheet)
-    first = _LABEL + (0 if pictures[0] is None else tile + 2 * _GAP)
-    draw.text(
-        (first, 5), "Sol's attention, from noise (t = 0) to data (t = 1)", fill=(60, 60, 60), font=small
-    )
-    _legend(draw, size[0] - _GAP, small)
+    buckets, first = cache.manifest.t_buckets, _LABEL
+    if pictures[0] is not None:
+        first += tile + 2 * _GAP
+    font, small = scalable_font(13), scalable_font(12)
+    margins = (first, _HEADER, 2 * _GAP, 2 * _GAP)
+    sheet = Sheet(len(buckets), len(indices), (tile, height), gap=_GAP, margins=margins)
+    title = "Sol's attention, from noise (t = 0) to data (t = 1)"
+    sheet.draw.text((first, 5), title, fill=INK, font=small)
+    _legend(sheet.draw, sheet.image.width - _GAP, small)
     for column, t in enumerate(buckets):
-        x = first + column * (tile + _GAP) + tile // 2
-        draw.text((x, _HEADER - 12), f"t = {t:g}", fill=(20, 20, 20), font=font, anchor="mm")
+        sheet.heading(column, _HEADER - 12, f"t = {t:g}", font)
     for row, (index, preview) in enumerate(zip(indices, pictures, strict=True)):
-        top = _HEADER + row * (height + _GAP)
-        text = "\n".join(textwrap.wrap(cache.caption(index), 22, max_lines=max(1, height // 15)))
-        draw.multiline_text((_GAP, top + 2), text, fill=(40, 40, 40), font=small, spacing=2)
+        _, top = sheet.corner(0, row)
+        text = wrapped(cache.caption(index), 22, lines=max(1, height // 15))
+        sheet.draw.multiline_text((_GAP, top + 2), text, fill=INK, font=small, spacing=2)
         picture = None
         if preview is not None:
             picture = Image.fromarray(preview.numpy()).resize((tile, height), Image.Resampling.BICUBIC)
-            sheet.paste(picture, (_LABEL, top))
+            sheet.image.paste(picture, (_LABEL, top))
         maps = cache[index]["sol_maps"].numpy()
         for column, values in enumerate(maps * maps[0].size):
-            sheet.paste(_tile(picture, values, (tile, height)), (first + column * (tile + _GAP), top))
-    return sheet
+            sheet.paste(_tile(picture, values, (tile, height)), column, row)
+    return sheet.image
