@@ -24,10 +24,9 @@ if "bench" not in sys.modules:
     sys.modules["bench"] = importlib.util.module_from_spec(_spec)
     _spec.loader.exec_module(sys.modules["bench"])
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    # Workers share the cores: threads of one would wait for those of the other.
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
+# Models are tiny, so threads would only wait for each other; processes that tests start follow the variable.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 
 @dataclasses.dataclass(frozen=True)

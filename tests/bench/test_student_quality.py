@@ -35,14 +35,6 @@ def student(folder, seed, training=None):
         (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in training))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Two seeds of three variants, trained for equal time; the baseline's weights are in both sets."""

@@ -7,7 +7,6 @@ import json
 import re
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from moe_sampler import HybridPipeline
@@ -20,14 +19,6 @@ SHORT = (
     *("--lr-warmup-steps", 0, "--train-batch-size", 2, "--held-out", 2, "--num-validation-images", 0),
     *("--validation-steps", 0, "--sample-steps", 0, "--report-to", "none"),
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def run(*arguments, code: int = 0):

@@ -35,15 +35,6 @@ def in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny models: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def run(command: str, *arguments, code: int = 0):
     """A command line, split at blanks; texts with blanks and paths follow."""
     result = CliRunner().invoke(app, [*command.split(), *map(str, arguments)])

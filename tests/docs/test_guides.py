@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import typer
 from PIL import Image
 from typer.testing import CliRunner
@@ -23,15 +22,6 @@ GUIDES = ("GENERATE", "CHECKPOINTS", "SCHEDULERS", "SOLVERS", "TINYFLUX", "EXPER
 MEASURED = re.compile(r"<!-- measured: .*?<!-- end: [^>]+ -->", re.DOTALL)
 BLOCK = re.compile(r"(<!-- not run: [^>]+ -->\n)?^```(bash|python|toml)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 LAUNCHER = "accelerate launch "
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny models: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def text_of(guide: str) -> str:

@@ -6,10 +6,15 @@ own, which test_interpreter.py starts; elsewhere they are deselected.
 """
 
 import os
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+
+# The modules share helpers; tests are imported without packages (importmode importlib).
+sys.path.insert(0, str(Path(__file__).parent))
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -1,19 +1,15 @@
 """What Triton compiles, without a GPU: no spills, no stack, 128-bit accesses, once for all steps."""
 
 import math
-import os
 
 import pytest
 import torch
+from aot_helpers import aot, compilations, compiled_code
 
 from bench import cases
 from moe_sampler.kernels import ROW_WIDTH, noise, sampler_step
 
-pytest.importorskip("triton", reason="Triton is not available on this platform")
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="an interpreted function is never compiled"
-)
-from bench import aot  # noqa: E402
+pytestmark = compiled_code
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 SHAPE, TWICE = (2, 4, 64, 64), (4, 4, 64, 64)
@@ -97,28 +93,18 @@ def test_extreme_sizes_compile(shape):
     assert code.stack_bytes == 0 and code.spills == 0, str(code)
 
 
-def compilations(kernel, launches):
-    """How many times Triton compiles for these launches, asked through its own cache."""
-    with aot.pretend_device(80) as device:
-        kernel.device_caches.pop(device, None)
-        for launch in launches:
-            launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.constants)
-        return len(kernel.device_caches[device][0])
-
-
 def test_one_compilation_for_all_steps_and_batches():
     # Triton specialises integers on 1 and on divisibility by 16: each of these would be a trap.
-    kernel = step_launch(FP16).kernel
     steps = [step_launch(FP16, step=step) for step in (0, 1, 2, 15, 16, 17, 48, 49)]
     batches = [step_launch(FP16, shape=(batch, *SHAPE[1:])) for batch in (1, 2, 3, 16)]
-    assert compilations(kernel, steps + batches) == 1
-    assert compilations(kernel, [*steps[:2], step_launch(FP16, guided=True)]) == 2, "the count counts"
+    assert compilations(steps + batches) == 1
+    assert compilations([*steps[:2], step_launch(FP16, guided=True)]) == 2, "the count counts"
 
 
 def test_one_compilation_of_the_noise_for_all_steps():
     out, seeds = empty(SHAPE), empty((2,), torch.int64)
     launches = [noise.launch_of(out, seeds, step, stream) for step in (0, 1, 16, 17) for stream in (0, 1, 16)]
-    assert compilations(launches[0].kernel, launches) == 1
+    assert compilations(launches) == 1
 
 
 def test_pretending_ends():

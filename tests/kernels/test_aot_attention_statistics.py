@@ -1,18 +1,14 @@
 """What Triton compiles for the attention statistics: no spills, wide accesses, once for all grids."""
 
-import os
 import re
 
 import pytest
 import torch
+from aot_helpers import aot, compilations, compiled_code
 
 from moe_sampler.kernels.attention_statistics import empty_sums, received_launch_of, rows_launch_of
 
-pytest.importorskip("triton", reason="Triton is not available on this platform")
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="an interpreted function is never compiled"
-)
-from bench import aot  # noqa: E402
+pytestmark = compiled_code
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SIZES = [8, 16, 40, 64, 80, 144, 160]
@@ -69,14 +65,7 @@ def test_one_compilation_for_all_grids_batches_and_heads():
     # Triton specialises integers on 1 and on divisibility by 16: each of these would be a trap.
     grids = [launches(torch.float16, 40, height=h, width=w) for h, w in ((64, 64), (16, 32), (1, 64))]
     others = [launches(torch.float16, 40, batch=b, heads=h) for b, h in ((1, 1), (1, 8), (3, 5), (16, 16))]
-    with aot.pretend_device(80) as device:
-        for passes in zip(*grids, *others, strict=True):
-            kernel = passes[0].kernel
-            kernel.device_caches.pop(device, None)
-            for launch in passes:
-                kernel.warmup(*launch.args, grid=launch.grid, **launch.constants)
-            assert len(kernel.device_caches[device][0]) == 1
-            more = launches(torch.float16, 80)
-            launch = next(launch for launch in more if launch.kernel is kernel)
-            kernel.warmup(*launch.args, grid=launch.grid, **launch.constants)
-            assert len(kernel.device_caches[device][0]) == 2, "the count counts"
+    for passes in zip(*grids, *others, strict=True):
+        assert compilations(passes) == 1
+        wider = next(one for one in launches(torch.float16, 80) if one.kernel is passes[0].kernel)
+        assert compilations([*passes, wider]) == 2, "the count counts"

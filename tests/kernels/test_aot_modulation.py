@@ -1,17 +1,12 @@
 """What Triton compiles of `rms_norm_modulate`: no spills, no stack, 128-bit accesses, once for all sizes."""
 
-import os
-
 import pytest
 import torch
+from aot_helpers import aot, compilations, compiled_code
 
 from moe_sampler.kernels import modulation
 
-pytest.importorskip("triton", reason="Triton is not available on this platform")
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="an interpreted function is never compiled"
-)
-from bench import aot  # noqa: E402
+pytestmark = compiled_code
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -60,16 +55,6 @@ def test_other_widths_do_not_spill_either(width, dtype, architecture):
         code = aot.compile_launch(launch, architecture)
         assert code.stack_bytes == 0 and code.spills == 0, str(code)
         assert 128 in code.global_loads or width < 256, str(code)
-
-
-def compilations(launches):
-    """How many times Triton compiles for these launches, asked through its own cache."""
-    kernel = launches[0].kernel
-    with aot.pretend_device(80) as device:
-        kernel.device_caches.pop(device, None)
-        for launch in launches:
-            launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.constants)
-        return len(kernel.device_caches[device][0])
 
 
 def test_one_compilation_for_all_batches_and_lengths():

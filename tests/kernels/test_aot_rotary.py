@@ -1,17 +1,12 @@
 """What Triton compiles of `rope_qk`: no spills, no stack, 128-bit accesses, once for all sizes, strides."""
 
-import os
-
 import pytest
 import torch
+from aot_helpers import aot, compilations, compiled_code
 
 from moe_sampler.kernels import rotary
 
-pytest.importorskip("triton", reason="Triton is not available on this platform")
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="an interpreted function is never compiled"
-)
-from bench import aot  # noqa: E402
+pytestmark = compiled_code
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -55,16 +50,6 @@ def test_compiled_code(width, kind, dtype, architecture):
 def test_other_widths_do_not_spill_either(width):
     code = aot.compile_launch(launch(width, torch.float16, "back to the modulation"), 90)
     assert code.stack_bytes == 0 and code.spills == 0, str(code)
-
-
-def compilations(launches):
-    """How many times Triton compiles for these launches, asked through its own cache."""
-    kernel = launches[0].kernel
-    with aot.pretend_device(80) as device:
-        kernel.device_caches.pop(device, None)
-        for one in launches:
-            one.kernel.warmup(*one.args, grid=one.grid, **one.constants)
-        return len(kernel.device_caches[device][0])
 
 
 def test_one_compilation_for_all_sizes_and_strides():

@@ -5,23 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from kernel_helpers import DTYPES, SHAPES, randn
 
 from moe_sampler.kernels import euler_step_, shift_sigma, shift_sigmas, velocity_to_epsilon
-
-SHAPES = [
-    pytest.param((3,), id="one number a sample"),
-    pytest.param((1, 1), id="one element"),
-    pytest.param((2, 4, 8, 8), id="smaller than a block"),
-    pytest.param((1, 4, 16, 16), id="exactly one block"),
-    pytest.param((2, 1021), id="prime"),
-    pytest.param((3, 3, 37, 11), id="odd, more than a block, several samples"),
-    pytest.param((2, 4, 32, 32), id="several blocks"),
-]
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-def randn(generator, *shape, dtype=torch.float32):
-    return torch.randn(shape, generator=generator).to(dtype)
 
 
 def levels(values, batch, kind, body):

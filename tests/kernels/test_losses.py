@@ -3,21 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_helpers import DTYPES, SHAPES, randn
 from torch.library import opcheck
 
 from moe_sampler.kernels.loss_weights import MinSNR, min_snr_weight
 from moe_sampler.kernels.losses import weighted_mse
 
-SHAPES = [
-    pytest.param((3,), id="one number a sample"),
-    pytest.param((1, 1), id="one element"),
-    pytest.param((2, 4, 8, 8), id="smaller than a block"),
-    pytest.param((1, 4, 16, 16), id="exactly one block"),
-    pytest.param((2, 1021), id="prime"),
-    pytest.param((3, 3, 37, 11), id="odd, more than a block, several samples"),
-    pytest.param((2, 1040), id="multiple of 16, not of a block"),
-    pytest.param((2, 4, 32, 32), id="several blocks"),
-]
 # (shape of the prediction, size of tokens, shape of the map)
 MAPS = [
     pytest.param((2, 4, 32, 32), None, (8, 8), id="the usual map of an image"),
@@ -31,12 +22,7 @@ MAPS = [
     pytest.param((1, 20, 1), (20, 1), (3, 2), id="one channel, one column"),
     pytest.param((2, 4, 8), (2, 2), (8, 8), id="downsampled to tokens"),
 ]
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 KINDS = ["epsilon", "v_prediction", "flow_prediction", "reversed_flow_prediction", "sample"]
-
-
-def randn(generator, *shape, dtype=torch.float32):
-    return torch.randn(shape, generator=generator).to(dtype)
 
 
 def moved(body, *tensors):

@@ -4,27 +4,12 @@ import math
 
 import pytest
 import torch
+from kernel_helpers import DTYPES, SHAPES, randn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_sampler.kernels import make_row, philox_normal, sampler_step_
 
-SHAPES = [
-    pytest.param((3,), id="one number a sample"),
-    pytest.param((1, 1), id="one element"),
-    pytest.param((3, 5), id="smaller than a vector"),
-    pytest.param((2, 4, 8, 8), id="smaller than a block"),
-    pytest.param((1, 4, 16, 16), id="exactly one block"),
-    pytest.param((2, 1021), id="prime"),
-    pytest.param((3, 3, 37, 11), id="odd, more than a block, several samples"),
-    pytest.param((2, 1040), id="multiple of 16, not of a block"),
-    pytest.param((2, 4, 32, 32), id="several blocks"),
-]
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 EVEN, ODD = (2, 4, 32, 32), (3, 3, 37, 11)
-
-
-def randn(generator, *shape, dtype=torch.float32):
-    return torch.randn(shape, generator=generator).to(dtype)
 
 
 def table_of(body, *rows):

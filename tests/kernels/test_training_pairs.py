@@ -2,22 +2,12 @@
 
 import pytest
 import torch
+from kernel_helpers import DTYPES, SHAPES, randn
 from torch.library import opcheck
 
 from moe_sampler.kernels import philox_normal, training_pairs
 from moe_sampler.kernels.training_pairs import ddpm_training_pair, flow_training_pair
 
-SHAPES = [
-    pytest.param((3,), id="one number a sample"),
-    pytest.param((1, 1), id="one element"),
-    pytest.param((2, 4, 8, 8), id="smaller than a block"),
-    pytest.param((1, 4, 16, 16), id="exactly one block"),
-    pytest.param((2, 1021), id="prime"),
-    pytest.param((3, 3, 37, 11), id="odd, more than a block, several samples"),
-    pytest.param((2, 1040), id="multiple of 16, not of a block"),
-    pytest.param((2, 4, 32, 32), id="several blocks"),
-]
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHIFT = 3.0
 FLOW = {"flow_prediction": lambda x0, z: z - x0, "reversed_flow_prediction": lambda x0, z: x0 - z}
 DDPM = {
@@ -25,10 +15,6 @@ DDPM = {
     "v_prediction": lambda x0, z, alpha, sigma: alpha * z - sigma * x0,
     "sample": lambda x0, z, alpha, sigma: x0,
 }
-
-
-def randn(generator, *shape, dtype=torch.float32):
-    return torch.randn(shape, generator=generator).to(dtype)
 
 
 def broadcast(value, x):

@@ -45,15 +45,6 @@ def same_weights(unet: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> boo
     )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny models: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def sol() -> dict[str, torch.Tensor]:
     return load_file(SOL)

@@ -28,15 +28,6 @@ def attention(unet) -> dict[str, torch.nn.Linear]:
     }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny models: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def update(demo_pipeline) -> dict[str, torch.Tensor]:
     """A LoRA of rank 2 under diffusers' keys."""

@@ -19,15 +19,6 @@ from moe_sampler.viewing.images import read_settings
 HANDOFF = Expert.sol().path.level(400).noise
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny models: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("solvers", [("ddim", "euler"), ("dpmpp_2m", "dpmpp_2m"), ("heun", "heun")])
 def test_the_naive_plan_is_two_runs_and_an_unconverted_latent(gentle_mixture, solvers):
     experts = [

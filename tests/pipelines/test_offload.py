@@ -20,15 +20,6 @@ PROMPTS = ["a castle", "a portrait", "a city street at night"]
 QUICK = dict(seed=3, num_inference_steps=4, output_type="latent")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny models: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def load(**kwargs) -> HybridPipeline:
     pipe = HybridPipeline.from_pretrained(experts_path(), **kwargs)
     pipe.set_progress_bar_config(disable=True)

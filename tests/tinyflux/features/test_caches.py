@@ -37,14 +37,6 @@ BUCKETS = (0.1, 0.3, 0.9)
 SETTINGS = {"height": 32, "width": 32, "t_buckets": BUCKETS, "shard_size": 4, "micro_batch": 3}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def encoders(demo_pipeline) -> StudentEncoders:
     return StudentEncoders(
