@@ -13,7 +13,7 @@ Both directions are one kernel: turning (q, k) forwards, or (dq, dk) back while 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,26 +84,31 @@ def _twin(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, modulation: Tensor | N
     return turned[0].to(q.dtype), turned[1].to(q.dtype)
 
 
-def _backward_twin(
-    grad_q: Tensor,
-    grad_k: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    modulation: Tensor | None,
-    q: Tensor | None,
-    k: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check_backward(WITH_FLOAT64, grad_q, grad_k, cos, sin, modulation, q, k)
-    turns = torch.complex(cos, -sin)
-    back_q, back_k = _turn(grad_q, turns), _turn(grad_k, turns)
-    dmodulation = cos.new_empty(0)
-    if q is not None and k is not None:
-        product = torch.mul(back_q, q).addcmul_(back_k, k.to(back_k.dtype))
+class Backward(NamedTuple):
+    """The backward operator's arguments; with q and k, the modulation's gradient is wanted too."""
+
+    grad_q: Tensor
+    grad_k: Tensor
+    cos: Tensor
+    sin: Tensor
+    modulation: Tensor | None
+    q: Tensor | None
+    k: Tensor | None
+
+
+def _backward_twin(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    a = Backward(*arguments)
+    _check_backward(WITH_FLOAT64, a)
+    turns = torch.complex(a.cos, -a.sin)
+    back_q, back_k = _turn(a.grad_q, turns), _turn(a.grad_k, turns)
+    dmodulation = a.cos.new_empty(0)
+    if a.q is not None and a.k is not None:
+        product = torch.mul(back_q, a.q).addcmul_(back_k, a.k.to(back_k.dtype))
         dmodulation = product.sum(-1)
-    if modulation is not None:
-        back_q.mul_(modulation[..., None])
-        back_k.mul_(modulation[..., None])
-    return back_q.to(grad_q.dtype), back_k.to(grad_q.dtype), dmodulation
+    if a.modulation is not None:
+        back_q.mul_(a.modulation[..., None])
+        back_k.mul_(a.modulation[..., None])
+    return back_q.to(a.grad_q.dtype), back_k.to(a.grad_q.dtype), dmodulation
 
 
 @_jit.jit(
@@ -240,49 +245,26 @@ def _launch(
     return out
 
 
-def _check_backward(
-    dtypes: tuple[torch.dtype, ...],
-    grad_q: Tensor,
-    grad_k: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    modulation: Tensor | None,
-    q: Tensor | None,
-    k: Tensor | None,
-) -> None:
-    if (q is None) != (k is None):
+def _check_backward(dtypes: tuple[torch.dtype, ...], a: Backward) -> None:
+    if (a.q is None) != (a.k is None):
         raise ValueError("the gradient of modulation needs both q and k")
-    _check(dtypes, cos, sin, modulation, "grad_q", grad_q, grad_k=grad_k, q=q, k=k)
+    _check(dtypes, a.cos, a.sin, a.modulation, "grad_q", a.grad_q, grad_k=a.grad_k, q=a.q, k=a.k)
 
 
-def _backward_launch(
-    grad_q: Tensor,
-    grad_k: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    modulation: Tensor | None,
-    q: Tensor | None,
-    k: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check_backward(FLOATS, grad_q, grad_k, cos, sin, modulation, q, k)
-    dq, dk, dmodulation = _backward_fake(grad_q, grad_k, cos, sin, modulation, q, k)
-    wanted = None if q is None else dmodulation
-    launch = launch_of(dq, dk, grad_q, grad_k, cos, sin, modulation, back=True, dmodulation=wanted, q=q, k=k)
-    launch.run(grad_q.device)
+def _backward_launch(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    a = Backward(*arguments)
+    _check_backward(FLOATS, a)
+    dq, dk, dmodulation = _backward_fake(*arguments)
+    wanted = None if a.q is None else dmodulation
+    options = {"back": True, "dmodulation": wanted, "q": a.q, "k": a.k}
+    launch_of(dq, dk, *a[:5], **options).run(a.grad_q.device)
     return dq, dk, dmodulation
 
 
-def _backward_fake(
-    grad_q: Tensor,
-    grad_k: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    modulation: Tensor | None,
-    q: Tensor | None,
-    k: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dmodulation = cos.new_empty(0 if q is None else grad_q.shape[:3])
-    return grad_q.new_empty(grad_q.shape), grad_q.new_empty(grad_q.shape), dmodulation
+def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    a, shape = Backward(*arguments), arguments[0].shape
+    dmodulation = a.cos.new_empty(0 if a.q is None else shape[:3])
+    return a.grad_q.new_empty(shape), a.grad_q.new_empty(shape), dmodulation
 
 
 _backward_operator = Operator(

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
-from diffusers.utils.torch_utils import randn_tensor
 
 from .._config import register_to_config
 from ..sampling.paths import Level
@@ -130,19 +129,13 @@ class FusedDDIMScheduler(VPScheduler):
         self._check_tensors(model_output, sample)
         t = self._timestep(timestep)
         table, index = self._table(t, sample.device, float(eta), bool(use_clipped_model_output))
-        noise = None
-        if eta > 0:
-            noise = variance_noise
-            if noise is None:
-                noise = randn_tensor(
-                    model_output.shape, generator=generator, device=sample.device, dtype=model_output.dtype
-                )
+        noise = variance_noise if eta > 0 else None
+        if eta > 0 and noise is None:
+            noise = self._noise(model_output, generator)
         x0 = torch.empty(sample.shape, dtype=torch.float32, device=sample.device)
         if not math.isinf(self._clip) and not use_clipped_model_output:
             x0.copy_(model_output)
-        x = self._launch(model_output, sample, table, index, noise, x0)
-        dtype = torch.promote_types(sample.dtype, model_output.dtype)
-        previous, x0 = x.to(dtype), x0.to(dtype)
+        previous, x0 = self._stepped(model_output, sample, table, index, noise, x0)
         if not return_dict:
             return previous, x0
         return DDIMSchedulerOutput(prev_sample=previous, pred_original_sample=x0)

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
-from diffusers.utils.torch_utils import randn_tensor
 
 from .._config import register_to_config
 from ..sampling.paths import Level
@@ -137,15 +136,9 @@ class FusedDDPMScheduler(VPScheduler):
         self._check_tensors(model_output, sample)
         t = self._timestep(timestep)
         table, index = self._table(t, sample.device)
-        noise = None
-        if t > 0:
-            noise = randn_tensor(
-                model_output.shape, generator=generator, device=sample.device, dtype=model_output.dtype
-            )
+        noise = self._noise(model_output, generator) if t > 0 else None
         x0 = torch.empty(sample.shape, dtype=torch.float32, device=sample.device)
-        x = self._launch(model_output, sample, table, index, noise, x0)
-        dtype = torch.promote_types(sample.dtype, model_output.dtype)
-        previous, x0 = x.to(dtype), x0.to(dtype)
+        previous, x0 = self._stepped(model_output, sample, table, index, noise, x0)
         if not return_dict:
             return previous, x0
         return DDPMSchedulerOutput(prev_sample=previous, pred_original_sample=x0)

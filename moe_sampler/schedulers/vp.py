@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
+from diffusers.utils.torch_utils import randn_tensor
 
 from ..sampling.paths import SPACINGS, Level, VPPath, vp_path_from_config
 from ..sampling.predictions import add_noise, x0_coefficients
@@ -137,6 +138,29 @@ class VPScheduler(FusedScheduler):
         alpha, sigma = self._forward_levels[:, timesteps.to(like.device).flatten()].to(like.dtype)
         shape = (-1, *(1,) * (like.ndim - 1))
         return alpha.view(shape), sigma.view(shape)
+
+    def _noise(self, model_output: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+        """Fresh noise for a step, drawn as the originals draw it."""
+        return randn_tensor(
+            model_output.shape, generator=generator, device=model_output.device, dtype=model_output.dtype
+        )
+
+    def _stepped(
+        self,
+        model_output: torch.Tensor,
+        sample: torch.Tensor,
+        table: torch.Tensor,
+        index: int,
+        noise: torch.Tensor | None,
+        x0: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(next sample, x0), both in the dtype that sample and model output promote to.
+
+        x0: float32 [B, ...], written; read before where the row says so.
+        """
+        x = self._launch(model_output, sample, table, index, noise, x0)
+        dtype = torch.promote_types(sample.dtype, model_output.dtype)
+        return x.to(dtype), x0.to(dtype)
 
     def add_noise(
         self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.IntTensor

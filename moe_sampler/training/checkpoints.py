@@ -25,6 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .._files import to_disk
+
 __all__ = [
     "CheckpointError",
     "check_space",
@@ -81,7 +83,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, metadata)
     except SafetensorError as error:  # what a full disk is to safetensors
         raise OSError(str(error)) from None
-    _to_disk(path)
+    to_disk(path)
 
 
 def read_tensors(folder: Path, name: str, state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -108,12 +110,12 @@ def finish_checkpoint(partial: Path, folder: Path, state: dict[str, Any]) -> Non
     files = {path.name: _sha256(path) for path in sorted(partial.iterdir()) if path.name != STATE}
     path = partial / STATE
     path.write_text(json.dumps(state | {"files": files}, indent=1) + "\n", encoding="utf-8")
-    _to_disk(path)
-    _to_disk(partial)
+    to_disk(path)
+    to_disk(partial)
     if folder.exists():  # of a run that was resumed from an earlier step
         shutil.rmtree(folder)
     partial.rename(folder)
-    _to_disk(folder.parent)
+    to_disk(folder.parent)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -161,11 +163,3 @@ def check_space(output_dir: Path, needed: int) -> None:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
