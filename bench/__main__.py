@@ -60,7 +60,7 @@ def environment_line(rows: Rows) -> str:
 
 
 def _lost(row: dict[str, object]) -> bool:
-    return row["provider"] != OURS and float(row.get("times_ours", 1)) < 1
+    return row["provider"] != OURS and float(str(row.get("times_ours", 1))) < 1
 
 
 def _block(rows: Rows) -> str:

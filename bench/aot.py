@@ -90,7 +90,7 @@ def pretend_device(architecture: int) -> Iterator[str]:
     pretended = _Driver(architecture)
     # Not reset_active(): without a GPU there is no driver to go back to.
     previous = dict(vars(driver))
-    driver.set_active(pretended)
+    driver.set_active(pretended)  # pyright: ignore[reportArgumentType] - compiling asks for no more of it
     try:
         yield pretended.get_current_device()
     finally:

@@ -49,10 +49,12 @@ def peak_memory(call: Callable[[], Any], device: str) -> int:
     activity = [torch.profiler.ProfilerActivity.CPU]
     with _silent(), torch.profiler.profile(activities=activity, profile_memory=True) as profile:
         call()
+    if profile.profiler is None or profile.profiler.kineto_results is None:
+        raise RuntimeError("torch's profiler kept nothing of what it saw")
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
+        held += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue] - torch's stub leaves it out
         peak = max(peak, held)
     return peak
 

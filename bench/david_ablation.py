@@ -13,6 +13,7 @@ import os
 import signal
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,7 +74,7 @@ def run_ablation(
             if name not in done["runs"]:
                 settings = _settings(output / name, steps, batch, seed, held_out, enabled)
                 base = load_base(experts_path(), "new", "sol", seed)
-                base.unet.to(memory_format=torch.channels_last)
+                torch.nn.Module.to(base.unet, memory_format=torch.channels_last)
                 task = new_task("sol", DemoScenes(scenes), base, settings, latents_dir=output)
                 done["runs"][name] = train_expert(task, settings, quiet=quiet)["validation"]
                 partial = file.with_suffix(".partial")
@@ -150,7 +151,7 @@ def _summary(results: Results, steps: int, scenes: int, held_out: int, batch: in
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.david_ablation", description=__doc__.split("\n\n")[0]
+        prog="python -m bench.david_ablation", description=(__doc__ or "").split("\n\n")[0]
     )
     parser.add_argument("output", type=Path, help="folder for the runs; kept for resuming")
     parser.add_argument("--steps", type=int, default=1500)
@@ -160,14 +161,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--minutes", type=float, help="save and stop after so long; call again to continue")
     parser.add_argument("--page", type=Path, help="a page whose table is replaced, such as docs/EXPERTS.md")
-    given = vars(parser.parse_args())
+    given: dict[str, Any] = vars(parser.parse_args())
     minutes, page, output = given.pop("minutes"), given.pop("page"), given.pop("output")
     if minutes is not None:
         timer = threading.Timer(60 * minutes, os.kill, (os.getpid(), signal.SIGTERM))
         timer.daemon = True
         timer.start()
     try:
-        results = run_ablation(output, **given | {"seeds": tuple(given["seeds"])})
+        results = run_ablation(output, **{**given, "seeds": tuple(given["seeds"])})
     except Interrupted as stopped:
         parser.exit(1, f"{stopped}\n")
     sizes = {name: given[name] for name in ("steps", "scenes", "held_out", "batch")}

@@ -22,10 +22,12 @@ Layer = tuple[Tensor, Tensor, int]
 def _layers(shapes: Sequence[tuple[int, int, int]], dtype: torch.dtype) -> list[Layer]:
     """(q, k, side) of every layer."""
     generator = torch.Generator().manual_seed(0)
+
+    def drawn(side: int, size: int) -> Tensor:
+        return torch.randn(1, HEADS, side**2, size, generator=generator).to(DEVICE, dtype)
+
     return [
-        (*(torch.randn(1, HEADS, side**2, size, generator=generator).to(DEVICE, dtype) for _ in "qk"), side)
-        for count, side, size in shapes
-        for _ in range(count)
+        (drawn(side, size), drawn(side, size), side) for count, side, size in shapes for _ in range(count)
     ]
 
 

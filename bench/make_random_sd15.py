@@ -109,7 +109,7 @@ def write_experts(folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path, help="created; it must not exist yet")
     folder = parser.parse_args().folder
     folder.mkdir(parents=True)

@@ -24,7 +24,7 @@ def peak_memory() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--offload", default="expert", help="none, expert or model")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])

@@ -22,16 +22,17 @@ STEPS, PROMPT, GUIDANCE = 20, "a castle with two towers, at dusk", 2.5
 def _pipelines() -> tuple[HybridPipeline, StableDiffusionPipeline]:
     """Both around the same modules."""
     ours = HybridPipeline.from_pretrained(experts_path()).to(DEVICE)
-    theirs = StableDiffusionPipeline(
-        vae=ours.vae,
-        text_encoder=ours.text_encoder,
-        tokenizer=ours.tokenizer,
-        unet=ours.unet_sol,
-        scheduler=DDPMScheduler.from_config(ours.scheduler_sol.config),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    # A dict, because diffusers annotates what may be None as if it must not.
+    parts: dict[str, Any] = {
+        "vae": ours.vae,
+        "text_encoder": ours.text_encoder,
+        "tokenizer": ours.tokenizer,
+        "unet": ours.unet_sol,
+        "scheduler": DDPMScheduler.from_config(ours.scheduler_sol.config),
+        "safety_checker": None,
+        "feature_extractor": None,
+    }
+    theirs = StableDiffusionPipeline(**parts, requires_safety_checker=False)
     for pipe in (ours, theirs):
         pipe.set_progress_bar_config(disable=True)
     return ours, theirs
@@ -82,7 +83,7 @@ def _calls(ours: HybridPipeline, theirs: StableDiffusionPipeline, batch: int) ->
         "guidance_scale": GUIDANCE,
         "num_images_per_prompt": batch,
     }
-    size = ours.unet_sol.config.sample_size * ours.vae_scale_factor
+    size = ours.unet_sol.config["sample_size"] * ours.vae_scale_factor
 
     def diffusers() -> Any:
         generator = torch.Generator().manual_seed(0)

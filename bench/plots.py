@@ -35,7 +35,7 @@ def draw(rows: Sequence[Mapping[str, object]], path: Path) -> None:
     shown = list(dict.fromkeys(name for group in groups.values() for name in group))
     if measure == "times_ours":
         shown.remove(OURS)
-    colours = dict(zip(shown, colormaps["tab10"].colors, strict=False))
+    colours = {name: colormaps["tab10"](i % 10) for i, name in enumerate(shown)}
 
     parts = _split(groups, math.ceil(len(groups) / _GROUPS_A_COLUMN))
     bars = max(sum(1 + len(group.keys() & colours.keys()) for group in part.values()) for part in parts)
@@ -48,7 +48,7 @@ def draw(rows: Sequence[Mapping[str, object]], path: Path) -> None:
             axes.set_xlabel(_MEASURES[measure])
     title = f"{rows[0]['suite']}: {rows[0]['machine']}, {rows[0]['threads']} threads"
     figure.suptitle(title, fontsize=10)
-    handles = [figure.axes[0].barh(0, 0, color=colours[name]) for name in shown]
+    handles = [figure.axes[0].barh(0, 0, color=colours[name])[0] for name in shown]
     figure.legend(handles, shown, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=110)

@@ -15,7 +15,8 @@ def sol_step(
     alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
     x0 = alpha * x - sigma * velocity
     epsilon = (x - alpha * x0) / sigma
-    return scheduler.step(epsilon, timestep, x).prev_sample
+    # diffusers' pipelines pass tensors, too, whatever the annotation says.
+    return scheduler.step(epsilon, timestep, x, return_dict=False)[0]  # pyright: ignore[reportArgumentType]
 
 
 def sol_step_written_out(

@@ -76,7 +76,7 @@ def _scheduler_step(scheduler: Any, **settings: Any) -> Step:
         if isinstance(scheduler, DPMSolverMultistepScheduler):
             scheduler.model_outputs = [x, x]
             scheduler.lower_order_nums = 1
-        return scheduler.step(output, timestep, x).prev_sample
+        return scheduler.step(output, timestep, x, return_dict=False)[0]
 
     return step
 

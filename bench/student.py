@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,14 @@ from bench.measure import DEVICE, OURS, Call, Comparison
 from moe_sampler.kernels.losses import weighted_mse
 from moe_sampler.tinyflux import TinyFlux, TinyFluxConfig
 from moe_sampler.tinyflux.model.dense import Linear
+from moe_sampler.tinyflux.model.layers import (
+    MLP,
+    Attention,
+    DoubleBlock,
+    JointAttention,
+    RMSNorm,
+    SingleBlock,
+)
 
 SUITE = "student"
 BATCH, SIDE, LENGTH = 8, 16, 64
@@ -42,12 +51,12 @@ def new_inputs(model: TinyFlux) -> tuple[dict[str, Tensor], Tensor]:
     draw = lambda *shape: torch.randn(BATCH, *shape, generator=generator).to(DEVICE)  # noqa: E731
     config = model.config
     inputs = {
-        "hidden_states": draw(SIDE**2, config.in_channels),
-        "encoder_hidden_states": draw(LENGTH, config.joint_attention_dim),
-        "pooled_projections": draw(config.pooled_projection_dim),
+        "hidden_states": draw(SIDE**2, config["in_channels"]),
+        "encoder_hidden_states": draw(LENGTH, config["joint_attention_dim"]),
+        "pooled_projections": draw(config["pooled_projection_dim"]),
         "timestep": torch.linspace(0.05, 0.95, BATCH, device=DEVICE),
     }
-    return inputs, draw(SIDE**2, config.in_channels)
+    return inputs, draw(SIDE**2, config["in_channels"])
 
 
 # Upstream's way: the same weights, operation by operation, everything anew in every block.
@@ -57,11 +66,11 @@ def _linear(x: Tensor, layer: nn.Linear) -> Tensor:
     return F.linear(x, layer.weight, layer.bias)
 
 
-def _norm(x: Tensor, norm: nn.Module) -> Tensor:
+def _norm(x: Tensor, norm: RMSNorm) -> Tensor:
     return (x * (x.float().pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()).to(x.dtype) * norm.weight
 
 
-def _modulated(x: Tensor, norm: nn.Module, scale: Tensor, shift: Tensor) -> Tensor:
+def _modulated(x: Tensor, norm: RMSNorm, scale: Tensor, shift: Tensor) -> Tensor:
     return _norm(x, norm) * (1 + scale[:, None]) + shift[:, None]
 
 
@@ -77,10 +86,11 @@ def _turns(model: TinyFlux, ids: Tensor) -> Tensor:
 
 
 def _heads(x: Tensor, projection: nn.Linear, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    return _linear(x, projection).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k, v = _linear(x, projection).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v
 
 
-def _map_factor(attention: nn.Module, spatial: Tensor) -> Tensor:
+def _map_factor(attention: JointAttention | Attention, spatial: Tensor) -> Tensor:
     resized = F.interpolate(spatial[:, None], size=(SIDE, SIDE), mode="bilinear", align_corners=False)
     return attention.spatial_to_mod(resized).flatten(2).clamp(-2, 2).exp()[..., None]
 
@@ -93,12 +103,12 @@ def _merged(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def _mlp(x: Tensor, mlp: nn.Module) -> Tensor:
+def _mlp(x: Tensor, mlp: MLP) -> Tensor:
     return _linear(F.gelu(_linear(x, mlp.fc1), approximate="tanh"), mlp.fc2)
 
 
 def _double(
-    block: nn.Module, txt: Tensor, img: Tensor, vec: Tensor, turns: Tensor, sol
+    block: DoubleBlock, txt: Tensor, img: Tensor, vec: Tensor, turns: Tensor, sol
 ) -> tuple[Tensor, Tensor]:
     rows = [_linear(F.silu(vec), norm.linear).chunk(6, -1) for norm in (block.txt_norm1, block.img_norm1)]
     attention, heads = block.attn, block.attn.shape[1]
@@ -121,7 +131,7 @@ def _double(
 
 
 def _single(
-    block: nn.Module, txt: Tensor, img: Tensor, vec: Tensor, turns: Tensor, sol
+    block: SingleBlock, txt: Tensor, img: Tensor, vec: Tensor, turns: Tensor, sol
 ) -> tuple[Tensor, Tensor]:
     x, length = torch.cat([txt, img], 1), txt.shape[1]
     shift, scale, gate = _linear(F.silu(vec), block.norm.linear).chunk(3, -1)
@@ -133,7 +143,7 @@ def _single(
     out = F.scaled_dot_product_attention(q * scale, k * scale, v, scale=1.0)
     x = x + gate[:, None] * _linear(_merged(out), block.attn.out_proj)
     x = x + _mlp(_norm(x, block.norm2), block.mlp)
-    return x.split([length, x.shape[1] - length], 1)
+    return x[:, :length], x[:, length:]
 
 
 def upstreams_forward(
@@ -147,16 +157,17 @@ def upstreams_forward(
     time = model.time_in(timestep)
     vec = time + model._text_vector(encoder_hidden_states, pooled_projections, None)
     both = torch.cat([time, pooled_projections], -1)
+    assert model.lune_predictor is not None and model.sol_prior is not None
     vec = vec + model.lune_predictor(both, None)[0]
     sol = model.sol_prior(both, timestep, None, None)
     img, txt = _linear(hidden_states, model.img_in), _linear(encoder_hidden_states, model.txt_in)
     ids = model.create_img_ids(SIDE, SIDE, device=img.device)
     turns = _turns(model, ids)
     for block in model.double_blocks:
-        txt, img = _double(block, txt, img, vec, turns, sol)
+        txt, img = _double(cast(DoubleBlock, block), txt, img, vec, turns, sol)
     turns = _turns(model, torch.cat([ids.new_zeros(txt.shape[1], 3), ids]))
     for block in model.single_blocks:
-        txt, img = _single(block, txt, img, vec, turns, sol)
+        txt, img = _single(cast(SingleBlock, block), txt, img, vec, turns, sol)
     return _linear(_norm(img, model.final_norm), model.final_linear)
 
 
@@ -170,7 +181,7 @@ def _ours(checkpointing: bool = False, linear: type[nn.Linear] = Linear) -> Call
             model.enable_gradient_checkpointing()
         for module in model.modules():
             if type(module) is Linear:
-                module.__class__ = linear
+                module.__class__ = linear  # pyright: ignore[reportAttributeAccessIssue] - its base, alike but for forward
         return _step(model, lambda inputs: model(**inputs).sample, weighted_mse)
 
     return make

@@ -41,7 +41,8 @@ SIZES = {
 
 def new_unet(name: str) -> UNet2DConditionModel:
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(**SIZES[name]).eval().to(DEVICE)
+    unet = UNet2DConditionModel(**SIZES[name]).eval()
+    torch.nn.Module.to(unet, DEVICE)
     return unet.half() if DEVICE == "cuda" else unet
 
 
@@ -61,14 +62,15 @@ class _MatricesKept(AttnProcessor):
 def _comparison(name: str, experts: tuple[str, ...], batch: int, *, slow: bool, kept: bool) -> Comparison:
     def inputs() -> tuple[UNet2DConditionModel, Tensor, Tensor]:
         unet = new_unet(name)
-        side = unet.config.sample_size
+        side = unet.config["sample_size"]
         x0 = philox_normal((batch, 4, side, side), range(batch)).to(DEVICE)
-        embeds = torch.zeros(batch, TEXT, unet.config.cross_attention_dim, device=DEVICE)
+        embeds = torch.zeros(batch, TEXT, unet.config["cross_attention_dim"], device=DEVICE)
         return unet, x0, embeds
 
     def ours() -> Call:
         unet, x0, embeds = inputs()
-        features = ExpertFeatures(**dict.fromkeys(experts, unet))
+        sol, lune = (unet if name in experts else None for name in ("sol", "lune"))
+        features = ExpertFeatures(sol=sol, lune=lune)
         return lambda: features(x0, prompt_embeds=embeds, seeds=range(batch))
 
     def passes(prepare: Callable[[UNet2DConditionModel], list] = lambda unet: []) -> Callable[[], Call]:

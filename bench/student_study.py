@@ -158,7 +158,7 @@ class Painter:
             batch_size=self.batch_size,
             output_type="np",
         )
-        return (made.images * 255).round().astype(np.uint8)
+        return (np.asarray(made.images) * 255).round().astype(np.uint8)
 
     def of_experts(self, seed: int) -> np.ndarray:
         """uint8 [prompts, H, W, 3]."""

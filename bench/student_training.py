@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -46,7 +46,7 @@ SUITE = "student training"
 BATCH, SAMPLES, STEPS = 16, 64, 1000
 
 
-def _settings(folder: Path, cache: Path, teachers: str) -> StudentSettings:
+def _settings(folder: Path, cache: Path, teachers: Literal["cached", "live"]) -> StudentSettings:
     return StudentSettings(
         training=TrainingSettings(
             output_dir=folder, max_train_steps=STEPS, train_batch_size=BATCH, report_to="none"
@@ -72,17 +72,20 @@ def _plain(settings: StudentSettings) -> tuple[StudentTask, Call]:
     batches = itertools.chain.from_iterable(
         DataLoader(task.data, BATCH, shuffle=True) for _ in itertools.count()
     )
-    live = settings.teachers.features == "live"
-    pipe = HybridPipeline.from_pretrained(experts_path(), dtype=torch.float32).to(DEVICE) if live else None
-    experts = ExpertFeatures.from_pipeline(pipe) if live else None
+    experts = None
+    if settings.teachers.features == "live":
+        pipe = HybridPipeline.from_pretrained(experts_path(), dtype=torch.float32).to(DEVICE)
+        experts = ExpertFeatures.from_pipeline(pipe)
+    prior = model.sol_prior
+    assert prior is not None  # the demo's student has one
     buckets = torch.tensor([(5 + 10 * i) / 100 for i in range(10)], device=DEVICE)
 
     def taught(batch: dict[str, Any], t: torch.Tensor) -> list[torch.Tensor]:
-        if not live:
+        if experts is None:
             return [at_time(batch[name], buckets, t).float() for name in ("lune", "sol_stats", "sol_maps")]
         seeds = torch.randint(2**31, (BATCH,))
         found = experts(batch["latents"].float(), list(batch["caption"]), seeds=seeds, t=t[:, None])
-        return [part[:, 0] for part in found]
+        return [part[:, 0] for part in found if part is not None]
 
     def step() -> None:
         batch = {k: v.to(DEVICE) if torch.is_tensor(v) else v for k, v in next(batches).items()}
@@ -108,7 +111,7 @@ def _plain(settings: StudentSettings) -> tuple[StudentTask, Call]:
         loss = F.mse_loss(out.sample, (x0 - noise).flatten(2).transpose(1, 2))
         loss = loss + objective.lune_weight * (1 - F.cosine_similarity(out.lune_pred, lune).mean())
         loss = loss + objective.sol_stats_weight * F.mse_loss(out.pred_stats, stats)
-        scaled = model.sol_prior.scaled(maps)
+        scaled = prior.scaled(maps)
         loss = loss + objective.sol_map_weight * F.mse_loss(out.pred_spatial, scaled)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

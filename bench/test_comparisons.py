@@ -65,5 +65,5 @@ def test_provider(benchmark, index: int, provider: str) -> None:
         "host_waits": result.waits,
         "peak_bytes": result.peak_bytes,
     }
-    _replay.load(result.seconds)
+    _replay.load(result.seconds.tolist())
     benchmark.pedantic(lambda: None, rounds=len(result.seconds), iterations=1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import numpy as np
 from torch import Tensor
@@ -82,8 +83,8 @@ def _watched(record) -> Iterator[None]:
         record(pointers.data, mask.data, pointers.get_element_ty().primitive_bitwidth // 8, True)
         return store(self, pointers, value, mask, *rest)
 
-    Builder.create_masked_load, Builder.create_masked_store = watched_load, watched_store
-    try:
+    with (
+        patch.object(Builder, "create_masked_load", watched_load),
+        patch.object(Builder, "create_masked_store", watched_store),
+    ):
         yield
-    finally:
-        Builder.create_masked_load, Builder.create_masked_store = load, store

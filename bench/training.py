@@ -53,8 +53,9 @@ def _pairs(dtype: torch.dtype, drawn: bool) -> Comparison:
     def ours() -> Call:
         x0, sigma, noise = inputs()
         seeds = torch.arange(len(x0), device=DEVICE)
-        source = {"seeds": seeds} if drawn else {"noise": noise}
-        return lambda: flow_training_pair(x0, sigma, shift=SHIFT, **source)
+        if drawn:
+            return lambda: flow_training_pair(x0, sigma, shift=SHIFT, seeds=seeds)
+        return lambda: flow_training_pair(x0, sigma, shift=SHIFT, noise=noise)
 
     def theirs(pair: Callable) -> Callable[[], Call]:
         def make() -> Call:

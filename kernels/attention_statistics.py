@@ -129,7 +129,8 @@ def _chunks(
     Chunks and rest are powers of two, so that 40 columns are 32 + 16 and not 64.
     """
     tiles = ()
-    for first in tl.static_range(0, D // CHUNK * CHUNK, CHUNK):
+    # Triton unrolls it; its class has no __iter__.
+    for first in tl.static_range(0, D // CHUNK * CHUNK, CHUNK):  # pyright: ignore[reportGeneralTypeIssues]
         tiles += (_columns(ptr, start, rows, stride, first, CHUNK, D, BLOCK),)
     if REST:
         tiles += (_columns(ptr, start, rows, stride, D // CHUNK * CHUNK, REST, D, BLOCK),)
@@ -140,7 +141,7 @@ def _chunks(
 def _products(q, k, PRECISION: tl.constexpr):
     """float32 [queries, keys]: q·kᵀ from their chunks."""
     products = tl.dot(q[0], tl.trans(k[0]), input_precision=PRECISION)
-    for i in tl.static_range(1, len(q)):
+    for i in tl.static_range(1, len(q)):  # pyright: ignore[reportGeneralTypeIssues] - likewise
         products = tl.dot(q[i], tl.trans(k[i]), products, input_precision=PRECISION)
     return products
 
@@ -385,7 +386,10 @@ def _launch(q: Tensor, k: Tensor, height: int, width: int, scale: float) -> tupl
 def _fake(q: Tensor, k: Tensor, height: int, width: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     _check(q, k, height, width, scale)
     batch, _, tokens, _ = q.shape
-    return tuple(q.new_empty(shape, dtype=torch.float32) for shape in ((batch,), (batch,), (batch, tokens)))
+    entropy, locality, received = (
+        q.new_empty(shape, dtype=torch.float32) for shape in ((batch,), (batch,), (batch, tokens))
+    )
+    return entropy, locality, received
 
 
 _operator = Operator(

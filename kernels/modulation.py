@@ -204,9 +204,9 @@ def _from_sums(
 ) -> tuple[Tensor, Tensor]:
     """(dweight [D], dscale [B, D]) from along: A, [B, D]; empty where they are not needed."""
     dweight, dscale = like.new_empty(0), like.new_empty(0)
-    if needs[1]:
+    if along is not None and needs[1]:
         dweight = (along if scale is None else torch.addcmul(along, along, scale.to(along.dtype))).sum(0)
-    if needs[2]:
+    if along is not None and needs[2]:
         dscale = along.clone() if weight is None else along * weight
     return dweight, dscale
 
@@ -217,15 +217,15 @@ def _backward_twin(
     _check_backward(grad, x, rstd, weight, scale)
     need_x, need_weight, need_scale, need_shift = needs
     dtype = compute_dtype(x)
-    dx, along, dshift = x.new_empty(0), None, rstd.new_empty(0)
+    dx, product, along, dshift = x.new_empty(0), None, None, rstd.new_empty(0)
     dy, xs = grad.to(dtype), x.to(dtype)
     if need_shift:
         dshift = dy.sum(1)
     if need_x or need_weight or need_scale:
         product = (dy * xs).mul_(rstd[..., None])
-    if need_weight or need_scale:
+    if product is not None and (need_weight or need_scale):
         along = product.sum(1)
-    if need_x:
+    if product is not None and need_x:
         m = _multiplier(weight, scale, dtype)
         total = product.sum(-1, keepdim=True) if m is None else torch.matmul(product, m.transpose(1, 2))
         factor = total.mul_(rstd[..., None]).div_(-x.shape[-1])

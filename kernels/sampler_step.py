@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -98,7 +98,7 @@ def _write_next(buffer: Tensor | None, x: Tensor, scale: float) -> None:
         torch.cat((scaled, scaled), out=buffer)
 
 
-def _twin(*arguments: Tensor | int | None) -> None:
+def _twin(*arguments: Any) -> None:
     s = Step(*arguments)
     _check(s)
     _check_memory(s)
@@ -126,9 +126,10 @@ def _twin(*arguments: Tensor | int | None) -> None:
             if d != 0.0:
                 x.add_(s.x0_prev, alpha=d)
             s.x0_prev.copy_(x0)
-    if n != 0.0:
-        z = fill_normal(torch.empty_like(x), s.seeds, s.step, s.stream) if s.noise is None else s.noise
-        x.add_(z, alpha=n)
+    if n != 0.0 and s.noise is not None:
+        x.add_(s.noise, alpha=n)
+    elif n != 0.0 and s.seeds is not None:
+        x.add_(fill_normal(torch.empty_like(x), s.seeds, s.step, s.stream), alpha=n)
     _write_next(s.next_0, x, scale_0)
     _write_next(s.next_1, x, scale_1)
 
@@ -239,7 +240,7 @@ def launch_of(s: Step) -> _jit.Launch:
     return _jit.Launch(_sampler_step_kernel, grid, (*pointers, numel, batch, s.step, s.stream), constants)
 
 
-def _launch(*arguments: Tensor | int | None) -> None:
+def _launch(*arguments: Any) -> None:
     s = Step(*arguments)
     _check(s)
     _check_memory(s)

@@ -86,7 +86,7 @@ def generate(
             images = pipe(
                 texts, expert=method, num_inference_steps=steps, seed=seeds, output_type="np", **settings
             ).images
-        parts.append((images * 255).round().astype(np.uint8))
+        parts.append((np.asarray(images) * 255).round().astype(np.uint8))
     return np.concatenate(parts)
 
 
