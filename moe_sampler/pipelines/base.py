@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
@@ -115,7 +115,7 @@ class ExpertPipeline(DiffusionPipeline):
             raise ValueError("CUDA is not available here")
         return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
-    def to(self, *args: Any, **kwargs: Any) -> ExpertPipeline:
+    def to(self, *args: Any, **kwargs: Any) -> Self:
         """As diffusers' `to`. With offload="expert" a device is where the experts come to work."""
         if self._offload is None:
             return super().to(*args, **kwargs)
