@@ -74,7 +74,8 @@ def run_ablation(
             if name not in done["runs"]:
                 settings = _settings(output / name, steps, batch, seed, held_out, enabled)
                 base = load_base(experts_path(), "new", "sol", seed)
-                torch.nn.Module.to(base.unet, memory_format=torch.channels_last)
+                # diffusers' own `to` is a wrapper without a signature.
+                base.unet.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
                 task = new_task("sol", DemoScenes(scenes), base, settings, latents_dir=output)
                 done["runs"][name] = train_expert(task, settings, quiet=quiet)["validation"]
                 partial = file.with_suffix(".partial")

@@ -59,7 +59,7 @@ def _split(groups: Groups, count: int) -> list[Groups]:
     return [{name: groups[name] for name in names[i : i + size]} for i in range(0, len(names), size)]
 
 
-def _bars(axes: Axes, groups: Groups, colours: Mapping[str, tuple[float, float, float]]) -> None:
+def _bars(axes: Axes, groups: Groups, colours: Mapping[str, tuple[float, ...]]) -> None:
     at, ticks = 0, []
     for group in groups.values():
         own = [name for name in group if name in colours]

@@ -48,9 +48,11 @@ def train_evaluator(
     """Train the judge, or continue, or load it when done, from `folder`/evaluator.safetensors."""
     model, path = new_evaluator(), folder / "evaluator.safetensors"
     if trained_steps(path) >= settings["max_train_steps"]:
-        return fill(model, path)
+        fill(model, path)
+        return model
     task = SceneTask("evaluator", model, evaluator_loss(model, scenes), len(scenes))
-    return run_stage(task, folder, SEED, settings)
+    run_stage(task, folder, SEED, settings)
+    return model
 
 
 @torch.no_grad()

@@ -713,3 +713,9 @@ def test_in_flux(config):
         assert pipe.scheduler.step_index == 4 and pipe.scheduler.begin_index == 0
     np.testing.assert_allclose(*images, atol=1e-4)
     assert np.ptp(images[0]) > 0.1
+
+
+@pytest.mark.parametrize("scheduler", [FusedDDIMScheduler, FusedDDPMScheduler, FusedFlowMatchEulerScheduler])
+def test_a_scheduler_is_made_from_a_config_that_is_given(scheduler):
+    with pytest.raises(ValueError, match="give the config"):
+        scheduler.from_config()
