@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
+
+import moe_sampler.tinyflux
+import moe_sampler.training
 
 
 def python(code: str, cwd) -> str:
@@ -86,3 +92,26 @@ def test_the_package_is_typed_and_versioned():
     assert moe_sampler.__version__ == version("moe-sampler")
     for name in moe_sampler.__all__:
         assert getattr(moe_sampler, name) is not None
+
+
+def test_a_type_checker_sees_what_an_import_gives():
+    """The links in `typings` are those that package-dir stands for; lazy names are imported for the checker from
+    where they come from at run time."""
+    root = Path(__file__).parents[1]
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
+    checked = {(root / folder).resolve() for folder in project["pyright"]["include"]}
+    for package, folder in project["setuptools"]["package-dir"].items():
+        link = root / project["pyright"]["extraPaths"][0] / package.replace(".", "/")
+        assert (link if "." in package else root / package).resolve() == root / folder
+        assert root / folder in checked
+
+    for module in (moe_sampler, moe_sampler.tinyflux, moe_sampler.training):
+        told = {}
+        for node in ast.walk(ast.parse(Path(module.__file__).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.If) and getattr(node.test, "id", None) == "TYPE_CHECKING":
+                for line in node.body:
+                    source = (line.module or "").removeprefix(module.__name__).lstrip(".")
+                    source = source.removeprefix("moe_sampler.")
+                    told |= {alias.name: source for alias in line.names}
+        found = {name: source for source, names in module._NAMES.items() for name in names}
+        assert told == found and set(found) <= set(module.__all__)
