@@ -9,6 +9,7 @@ from pathlib import Path
 import diffusers
 import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
 from .experts import lune_scheduler, sol_scheduler
@@ -45,6 +46,7 @@ def export_experts(
     shutil.rmtree(temporary, ignore_errors=True)
     for name, model in (("vae", vae), ("text_encoder", text), ("unet_sol", sol), ("unet_lune", lune)):
         model.to(dtype=torch.float16, memory_format=torch.contiguous_format).save_pretrained(temporary / name)
+    _use_published_names(temporary / "text_encoder" / "model.safetensors")
     # AutoencoderTiny sets block_out_channels itself, and warns when its own config file holds them.
     config = temporary / "vae" / "config.json"
     kept = {
@@ -66,3 +68,11 @@ def export_experts(
         file.chmod(0o755 if file.is_dir() else 0o644)
     temporary.rename(output)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _use_published_names(file: Path) -> None:
+    """The names of a CLIP text encoder's tensors as published Stable Diffusion folders have them, which every
+    version of transformers reads. Newer ones leave the prefix out when they save."""
+    prefix = "text_model."
+    tensors = {prefix + name.removeprefix(prefix): tensor for name, tensor in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})

@@ -112,6 +112,8 @@ def test_latents_have_unit_variance(trained):
 
 def test_export_makes_a_folder_that_loads(trained, tmp_path):
     from diffusers import AutoencoderTiny, UNet2DConditionModel
+    from safetensors import safe_open
+    from transformers import CLIPTextModel
 
     trained.export(tmp_path / "experts")
     unet = UNet2DConditionModel.from_pretrained(tmp_path / "experts" / "unet_lune")
@@ -120,6 +122,12 @@ def test_export_makes_a_folder_that_loads(trained, tmp_path):
         torch.testing.assert_close(value.float(), expected[key].half().float(), rtol=0, atol=0)
     vae = AutoencoderTiny.from_pretrained(tmp_path / "experts" / "vae")
     assert vae.config.scaling_factor == pytest.approx(trained.scaling_factor())
+    with safe_open(tmp_path / "experts" / "text_encoder" / "model.safetensors", framework="pt") as file:
+        assert all(name.startswith("text_model.") for name in file.keys()), "as published ones"  # noqa: SIM118
+    text = CLIPTextModel.from_pretrained(tmp_path / "experts" / "text_encoder")
+    exported = {name: value.float() for name, value in text.state_dict().items()}
+    expected = trained.text_trainer().text.state_dict()
+    torch.testing.assert_close(exported, {k: v.half().float() for k, v in expected.items()}, rtol=0, atol=0)
     assert not list(tmp_path.glob(".experts*")), "nothing half-written is left behind"
 
 
