@@ -95,8 +95,8 @@ def test_the_package_is_typed_and_versioned():
 
 
 def test_a_type_checker_sees_what_an_import_gives():
-    """The links in `typings` are those that package-dir stands for; lazy names are the same for the checker and
-    at run time."""
+    """The links in `typings` are those that package-dir stands for; lazy names are, for the checker, the same
+    as at run time."""
     root = Path(__file__).parents[1]
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
     checked = {(root / folder).resolve() for folder in project["pyright"]["include"]}
