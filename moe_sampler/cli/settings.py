@@ -243,10 +243,9 @@ def planned_experts(
     configs: Mapping[str, Mapping[str, Any]], defaults: Mapping[str, Any], call: Mapping[str, Any]
 ) -> tuple[Any, ...]:
     """The experts as the pipeline will plan them for `call`, from their scheduler configs alone."""
-    from ..pipelines.checks import guidance_by_expert
-    from ..pipelines.settings import hybrid_experts
+    from ..pipelines.settings import guidance_scales, hybrid_experts
 
-    guidance = guidance_by_expert(call.get("guidance_scale"), {}, defaults, list(configs))
+    guidance = guidance_scales(call.get("guidance_scale"), defaults, list(configs))
     own = ("shift", "solver", "eta", "guidance_rescale", "guidance_window")
     return hybrid_experts(configs, guidance, **{key: call.get(key) for key in own})
 

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from operator import index
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .settings import by_expert
+from .choices import OUTPUT_TYPES, check_choice
 
-__all__ = [
-    "check_generator",
-    "check_latents",
-    "check_options",
-    "check_size",
-    "check_strength",
-    "guidance_by_expert",
-    "seeds_of",
-]
+if TYPE_CHECKING:
+    import torch
 
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+__all__ = ["Request", "Start", "StepEnd", "check_size", "check_strength"]
 
 
 def check_size(height: Any, width: Any, multiple: int) -> None:
@@ -38,22 +32,91 @@ def _check_count(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be at least 1, and whole, got {value!r}")
 
 
-def check_options(
-    num_images_per_prompt: int,
-    batch_size: int | None,
-    output_type: str,
-    callback_inputs: Sequence[str],
-    known_inputs: Sequence[str],
-) -> None:
-    """The rest of what diffusers' pipelines check in `check_inputs`."""
-    _check_count("num_images_per_prompt", num_images_per_prompt)
-    if batch_size is not None:
-        _check_count("batch_size", batch_size)
-    if output_type not in OUTPUT_TYPES:
-        raise ValueError(f'unknown output_type "{output_type}": use {", ".join(OUTPUT_TYPES)}')
-    unknown = [name for name in callback_inputs if name not in known_inputs]
-    if unknown:
-        raise ValueError(f"callback_on_step_end_tensor_inputs may name {tuple(known_inputs)}, not {unknown}")
+@dataclass(frozen=True)
+class Request:
+    """How many images a call makes, and what it returns them as.
+
+    Args:
+        prompts: image i belongs to prompt i // images_per_prompt.
+        images_per_prompt: as given.
+        batch_size: images that are sampled at once; all by default.
+        output_type: one of `choices.OUTPUT_TYPES`.
+
+    Raises:
+        ValueError: what cannot be.
+    """
+
+    prompts: int
+    images_per_prompt: int
+    batch_size: int
+    output_type: str
+
+    @classmethod
+    def read(cls, prompts: int, images_per_prompt: int, batch_size: int | None, output_type: str) -> Request:
+        _check_count("num_images_per_prompt", images_per_prompt)
+        if batch_size is not None:
+            _check_count("batch_size", batch_size)
+        check_choice("output_type", output_type, OUTPUT_TYPES)
+        return cls(prompts, images_per_prompt, batch_size or prompts * images_per_prompt, output_type)
+
+    @property
+    def images(self) -> int:
+        return self.prompts * self.images_per_prompt
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a call's images are made out of.
+
+    Args:
+        seeds: one an image, or
+        generator: one for all or one an image, as in diffusers.
+        latents: the state to start from, or None to draw it.
+    """
+
+    seeds: list[int] | None
+    generator: torch.Generator | list[torch.Generator] | None
+    latents: torch.Tensor | None
+
+    @classmethod
+    def read(cls, seed: Any, generator: Any, latents: Any, shape: Sequence[int]) -> Start:
+        """shape: [images, C, h, w] of the latents.
+
+        Raises:
+            ValueError: what doesn't fit it, or both a seed and a generator.
+        """
+        _check_generator(generator, seed, shape[0])
+        if latents is not None and tuple(latents.shape) != tuple(shape):
+            raise ValueError(f"latents must have shape {tuple(shape)}, got {tuple(latents.shape)}")
+        return cls(seeds_of(seed, shape[0]) if generator is None else None, generator, latents)
+
+
+class StepEnd:
+    """`callback_on_step_end` and the tensors it wants, as in diffusers.
+
+    Raises:
+        ValueError: it wants tensors that no step has.
+    """
+
+    TENSORS = ("latents", "pred_original_sample")
+
+    def __init__(self, callback: Callable[..., Any] | None, inputs: Sequence[str]) -> None:
+        unknown = [name for name in inputs if name not in self.TENSORS]
+        if unknown:
+            raise ValueError(f"callback_on_step_end_tensor_inputs may name {self.TENSORS}, not {unknown}")
+        self._callback, self._inputs = callback, tuple(inputs)
+
+    def wants(self, name: str) -> bool:
+        return self._callback is not None and name in self._inputs
+
+    def __call__(
+        self, pipe: Any, step: int, timestep: float, tensors: Mapping[str, Any]
+    ) -> torch.Tensor | None:
+        """Tell the callback; the latents that it puts in the place of the step's, if it does."""
+        if self._callback is None:
+            return None
+        wanted = {name: tensors[name] for name in self._inputs}
+        return (self._callback(pipe, step, timestep, wanted) or {}).get("latents")
 
 
 def check_strength(strength: Any, image: Any, latents: Any) -> float | None:
@@ -68,12 +131,6 @@ def check_strength(strength: Any, image: Any, latents: Any) -> float | None:
     if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0.0 < strength <= 1.0:
         raise ValueError(f"strength must lie above 0 and at most at 1, got {strength!r}")
     return strength
-
-
-def check_latents(latents: Any, shape: Sequence[int]) -> None:
-    """The state to start from: of the batch's shape."""
-    if latents is not None and tuple(latents.shape) != tuple(shape):
-        raise ValueError(f"latents must have shape {tuple(shape)}, got {tuple(latents.shape)}")
 
 
 def seeds_of(seed: Any, batch: int) -> list[int]:
@@ -92,7 +149,7 @@ def seeds_of(seed: Any, batch: int) -> list[int]:
     return seeds
 
 
-def check_generator(generator: Any, seed: Any, batch: int) -> None:
+def _check_generator(generator: Any, seed: Any, batch: int) -> None:
     """One for all, or one an image, as in diffusers."""
     if generator is None:
         return
@@ -100,25 +157,3 @@ def check_generator(generator: Any, seed: Any, batch: int) -> None:
         raise ValueError("give either seed or generator, not both")
     if isinstance(generator, list) and len(generator) != batch:
         raise ValueError(f"{batch} images need one generator or {batch}, got {len(generator)}")
-
-
-def guidance_by_expert(
-    guidance: float | Mapping[str, float] | None,
-    own: Mapping[str, float | None],
-    defaults: Mapping[str, Any],
-    experts: Sequence[str],
-) -> dict[str, float]:
-    """Each expert's guidance scale: its own, else what was given for all, else the model's default.
-
-    Args:
-        guidance: for all experts, or by name.
-        own: given as `sol_guidance` and the like.
-        defaults: with `<name>_guidance`.
-        experts: names.
-    """
-    shared = by_expert("guidance_scale", guidance, experts)
-    given = by_expert("guidance", {name: value for name, value in own.items() if value is not None}, experts)
-    return {
-        name: next(v for v in (given[name], shared[name], defaults[f"{name}_guidance"]) if v is not None)
-        for name in experts
-    }

@@ -12,8 +12,7 @@ from ..sampling.experts import Expert
 from ..sampling.naive import check_comparable, naive_plan
 from ..sampling.plan import SamplingPlan
 from ..viewing.sheets import FAINT, INK, Sheet, fitted, scalable_font
-from .prompts import Negative, negative_embeds
-from .queue import Batches
+from .prompts import Negative
 
 __all__ = ["Comparison", "compare"]
 
@@ -110,23 +109,20 @@ def compare(
     right = pipe.plan("hybrid", num_inference_steps, handoff=handoff, experts=experts)
     wrong = naive_plan(experts, right)
     alone = [pipe.plan(e.name, num_inference_steps, experts=experts) for e in experts]
+    asked = [(text, each) for text in prompts for each in seeds]
     call = dict(
-        prompt=[text for text in prompts for _ in seeds],
-        seed=[each for _ in prompts for each in seeds],
+        prompt=[text for text, _ in asked],
+        seed=[each for _, each in asked],
         negative_prompt=negative_prompt,
         height=height,
         width=width,
         batch_size=batch_size,
-        num_inference_steps=num_inference_steps,
-        **settings,
     )
-    made = [pipe(expert=e.name, **call).images for e in experts]
-    hybrid = pipe(handoff=handoff, **call).images
-    naive = _run(pipe, wrong, experts, call)
+    plans = (*alone, wrong, right)
+    images = tuple(tuple(pipe(plan=own, **call).images) for own in plans)
     titles = (*(f"{e.name.title()} alone" for e in experts), "Naive handoff", "Hybrid")
-    rows = tuple(f'"{text}", seed {each}' for text, each in zip(call["prompt"], call["seed"], strict=True))
-    images = tuple(tuple(column) for column in (*made, naive, hybrid))
-    return Comparison(titles, _notes(experts, alone, wrong, right), images, rows, (*alone, wrong, right))
+    rows = tuple(f'"{text}", seed {each}' for text, each in asked)
+    return Comparison(titles, _notes(experts, alone, wrong, right), images, rows, plans)
 
 
 def _notes(
@@ -143,44 +139,3 @@ def _notes(
     return tuple(
         f"{text}\n{shares(one)} steps" for text, one in zip(texts, (*alone, wrong, right), strict=True)
     )
-
-
-def _run(
-    pipe: Any, compiled: SamplingPlan, experts: Sequence[Expert], call: dict[str, Any]
-) -> list[Image.Image]:
-    """Images of a plan the pipeline would not make itself; the rest as its call does it."""
-    import torch
-
-    with torch.no_grad():
-        prompts, device = call["prompt"], pipe._execution_device
-        guided = [
-            e.name
-            for e in experts
-            if any(c.guided and c.name == e.name for s in compiled.steps for c in s.calls)
-        ]
-        uncond = negative_embeds(
-            call["negative_prompt"], None, guided, pipe.expert_names, len(prompts), pipe.encode_prompt
-        )
-        unet = pipe.expert_unet(experts[0].name).config
-        side = unet.sample_size * pipe.vae_scale_factor
-        size = [(call[name] or side) // pipe.vae_scale_factor for name in ("height", "width")]
-        batches = Batches(
-            pipe,
-            compiled,
-            experts,
-            (len(prompts), unet.in_channels, *size),
-            device=device,
-            cond={"prompt_embeds": pipe.encode_prompt(prompts)},
-            uncond={name: {"prompt_embeds": embeds.to(device)} for name, embeds in uncond.items()},
-            images_per_prompt=1,
-            batch_size=call["batch_size"] or len(prompts),
-            seeds=call["seed"],
-            generator=None,
-            latents=None,
-            image_latents=None,
-            callback=None,
-            callback_inputs=(),
-        )
-        made = batches.decode(batches.run(), pipe.decode_latents, "pil")
-        pipe.maybe_free_model_hooks()
-    return made

@@ -20,20 +20,21 @@ from ..sampling.plan import SamplingPlan
 from ..sampling.routers import PerStep, Router
 from .adapters import AdapterMixin
 from .base import ExpertPipeline
-from .checks import (
-    check_generator,
-    check_latents,
-    check_options,
-    check_size,
-    check_strength,
-    guidance_by_expert,
-    seeds_of,
-)
+from .checks import Request, Start, StepEnd, check_size, check_strength
 from .latents import check_image, decode_latents, encode_pixels, image_size
 from .pretrained import PretrainedMixin
 from .prompts import Negative, check_prompts, encode_prompts, negative_embeds, prompt_count
-from .queue import Batches
-from .settings import default_settings, enter_plan, hybrid_experts, hybrid_plan
+from .queue import PlanRun, run_plan
+from .settings import (
+    default_settings,
+    enter_plan,
+    given_plan,
+    guidance_scales,
+    hybrid_experts,
+    hybrid_plan,
+    own_steps,
+    with_own,
+)
 
 __all__ = ["HybridPipeline", "HybridPipelineOutput"]
 
@@ -72,7 +73,7 @@ class HybridPipeline(PretrainedMixin, AdapterMixin, ExpertPipeline):
         ValueError: experts that don't fit the VAE or the text encoder.
     """
 
-    _callback_tensor_inputs = ("latents", "pred_original_sample")
+    _callback_tensor_inputs = StepEnd.TENSORS  # as diffusers' pipelines call it
 
     def __init__(
         self,
@@ -124,10 +125,11 @@ class HybridPipeline(PretrainedMixin, AdapterMixin, ExpertPipeline):
         default, a mapping sets it by expert."""
         schedulers = {name: getattr(self, f"scheduler_{name}") for name in self.expert_names}
         configs = {name: {**s.config, "_class_name": type(s).__name__} for name, s in schedulers.items()}
-        own = {"sol": sol_guidance, "lune": lune_guidance}
+        names = self.expert_names
+        guidance = with_own("guidance_scale", guidance_scale, names, sol=sol_guidance, lune=lune_guidance)
         experts = hybrid_experts(
             configs,
-            guidance_by_expert(guidance_scale, own, self.config, self.expert_names),
+            guidance_scales(guidance, self.config, names),
             shift=shift,
             solver=solver,
             eta=eta,
@@ -162,9 +164,9 @@ class HybridPipeline(PretrainedMixin, AdapterMixin, ExpertPipeline):
             experts,
             self.config,
             expert=expert,
-            num_inference_steps=num_inference_steps,
-            sol_steps=sol_steps,
-            lune_steps=lune_steps,
+            num_inference_steps=own_steps(
+                num_inference_steps, self.expert_names, sol=sol_steps, lune=lune_steps
+            ),
             handoff=handoff,
             router=router,
         )
@@ -206,13 +208,24 @@ class HybridPipeline(PretrainedMixin, AdapterMixin, ExpertPipeline):
             )
 
     def _image_latents(
-        self, image: Any, height: int, width: int, images: int, batch_size: int, device: torch.device
+        self, image: Any, height: int, width: int, request: Request, device: torch.device
     ) -> torch.Tensor:
         """float32 latents [images, C, h, w] of the images that images start from."""
         pixels = self.image_processor.preprocess(image, height, width)
         with self._at_work("vae"):
-            parts = [encode_pixels(part.to(device), self.vae) for part in pixels.split(batch_size)]
-        return torch.cat(parts).repeat_interleave(images // len(pixels), 0)
+            parts = [encode_pixels(part.to(device), self.vae) for part in pixels.split(request.batch_size)]
+        return torch.cat(parts).repeat_interleave(request.images // len(pixels), 0)
+
+    def _size(self, height: int | None, width: int | None, image: Any, prompts: int) -> tuple[int, int]:
+        """In pixels: as given, or the image's to start from, or what the experts were made for."""
+        if image is not None:
+            check_image(image, prompts)
+        side = self._any_unet().config.sample_size * self.vae_scale_factor
+        own_height, own_width = (side, side) if image is None else image_size(image)
+        height = own_height if height is None else height
+        width = own_width if width is None else width
+        check_size(height, width, self._size_multiple())
+        return height, width
 
     @torch.no_grad()
     def __call__(
@@ -234,6 +247,7 @@ class HybridPipeline(PretrainedMixin, AdapterMixin, ExpertPipeline):
         callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         *,
+        plan: SamplingPlan | None = None,
         image: Any = None,
         strength: float | None = None,
         seed: int | Sequence[int] | None = None,
@@ -255,6 +269,8 @@ class HybridPipeline(PretrainedMixin, AdapterMixin, ExpertPipeline):
 
         Args:
             negative_prompt: for all experts, or by name: `{"sol": "text", "lune": "blur"}`.
+            plan: run this one, from `plan` or `SamplingPlan.from_json`. It decides experts, steps, handoff,
+                solvers and guidance, so none of these may be given with it.
             image: to start from: PIL, NumPy or tensor in [0, 1]; one for all prompts or a list, one each.
             strength: with image, the share of the steps that are run, 0.8 by default: the run enters the plan
                 where that many steps are left, at the expert who works there. 1 leaves little of the image.
@@ -279,81 +295,58 @@ class HybridPipeline(PretrainedMixin, AdapterMixin, ExpertPipeline):
         Raises:
             ValueError: for inputs that don't fit, before any work.
         """
-        check_prompts(
-            prompt,
-            prompt_embeds,
-            negative_prompt,
-            negative_prompt_embeds,
-            self.expert_names,
-            self.text_encoder.config.hidden_size,
-        )
+        names = self.expert_names
+        settings = {
+            "guidance_scale": with_own(
+                "guidance_scale", guidance_scale, names, sol=sol_guidance, lune=lune_guidance
+            ),
+            "shift": shift,
+            "solver": solver,
+            "eta": eta,
+            "guidance_rescale": guidance_rescale,
+            "guidance_window": guidance_window,
+        }
+        route = {
+            "num_inference_steps": own_steps(num_inference_steps, names, sol=sol_steps, lune=lune_steps),
+            "handoff": handoff,
+            "router": router,
+        }
+        channels = self.text_encoder.config.hidden_size
+        check_prompts(prompt, prompt_embeds, negative_prompt, negative_prompt_embeds, names, channels)
         prompts = prompt_count(prompt, prompt_embeds)
-        if image is not None:
-            check_image(image, prompts)
-        side = self._any_unet().config.sample_size * self.vae_scale_factor
-        own_height, own_width = (side, side) if image is None else image_size(image)
-        height = own_height if height is None else height
-        width = own_width if width is None else width
-        check_size(height, width, self._size_multiple())
-        check_options(
-            num_images_per_prompt,
-            batch_size,
-            output_type,
-            callback_on_step_end_tensor_inputs,
-            self._callback_tensor_inputs,
-        )
-        strength = check_strength(strength, image, latents)
-        experts = self.experts(
-            sol_guidance,
-            lune_guidance,
-            shift,
-            solver,
-            eta,
-            guidance_scale=guidance_scale,
-            guidance_rescale=guidance_rescale,
-            guidance_window=guidance_window,
-        )
-        compiled = self.plan(
-            expert, num_inference_steps, sol_steps, lune_steps, handoff, router, experts, strength
-        )
-        images = prompts * num_images_per_prompt
-        check_generator(generator, seed, images)
-        seeds = seeds_of(seed, images) if generator is None else None
+        request = Request.read(prompts, num_images_per_prompt, batch_size, output_type)
+        step_end = StepEnd(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        height, width = self._size(height, width, image, prompts)
+        entered = check_strength(strength, image, latents)
+        experts = self.experts(**settings)
+        if plan is None:
+            compiled = self.plan(expert, experts=experts, strength=entered, **route)
+        else:
+            decided = {"expert": None if expert == "hybrid" else expert, "strength": strength}
+            decided |= settings | route
+            start_from = {"image": image is not None, "latents": latents is not None}
+            compiled = given_plan(plan, experts, **start_from, **decided)
         cells = (height // self.vae_scale_factor, width // self.vae_scale_factor)
-        shape = (images, self._any_unet().config.in_channels, *cells)
-        check_latents(latents, shape)
+        shape = (request.images, self._any_unet().config.in_channels, *cells)
+        start = Start.read(seed, generator, latents, shape)
 
         self._interrupt = False
-        batch_size = batch_size or images
         device = self._execution_device  # found by looking through all modules, so once
-        encode = partial(self.encode_prompt, batch_size=batch_size, device=device)
+        encode = partial(self.encode_prompt, batch_size=request.batch_size, device=device)
         cond = encode(prompt) if prompt_embeds is None else prompt_embeds.to(device)
         guided = list(dict.fromkeys(c.name for s in compiled.steps for c in s.calls if c.guided))
-        uncond = negative_embeds(
-            negative_prompt, negative_prompt_embeds, guided, self.expert_names, prompts, encode
-        )
-        start = (
-            None if image is None else self._image_latents(image, height, width, images, batch_size, device)
-        )
-        batches = Batches(
-            self,
+        uncond = negative_embeds(negative_prompt, negative_prompt_embeds, guided, names, prompts, encode)
+        from_image = None if image is None else self._image_latents(image, height, width, request, device)
+        run = PlanRun(
             compiled,
             experts,
             shape,
+            device,
             cond={"prompt_embeds": cond},
             uncond={name: {"prompt_embeds": embeds.to(device)} for name, embeds in uncond.items()},
-            device=device,
-            images_per_prompt=num_images_per_prompt,
-            batch_size=batch_size,
-            seeds=seeds,
-            generator=generator,
-            latents=latents,
-            image_latents=start,
-            callback=callback_on_step_end,
-            callback_inputs=callback_on_step_end_tensor_inputs,
+            image_latents=from_image,
+            residency=self._offload,
         )
-        made = batches.decode(
-            batches.run(), partial(self.decode_latents, output_type=output_type), output_type
-        )
+        made = run_plan(self, run, request, start, step_end)
         self.maybe_free_model_hooks()
-        return HybridPipelineOutput(made, seeds, compiled) if return_dict else (made,)
+        return HybridPipelineOutput(made, start.seeds, compiled) if return_dict else (made,)

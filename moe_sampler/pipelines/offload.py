@@ -5,22 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 
 from ..loading.weights import ExpertWeights
 from ..sampling.plan import SamplingPlan
+from .choices import OFFLOADS, Offload, check_choice
 
 __all__ = ["OFFLOADS", "ExpertOffload", "Offload", "Stage", "check_offload", "stages"]
 
-Offload = Literal["none", "expert", "model"]
-OFFLOADS: tuple[str, ...] = get_args(Offload)
-
 
 def check_offload(offload: str) -> None:
-    if offload not in OFFLOADS:
-        raise ValueError(f'unknown offload "{offload}": use one of {", ".join(OFFLOADS)}')
+    check_choice("offload", offload, OFFLOADS)
 
 
 @dataclass(frozen=True)

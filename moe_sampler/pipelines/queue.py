@@ -1,9 +1,10 @@
-"""All images of a call through a plan: stage by stage, and batch by batch within a stage."""
+"""A plan, run for a pipeline: stage by stage, batch by batch within a stage, then decoded."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -12,126 +13,149 @@ from diffusers.utils.torch_utils import randn_tensor
 from ..sampling.experts import Expert
 from ..sampling.loop import SamplingRun, noised
 from ..sampling.plan import SamplingPlan
+from .checks import Request, Start, StepEnd
 from .offload import Stage, stages
 
-if TYPE_CHECKING:
-    from .hybrid import HybridPipeline
-
-__all__ = ["Batches"]
+__all__ = ["Host", "PlanRun", "Residency", "run_plan"]
 
 Features = Mapping[str, torch.Tensor]
 
 
-class Batches:
-    """The images of one call, in batches; all of them are at the same stage of the plan.
+class Host(Protocol):
+    """What a pipeline is to a run: it may stop it, shows how far it is, and decodes what it made."""
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether no more models are to be called."""
+        ...
+
+    def progress_bar(self, *, total: int) -> Any:
+        """A bar as tqdm's, a context manager."""
+        ...
+
+    def decode_latents(self, latents: torch.Tensor, output_type: str) -> Any:
+        """Images from float32 latents [B, C, h, w]."""
+        ...
+
+
+class Residency(Protocol):
+    """Who holds the experts' weights, if not all of them are in memory all the time."""
+
+    def use(self, names: Iterable[str]) -> None:
+        """Make exactly these experts resident."""
+        ...
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Begin to bring these, beside what is at work."""
+        ...
+
+
+@dataclass(frozen=True)
+class PlanRun:
+    """What a plan is run with.
 
     Args:
-        pipe: whose experts work; told which of them do.
-        plan, experts: what is run.
+        plan, experts: what is run; the experts with their models.
+        shape: [images, C, h, w] of all latents.
         device: where.
-        shape: of all images' latents.
         cond: text features, one a prompt; of all experts, or by expert.
         uncond: those of guidance, by expert.
-        images_per_prompt: image i belongs to prompt i // images_per_prompt.
-        batch_size: images that are sampled at once.
-        seeds: one an image, or
-        generator: one for all or one an image, as in diffusers.
-        latents: the state to start from, or
-        image_latents: what the run's first state is made from by adding noise.
-        callback, callback_inputs: `callback_on_step_end` and what it wants.
+        image_latents: [images, C, h, w] float32, what the first state is made from by adding noise.
+        residency: told which experts work, before they do.
     """
 
-    def __init__(
-        self,
-        pipe: HybridPipeline,
-        plan: SamplingPlan,
-        experts: Sequence[Expert],
-        shape: Sequence[int],
-        *,
-        device: torch.device,
-        cond: Features | Mapping[str, Features],
-        uncond: Mapping[str, Features],
-        images_per_prompt: int,
-        batch_size: int,
-        seeds: Sequence[int] | None,
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: torch.Tensor | None,
-        image_latents: torch.Tensor | None,
-        callback: Callable[..., dict[str, Any]] | None,
-        callback_inputs: Sequence[str],
-    ) -> None:
-        self._pipe, self._plan, self._batch_size = pipe, plan, batch_size
-        self._callback, self._callback_inputs = callback, tuple(callback_inputs)
-        starts = range(0, shape[0], batch_size)
-        self._runs = []
-        for first in starts:
-            own = slice(first, min(first + batch_size, shape[0]))
-            of_prompts = torch.arange(own.start, own.stop, device=device) // images_per_prompt
-            local = (own.stop - own.start, *shape[1:])
-            noise = None if generator is None else _Noise(generator, own, local, device)
-            self._runs.append(
-                SamplingRun(
-                    plan,
-                    experts,
-                    _start(plan, local, own, latents, image_latents, seeds, noise, device),
-                    shape=local,
-                    seeds=None if seeds is None else seeds[own],
-                    noise=noise,
-                    cond=_rows(cond, of_prompts),
-                    uncond=_rows(uncond, of_prompts),
-                    device=device,
-                    callback=self._on_step_end,
-                    keep_x0=callback is not None and "pred_original_sample" in self._callback_inputs,
-                )
-            )
+    plan: SamplingPlan
+    experts: Sequence[Expert]
+    shape: Sequence[int]
+    device: torch.device
+    cond: Features | Mapping[str, Features]
+    uncond: Mapping[str, Features]
+    image_latents: torch.Tensor | None = None
+    residency: Residency | None = None
 
-    def run(self) -> list[torch.Tensor]:
+
+def run_plan(host: Host, run: PlanRun, request: Request, start: Start, step_end: StepEnd) -> Any:
+    """The images of a call, as `request.output_type` wants them; where it was interrupted, what they were by
+    then.
+
+    Args:
+        host: the pipeline.
+        run: the plan and what it is run with.
+        request, start, step_end: the rest of the call.
+    """
+    latents = _Queue(host, run, request, start, step_end).advance()
+    parts = [host.decode_latents(batch, request.output_type) for batch in latents]
+    if request.output_type == "pil":
+        return [image for part in parts for image in part]
+    return np.concatenate(parts) if request.output_type == "np" else torch.cat(parts)
+
+
+class _Queue:
+    """The images of one call, in batches; all of them are at the same stage of the plan."""
+
+    def __init__(self, host: Host, run: PlanRun, request: Request, start: Start, step_end: StepEnd) -> None:
+        self._host, self._run, self._step_end = host, run, step_end
+        self._batches = [
+            self._batch(slice(first, min(first + request.batch_size, request.images)), request, start)
+            for first in range(0, request.images, request.batch_size)
+        ]
+
+    def _batch(self, own: slice, request: Request, start: Start) -> SamplingRun:
+        run, device = self._run, self._run.device
+        local = (own.stop - own.start, *run.shape[1:])
+        of_prompts = torch.arange(own.start, own.stop, device=device) // request.images_per_prompt
+        noise = None if start.generator is None else _Noise(start.generator, own, local, device)
+        return SamplingRun(
+            run.plan,
+            run.experts,
+            _first_state(run, local, own, start, noise),
+            shape=local,
+            seeds=None if start.seeds is None else start.seeds[own],
+            noise=noise,
+            cond=_rows(run.cond, of_prompts),
+            uncond=_rows(run.uncond, of_prompts),
+            device=device,
+            callback=self._on_step_end,
+            keep_x0=self._step_end.wants("pred_original_sample"),
+        )
+
+    def advance(self) -> list[torch.Tensor]:
         """Every batch's latents at the end of the plan, or where the run was interrupted."""
-        offload = self._pipe._offload
-        with self._pipe.progress_bar(total=len(self._plan) * len(self._runs)) as bar:
-            self._bar, every = bar, stages(self._plan)
+        plan, residency = self._run.plan, self._run.residency
+        with self._host.progress_bar(total=len(plan) * len(self._batches)) as bar:
+            self._bar, every = bar, stages(plan)
             ahead: list[Stage | None] = [*every[1:], None]
             try:
                 for stage, following in zip(every, ahead, strict=True):
-                    if self._pipe.interrupt:
+                    if self._host.interrupt:
                         break
-                    if offload is not None:
-                        offload.use(stage.experts)
-                    self._advance(stage, following)
+                    if residency is not None:
+                        residency.use(stage.experts)
+                    self._through(stage, following)
             finally:
-                if offload is not None:
-                    offload.use(())
-        return [run.x for run in self._runs]
+                if residency is not None:
+                    residency.use(())
+        return [batch.x for batch in self._batches]
 
-    def _advance(self, stage: Stage, following: Stage | None) -> None:
-        self._bar.set_description(_names(self._plan, stage))
-        for run in self._runs:
-            if self._pipe.interrupt:
+    def _through(self, stage: Stage, following: Stage | None) -> None:
+        self._bar.set_description(_names(self._run.plan, stage))
+        residency = self._run.residency
+        for batch in self._batches:
+            if self._host.interrupt:
                 return
-            offload = self._pipe._offload
-            if offload is not None and following is not None and run is self._runs[-1]:
+            if residency is not None and following is not None and batch is self._batches[-1]:
                 # Beside the last step of the stage, so that two experts share the device no longer than that.
-                run.advance(stage.until - 1)
-                offload.prefetch(following.experts)
-            run.advance(stage.until)
+                batch.advance(stage.until - 1)
+                residency.prefetch(following.experts)
+            batch.advance(stage.until)
 
     def _on_step_end(self, info: dict[str, Any]) -> torch.Tensor | None:
         self._bar.update()
-        replaced = None
-        if self._callback is not None:
-            tensors = {"latents": info["x"], "pred_original_sample": info["x0"]}
-            wanted = {name: tensors[name] for name in self._callback_inputs}
-            timestep = info["plan_step"].calls[0].timestep
-            replaced = (self._callback(self._pipe, info["step"], timestep, wanted) or {}).get("latents")
-        info["run"].interrupted = self._pipe.interrupt
+        tensors = {"latents": info["x"], "pred_original_sample": info["x0"]}
+        timestep = info["plan_step"].calls[0].timestep
+        replaced = self._step_end(self._host, info["step"], timestep, tensors)
+        info["run"].interrupted = self._host.interrupt
         return replaced
-
-    def decode(self, latents: Sequence[torch.Tensor], decode: Callable[..., Any], output_type: str) -> Any:
-        """Images of all batches together, decoded batch by batch."""
-        parts = [decode(batch) for batch in latents]
-        if output_type == "pil":
-            return [image for part in parts for image in part]
-        return np.concatenate(parts) if output_type == "np" else torch.cat(parts)
 
 
 class _Noise:
@@ -145,23 +169,21 @@ class _Noise:
         return randn_tensor(self._shape, generator=self._generator, device=self._device)
 
 
-def _start(
-    plan: SamplingPlan,
+def _first_state(
+    run: PlanRun,
     shape: tuple[int, ...],
     own: slice,
-    latents: torch.Tensor | None,
-    image_latents: torch.Tensor | None,
-    seeds: Sequence[int] | None,
-    noise: _Noise | None,
-    device: torch.device,
+    start: Start,
+    noise: Callable[[int], torch.Tensor] | None,
 ) -> torch.Tensor | None:
     """A batch's first state; None leaves it to the run and its seeds."""
-    if latents is not None:
-        return latents[own].to(device, torch.float32)
-    if image_latents is not None:
-        x0 = image_latents[own].to(device)
-        return noised(plan, x0, seeds=seeds[own]) if noise is None else noised(plan, x0, noise=noise(0))
-    return None if noise is None else noise(0) * plan.initial_scale
+    if start.latents is not None:
+        return start.latents[own].to(run.device, torch.float32)
+    if run.image_latents is not None:
+        x0 = run.image_latents[own].to(run.device)
+        seeds = None if start.seeds is None else start.seeds[own]
+        return noised(run.plan, x0, seeds=seeds, noise=None if noise is None else noise(0))
+    return None if noise is None else noise(0) * run.plan.initial_scale
 
 
 def _rows(features: Features | Mapping[str, Features], prompts: torch.Tensor) -> dict[str, Any]:

@@ -6,8 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
+from ..sampling.calls import check_fits
 from ..sampling.experts import Expert
 from ..sampling.plan import SamplingPlan
 from ..sampling.planner import check_steps, plan
@@ -16,10 +17,16 @@ from ..sampling.routers import Boundary, PerStep, Router, Spans
 __all__ = [
     "DEFAULTS",
     "EXPERTS",
+    "ExpertSettings",
     "by_expert",
+    "default_settings",
     "enter_plan",
+    "given_plan",
+    "guidance_scales",
     "hybrid_experts",
     "hybrid_plan",
+    "own_steps",
+    "with_own",
 ]
 
 EXPERTS = ("sol", "lune")
@@ -47,62 +54,79 @@ def by_expert(what: str, value: Any, names: Sequence[str]) -> dict[str, Any]:
     return {name: value.get(name) for name in names}
 
 
+def with_own(what: str, value: Any, names: Sequence[str], **own: Any) -> Any:
+    """`value`, which is one for all experts or a mapping, with those of single experts in its place.
+
+    Where `sol_guidance` and the like end: past this there are only values by name.
+
+    Args:
+        what: the setting, for messages.
+        value: what was given for all, or by name.
+        names: of the experts.
+        own: by expert, None where nothing was given.
+    """
+    own = {name: one for name, one in own.items() if one is not None}
+    return {**by_expert(what, value, names), **_only(by_expert(what, own, names))} if own else value
+
+
+def own_steps(
+    steps: int | Mapping[str, int] | None, names: Sequence[str], **own: int | None
+) -> int | Mapping[str, int] | None:
+    """A number of steps in all or by name, from `num_inference_steps` or `sol_steps` and the like."""
+    if any(count is not None for count in own.values()) and steps is not None:
+        raise ValueError("give either a number of steps in all or each expert's, not both")
+    return with_own("steps", steps, names, **own)
+
+
+def _only(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if value is not None}
+
+
+class ExpertSettings(TypedDict, total=False):
+    """Settings that are one for all experts, or by expert; None leaves them to each expert's training."""
+
+    shift: float | Mapping[str, float] | None
+    solver: str | Mapping[str, str] | None
+    eta: float | Mapping[str, float] | None
+    guidance_rescale: float | Mapping[str, float] | None
+    guidance_window: Sequence[float] | Mapping[str, Sequence[float]] | None
+
+
+def guidance_scales(
+    guidance: float | Mapping[str, float] | None, defaults: Mapping[str, Any], names: Sequence[str]
+) -> dict[str, float]:
+    """Each expert's guidance scale: what was given for all or by name, else the model's `<name>_guidance`."""
+    given = by_expert("guidance_scale", guidance, names)
+    return {name: defaults[f"{name}_guidance"] if given[name] is None else given[name] for name in names}
+
+
 def hybrid_experts(
     scheduler_configs: Mapping[str, Mapping[str, Any]],
     guidance: Mapping[str, float],
-    *,
-    shift: float | Mapping[str, float] | None = None,
-    solver: str | Mapping[str, str] | None = None,
-    eta: float | Mapping[str, float] | None = None,
-    guidance_rescale: float | Mapping[str, float] | None = None,
-    guidance_window: tuple[float, float] | Mapping[str, tuple[float, float]] | None = None,
+    **settings: Unpack[ExpertSettings],
 ) -> tuple[Expert, ...]:
     """Experts from their scheduler configs; None leaves a setting to the config.
 
     Args:
         scheduler_configs: by expert, with `_class_name`.
         guidance: guidance scale by expert.
-        shift: k of the shifted sigmas.
-        solver, eta, guidance_rescale, guidance_window: as `Expert` takes them.
-
-    All settings are one for all experts, or by expert.
+        settings: as `Expert` takes them, one for all experts, or by expert.
 
     Raises:
         ValueError: a setting that is out of range or names an expert there isn't.
     """
     names = list(scheduler_configs)
-    settings = {
-        "shift": by_expert("shift", shift, names),
-        "solver": by_expert("solver", solver, names),
-        "eta": by_expert("eta", eta, names),
-        "guidance_rescale": by_expert("guidance_rescale", guidance_rescale, names),
-        "guidance_window": by_expert("guidance_window", guidance_window, names),
-        "guidance_scale": by_expert("guidance_scale", guidance, names),
-    }
-    for name, scale in settings["guidance_scale"].items():
+    for name, scale in guidance.items():
         if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
             raise ValueError(f"{name}: the guidance scale must be a finite number, got {scale!r}")
+    given = {"guidance_scale": guidance, **settings}
+    named = {key: by_expert(key, value, names) for key, value in given.items()}
     return tuple(
         Expert.from_scheduler_config(
-            name, scheduler_configs[name], **{key: values[name] for key, values in settings.items()}
+            name, scheduler_configs[name], **{key: values[name] for key, values in named.items()}
         )
         for name in names
     )
-
-
-def _own_steps(
-    names: Sequence[str], steps: int | Mapping[str, int] | None, sol: int | None, lune: int | None
-) -> dict[str, int]:
-    """The experts' own step counts, where they were given."""
-    own = {name: count for name, count in (("sol", sol), ("lune", lune)) if count is not None}
-    if own and steps is not None:
-        raise ValueError("give either a number of steps in all or each expert's, not both")
-    if isinstance(steps, Mapping):
-        own = {name: count for name, count in by_expert("steps", steps, names).items() if count is not None}
-        if not own:
-            raise ValueError("steps by expert must name at least one")
-    by_expert("steps", own, names)
-    return own
 
 
 def _alone(
@@ -156,8 +180,6 @@ def hybrid_plan(
     *,
     expert: str = "hybrid",
     num_inference_steps: int | Mapping[str, int] | None = None,
-    sol_steps: int | None = None,
-    lune_steps: int | None = None,
     handoff: float | Sequence[float] | None = None,
     router: Router | PerStep | None = None,
 ) -> SamplingPlan:
@@ -168,7 +190,6 @@ def hybrid_plan(
         defaults: settings of the model.
         expert: "hybrid", or the name of one that works alone.
         num_inference_steps: in all, or by expert.
-        sol_steps, lune_steps: the same for these two.
         handoff: the noise level where the first expert hands over to the second; of more experts, one level
             fewer than there are experts, descending.
         router: instead of handoffs.
@@ -179,7 +200,10 @@ def hybrid_plan(
     names = [e.name for e in experts]
     if expert not in ("hybrid", *names):
         raise ValueError(f'unknown expert "{expert}": use hybrid, {" or ".join(names)}')
-    own = _own_steps(names, num_inference_steps, sol_steps, lune_steps)
+    by_name = isinstance(num_inference_steps, Mapping)
+    own = _only(by_expert("steps", num_inference_steps, names)) if by_name else {}
+    if by_name and not own:
+        raise ValueError("steps by expert must name at least one")
     total = defaults["num_inference_steps"] if num_inference_steps is None or own else num_inference_steps
     if expert != "hybrid" or len(names) == 1:
         return _alone(experts, names[0] if expert == "hybrid" else expert, own, total, handoff, router)
@@ -219,4 +243,39 @@ def enter_plan(experts: Sequence[Expert], whole: SamplingPlan, strength: float) 
     late = nodes[len(nodes) - count :]
     used = [e for e in experts if e.name in {call.name for step in late for call in step.calls}]
     router = PerStep([{call.name: call.weight for call in step.calls} for step in late])
-    return plan(used, router, noise_levels=[step.level.noise for step in late])
+    entered = plan(used, router, noise_levels=[step.level.noise for step in late])
+    return replace(entered, from_image=True)
+
+
+def given_plan(
+    plan: SamplingPlan, experts: Sequence[Expert], *, image: bool, latents: bool = False, **settings: Any
+) -> SamplingPlan:
+    """A plan that a call brings along, checked against what else it was given.
+
+    Args:
+        plan: as given.
+        experts: those that would run it.
+        image, latents: whether the call gives one to start from.
+        settings: what a plan decides, None where it wasn't given.
+
+    Raises:
+        TypeError: no plan.
+        ValueError: settings beside it, experts it was not made for, or a start it cannot have.
+    """
+    if not isinstance(plan, SamplingPlan):
+        raise TypeError(f"plan must be a SamplingPlan (SamplingPlan.from_json reads one), got {plan!r}")
+    decided = list(_only(settings))
+    if decided:
+        raise ValueError(f"the plan decides {', '.join(decided)}: give either the plan or these")
+    plan.check()
+    check_fits(plan, experts)
+    if plan.from_image and not image and not latents:
+        raise ValueError(
+            f"the plan begins at noise level {plan.start_level.noise:.4f}, with an image: give image"
+        )
+    if image and not plan.from_image:
+        raise ValueError(
+            "the plan begins with noise alone, in which no image would be left: for a start from an image "
+            "make the plan with strength"
+        )
+    return plan

@@ -175,6 +175,7 @@ class SamplingRun:
         callback: Callback | None = None,
         keep_x0: bool = True,
     ) -> None:
+        plan.check()
         self.plan, self.index, self.interrupted = plan, 0, False
         self.x0: torch.Tensor | None = None
         self._experts = {e.name: e for e in ([experts] if isinstance(experts, Expert) else experts)}

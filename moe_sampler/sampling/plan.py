@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -16,8 +17,8 @@ from .solvers import HEUN_CORRECTOR
 
 __all__ = ["ExpertCall", "PlanStep", "SamplingPlan"]
 
-_FORMAT = 2
-_READABLE_FORMATS = (1, 2)  # 1 knew no guidance rescale
+_FORMAT = 3
+_READABLE_FORMATS = (1, 2, 3)  # 1 knew no guidance rescale, 2 no start from an image
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +79,13 @@ class SamplingPlan:
     Args:
         steps: from noise to data.
         initial_scale: factor on N(0, 1) noise that makes the first state.
+        from_image: the run begins with an image and the first level's share of noise (see `noised`), not with
+            noise alone.
     """
 
     steps: tuple[PlanStep, ...]
     initial_scale: float
+    from_image: bool = False
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -117,6 +121,20 @@ class SamplingPlan:
         """Whether any step adds noise."""
         return any(step.adds_noise for step in self.steps)
 
+    def check(self) -> None:
+        """Raise ValueError unless this can be run from its first step: not every plan is the planner's."""
+        if not self.steps:
+            raise ValueError("the plan has no steps")
+        for index, step in enumerate(self.steps):
+            if not 1 <= len(step.calls) <= 2:
+                raise ValueError(f"step {index} of the plan calls {len(step.calls)} experts: one or two work")
+            check_row(step.row)
+        if self.steps[0].reads_history:
+            raise ValueError(
+                "the plan's first step reads the prediction of a step before it, so its beginning was cut "
+                "off: plan the rest anew, with noise_levels=plan.noise_levels[k:]"
+            )
+
     def table(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """[steps, ROW_WIDTH] float32: one row a step, as `sampler_step_` reads it."""
         for step in self.steps:
@@ -125,7 +143,7 @@ class SamplingPlan:
         table[:, : len(COLUMNS)] = torch.tensor([step.row for step in self.steps], dtype=torch.float64)
         return table.to(device)
 
-    def to_json(self, **kwargs) -> str:
+    def to_json(self, **kwargs: Any) -> str:
         """JSON that `from_json` reads back to an equal plan, bit for bit. kwargs go to `json.dumps`."""
         body = dataclasses.asdict(self)
         for step in body["steps"]:
@@ -138,22 +156,26 @@ class SamplingPlan:
 
     @classmethod
     def from_json(cls, text: str) -> SamplingPlan:
-        body = json.loads(text)
-        if body.get("format") not in _READABLE_FORMATS:
-            raise ValueError(
-                f"this is not a sampling plan of format {_FORMAT}: format is {body.get('format')!r}"
-            )
-        steps = tuple(
-            PlanStep(
-                calls=tuple(ExpertCall(**call) for call in step["calls"]),
-                level=Level(**step["level"]),
-                target=Level(**step["target"]),
-                solver=step["solver"],
-                row=tuple(math.inf if step["row"][name] is None else step["row"][name] for name in COLUMNS),
-            )
-            for step in body["steps"]
-        )
-        return cls(steps, body["initial_scale"])
+        """The plan that `to_json` wrote.
+
+        Raises:
+            ValueError: no JSON, no plan of a format this version reads, or a plan that cannot be run.
+        """
+        try:
+            body = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"this is not a sampling plan: no JSON ({error})") from None
+        found = body.get("format") if isinstance(body, dict) else None
+        if found not in _READABLE_FORMATS:
+            raise ValueError(f"this is not a sampling plan of format {_FORMAT}: format is {found!r}")
+        try:
+            steps = tuple(map(_step_from_json, body["steps"]))
+            plan = cls(steps, body["initial_scale"], body.get("from_image", False))
+            plan.check()
+        except (KeyError, TypeError, AttributeError) as error:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            raise ValueError(f"this sampling plan is damaged: {reason}") from None
+        return plan
 
     def _display_rows(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """Header and cells of the printed plan."""
@@ -202,6 +224,12 @@ class SamplingPlan:
         return "\n".join(
             [f"{len(self.noise_levels)} steps, {self.model_calls} model calls per sample", *lines]
         )
+
+
+def _step_from_json(step: dict[str, Any]) -> PlanStep:
+    row = tuple(math.inf if step["row"][name] is None else step["row"][name] for name in COLUMNS)
+    calls = tuple(ExpertCall(**call) for call in step["calls"])
+    return PlanStep(calls, Level(**step["level"]), Level(**step["target"]), step["solver"], row)
 
 
 def _guidance(call: ExpertCall) -> str:

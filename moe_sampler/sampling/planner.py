@@ -12,10 +12,10 @@ import torch
 from moe_sampler.kernels.conversions import shift_sigma
 from moe_sampler.kernels.rows import COLUMNS
 
+from .calls import expert_call
 from .experts import Expert
 from .paths import Level
 from .plan import ExpertCall, PlanStep, SamplingPlan
-from .predictions import x0_coefficients
 from .routers import PerStep, Router, Spans, active_experts, lead_expert, lead_spans
 from .solvers import HEUN_CORRECTOR, SolverRow, heun_corrector_row, solver_row
 
@@ -141,23 +141,6 @@ def _check_descending(nodes: Sequence[_Node]) -> None:
             )
 
 
-def _call(expert: Expert, weight: float, state: Level) -> tuple[ExpertCall, float, tuple[float, float]]:
-    """An expert's call at the state's level, with its share of p and its (q_cond, q_uncond)."""
-    own = expert.path.at(state.noise)
-    timestep = expert.path.timestep(own)
-    if expert.path.discrete and abs(timestep - round(timestep)) < 1e-6:
-        timestep = round(timestep)
-        own = expert.path.level(timestep)
-    scale = 1.0 if own == state else own.sigma / state.sigma
-    p, q = x0_coefficients(expert.prediction, own)
-    g = expert.guidance_at(state.noise)
-    rescale = expert.guidance_rescale if g != 1.0 else 0.0
-    call = ExpertCall(expert.name, weight, timestep, g, scale, rescale)
-    # A rescaled prediction comes to the row with its guidance already in it.
-    folded = 1.0 if rescale else g
-    return call, weight * p * scale, (weight * folded * q, weight * (1.0 - folded) * q)
-
-
 def _corrector_at(experts: Mapping[str, Expert], last: _Node, end: float) -> _Node | None:
     """The last node's experts at the end of a run that keeps some noise, if their grids hold that level."""
     node = _node(experts, last.weights, end)
@@ -208,7 +191,7 @@ def _compile(experts: Mapping[str, Expert], evaluations: Sequence[_Evaluation]) 
         row["clip"] = math.inf if clip is None else clip
         own = []
         for slot, (name, weight) in enumerate(step.node.weights.items()):
-            call, p, (q_cond, q_uncond) = _call(experts[name], weight, step.node.level)
+            call, p, (q_cond, q_uncond) = expert_call(experts[name], weight, step.node.level)
             own.append(call)
             row["p"] += p
             row[f"q_cond_{slot}"], row[f"q_uncond_{slot}"] = q_cond, q_uncond
@@ -299,7 +282,7 @@ def plan(
         raise TypeError(f"a router is a callable from noise level to weights, or a PerStep, got {router!r}")
     if not 0.0 <= end < start <= 1.0:
         raise ValueError(f"a run goes from start to end with 0 <= end < start <= 1, got {start} to {end}")
-    steps = _steps(steps, router)
+    steps, spaced = _steps(steps, router), noise_levels is None
 
     if noise_levels is not None:
         noise_levels = _check_noise_levels(noise_levels, end)
@@ -324,4 +307,8 @@ def plan(
             f"the run ({end:.4f}): end further down"
         )
     evaluations = list(_evaluations(known, nodes, end))
-    return SamplingPlan(_compile(known, evaluations), nodes[0].lead.path.initial_scale(nodes[0].level))
+    # Where a grid begins is its own affair; levels that were asked for may leave out the run's first part.
+    asked = start < 1.0 or not spaced
+    from_image = asked and nodes[0].noise < _node(known, nodes[0].weights, 1.0).noise
+    initial_scale = nodes[0].lead.path.initial_scale(nodes[0].level)
+    return SamplingPlan(_compile(known, evaluations), initial_scale, from_image)

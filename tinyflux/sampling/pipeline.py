@@ -13,12 +13,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from moe_sampler import Expert, SamplingPlan
-from moe_sampler.pipelines.checks import check_generator, check_latents, check_options, check_size, seeds_of
+from moe_sampler.pipelines.checks import Request, Start, StepEnd, check_size
 from moe_sampler.pipelines.hybrid import HybridPipeline, HybridPipelineOutput
 from moe_sampler.pipelines.latents import decode_latents
 from moe_sampler.pipelines.prompts import Negative, check_prompts, negative_embeds
-from moe_sampler.pipelines.queue import Batches
-from moe_sampler.pipelines.settings import by_expert
+from moe_sampler.pipelines.queue import PlanRun, run_plan
+from moe_sampler.pipelines.settings import by_expert, given_plan
 from moe_sampler.tinyflux.features.encoders import EncodedText, StudentEncoders, TextEncoder
 from moe_sampler.tinyflux.model.tinyflux import TinyFlux
 from moe_sampler.tinyflux.sampling.expert import STUDENT
@@ -43,9 +43,6 @@ class StudentPipeline:
     Raises:
         ValueError: parts that don't fit each other.
     """
-
-    _callback_tensor_inputs = ("latents", "pred_original_sample")
-    _offload = None
 
     def __init__(
         self,
@@ -208,6 +205,7 @@ class StudentPipeline:
         callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         *,
+        plan: SamplingPlan | None = None,
         sol_weight: Weight = 0.0,
         lune_weight: Weight = 0.0,
         handoff: float | None = None,
@@ -224,6 +222,8 @@ class StudentPipeline:
             guidance_scale: 3 for the student and the experts' own defaults, where it isn't given. The
                 student's unconditional side is its null condition, Sol's and Lune's the empty prompt; a
                 negative prompt takes the place of both.
+            plan: run this one, from `plan` or `SamplingPlan.from_json`, instead of what the settings below,
+                steps, solvers and guidance would make.
             sol_weight, lune_weight: shares of the prediction, 0 to 1, see `GuidedRouter`; the student has
                 the rest.
             handoff: noise level down to which Sol's weight counts, and from which Lune's does; the experts'
@@ -238,47 +238,36 @@ class StudentPipeline:
         """
         check_prompts(prompt, None, negative_prompt, None, self.expert_names, 0)
         prompts = [prompt] if isinstance(prompt, str) else prompt
+        request = Request.read(len(prompts), num_images_per_prompt, batch_size, output_type)
+        step_end = StepEnd(callback_on_step_end, callback_on_step_end_tensor_inputs)
         height, width = self._size(height, width)
-        check_options(
-            num_images_per_prompt,
-            batch_size,
-            output_type,
-            callback_on_step_end_tensor_inputs,
-            self._callback_tensor_inputs,
-        )
         experts = self.experts(guidance_scale, shift, solver, upstream_schedule)
-        compiled = self.plan(num_inference_steps, sol_weight, lune_weight, handoff, experts)
-        images = len(prompts) * num_images_per_prompt
-        check_generator(generator, seed, images)
-        seeds = seeds_of(seed, images) if generator is None else None
+        if plan is None:
+            compiled = self.plan(num_inference_steps, sol_weight, lune_weight, handoff, experts)
+        else:
+            compiled = given_plan(
+                plan,
+                experts,
+                image=False,
+                latents=latents is not None,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                sol_weight=sol_weight or None,
+                lune_weight=lune_weight or None,
+                handoff=handoff,
+                shift=shift,
+                solver=solver,
+                upstream_schedule=upstream_schedule or None,
+            )
         cells = (height // self.encoders.scale, width // self.encoders.scale)
-        shape = (images, self.student.config.in_channels, *cells)
-        check_latents(latents, shape)
+        shape = (request.images, self.student.config.in_channels, *cells)
+        start = Start.read(seed, generator, latents, shape)
 
         self._interrupt = False
-        batch_size = batch_size or images
-        cond, uncond = self._conditioning(compiled, prompts, negative_prompt, batch_size)
-        batches = Batches(
-            self,
-            compiled,
-            experts,
-            shape,
-            cond=cond,
-            uncond=uncond,
-            device=self.device,
-            images_per_prompt=num_images_per_prompt,
-            batch_size=batch_size,
-            seeds=seeds,
-            generator=generator,
-            latents=latents,
-            image_latents=None,
-            callback=callback_on_step_end,
-            callback_inputs=callback_on_step_end_tensor_inputs,
-        )
-        made = batches.decode(
-            batches.run(), partial(self.decode_latents, output_type=output_type), output_type
-        )
-        return HybridPipelineOutput(made, seeds, compiled) if return_dict else (made,)
+        cond, uncond = self._conditioning(compiled, prompts, negative_prompt, request.batch_size)
+        run = PlanRun(compiled, experts, shape, self.device, cond, uncond)
+        made = run_plan(self, run, request, start, step_end)
+        return HybridPipelineOutput(made, start.seeds, compiled) if return_dict else (made,)
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
         scale = self.encoders.scale

@@ -1,0 +1,74 @@
+"""An expert's part in a step: what the model is told, and how the row reads its output."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+
+from .experts import Expert
+from .paths import Level
+from .plan import ExpertCall, PlanStep, SamplingPlan
+from .predictions import x0_coefficients
+
+__all__ = ["check_fits", "expert_call"]
+
+
+def expert_call(expert: Expert, weight: float, state: Level) -> tuple[ExpertCall, float, tuple[float, float]]:
+    """An expert's call at the state's level, with its share of p and its (q_cond, q_uncond)."""
+    own = expert.path.at(state.noise)
+    timestep = expert.path.timestep(own)
+    if expert.path.discrete and abs(timestep - round(timestep)) < 1e-6:
+        timestep = round(timestep)
+        own = expert.path.level(timestep)
+    scale = 1.0 if own == state else own.sigma / state.sigma
+    p, q = x0_coefficients(expert.prediction, own)
+    g = expert.guidance_at(state.noise)
+    rescale = expert.guidance_rescale if g != 1.0 else 0.0
+    call = ExpertCall(expert.name, weight, timestep, g, scale, rescale)
+    # A rescaled prediction comes to the row with its guidance already in it.
+    folded = 1.0 if rescale else g
+    return call, weight * p * scale, (weight * folded * q, weight * (1.0 - folded) * q)
+
+
+def check_fits(plan: SamplingPlan, experts: Iterable[Expert]) -> None:
+    """Raise ValueError unless these are experts a plan can be run with: its names, and experts that mean by a
+    timestep the level the plan means, and by their output what its rows read in it.
+
+    Args:
+        plan: made for these experts, or for others.
+        experts: with or without their models. Guidance, solver and shift don't count: the plan has its own.
+    """
+    known = {expert.name: expert for expert in experts}
+    missing = [name for name in plan.experts if name not in known]
+    if missing:
+        raise ValueError(f"the plan calls {' and '.join(missing)}, but the experts are {', '.join(known)}")
+    for index, step in enumerate(plan.steps):
+        wrong = _misread(step, known)
+        if wrong is not None:
+            raise ValueError(
+                f"the plan was made for another {wrong}: at step {index}, noise level "
+                f"{step.level.noise:.4f}, this {wrong}'s timestep or prediction type is not the plan's"
+            )
+
+
+def _misread(step: PlanStep, experts: dict[str, Expert]) -> str | None:
+    """Whose call or whose place in the row isn't what it would be with these experts."""
+    found, p = step.coefficients, 0.0
+    for slot, planned in enumerate(step.calls):
+        guidance = {
+            "guidance_scale": planned.guidance_scale,
+            "guidance_rescale": planned.guidance_rescale,
+            "guidance_window": None,
+        }
+        expert = dataclasses.replace(experts[planned.name], **guidance)
+        call, share, q = expert_call(expert, planned.weight, step.level)
+        p += share
+        pairs = [
+            (planned.timestep, call.timestep),
+            (planned.input_scale, call.input_scale),
+            *zip((found[f"q_cond_{slot}"], found[f"q_uncond_{slot}"]), q, strict=True),
+        ]
+        if not all(math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9) for a, b in pairs):
+            return planned.name
+    return None if math.isclose(found["p"], p, rel_tol=1e-6, abs_tol=1e-9) else step.calls[0].name
