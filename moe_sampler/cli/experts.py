@@ -7,23 +7,22 @@ from typing import Annotated
 
 import typer
 
-from ..expert_training.settings import RunSettings
+from ..expert_training.settings import KINDS, RunSettings
+from ..pipelines.choices import any_of
 from ..training.flags import with_settings
-from .options import one_line_errors
+from .commands import command_group, one_line_errors
 from .training import run_training
 
 __all__ = ["app"]
 
-app = typer.Typer(
-    name="experts",
-    no_args_is_help=True,
-    rich_markup_mode="markdown",
-    help="The experts' own training: Sol, Lune or an ε-expert on any images, and the demo's experts anew.",
+app = command_group(
+    "experts",
+    "The experts' own training: Sol, Lune or an ε-expert on any images, and the demo's experts anew.",
 )
 
 
 def _train(
-    kind: Annotated[str, typer.Argument(help="sol, lune or epsilon.")],
+    kind: Annotated[str, typer.Argument(help=f"{any_of(KINDS)}.")],
     settings: RunSettings,
 ) -> None:
     """Train an expert: Sol (v on the DDPM path), Lune (rectified flow), or one that predicts the noise.

@@ -3,101 +3,56 @@
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .models import Lora, Machine, Model, merge_models
-from .options import (
-    ExpertOptions,
-    GuidanceOptions,
-    LoraOptions,
-    MachineOptions,
-    ModelOptions,
-    StepOptions,
-    takes,
-)
-from .outputs import Files, Watch
-from .settings import ByExpert, call_of, compile_plan, merge_runs, record_defaults
+from .by_name import ByExpert, over_previous
+from .commands import takes
+from .loras import read_loras
+from .machine import Machine
+from .models import Model
+from .options import OutputOptions, PipelineOptions, RunOptions, SizeOptions
+from .outputs import Pictures
+from .plans import find_plan, plan_settings, without_plan
+from .settings import call_of, compile_plan, merge_runs, merged, planned_experts, record_defaults
 
 __all__ = ["generate"]
 
-_KEPT = ("seed", "height", "width", "strength", "zoom")
 
+@dataclass(frozen=True)
+class StartOptions:
+    """An image to start from."""
 
-@takes(
-    run=StepOptions,
-    experts=ExpertOptions,
-    guidance=GuidanceOptions,
-    where=ModelOptions,
-    lora=LoraOptions,
-    machine=MachineOptions,
-)
-def generate(
-    prompts: Annotated[
-        list[str] | None, typer.Argument(help="One or several prompts.", show_default=False)
-    ] = None,
-    output: Annotated[
-        Path,
+    image: Annotated[
+        Path | None,
         typer.Option(
-            "--output",
-            "-o",
-            help="PNG to write; several images are numbered. A name that ends in .safetensors gets latents.",
+            help="Start from this image instead of from noise. What is made has its proportions.",
             metavar="PATH",
         ),
-    ] = Path("image.png"),
-    images: Annotated[int, typer.Option("--images", "-n", help="Images per prompt.", metavar="N")] = 1,
-    seed: Annotated[
-        int | None,
-        typer.Option(help="Seed of the first image; the next ones count up. Default: 0.", metavar="N"),
-    ] = None,
-    negative: Annotated[
-        list[str] | None,
-        typer.Option(help="Negative prompt, of all experts or of one.", metavar="TEXT|NAME=TEXT"),
-    ] = None,
-    image: Annotated[
-        Path | None, typer.Option(help="Start from this image instead of from noise.", metavar="PATH")
-    ] = None,
+    ] = None
     strength: Annotated[
         float | None,
         typer.Option(
             help="With --image: how much is changed: the share of the steps that are run. Default: 0.8.",
         ),
-    ] = None,
-    height: Annotated[
-        int | None,
-        typer.Option(help="In pixels. Default: the model's own, in --image's proportions.", metavar="N"),
-    ] = None,
-    width: Annotated[int | None, typer.Option(help="In pixels.", metavar="N")] = None,
-    zoom: Annotated[
-        int | None,
-        typer.Option(
-            help="Enlarge the written image. Default: small images to about 512 pixels.", metavar="N"
-        ),
-    ] = None,
-    trace: Annotated[
-        bool, typer.Option("--trace", help="Also write a contact sheet of every step, NAME.trace.png.")
-    ] = False,
-    animate: Annotated[
-        bool, typer.Option("--animate", help="Also write the steps as an animation, NAME.webp.")
-    ] = False,
-    like: Annotated[
-        Path | None,
-        typer.Option(
-            help="Take the settings of an image made before; options given here override them.",
-            metavar="PATH",
-        ),
+    ] = None
+
+
+@takes(out=OutputOptions, size=SizeOptions, begin=StartOptions, run=RunOptions, where=PipelineOptions)
+def generate(
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="One or several prompts.", show_default=False)
     ] = None,
     *,
-    run: StepOptions,
-    experts: ExpertOptions,
-    guidance: GuidanceOptions,
-    where: ModelOptions,
-    lora: LoraOptions,
-    machine: MachineOptions,
+    out: OutputOptions,
+    size: SizeOptions,
+    begin: StartOptions,
+    run: RunOptions,
+    where: PipelineOptions,
 ) -> None:
     """Make images.
 
@@ -111,62 +66,43 @@ def generate(
     from ..viewing.images import read_settings
 
     # What is wrong with the settings, the folder or the machine shows before any weights are read.
-    previous = read_settings(like) if like is not None else {}
-    prompts = prompts or ([previous["prompt"]] if "prompt" in previous else [])
+    previous = read_settings(out.like) if out.like is not None else {}
     if "student" in previous:
-        raise ValueError(f"{like} was made by a student: use `moe-sampler tinyflux sample --like`")
-    if not prompts:
-        raise ValueError(
-            "give a prompt" + (", which this image has none of" if like else ", or --like IMAGE")
-        )
-    if images < 1:
-        raise ValueError(f"images per prompt must be at least 1, got {images}")
-    model = Model(merge_models(previous, where), where.local_files_only)
+        raise ValueError(f"{out.like} was made by a student: use `moe-sampler tinyflux sample --like`")
+    pictures = Pictures(prompts, out, previous)
+    plan = find_plan(out.plan, previous, run)
+    if plan is not None:
+        if begin.strength is not None:
+            raise ValueError("a plan decides which steps are run: leave out --strength")
+        previous = without_plan(previous)
+    model = Model.read(where, previous)
     configs, defaults = model.training()
     names = list(configs)
-    settings = merge_runs(previous, run, experts, guidance, names)
-    options = dict(seed=seed, height=height, width=width, strength=strength, zoom=zoom)
-    settings |= {key: previous[key] for key in _KEPT if previous.get(key) is not None}
-    settings |= {key: value for key, value in options.items() if value is not None}
-    settings.setdefault("seed", 0)
-    negatives = ByExpert.read("--negative", negative, known=names).over(
-        previous.get("negative_prompt"), names
-    )
-    settings |= {"negative_prompt": negatives} if negatives is not None else {}
-    start = _start_image(settings, previous, image)
-    if settings.get("zoom", 1) < 1:
-        raise ValueError(f"zoom must be at least 1, got {settings['zoom']}")
-    loras, text_encoder = _loras(previous, lora, names)
+    settings = {} if plan is not None else merge_runs(previous, run, names)
+    plain = {"height": size.height, "width": size.width, "strength": begin.strength}
+    settings |= pictures.settings | merged(previous, plain)
+    negative = ByExpert.read("--negative", size.negative, known=names)
+    settings |= over_previous(previous, names, negative_prompt=negative)
+    start = _start_image(settings, previous, begin.image)
+    loras, text_encoder = read_loras(previous, where, names)
     if loras:
         settings |= {"loras": [[each.expert, each.path, each.scale] for each in loras]}
         settings |= {} if text_encoder is None else {"lora_text_encoder": text_encoder}
-    call = call_of(settings, names)
-    latents = output.suffix == ".safetensors"
-    if latents and (trace or animate):
-        raise ValueError("--trace and --animate go with images: give a name that ends in .png")
-    compile_plan(configs, defaults, call)
-    files = Files(output, len(prompts) * images, trace, animate)
-    computer = Machine.read(machine, previous)
-    if start is not None or "height" in call or "width" in call:
-        settings |= _size(model, settings, start)
-        call |= {key: settings[key] for key in ("height", "width") if key in settings}
+    if plan is not None:
+        from ..pipelines.settings import given_plan
+
+        settings.pop("strength", None)
+        given_plan(plan, planned_experts(configs, defaults, {}), image=start is not None)
+        record, call = settings | plan_settings(plan), call_of(settings, names) | {"plan": plan}
+    else:
+        record, call = record_defaults(settings, defaults, names), call_of(settings, names)
+        compile_plan(configs, defaults, call)
+    computer = Machine.read(where, previous)
+    sizes = model.size(settings, start)
 
     pipe = model.load(computer, loras, text_encoder)
-    watch = Watch(len(prompts) * images, machine.batch_size) if trace or animate else None
-    if watch is not None:
-        call |= {"callback_on_step_end": watch, "callback_on_step_end_tensor_inputs": watch.tensor_inputs}
-    result = pipe(
-        prompt=prompts,
-        num_images_per_prompt=images,
-        image=start,
-        batch_size=machine.batch_size,
-        output_type="latent" if latents else "pil",
-        **call,
-    )
-    record = record_defaults(settings, defaults, names) | model.settings | {"dtype": computer.dtype}
-    for index in range(len(result.images)):
-        own = {"prompt": prompts[index // images], "seed": result.seeds[index]}
-        files.write(pipe, result, index, record | own, watch)
+    record |= sizes | model.settings | {"dtype": computer.dtype}
+    pictures.make(pipe, call | sizes | {"image": start}, where.batch_size, record)
 
 
 def _start_image(settings: dict[str, Any], previous: Mapping[str, Any], image: Path | None) -> Any:
@@ -191,32 +127,3 @@ def _start_image(settings: dict[str, Any], previous: Mapping[str, Any], image: P
     settings |= {"image": str(path.resolve()), "image_sha256": digest}
     settings["strength"] = check_strength(settings.get("strength"), opened, None)
     return opened
-
-
-def _loras(
-    previous: Mapping[str, Any], options: LoraOptions, names: Sequence[str]
-) -> tuple[list[Lora], bool | None]:
-    loras = [Lora.read(text) for text in options.lora or ()]
-    if not loras:
-        loras = [Lora(*each) for each in previous.get("loras", ())]
-    text_encoder = options.lora_text_encoder
-    text_encoder = previous.get("lora_text_encoder") if text_encoder is None else text_encoder
-    for each in loras:
-        each.check(names, text_encoder)
-    return loras, text_encoder
-
-
-def _size(model: Model, settings: Mapping[str, Any], start: Any) -> dict[str, int]:
-    """Height and width as far as they are known: what was given, or the start's proportions in about the size
-    the model was made for, so that any photo fits."""
-    from ..pipelines.checks import check_size
-
-    side, multiple = model.sizes()
-    size = {key: settings[key] for key in ("height", "width") if key in settings}
-    if start is not None:
-        scale = side / math.sqrt(start.height * start.width)
-        scale = next((size[key] / getattr(start, key) for key in size), scale)
-        for key in {"height", "width"} - size.keys():
-            size[key] = max(1, round(getattr(start, key) * scale / multiple)) * multiple
-    check_size(size.get("height", multiple), size.get("width", multiple), multiple)
-    return size

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .options import MachineOptions, ModelOptions
-from .settings import ByExpert, number, split_name
+from .by_name import ByExpert, split_name
+from .loras import Lora, add_loras, local_place
+from .machine import Machine, quiet
+from .options import ModelOptions
 
-__all__ = ["Lora", "Machine", "Model", "merge_models", "quiet"]
+__all__ = ["Model", "merge_models"]
 
 DEMO = "demo"
-_DTYPES = {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16"}
-_DTYPES |= {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _MODEL_KEYS = ("model", "preset", "sources", "revision", "variant")
-
-
-def _place(text: str) -> str:
-    """A local path in full, so that it means the same from another folder; a hub id as it is."""
-    return str(Path(text).resolve()) if Path(text).exists() else text
 
 
 def _kind(name: str, text: str) -> Any:
@@ -44,7 +39,7 @@ def _sources(previous: Mapping[str, Any], options: ModelOptions) -> dict[str, di
     named = [split_name("--expert-source", text) for text in options.expert_source or ()]
     sources = {name: dict(source) for name, source in previous.items()}
     for name, text in [*((n, t) for n, t in given.items() if t is not None), *named]:
-        sources[name] = {"weights": _place(text)}
+        sources[name] = {"weights": local_place(text)}
     for text in options.expert_training or ():
         name, kind = split_name("--expert-training", text)
         if name not in sources:
@@ -62,7 +57,7 @@ def merge_models(previous: Mapping[str, Any], options: ModelOptions) -> dict[str
     """
     if options.model is not None or options.preset is not None:
         previous = {}
-    base = previous.get("model") if options.model is None else _place(options.model)
+    base = previous.get("model") if options.model is None else local_place(options.model)
     settings = {
         "model": None if options.model == DEMO else base,
         "preset": previous.get("preset") if options.preset is None else options.preset,
@@ -94,6 +89,11 @@ class Model:
 
     settings: Mapping[str, Any]
     local_files_only: bool = False
+
+    @classmethod
+    def read(cls, options: ModelOptions, previous: Mapping[str, Any]) -> Model:
+        """From the options, and the settings of an image made before."""
+        return cls(merge_models(previous, options), options.local_files_only)
 
     @property
     def base(self) -> str | None:
@@ -187,6 +187,23 @@ class Model:
         multiple = 2 ** (halved + max(len(unet["block_out_channels"]) for unet in unets) - 1)
         return unets[0]["sample_size"] * 2**halved, multiple
 
+    def size(self, settings: Mapping[str, Any], start: Any = None) -> dict[str, int]:
+        """Height and width as far as they are known: what was given, or the proportions of a PIL image to
+        start from in about the size the model was made for, so that any photo fits."""
+        from ..pipelines.checks import check_size
+
+        size = {key: settings[key] for key in ("height", "width") if key in settings}
+        if start is None and not size:
+            return {}
+        side, multiple = self.sizes()
+        if start is not None:
+            scale = side / math.sqrt(start.height * start.width)
+            scale = next((size[key] / getattr(start, key) for key in size), scale)
+            for key in {"height", "width"} - size.keys():
+                size[key] = max(1, round(getattr(start, key) * scale / multiple)) * multiple
+        check_size(size.get("height", multiple), size.get("width", multiple), multiple)
+        return size
+
     def load(self, machine: Machine, loras: Sequence[Lora] = (), text_encoder: bool | None = None) -> Any:
         """The pipeline, with its adapters."""
         # Importing diffusers makes very many objects and no garbage: collecting meanwhile costs a second.
@@ -194,123 +211,17 @@ class Model:
         from ..pipelines.hybrid import HybridPipeline
 
         gc.enable()
-        import torch
-
         quiet()
         pipe = HybridPipeline.from_pretrained(
             self.base,
             preset=self.preset,
             experts=self.sources,
-            dtype=getattr(torch, machine.dtype),
+            dtype=machine.torch_dtype,
             variant=self.settings.get("variant"),
             revision=self.settings.get("revision"),
             offload=machine.offload,
             device=machine.device,
             local_files_only=self.local_files_only,
         )
-        for index, lora in enumerate(loras):
-            pipe.load_lora_weights(
-                lora.path, expert=lora.expert, adapter_name=f"lora_{index}", text_encoder=text_encoder
-            )
-        for name in dict.fromkeys(lora.expert for lora in loras):
-            own = [(f"lora_{index}", each.scale) for index, each in enumerate(loras) if each.expert == name]
-            pipe.set_adapters([n for n, _ in own], [scale for _, scale in own], expert=name)
+        add_loras(pipe, loras, text_encoder)
         return pipe
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What computes.
-
-    Args:
-        device: as torch calls it.
-        dtype: of the models, as torch calls it.
-        offload: as the pipeline takes it.
-    """
-
-    device: str
-    dtype: str
-    offload: str
-
-    @classmethod
-    def read(cls, options: MachineOptions, previous: Mapping[str, Any]) -> Machine:
-        """From the options, checked against this machine; an image's dtype counts before the default."""
-        import torch
-
-        from ..pipelines.offload import check_offload
-
-        check_offload(options.offload)
-        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            wanted = torch.device(device)
-        except RuntimeError:
-            raise ValueError(f'"{device}" is not a device: use cpu, cuda or cuda:N') from None
-        if wanted.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError("CUDA is not available here: use --device cpu")
-        if options.offload == "model" and wanted.type == "cpu":
-            raise ValueError("--offload model moves components to a GPU: on a CPU use --offload expert")
-        if options.batch_size is not None and options.batch_size < 1:
-            raise ValueError(f"--batch-size must be at least 1, got {options.batch_size}")
-        own = "float16" if wanted.type == "cuda" else "float32"
-        dtype = options.dtype or previous.get("dtype") or own
-        if dtype not in _DTYPES:
-            raise ValueError(f'unknown dtype "{dtype}": use float32, float16 or bfloat16')
-        return cls(device, _DTYPES[dtype], options.offload)
-
-
-@dataclass(frozen=True)
-class Lora:
-    """An adapter of one expert."""
-
-    expert: str
-    path: str
-    scale: float = 1.0
-
-    @classmethod
-    def read(cls, text: str) -> Lora:
-        """From NAME=PATH or NAME=PATH@SCALE."""
-        name, path = split_name("--lora", text)
-        before, at, scale = path.rpartition("@")
-        if not at or Path(path).exists():
-            return cls(name, _place(path))
-        try:
-            return cls(name, _place(before), number(scale))
-        except ValueError:
-            return cls(name, _place(path))
-
-    def check(self, names: Sequence[str], text_encoder: bool | None) -> None:
-        """Raise ValueError for what shows without the model."""
-        if find_spec("peft") is None:
-            raise ValueError("LoRA adapters need the package peft: pip install peft")
-        if self.expert not in names:
-            raise ValueError(f"--lora names {self.expert}, but the experts are {', '.join(names)}")
-        path = Path(self.path)
-        if not path.exists():
-            if path.suffix or self.path.count("/") != 1:
-                raise ValueError(f"--lora {self.expert}: there is no {self.path}")
-            return
-        if path.is_file() and text_encoder is None and _has_text_encoder(path):
-            raise ValueError(
-                f"{path} has a part for the text encoder, which all experts share: say --lora-text-encoder "
-                "to use it too, or --no-lora-text-encoder to leave it out"
-            )
-
-
-def _has_text_encoder(path: Path) -> bool:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            return any(key.startswith(("text_encoder.", "lora_te")) for key in file.keys())  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} cannot be read as safetensors: {error}") from None
-
-
-def quiet() -> None:
-    """Leave the terminal to our own progress bar."""
-    import diffusers
-    import transformers
-
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()

@@ -1,32 +1,105 @@
-"""Options that several subcommands share, in groups, and how a subcommand takes them."""
+"""Options that several subcommands share, in groups; `commands.takes` gives a subcommand its groups.
+
+A list that the library has, of solvers, presets or number formats, is read from there: the modules that know
+them import nothing heavy.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import inspect
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, get_type_hints
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
+from ..loading.presets import PRESETS, TRAINING
+from ..pipelines.choices import DTYPES, OFFLOADS, any_of
+from ..sampling.solvers import SOLVERS
+from .routers import EXAMPLES
+
 __all__ = [
-    "ExpertOptions",
-    "GuidanceOptions",
+    "EncoderOptions",
     "LoraOptions",
     "MachineOptions",
     "ModelOptions",
-    "StepOptions",
-    "one_line_errors",
-    "takes",
+    "OutputOptions",
+    "PipelineOptions",
+    "RunOptions",
+    "ScaleOptions",
+    "SizeOptions",
+    "SolverOptions",
+    "SteppingOptions",
+    "given_flags",
+    "option",
 ]
 
-STEPS, GUIDANCE, MODEL, MACHINE = "Steps and solvers", "Guidance", "Model", "Machine"
+STEPS, GUIDANCE, MODEL, MACHINE, STUDENT = "Steps and solvers", "Guidance", "Model", "Machine", "Student"
 
 
-def _option(text: str, panel: str, *names: str, metavar: str | None = None) -> Any:
+def option(text: str, panel: str | None, *names: str, metavar: str | None = None) -> Any:
+    """An option in a panel of --help; names where the field's own won't do."""
     return typer.Option(*names, help=text, rich_help_panel=panel, metavar=metavar)
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """What is written, and how many."""
+
+    output: Annotated[
+        Path,
+        option(
+            "PNG to write; several images are numbered. A name that ends in .safetensors gets latents.",
+            None,
+            "--output",
+            "-o",
+            metavar="PATH",
+        ),
+    ] = Path("image.png")
+    images: Annotated[int, option("Images per prompt.", None, "--images", "-n", metavar="N")] = 1
+    seed: Annotated[
+        int | None,
+        option("Seed of the first image; the next ones count up. Default: 0.", None, metavar="N"),
+    ] = None
+    zoom: Annotated[
+        int | None,
+        option("Enlarge the written image. Default: small images to about 512 pixels.", None, metavar="N"),
+    ] = None
+    trace: Annotated[
+        bool, option("Also write a contact sheet of every step, NAME.trace.png.", None, "--trace")
+    ] = False
+    animate: Annotated[
+        bool, option("Also write the steps as an animation, NAME.webp.", None, "--animate")
+    ] = False
+    like: Annotated[
+        Path | None,
+        option(
+            "Take the settings of an image this command made; options given here override them.",
+            None,
+            metavar="PATH",
+        ),
+    ] = None
+    plan: Annotated[
+        Path | None,
+        option(
+            "Run this plan, a JSON file or - for standard input: it decides experts, steps, handoff, solvers "
+            "and guidance.",
+            None,
+            metavar="PATH",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class SizeOptions:
+    """What is not wanted, and how large it is."""
+
+    negative: Annotated[
+        list[str] | None,
+        option("Negative prompt, of all experts or of one.", None, metavar="TEXT|NAME=TEXT"),
+    ] = None
+    height: Annotated[int | None, option("In pixels. Default: the model's own.", None, metavar="N")] = None
+    width: Annotated[int | None, option("In pixels. Default: the model's own.", None, metavar="N")] = None
 
 
 @dataclass(frozen=True)
@@ -34,72 +107,74 @@ class StepOptions:
     """How many steps, and who takes them."""
 
     expert: Annotated[
-        str | None, _option("hybrid (all, the default), or one alone: sol, lune ...", STEPS, metavar="NAME")
+        str | None, option("hybrid (all, the default), or one alone: sol, lune ...", STEPS, metavar="NAME")
     ] = None
     steps: Annotated[
         list[str] | None,
-        _option("Steps in all, shared out between the experts; or each one's.", STEPS, metavar="N|NAME=N"),
+        option("Steps in all, shared out between the experts; or each one's.", STEPS, metavar="N|NAME=N"),
     ] = None
-    sol_steps: Annotated[int | None, _option("Sol's steps; together with --lune-steps.", STEPS)] = None
-    lune_steps: Annotated[int | None, _option("Lune's steps.", STEPS)] = None
+    sol_steps: Annotated[int | None, option("--steps sol=N.", STEPS, metavar="N")] = None
+    lune_steps: Annotated[int | None, option("--steps lune=N.", STEPS, metavar="N")] = None
     router: Annotated[
         str | None,
-        _option(
-            'Instead of --handoff: "crossfade 0.95 0.8", "spans sol 0.9 lune 0", "steps sol 4 lune 8".',
+        option(f"Instead of --handoff: {any_of(EXAMPLES)}.", STEPS, metavar="TEXT"),
+    ] = None
+
+
+@dataclass(frozen=True)
+class SolverOptions:
+    """How an expert steps."""
+
+    solver: Annotated[
+        list[str] | None,
+        option(f"{any_of(SOLVERS)}. Default: each expert's own.", STEPS, metavar="SOLVER|NAME=SOLVER"),
+    ] = None
+    shift: Annotated[
+        list[str] | None,
+        option(
+            "k of flow experts' shifted sigmas: above 1 stays longer at high noise.",
             STEPS,
-            metavar="TEXT",
+            metavar="K|NAME=K",
         ),
     ] = None
 
 
 @dataclass(frozen=True)
-class ExpertOptions:
-    """How the experts step."""
+class ScaleOptions:
+    """Each expert's classifier-free guidance."""
+
+    guidance: Annotated[
+        list[str] | None,
+        option(
+            "Guidance scale; 1 turns guidance off. Default: each expert's own.",
+            GUIDANCE,
+            metavar="SCALE|NAME=SCALE",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class SteppingOptions(ScaleOptions, SolverOptions):
+    """How the experts step, and hand over."""
 
     handoff: Annotated[
         list[float] | None,
-        _option(
+        option(
             "Noise level where Sol hands over to Lune, between 0 (data) and 1 (noise). Once for each handoff "
             "of more experts.",
             STEPS,
             metavar="LEVEL",
         ),
     ] = None
-    solver: Annotated[
-        list[str] | None,
-        _option(
-            "ddpm, ddim, euler, heun, dpmpp_2m or dpmpp_2m_sde. Default: each expert's own.",
-            STEPS,
-            metavar="SOLVER|NAME=SOLVER",
-        ),
-    ] = None
-    shift: Annotated[
-        list[str] | None,
-        _option(
-            "k of flow experts' shifted sigmas: above 1 stays longer at high noise.",
-            STEPS,
-            metavar="K|NAME=K",
-        ),
-    ] = None
     eta: Annotated[
         list[str] | None,
-        _option("ddim's share of fresh noise, 0 to 1.", STEPS, metavar="ETA|NAME=ETA"),
+        option("ddim's share of fresh noise, 0 to 1.", STEPS, metavar="ETA|NAME=ETA"),
     ] = None
-
-
-@dataclass(frozen=True)
-class GuidanceOptions:
-    """Each expert's classifier-free guidance."""
-
-    guidance: Annotated[
-        list[str] | None,
-        _option("Guidance scale; 1 turns guidance off.", GUIDANCE, metavar="SCALE|NAME=SCALE"),
-    ] = None
-    sol_guidance: Annotated[float | None, _option("Guidance scale of Sol alone.", GUIDANCE)] = None
-    lune_guidance: Annotated[float | None, _option("Guidance scale of Lune alone.", GUIDANCE)] = None
+    sol_guidance: Annotated[float | None, option("--guidance sol=SCALE.", GUIDANCE, metavar="SCALE")] = None
+    lune_guidance: Annotated[float | None, option("--guidance lune=SCALE.", GUIDANCE, metavar="SCALE")] = None
     guidance_window: Annotated[
         list[str] | None,
-        _option(
+        option(
             "Guide only between these noise levels, as in 0.9:0.3.",
             GUIDANCE,
             metavar="HIGH:LOW|NAME=HIGH:LOW",
@@ -107,7 +182,7 @@ class GuidanceOptions:
     ] = None
     guidance_rescale: Annotated[
         list[str] | None,
-        _option(
+        option(
             "Share of the guided prediction that is scaled back to the unguided contrast, 0 to 1.",
             GUIDANCE,
             metavar="PHI|NAME=PHI",
@@ -116,12 +191,22 @@ class GuidanceOptions:
 
 
 @dataclass(frozen=True)
+class RunOptions(SteppingOptions, StepOptions):
+    """All that a plan is made of."""
+
+
+def _preset(name: str) -> str:
+    known = PRESETS[name]
+    return f"{name}, {known.base} with {' and '.join(known.experts)}"
+
+
+@dataclass(frozen=True)
 class ModelOptions:
     """Where the model is."""
 
     model: Annotated[
         str | None,
-        _option(
+        option(
             "Folder or hub id: of experts (unet_sol/, unet_lune/ ...), or of a Stable Diffusion base for "
             "--sol and the like. Default: demo, the tiny experts in the package.",
             MODEL,
@@ -130,44 +215,44 @@ class ModelOptions:
     ] = None
     preset: Annotated[
         str | None,
-        _option(
-            "A model by name: sd15, Stable Diffusion 1.5 with the published Sol and Lune.",
+        option(
+            f"A model by name: {any_of(map(_preset, PRESETS))}.",
             MODEL,
             metavar="NAME",
         ),
     ] = None
     sol: Annotated[
         str | None,
-        _option(
+        option(
             "Sol's weights: a folder, a .safetensors or .pt file, owner/name or owner/name:file.",
             MODEL,
             metavar="SOURCE",
         ),
     ] = None
-    lune: Annotated[str | None, _option("Lune's weights.", MODEL, metavar="SOURCE")] = None
+    lune: Annotated[str | None, option("Lune's weights.", MODEL, metavar="SOURCE")] = None
     sd15: Annotated[
-        str | None, _option("A Stable Diffusion 1.5 UNet as an expert.", MODEL, metavar="SOURCE")
+        str | None, option("A Stable Diffusion 1.5 UNet as an expert.", MODEL, metavar="SOURCE")
     ] = None
     expert_source: Annotated[
-        list[str] | None, _option("An expert by any name.", MODEL, metavar="NAME=SOURCE")
+        list[str] | None, option("An expert by any name.", MODEL, metavar="NAME=SOURCE")
     ] = None
     expert_training: Annotated[
         list[str] | None,
-        _option(
-            "How it was trained: as sol, lune or sd15, or a scheduler_config.json.",
+        option(
+            f"How it was trained: as {any_of(TRAINING)}, or a scheduler_config.json.",
             MODEL,
             metavar="NAME=KIND|FILE",
         ),
     ] = None
     variant: Annotated[
-        str | None, _option("Prefer files of this variant, such as fp16.", MODEL, metavar="NAME")
+        str | None, option("Prefer files of this variant, such as fp16.", MODEL, metavar="NAME")
     ] = None
     revision: Annotated[
         list[str] | None,
-        _option("Of the base on the hub, or of an expert.", MODEL, metavar="REV|NAME=REV"),
+        option("Of the base on the hub, or of an expert.", MODEL, metavar="REV|NAME=REV"),
     ] = None
     local_files_only: Annotated[
-        bool, _option("Download nothing from the hub.", MODEL, "--local-files-only")
+        bool, option("Download nothing from the hub.", MODEL, "--local-files-only")
     ] = False
 
 
@@ -177,24 +262,22 @@ class MachineOptions:
 
     device: Annotated[
         str | None,
-        _option("cpu, cuda, cuda:1 ... Default: CUDA where it is.", MACHINE, metavar="DEVICE"),
+        option("cpu, cuda, cuda:1 ... Default: CUDA where it is.", MACHINE, metavar="DEVICE"),
     ] = None
     dtype: Annotated[
         str | None,
-        _option(
-            "float32, float16 or bfloat16. Default: float16 on CUDA, else float32.", MACHINE, metavar="TYPE"
-        ),
+        option(f"{any_of(DTYPES)}. Default: float16 on CUDA, else float32.", MACHINE, metavar="TYPE"),
     ] = None
     offload: Annotated[
         str,
-        _option(
+        option(
             "expert: one expert in memory at a time. model: one component at a time on the GPU.",
             MACHINE,
-            metavar="none|expert|model",
+            metavar="|".join(OFFLOADS),
         ),
     ] = "none"
     batch_size: Annotated[
-        int | None, _option("Images sampled at once. Default: all.", MACHINE, metavar="N")
+        int | None, option("Images sampled at once. Default: all.", MACHINE, metavar="N")
     ] = None
 
 
@@ -204,7 +287,7 @@ class LoraOptions:
 
     lora: Annotated[
         list[str] | None,
-        _option(
+        option(
             "A LoRA for one expert, with a scale if wanted: sol=style.safetensors@0.8.",
             MODEL,
             metavar="NAME=PATH[@SCALE]",
@@ -212,7 +295,7 @@ class LoraOptions:
     ] = None
     lora_text_encoder: Annotated[
         bool | None,
-        _option(
+        option(
             "Whether to use a LoRA's text encoder part, which acts on all experts.",
             MODEL,
             "--lora-text-encoder/--no-lora-text-encoder",
@@ -220,44 +303,33 @@ class LoraOptions:
     ] = None
 
 
-def takes(**groups: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A command with the options of these groups, each of which it gets as one object by its keyword."""
-
-    def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        hints = get_type_hints(function, include_extras=True)
-        own = inspect.signature(function).parameters.values()
-        parameters = [p.replace(annotation=hints[p.name]) for p in own if p.name not in groups]
-        for cls in groups.values():
-            hints = get_type_hints(cls, include_extras=True)
-            parameters += [
-                inspect.Parameter(
-                    field.name,
-                    inspect.Parameter.KEYWORD_ONLY,
-                    default=field.default,
-                    annotation=hints[field.name],
-                )
-                for field in dataclasses.fields(cls)
-            ]
-
-        def command(**given: Any) -> None:
-            for name, cls in groups.items():
-                given[name] = cls(**{field.name: given.pop(field.name) for field in dataclasses.fields(cls)})
-            with one_line_errors():
-                function(**given)
-
-        command.__name__, command.__doc__ = function.__name__, function.__doc__
-        command.__signature__ = inspect.Signature(parameters)
-        command.__annotations__ = {p.name: p.annotation for p in parameters}
-        return command
-
-    return decorate
+@dataclass(frozen=True)
+class PipelineOptions(MachineOptions, LoraOptions, ModelOptions):
+    """All that the pipeline is loaded with."""
 
 
-@contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Wrong input ends with one clear line and exit code 2."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        typer.secho(f"error: {' '.join(str(error).split())}", fg=typer.colors.RED, err=True)
-        raise typer.Exit(2) from None
+@dataclass(frozen=True)
+class EncoderOptions:
+    """What a student sees and reads with."""
+
+    encoders: Annotated[
+        str | None,
+        option(
+            "A pipeline with the student's VAE and text encoders (Flux's, Stable Diffusion's). Default: the "
+            "experts' own.",
+            STUDENT,
+            metavar="FOLDER|ID",
+        ),
+    ] = None
+    vae: Annotated[str | None, option("Another VAE.", STUDENT, metavar="FOLDER|ID")] = None
+    clip: Annotated[str | None, option("Another CLIP text encoder.", STUDENT, metavar="FOLDER|ID")] = None
+    t5: Annotated[
+        str | None, option("T5 encoder. Default: --encoders' own, or none.", STUDENT, metavar="FOLDER|ID")
+    ] = None
+    t5_length: Annotated[int | None, option("Tokens of T5. Default: 128.", STUDENT, metavar="N")] = None
+
+
+def given_flags(options: Any) -> list[str]:
+    """Those of a group's options that were given, as they are typed."""
+    fields = [field.name for field in dataclasses.fields(options) if getattr(options, field.name) is not None]
+    return [f"--{name.replace('_', '-')}" for name in fields]

@@ -1,21 +1,69 @@
-"""What a run of several images leaves: numbered files, with traces and animations if wanted."""
+"""What commands that make images have in common: prompts, seeds, and numbered files, with traces and
+animations if wanted."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import typer
 
-__all__ = ["Files", "Watch"]
+from .options import OutputOptions
+from .settings import merged
+
+__all__ = ["Pictures"]
 
 
-class Watch:
+class Pictures:
+    """The images a command makes: what is wrong with them shows before any work.
+
+    Args:
+        prompts: as given; without any, that of the image before.
+        options: how many, and where to.
+        previous: the settings of an image made before, or {}.
+
+    Attributes:
+        settings: seed and zoom, to be written into the images.
+    """
+
+    def __init__(
+        self, prompts: Sequence[str] | None, options: OutputOptions, previous: Mapping[str, Any]
+    ) -> None:
+        self.prompts = list(prompts or ([previous["prompt"]] if "prompt" in previous else []))
+        if not self.prompts:
+            nothing = ", which this image has none of" if options.like else ", or --like IMAGE"
+            raise ValueError("give a prompt" + nothing)
+        if options.images < 1:
+            raise ValueError(f"images per prompt must be at least 1, got {options.images}")
+        self.settings = {"seed": 0} | merged(previous, {"seed": options.seed, "zoom": options.zoom})
+        if self.settings.get("zoom", 1) < 1:
+            raise ValueError(f"zoom must be at least 1, got {self.settings['zoom']}")
+        self._each, self._count = options.images, len(self.prompts) * options.images
+        self._latents = options.output.suffix == ".safetensors"
+        self._watched = options.trace or options.animate
+        if self._latents and self._watched:
+            raise ValueError("--trace and --animate go with images: give a name that ends in .png")
+        self._files = _Files(options.output, self._count, options.trace, options.animate)
+
+    def make(
+        self, pipe: Any, call: Mapping[str, Any], batch_size: int | None, record: Mapping[str, Any]
+    ) -> None:
+        """Call the pipeline and write what it makes, with `record` in the metadata."""
+        watch = _Watch(self._count, batch_size) if self._watched else None
+        told = {} if watch is None else watch.call
+        kind = "latent" if self._latents else "pil"
+        sizes = {"num_images_per_prompt": self._each, "batch_size": batch_size}
+        result = pipe(self.prompts, output_type=kind, **sizes, **call, **told)
+        for index in range(self._count):
+            own = {"prompt": self.prompts[index // self._each], "seed": result.seeds[index]}
+            self._files.write(pipe, result, index, {**record, **own}, watch)
+
+
+class _Watch:
     """A trace for every batch. A batch goes through a stage of the plan before the next one does, so a step
     is told once by each, in their order."""
-
-    tensor_inputs = ("pred_original_sample",)
 
     def __init__(self, images: int, batch_size: int | None) -> None:
         from ..viewing.trace import Trace
@@ -23,6 +71,12 @@ class Watch:
         self._size = batch_size or images
         self._traces = [Trace() for _ in range(0, images, self._size)]
         self._told: Counter[int] = Counter()
+
+    @property
+    def call(self) -> dict[str, Any]:
+        """What the pipeline is given."""
+        tensors = {"callback_on_step_end_tensor_inputs": self._traces[0].tensor_inputs}
+        return {"callback_on_step_end": self, **tensors}
 
     def __call__(self, pipe: Any, step: int, timestep: float, tensors: dict[str, Any]) -> dict[str, Any]:
         trace = self._traces[self._told[step]]
@@ -34,7 +88,7 @@ class Watch:
         return self._traces[index // self._size], index % self._size
 
 
-class Files:
+class _Files:
     """What will be written, checked now: one name as it is given, several numbered from 1."""
 
     def __init__(self, output: Path, count: int, trace: bool, animate: bool) -> None:
@@ -49,7 +103,7 @@ class Files:
         for path in self.animations:
             check_writable(path, ".webp")
 
-    def write(self, pipe: Any, result: Any, index: int, record: dict[str, Any], watch: Watch | None) -> None:
+    def write(self, pipe: Any, result: Any, index: int, record: dict[str, Any], watch: _Watch | None) -> None:
         from .. import __version__
         from ..viewing.images import save_latents, save_png
         from ..viewing.images import zoom as enlarge

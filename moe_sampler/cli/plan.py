@@ -8,14 +8,15 @@ from typing import Annotated
 
 import typer
 
-from .models import Model, merge_models
-from .options import ExpertOptions, GuidanceOptions, ModelOptions, StepOptions, takes
+from .commands import takes
+from .models import Model
+from .options import ModelOptions, RunOptions
 from .settings import call_of, compile_plan, merge_runs
 
 __all__ = ["plan"]
 
 
-@takes(run=StepOptions, experts=ExpertOptions, guidance=GuidanceOptions, where=ModelOptions)
+@takes(run=RunOptions, where=ModelOptions)
 def plan(
     strength: Annotated[
         float | None,
@@ -24,18 +25,20 @@ def plan(
     image: Annotated[
         Path | None, typer.Option(help="Also draw the plan into this PNG.", metavar="PATH.png")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the whole plan as JSON.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the whole plan as JSON, which `generate --plan` runs.")
+    ] = False,
     *,
-    run: StepOptions,
-    experts: ExpertOptions,
-    guidance: GuidanceOptions,
+    run: RunOptions,
     where: ModelOptions,
 ) -> None:
     """Print the table a run would follow: who works at which noise level, and how. No weights are read.
 
     `moe-sampler plan --handoff 0.7 --steps 20 --image plan.png`
+
+    `moe-sampler plan --handoff 0.7 --steps 20 --json > plan.json`
     """
-    model = Model(merge_models({}, where), where.local_files_only)
+    model = Model.read(where, {})
     if image is not None:
         from ..viewing.images import check_writable
 
@@ -45,7 +48,7 @@ def plan(
 
         check_strength(strength, "an image", None)
     configs, defaults = model.training()
-    settings = merge_runs({}, run, experts, guidance, list(configs))
+    settings = merge_runs({}, run, list(configs))
     compiled = compile_plan(configs, defaults, call_of(settings, list(configs)) | {"strength": strength})
     if as_json:
         typer.echo(compiled.to_json(indent=2))

@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import one_line_errors
+from ..pipelines.choices import DTYPES, any_of, check_choice
+from .commands import command_group, one_line_errors, takes
+from .machine import check_device, quiet
+from .options import EncoderOptions
 from .student_sample import sample
 from .student_train import train
 
@@ -20,14 +23,14 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-app = typer.Typer(
-    name="tinyflux",
-    no_args_is_help=True,
-    rich_markup_mode="markdown",
-    help="The student: caches of what Sol and Lune teach it, its training, its images, and upstream's files.",
+app = command_group(
+    "tinyflux",
+    "The student: caches of what Sol and Lune teach it, its training, its images, and upstream's files.",
 )
 app.command("train")(train)
 app.command()(sample)
+
+_TEACHERS = {"sol": ("sol",), "lune": ("lune",), "both": ("sol", "lune"), "none": ()}
 
 Folder = Annotated[Path, typer.Argument(help="Folder of the cache.")]
 Demo = Annotated[
@@ -47,6 +50,7 @@ def _bar(shown: bool) -> Iterator[Callable[[int, int], None]]:
 
 
 @app.command()
+@takes(encoders=EncoderOptions)
 def cache(
     folder: Folder,
     source: Annotated[
@@ -63,21 +67,7 @@ def cache(
         Path | None,
         typer.Option(help="Pipeline folder with unet_sol/ and unet_lune/. Default: the demo experts."),
     ] = None,
-    teachers: Annotated[str, typer.Option(help="sol, lune, both or none.")] = "both",
-    encoders: Annotated[
-        str | None,
-        typer.Option(
-            help="The student's encoders: a pipeline's folder or hub id (Flux's, Stable Diffusion's). "
-            "Default: the experts' own."
-        ),
-    ] = None,
-    vae: Annotated[str | None, typer.Option(help="Another VAE for the student, folder or hub id.")] = None,
-    clip: Annotated[str | None, typer.Option(help="Another CLIP text encoder, folder or hub id.")] = None,
-    t5: Annotated[
-        str | None,
-        typer.Option(help="T5 encoder, folder or hub id. Default: --encoders' own, or none."),
-    ] = None,
-    t5_length: Annotated[int, typer.Option(help="Tokens of T5.")] = 128,
+    teachers: Annotated[str, typer.Option(help=f"{any_of(_TEACHERS)}.")] = "both",
     size: Annotated[
         str | None,
         typer.Option(
@@ -95,10 +85,12 @@ def cache(
         ),
     ] = "sample",
     seed: Annotated[int, typer.Option(help="Sample i's noise has seed + i.")] = 0,
-    dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32, on disk.")] = "float16",
+    dtype: Annotated[str, typer.Option(help=f"On disk: {any_of(DTYPES)}.")] = "float16",
     shard_size: Annotated[int, typer.Option(help="Samples a file.")] = 256,
     micro_batch: Annotated[int, typer.Option(help="Samples computed together.")] = 8,
     device: Annotated[str | None, typer.Option(help="cpu, cuda ... Default: CUDA where it is.")] = None,
+    *,
+    encoders: EncoderOptions,
 ) -> None:
     """Encode images and captions, and extract what the experts teach about them.
 
@@ -108,41 +100,37 @@ def cache(
 
     `accelerate launch --num_processes 4 -m moe_sampler.cli tinyflux cache runs/cache pictures/`
     """
-    with one_line_errors():
-        if (source is None) != demo:
-            raise ValueError("give a SOURCE of images and captions, or --demo")
-        if teachers not in ("sol", "lune", "both", "none"):
-            raise ValueError(f'--teachers must be sol, lune, both or none, got "{teachers}"')
-        times = None if buckets is None else _numbers(buckets)
-        from ..data.captioned_images import DemoScenes, open_source
+    if (source is None) != demo:
+        raise ValueError("give a SOURCE of images and captions, or --demo")
+    check_choice("--teachers", teachers, _TEACHERS)
+    times = None if buckets is None else _numbers(buckets)
+    from ..data.captioned_images import DemoScenes, open_source
 
-        images = DemoScenes(count) if source is None else open_source(source)
-        device = _device(device)
-        from moe_sampler.tinyflux.features.cache_build import build_cache
+    images = DemoScenes(count) if source is None else open_source(source)
+    computer = _device(device)
+    from moe_sampler.tinyflux.features.cache_build import build_cache
 
-        teaching, student, default = _models(
-            experts, teachers, convention, (encoders, vae, clip, t5), t5_length, device
+    teaching, student, default = _models(experts, teachers, convention, encoders, computer)
+    height, width = default if size is None else _size(size)
+    settings: dict[str, Any] = {} if times is None else {"t_buckets": times}
+    first = int(os.environ.get("RANK", "0")) == 0
+    with _bar(shown=first) as progress:
+        manifest = build_cache(
+            folder,
+            images,
+            student,
+            teaching,
+            height=height,
+            width=width,
+            seed=seed,
+            dtype=dtype,
+            shard_size=shard_size,
+            micro_batch=micro_batch,
+            progress=progress,
+            **settings,
         )
-        height, width = default if size is None else _size(size)
-        settings: dict[str, Any] = {} if times is None else {"t_buckets": times}
-        first = int(os.environ.get("RANK", "0")) == 0
-        with _bar(shown=first) as progress:
-            manifest = build_cache(
-                folder,
-                images,
-                student,
-                teaching,
-                height=height,
-                width=width,
-                seed=seed,
-                dtype=dtype,
-                shard_size=shard_size,
-                micro_batch=micro_batch,
-                progress=progress,
-                **settings,
-            )
-        if first:
-            typer.echo(f"{folder}: {manifest.length} samples in {len(manifest.shards)} shards")
+    if first:
+        typer.echo(f"{folder}: {manifest.length} samples in {len(manifest.shards)} shards")
 
 
 def _numbers(text: str) -> list[float]:
@@ -163,54 +151,40 @@ def _device(name: str | None) -> Any:
     import torch
     from accelerate import PartialState
 
-    if name is None:
-        return PartialState().device if torch.cuda.is_available() else torch.device("cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f'"{name}" is not a device: use cpu, cuda or cuda:N') from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("CUDA is not available here: use --device cpu")
-    return device
+    if name is not None:
+        return check_device(name)
+    return PartialState().device if torch.cuda.is_available() else torch.device("cpu")
 
 
 def _models(
-    experts: Path | None,
-    teachers: str,
-    convention: str,
-    student: tuple[str | None, str | None, str | None, str | None],
-    t5_length: int,
-    device: Any,
+    experts: Path | None, teachers: str, convention: str, options: EncoderOptions, device: Any
 ) -> tuple[Teachers | None, StudentEncoders, tuple[int, int]]:
     """(What teaches, what encodes for the student, the experts' image size)."""
     import torch
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
 
-    for logging in (diffusers_logging, transformers_logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+    quiet()
     from moe_sampler.tinyflux.features.cache_build import Teachers
     from moe_sampler.tinyflux.features.encoders import StudentEncoders, TextEncoder, find_t5
 
     from .. import HybridPipeline
     from ..demo import experts_path
 
-    encoders, vae, clip, t5 = student
     if experts is not None and not experts.is_dir():
         raise ValueError(f"{experts} is not a folder")
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     pipe = HybridPipeline.from_pretrained(experts or experts_path(), dtype=dtype).to(device)
     side = pipe.unet_sol.config.sample_size * pipe.vae_scale_factor
-    names = {"both": ("sol", "lune"), "none": ()}.get(teachers, (teachers,))
+    names = _TEACHERS[teachers]
     teaching = Teachers.from_pipeline(pipe, names, convention=convention) if names else None
+    encoders, vae, clip, t5 = options.encoders, options.vae, options.clip, options.t5
     if encoders is None and vae is None and clip is None and t5 is None:
         text = TextEncoder(pipe.text_encoder, pipe.tokenizer)
         return teaching, StudentEncoders(pipe.vae, text), (side, side)
     base = str(experts or experts_path()) if encoders is None else encoders
     if t5 is None and encoders is not None:
         t5 = find_t5(encoders)
-    loaded = StudentEncoders.load(vae or base, clip or base, t5, t5_length=t5_length, device=device)
+    length = {} if options.t5_length is None else {"t5_length": options.t5_length}
+    loaded = StudentEncoders.load(vae or base, clip or base, t5, device=device, **length)
     return teaching, loaded, (side, side)
 
 

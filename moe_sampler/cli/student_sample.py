@@ -4,55 +4,54 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .models import Machine, Model, merge_models, quiet
-from .options import MachineOptions, ModelOptions, takes
-from .outputs import Files, Watch
-from .settings import ByExpert, number, planned_experts
+from .by_name import ByExpert, number, over_previous, steps_over, whole
+from .commands import takes
+from .loras import local_place
+from .machine import Machine, quiet
+from .models import Model
+from .options import (
+    GUIDANCE,
+    STEPS,
+    STUDENT,
+    EncoderOptions,
+    MachineOptions,
+    ModelOptions,
+    OutputOptions,
+    ScaleOptions,
+    SizeOptions,
+    SolverOptions,
+    option,
+)
+from .outputs import Pictures
+from .plans import find_plan, plan_settings, without_plan
+from .settings import merged, planned_experts, scales_in_full
+
+if TYPE_CHECKING:
+    from ..sampling.plan import SamplingPlan
 
 __all__ = ["sample"]
 
-STUDENT, GUIDANCE, STEPS = "Student", "Guidance", "Steps and solvers"
-
-
-def _option(text: str, panel: str, *names: str, metavar: str | None = None) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel=panel, metavar=metavar)
-
 
 @dataclass(frozen=True)
-class StudentOptions:
+class StudentOptions(EncoderOptions):
     """What the student was trained with."""
 
-    encoders: Annotated[
-        str | None,
-        _option(
-            "A pipeline with its VAE and text encoders. Default: the experts' own.",
-            STUDENT,
-            metavar="FOLDER|ID",
-        ),
-    ] = None
-    vae: Annotated[str | None, _option("Another VAE.", STUDENT, metavar="FOLDER|ID")] = None
-    clip: Annotated[str | None, _option("Another CLIP text encoder.", STUDENT, metavar="FOLDER|ID")] = None
-    t5: Annotated[
-        str | None, _option("T5 encoder. Default: --encoders' own, or none.", STUDENT, metavar="FOLDER|ID")
-    ] = None
-    t5_length: Annotated[int | None, _option("Tokens of T5. Default: 128.", STUDENT)] = None
     ema: Annotated[
-        bool | None, _option("The averaged weights of a trainer's checkpoint.", STUDENT, "--ema/--no-ema")
+        bool | None, option("The averaged weights of a trainer's checkpoint.", STUDENT, "--ema/--no-ema")
     ] = None
 
 
 @dataclass(frozen=True)
-class RunOptions:
+class StudentRunOptions(ScaleOptions, SolverOptions):
     """How the run goes."""
 
     sol_weight: Annotated[
         str | None,
-        _option(
+        option(
             "Sol's share beside the student: a number, which counts above the handoff, or knots over the "
             "noise level, as 1:0.6,0.8:0.",
             GUIDANCE,
@@ -61,34 +60,18 @@ class RunOptions:
     ] = None
     lune_weight: Annotated[
         str | None,
-        _option("Lune's share; a number counts from the handoff down.", GUIDANCE, metavar="W|LEVEL:W,..."),
+        option("Lune's share; a number counts from the handoff down.", GUIDANCE, metavar="W|LEVEL:W,..."),
     ] = None
     handoff: Annotated[
         float | None,
-        _option("Noise level between Sol and Lune. Default: the experts' own.", GUIDANCE, metavar="LEVEL"),
-    ] = None
-    guidance: Annotated[
-        list[str] | None,
-        _option(
-            "Guidance scale; 1 turns guidance off. Default: 3 for the student, the experts' own.",
-            GUIDANCE,
-            metavar="SCALE|NAME=SCALE",
-        ),
+        option("Noise level between Sol and Lune. Default: the experts' own.", GUIDANCE, metavar="LEVEL"),
     ] = None
     steps: Annotated[
-        list[str] | None, _option("Steps in all, or each one's. Default: 20.", STEPS, metavar="N|NAME=N")
-    ] = None
-    solver: Annotated[
-        list[str] | None,
-        _option("As in generate. Default: euler for the student.", STEPS, metavar="SOLVER|NAME=SOLVER"),
-    ] = None
-    shift: Annotated[
-        list[str] | None,
-        _option("k of shifted sigmas. Default: 3 for the student.", STEPS, metavar="K|NAME=K"),
+        list[str] | None, option("Steps in all, or each one's. Default: 20.", STEPS, metavar="N|NAME=N")
     ] = None
     upstream_schedule: Annotated[
         bool | None,
-        _option(
+        option(
             "The student's steps crowd near the data, as checkpoints trained upstream need.",
             STEPS,
             "--upstream-schedule/--no-upstream-schedule",
@@ -96,7 +79,12 @@ class RunOptions:
     ] = None
 
 
-@takes(of=StudentOptions, run=RunOptions, where=ModelOptions, machine=MachineOptions)
+@dataclass(frozen=True)
+class GuideOptions(MachineOptions, ModelOptions):
+    """Who guides the student, and what computes."""
+
+
+@takes(out=OutputOptions, size=SizeOptions, of=StudentOptions, run=StudentRunOptions, where=GuideOptions)
 def sample(
     student: Annotated[
         str,
@@ -105,54 +93,12 @@ def sample(
     prompts: Annotated[
         list[str] | None, typer.Argument(help="One or several prompts.", show_default=False)
     ] = None,
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output",
-            "-o",
-            help="PNG to write; several images are numbered. A name that ends in .safetensors gets latents.",
-            metavar="PATH",
-        ),
-    ] = Path("image.png"),
-    images: Annotated[int, typer.Option("--images", "-n", help="Images per prompt.", metavar="N")] = 1,
-    seed: Annotated[
-        int | None,
-        typer.Option(help="Seed of the first image; the next ones count up. Default: 0.", metavar="N"),
-    ] = None,
-    negative: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Negative prompt, of all or of one: tinyflux, sol, lune.", metavar="TEXT|NAME=TEXT"
-        ),
-    ] = None,
-    height: Annotated[
-        int | None, typer.Option(help="In pixels. Default: the experts' own.", metavar="N")
-    ] = None,
-    width: Annotated[int | None, typer.Option(help="In pixels.", metavar="N")] = None,
-    zoom: Annotated[
-        int | None,
-        typer.Option(
-            help="Enlarge the written image. Default: small images to about 512 pixels.", metavar="N"
-        ),
-    ] = None,
-    trace: Annotated[
-        bool, typer.Option("--trace", help="Also write a contact sheet of every step, NAME.trace.png.")
-    ] = False,
-    animate: Annotated[
-        bool, typer.Option("--animate", help="Also write the steps as an animation, NAME.webp.")
-    ] = False,
-    like: Annotated[
-        Path | None,
-        typer.Option(
-            help="Take the settings of an image that `sample` made; options given here override them.",
-            metavar="PATH",
-        ),
-    ] = None,
     *,
+    out: OutputOptions,
+    size: SizeOptions,
     of: StudentOptions,
-    run: RunOptions,
-    where: ModelOptions,
-    machine: MachineOptions,
+    run: StudentRunOptions,
+    where: GuideOptions,
 ) -> None:
     """Make images with a student, alone or guided by Sol and Lune.
 
@@ -163,78 +109,83 @@ def sample(
     A weight is the expert's share of the prediction, the student has the rest. The settings are in each PNG's
     metadata, for --like.
     """
+    from moe_sampler.tinyflux.sampling.expert import STUDENT as NAME
+
     from ..viewing.images import read_settings
 
     # What is wrong with the settings, the folder or the machine shows before any weights are read.
-    previous = {} if like is None else read_settings(like)
-    if like is not None and "student" not in previous:
-        raise ValueError(f"{like} was not made by a student: use `moe-sampler generate --like`")
-    prompts = prompts or ([previous["prompt"]] if "prompt" in previous else [])
-    if not prompts:
-        raise ValueError("give a prompt, or --like IMAGE")
-    if images < 1:
-        raise ValueError(f"images per prompt must be at least 1, got {images}")
-    if machine.offload != "none":
+    previous = {} if out.like is None else read_settings(out.like)
+    if out.like is not None and "student" not in previous:
+        raise ValueError(f"{out.like} was not made by a student: use `moe-sampler generate --like`")
+    pictures = Pictures(prompts, out, previous)
+    if where.offload != "none":
         raise ValueError("experts that guide a student work beside it: leave out --offload")
-    model = Model(merge_models(previous, where), where.local_files_only)
-    plain = dict(seed=seed, height=height, width=width, zoom=zoom, handoff=run.handoff)
-    plain |= dict(upstream_schedule=run.upstream_schedule, **vars(of))
-    settings = {"seed": 0} | _merged(previous, plain)
-    settings |= _weights(previous, run)
-    guided = any(f"{name}_weight" in settings for name in ("sol", "lune"))
+    plan = find_plan(out.plan, previous, run)
+    previous = previous if plan is None else without_plan(previous)
+    model = Model.read(where, previous)
+    plain = {"height": size.height, "width": size.width, **vars(of)}
+    settings = pictures.settings | merged(previous, plain)
+    weights = _weights(previous, run)
+    guided = bool(weights) if plan is None else set(plan.experts) != {NAME}
     configs, defaults = model.training() if guided else ({}, {})
-    settings |= _spelled_out(previous | settings, defaults, list(configs))
-    settings |= _by_name(previous | settings, run, negative, ("tinyflux", *configs))
-    if settings.get("zoom", 1) < 1:
-        raise ValueError(f"zoom must be at least 1, got {settings['zoom']}")
+    names = (NAME, *configs)
+    if plan is None:
+        settings |= weights | _run_settings(previous, run, defaults, names)
+    negative = ByExpert.read("--negative", size.negative, known=names)
+    settings |= over_previous(previous, names, negative_prompt=negative)
     call = {key: settings[key] for key in _CALL if key in settings}
-    latents = output.suffix == ".safetensors"
-    if latents and (trace or animate):
-        raise ValueError("--trace and --animate go with images: give a name that ends in .png")
-    files = Files(output, len(prompts) * images, trace, animate)
-    computer = Machine.read(machine, previous)
-    _check_plan(call, configs, defaults)
+    _check_plan(plan, call, configs, defaults)
+    if plan is not None:
+        call |= {"plan": plan}
+        settings |= plan_settings(plan)
+    computer = Machine.read(where, previous)
 
     pipe = _load(student, model, settings, computer, guided)
-    watch = Watch(len(prompts) * images, machine.batch_size) if trace or animate else None
-    if watch is not None:
-        call |= {"callback_on_step_end": watch, "callback_on_step_end_tensor_inputs": watch.tensor_inputs}
-    result = pipe(
-        prompts,
-        num_images_per_prompt=images,
-        batch_size=machine.batch_size,
-        output_type="latent" if latents else "pil",
-        **call,
-    )
-    place = str(Path(student).resolve()) if Path(student).exists() else student
-    record = {"student": place} | settings | model.settings | {"dtype": computer.dtype}
-    for index in range(len(result.images)):
-        own = {"prompt": prompts[index // images], "seed": result.seeds[index]}
-        files.write(pipe, result, index, record | own, watch)
+    record = {"student": local_place(student)} | settings | model.settings | {"dtype": computer.dtype}
+    pictures.make(pipe, call, where.batch_size, record)
 
 
-_NAMED = ("guidance_scale", "shift", "solver", "negative_prompt")
 _CALL = (
     *("seed", "height", "width", "handoff", "sol_weight", "lune_weight", "upstream_schedule"),
-    *("num_inference_steps", *_NAMED),
+    *("num_inference_steps", "guidance_scale", "shift", "solver", "negative_prompt"),
 )
 """Settings that the pipeline's call takes as they are."""
 
 
-def _merged(previous: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """What was given, else what the image before was made with."""
-    values = {key: previous.get(key) if value is None else value for key, value in given.items()}
-    return {key: value for key, value in values.items() if value is not None}
+def _run_settings(
+    previous: Mapping[str, Any],
+    run: StudentRunOptions,
+    defaults: Mapping[str, Any],
+    names: Sequence[str],
+) -> dict[str, Any]:
+    """Steps, guidance, solvers and handoff, with the defaults spelled out, so that the record means the same
+    when those change."""
+    from moe_sampler.tinyflux.sampling.guided import GUIDANCE_SCALE
+
+    student, *guides = names
+    steps = ByExpert.read("--steps", run.steps, whole)
+    settings = over_previous(
+        previous,
+        names,
+        guidance_scale=ByExpert.read("--guidance", run.guidance, number),
+        shift=ByExpert.read("--shift", run.shift, number),
+        solver=ByExpert.read("--solver", run.solver),
+    )
+    own = {student: GUIDANCE_SCALE} | {name: defaults[f"{name}_guidance"] for name in guides}
+    settings["guidance_scale"] = scales_in_full(settings.get("guidance_scale"), own)
+    plain = {"handoff": run.handoff, "upstream_schedule": run.upstream_schedule}
+    found = {"num_inference_steps": 20} | ({"handoff": defaults["handoff"]} if guides else {})
+    return found | merged(previous, plain) | settings | steps_over(previous, steps, names)
 
 
-def _weights(previous: Mapping[str, Any], run: RunOptions) -> dict[str, Any]:
+def _weights(previous: Mapping[str, Any], run: StudentRunOptions) -> dict[str, Any]:
     """sol_weight and lune_weight, where they aren't 0."""
     texts = {"sol_weight": run.sol_weight, "lune_weight": run.lune_weight}
     given = {
         key: None if text is None else _weight(f"--{key.replace('_', '-')}", text)
         for key, text in texts.items()
     }
-    return {key: value for key, value in _merged(previous, given).items() if value != 0.0}
+    return {key: value for key, value in merged(previous, given).items() if value != 0.0}
 
 
 def _weight(option: str, text: str) -> float | list[list[float]]:
@@ -247,51 +198,16 @@ def _weight(option: str, text: str) -> float | list[list[float]]:
         raise ValueError(f"{option} {text}: give a number, or knots LEVEL:WEIGHT as in 1:0.6,0.8:0") from None
 
 
-def _whole(text: str) -> int:
-    if not text.isdecimal():
-        raise ValueError("give a whole number")
-    return int(text)
-
-
-def _by_name(
-    previous: Mapping[str, Any], run: RunOptions, negative: list[str] | None, names: Sequence[str]
-) -> dict[str, Any]:
-    """Settings that are one for all, or by name."""
-    given = (
-        ByExpert.read("--guidance", run.guidance, number),
-        ByExpert.read("--shift", run.shift, number),
-        ByExpert.read("--solver", run.solver),
-        ByExpert.read("--negative", negative, known=names),
-    )
-    steps = ByExpert.read("--steps", run.steps, _whole)
-    if steps.shared is not None and steps.own:
-        raise ValueError("give either a number of steps in all or each expert's, not both")
-    merged = {key: value.over(previous.get(key), names) for key, value in zip(_NAMED, given, strict=True)}
-    merged["num_inference_steps"] = steps.shared or steps.own or previous.get("num_inference_steps")
-    return {key: value for key, value in merged.items() if value is not None}
-
-
-def _spelled_out(
-    settings: Mapping[str, Any], defaults: Mapping[str, Any], names: Sequence[str]
-) -> dict[str, Any]:
-    """The defaults of what isn't set, so that the record means the same when those change."""
-    from moe_sampler.tinyflux.sampling.guided import GUIDANCE_SCALE
-
-    from ..pipelines.settings import by_expert
-
-    found = {"num_inference_steps": 20} | ({"handoff": defaults["handoff"]} if names else {})
-    found = {key: value for key, value in found.items() if key not in settings}
-    scales = {"tinyflux": GUIDANCE_SCALE} | {name: defaults[f"{name}_guidance"] for name in names}
-    before = by_expert("guidance_scale", settings.get("guidance_scale"), scales)
-    given = {name: value for name, value in before.items() if value is not None}
-    return found | {"guidance_scale": scales | given}
-
-
 def _check_plan(
-    call: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]], defaults: Mapping[str, Any]
+    plan: SamplingPlan | None,
+    call: Mapping[str, Any],
+    configs: Mapping[str, Mapping[str, Any]],
+    defaults: Mapping[str, Any],
 ) -> None:
-    """Plan the run without any weights."""
+    """Plan the run without any weights, or see whether a plan that was given fits."""
     from moe_sampler.tinyflux.sampling.guided import GuidedRouter, guided_experts, guided_plan
+
+    from ..pipelines.settings import given_plan
 
     keys = ("guidance_scale", "shift", "solver", "upstream_schedule")
     student, *guides = guided_experts(
@@ -300,6 +216,9 @@ def _check_plan(
         lambda **settings: planned_experts(configs, defaults, settings),
         **{key: call[key] for key in keys if key in call},
     )
+    if plan is not None:
+        given_plan(plan, [student, *guides], image=False)
+        return
     keys = ("sol_weight", "lune_weight")
     weights = {key.removesuffix("_weight"): call[key] for key in keys if key in call}
     handoff = call.get("handoff", defaults.get("handoff"))
@@ -309,8 +228,6 @@ def _check_plan(
 
 def _load(student: str, model: Model, settings: Mapping[str, Any], machine: Machine, guided: bool) -> Any:
     """The pipeline."""
-    import torch
-
     from moe_sampler.tinyflux.sampling.pipeline import StudentPipeline
 
     quiet()
@@ -320,7 +237,7 @@ def _load(student: str, model: Model, settings: Mapping[str, Any], machine: Mach
         student,
         experts,
         encoders=settings.get("encoders", None if guided else model.shared),
-        dtype=getattr(torch, machine.dtype),
+        dtype=machine.torch_dtype,
         device=machine.device,
         **own,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from moe_sampler.tinyflux.training.settings import StudentSettings
 
 from ..training.flags import with_settings
-from .options import one_line_errors
+from .commands import one_line_errors
 from .training import run_training
 
 __all__ = ["train"]

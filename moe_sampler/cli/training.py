@@ -8,6 +8,8 @@ from typing import Any
 
 import typer
 
+from .machine import quiet
+
 __all__ = ["run_training"]
 
 
@@ -17,14 +19,10 @@ def run_training(train: Callable[[], dict[str, Any]], output_dir: Path) -> None:
     train: returns what `Trainer.train` does.
     """
     from accelerate import PartialState
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
 
     from ..training.trainer import Interrupted, NonFiniteError
 
-    for logging in (diffusers_logging, transformers_logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+    quiet()
     try:
         result = train()
     except Interrupted as stopped:

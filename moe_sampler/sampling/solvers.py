@@ -8,9 +8,10 @@ each of its model evaluations.
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
-from .paths import Level
+if TYPE_CHECKING:
+    from .paths import Level
 
 __all__ = [
     "HEUN_CORRECTOR",

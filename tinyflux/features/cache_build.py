@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from moe_sampler import __version__
 from moe_sampler.data.captioned_images import CaptionedImage, Source, fit_image
 from moe_sampler.loading.fingerprint import fingerprint
+from moe_sampler.pipelines import choices
 from moe_sampler.pipelines.latents import encode_images
 from moe_sampler.tinyflux.features.cache_format import Manifest
 from moe_sampler.tinyflux.features.cache_shards import build_shards
@@ -27,7 +28,7 @@ from moe_sampler.tinyflux.features.extraction import T_BUCKETS, ExpertFeatures, 
 
 __all__ = ["Teachers", "build_cache"]
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in choices.DTYPES}
 _PREVIEW = 64
 _FULL = ("prompt_mask", "sol_stats", "sol_maps", "previews")  # small or not floats: kept as they are
 
@@ -134,8 +135,7 @@ def _manifest(
 ) -> Manifest:
     """What is asked for, checked."""
     buckets = check_buckets(t_buckets)
-    if dtype not in DTYPES:
-        raise ValueError(f'unknown dtype "{dtype}": use one of {", ".join(DTYPES)}')
+    choices.check_choice("dtype", dtype, DTYPES)
     for name, value in (("shard_size", shard_size), ("micro_batch", micro_batch), ("length", len(source))):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")

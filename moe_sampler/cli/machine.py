@@ -1,0 +1,77 @@
+"""What computes: the device, the number format, and a quiet terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..pipelines.choices import DTYPES, OFFLOADS, check_choice
+from .options import MachineOptions
+
+__all__ = ["Machine", "check_device", "quiet"]
+
+_SHORT = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+def check_device(name: str) -> Any:
+    """The `torch.device` of that name, if it is here."""
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f'"{name}" is not a device: use cpu, cuda or cuda:N') from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("CUDA is not available here: use --device cpu")
+    return device
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What computes.
+
+    Args:
+        device: as torch calls it.
+        dtype: of the models, as torch calls it.
+        offload: as the pipeline takes it.
+    """
+
+    device: str
+    dtype: str
+    offload: str
+
+    @classmethod
+    def read(cls, options: MachineOptions, previous: Mapping[str, Any]) -> Machine:
+        """From the options, checked against this machine; an image's dtype counts before the default."""
+        import torch
+
+        check_choice("offload", options.offload, OFFLOADS)
+        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        wanted = check_device(device)
+        if options.offload == "model" and wanted.type == "cpu":
+            raise ValueError("--offload model moves components to a GPU: on a CPU use --offload expert")
+        if options.batch_size is not None and options.batch_size < 1:
+            raise ValueError(f"--batch-size must be at least 1, got {options.batch_size}")
+        own = "float16" if wanted.type == "cuda" else "float32"
+        given = options.dtype or previous.get("dtype") or own
+        dtype = _SHORT.get(given, given)
+        check_choice("dtype", dtype, DTYPES)
+        return cls(device, dtype, options.offload)
+
+    @property
+    def torch_dtype(self) -> Any:
+        """A `torch.dtype`."""
+        import torch
+
+        return getattr(torch, self.dtype)
+
+
+def quiet() -> None:
+    """Leave the terminal to our own progress bar."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for logging in (diffusers_logging, transformers_logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()

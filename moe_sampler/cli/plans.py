@@ -1,0 +1,66 @@
+"""Plans that are brought along: from a file, from standard input, or from an image made by one."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .options import given_flags
+
+if TYPE_CHECKING:
+    from ..sampling.plan import SamplingPlan
+
+__all__ = ["find_plan", "plan_settings", "without_plan"]
+
+DECIDED = (
+    *("expert", "num_inference_steps", "handoff", "router", "solver", "shift", "eta", "strength"),
+    *("guidance_scale", "guidance_window", "guidance_rescale"),
+    *("sol_weight", "lune_weight", "upstream_schedule"),
+)
+"""Settings that a plan takes the place of."""
+
+
+def find_plan(path: Path | None, previous: Mapping[str, Any], *groups: Any) -> SamplingPlan | None:
+    """The plan that a command is to run, if it is given one.
+
+    Args:
+        path: of its JSON, "-" for standard input; without it, that of the image before counts.
+        previous: the settings of an image made before.
+        groups: options that say what a plan decides.
+
+    Raises:
+        ValueError: no plan there, or options beside it.
+    """
+    if path is None and "plan" not in previous:
+        return None
+    flags = [flag for group in groups for flag in given_flags(group)]
+    if flags:
+        whose = "the image's plan" if path is None else "--plan"
+        raise ValueError(f"{whose} decides what {' and '.join(flags)} would: leave out one or the other")
+    from ..sampling.plan import SamplingPlan
+
+    if path is None:
+        return SamplingPlan.from_json(json.dumps(previous["plan"]))
+    try:
+        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"--plan {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"--plan {path} is not a sampling plan, which is JSON") from None
+    try:
+        return SamplingPlan.from_json(text)
+    except ValueError as error:
+        raise ValueError(f"--plan {path}: {error}") from None
+
+
+def without_plan(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings but for what a plan decides, and the plan."""
+    return {key: value for key, value in settings.items() if key not in (*DECIDED, "plan")}
+
+
+def plan_settings(plan: SamplingPlan) -> dict[str, Any]:
+    """The plan as an image remembers it, to the bit."""
+    return {"plan": json.loads(plan.to_json())}
