@@ -115,3 +115,58 @@ def test_a_type_checker_sees_what_an_import_gives():
                     told |= {alias.name: source for alias in line.names}
         found = {name: source for source, names in module._NAMES.items() for name in names}
         assert told == found and set(found) <= set(module.__all__)
+
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = {
+    "moe_sampler": "moe_sampler",
+    "moe_sampler.kernels": "kernels",
+    "moe_sampler.tinyflux": "tinyflux",
+}
+
+
+def imported(file: Path, module: str) -> set[str]:
+    """Full names of what a module imports, wherever in it; of `from a import b` also `a.b`."""
+    package = module.split(".") if file.stem == "__init__" else module.split(".")[:-1]
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def modules() -> dict[str, set[str]]:
+    """Every module by its installed name, with what it imports."""
+    found = {}
+    for package, folder in PACKAGES.items():
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            parts = file.relative_to(ROOT / folder).with_suffix("").parts
+            name = ".".join([package, *parts]).removesuffix(".__init__")
+            found[name] = imported(file, name)
+    return found
+
+
+def under(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")
+
+
+def test_imports_go_one_way():
+    """kernels <- moe_sampler <- tinyflux, and nobody imports the command line."""
+    found = modules()
+    assert {"moe_sampler.kernels.rows", "moe_sampler.tinyflux.sampling.pipeline"} <= found.keys()
+    assert "moe_sampler.tinyflux.sampling.pipeline" in found["moe_sampler.cli.student_sample"]
+    assert "moe_sampler.sampling.plan" in found["moe_sampler.pipelines.queue"]
+    cli, kernels, tinyflux = (f"moe_sampler.{name}" for name in ("cli", "kernels", "tinyflux"))
+    for module, names in found.items():
+        ours = {name for name in names if under(name, "moe_sampler")}
+        if not under(module, cli):
+            assert not [name for name in ours if under(name, cli)], module
+            if not under(module, tinyflux):
+                assert not [name for name in ours if under(name, tinyflux)], module
+        if under(module, kernels):
+            others = {name for name in ours if not under(name, kernels)} - {"moe_sampler"}
+            assert not others, (module, others)

@@ -35,7 +35,7 @@ class ByExpert:
         texts: Sequence[str] | None,
         read: Callable[[str], Any] = str,
         known: Sequence[str] | None = None,
-        **own: Any,
+        own: Mapping[str, Any] | None = None,
     ) -> ByExpert:
         """From a repeated option.
 
@@ -46,11 +46,12 @@ class ByExpert:
             known: names that count as such, any by default; other texts with = are values.
             own: from further options, None where they weren't given.
         """
-        shared, found = None, {name: value for name, value in own.items() if value is not None}
+        shared, found = None, {name: value for name, value in (own or {}).items() if value is not None}
         for text in texts or ():
             match = _NAMED.fullmatch(text)
-            named = match is not None and (known is None or match[1] in known)
-            name, rest = (match[1], match[2]) if named else (None, text)
+            name, rest = (None, text) if match is None else match.groups()
+            if known is not None and name not in known:
+                name, rest = None, text
             try:
                 value = read(rest)
             except ValueError as error:

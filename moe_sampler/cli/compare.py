@@ -68,7 +68,7 @@ def compare(
 
     seeds = seed or [0]
     comparison = run_comparison(pipe, prompts, seeds, batch_size=where.batch_size, **call)
-    record = record_defaults(settings, defaults, names) | model.settings | {"dtype": computer.dtype}
+    record = record_defaults(settings, defaults, names) | dict(model.settings) | {"dtype": computer.dtype}
     save_png(comparison.sheet(tile), output, record | {"prompts": prompts, "seeds": seeds})
     typer.echo(str(output))
 

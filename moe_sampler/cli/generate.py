@@ -101,7 +101,7 @@ def generate(
     sizes = model.size(settings, start)
 
     pipe = model.load(computer, loras, text_encoder)
-    record |= sizes | model.settings | {"dtype": computer.dtype}
+    record |= sizes | dict(model.settings) | {"dtype": computer.dtype}
     pictures.make(pipe, call | sizes | {"image": start}, where.batch_size, record)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..pipelines.choices import DTYPES, OFFLOADS, check_choice
+from ..pipelines.choices import DTYPES, OFFLOADS, Offload, check_choice
 from .options import MachineOptions
 
 __all__ = ["Machine", "check_device", "quiet"]
@@ -39,14 +39,14 @@ class Machine:
 
     device: str
     dtype: str
-    offload: str
+    offload: Offload
 
     @classmethod
     def read(cls, options: MachineOptions, previous: Mapping[str, Any]) -> Machine:
         """From the options, checked against this machine; an image's dtype counts before the default."""
         import torch
 
-        check_choice("offload", options.offload, OFFLOADS)
+        offload = check_choice("offload", options.offload, OFFLOADS)
         device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
         wanted = check_device(device)
         if options.offload == "model" and wanted.type == "cpu":
@@ -55,9 +55,8 @@ class Machine:
             raise ValueError(f"--batch-size must be at least 1, got {options.batch_size}")
         own = "float16" if wanted.type == "cuda" else "float32"
         given = options.dtype or previous.get("dtype") or own
-        dtype = _SHORT.get(given, given)
-        check_choice("dtype", dtype, DTYPES)
-        return cls(device, dtype, options.offload)
+        dtype = check_choice("dtype", _SHORT.get(given, given), DTYPES)
+        return cls(device, dtype, offload)
 
     @property
     def torch_dtype(self) -> Any:

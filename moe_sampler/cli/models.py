@@ -123,9 +123,12 @@ class Model:
         """The base, and the experts that don't come from it."""
         from ..loading.presets import preset
 
-        known = {} if self.preset is None else preset(self.preset)
-        base = self.base or known.base
-        return base, {**(known.experts if known else {}), **self.sources}
+        base, sources = self.base, self.sources
+        if self.preset is not None:
+            known = preset(self.preset)
+            base, sources = base or known.base, {**known.experts, **sources}
+        assert base is not None  # only a preset leaves it open
+        return base, sources
 
     @property
     def shared(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +12,9 @@ from .commands import takes
 from .models import Model
 from .options import ModelOptions, RunOptions
 from .settings import call_of, compile_plan, merge_runs
+
+if TYPE_CHECKING:
+    from ..sampling.plan import SamplingPlan
 
 __all__ = ["plan"]
 
@@ -61,7 +64,7 @@ def plan(
         typer.echo(str(image), err=as_json)
 
 
-def _print_table(compiled: object) -> bool:
+def _print_table(compiled: SamplingPlan) -> bool:
     """The table in colour, if the terminal is wide enough for it."""
     from rich.console import Console
 

@@ -21,14 +21,12 @@ def _crossfade(words: Sequence[str], names: Sequence[str]) -> Router | None:
 
 
 def _spans(words: Sequence[str], names: Sequence[str]) -> Router | None:
-    from ..sampling.routers import Spans, active_experts
+    from ..sampling.routers import PerStep, Spans
 
     if not words or len(words) % 2:
         return None
-    spans = Spans(tuple(zip(words[::2], map(number, words[1::2]), strict=True)))
-    for name in words[::2]:
-        active_experts(lambda _noise, name=name: {name: 1.0}, 0.0, names)
-    return spans
+    PerStep(words[::2]).weights(names)  # are these its experts?
+    return Spans(tuple(zip(words[::2], map(number, words[1::2]), strict=True)))
 
 
 def _steps(words: Sequence[str], names: Sequence[str]) -> PerStep | None:

@@ -60,7 +60,7 @@ def merge_runs(previous: Mapping[str, Any], run: RunOptions, names: Sequence[str
         run: the options.
         names: of the experts.
     """
-    steps = ByExpert.read("--steps", run.steps, whole, sol=run.sol_steps, lune=run.lune_steps)
+    steps = ByExpert.read("--steps", run.steps, whole, own={"sol": run.sol_steps, "lune": run.lune_steps})
     listed = run.router is not None and run.router.startswith("steps")
     if listed and steps:
         raise ValueError("--router steps brings its own count: leave out --steps")
@@ -69,7 +69,7 @@ def merge_runs(previous: Mapping[str, Any], run: RunOptions, names: Sequence[str
     return settings | over_previous(
         previous,
         names,
-        guidance_scale=ByExpert.read("--guidance", run.guidance, number, **own),
+        guidance_scale=ByExpert.read("--guidance", run.guidance, number, own=own),
         solver=ByExpert.read("--solver", run.solver),
         shift=ByExpert.read("--shift", run.shift, number),
         eta=ByExpert.read("--eta", run.eta, number),
@@ -127,7 +127,8 @@ def record_defaults(
     settings: Mapping[str, Any], defaults: Mapping[str, Any], names: Sequence[str]
 ) -> dict[str, Any]:
     """The settings with the model's defaults spelled out, so that they mean the same when those change."""
-    router, wanted = settings.get("router"), []
+    router = settings.get("router")
+    wanted: list[str] = []
     if not (router or "").startswith("steps"):
         wanted.append("num_inference_steps")
     if router is None and len(names) > 1 and settings.get("expert", "hybrid") == "hybrid":

@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -20,6 +20,7 @@ from .student_train import train
 if TYPE_CHECKING:
     from moe_sampler.tinyflux.features.cache_build import Teachers
     from moe_sampler.tinyflux.features.encoders import StudentEncoders
+    from moe_sampler.tinyflux.features.extraction import Convention
 
 __all__ = ["app"]
 
@@ -244,7 +245,9 @@ def import_(
     with one_line_errors():
         from moe_sampler.tinyflux.features.exchange import import_upstream
 
-        made = import_upstream(source, folder, convention=convention, shard_size=shard_size)
+        made = import_upstream(
+            source, folder, convention=cast("Convention", convention), shard_size=shard_size
+        )
         typer.echo(f"{folder}: {made.length} samples in {len(made.shards)} shards")
 
 

@@ -141,7 +141,7 @@ def sample(
     computer = Machine.read(where, previous)
 
     pipe = _load(student, model, settings, computer, guided)
-    record = {"student": local_place(student)} | settings | model.settings | {"dtype": computer.dtype}
+    record = {"student": local_place(student)} | settings | dict(model.settings) | {"dtype": computer.dtype}
     pictures.make(pipe, call, where.batch_size, record)
 
 

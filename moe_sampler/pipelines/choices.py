@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 __all__ = ["DTYPES", "OFFLOADS", "OUTPUT_TYPES", "Offload", "any_of", "check_choice"]
+
+T = TypeVar("T")
 
 Offload = Literal["none", "expert", "model"]
 OFFLOADS: tuple[Offload, ...] = get_args(Offload)
@@ -20,7 +22,9 @@ def any_of(names: Iterable[object]) -> str:
     return f"{', '.join(others)} or {last}" if others else last
 
 
-def check_choice(what: str, value: object, choices: Collection[object]) -> None:
-    """Raise ValueError, with the choices, unless the value is one of them."""
-    if value not in choices:
-        raise ValueError(f'unknown {what} "{value}": use {any_of(choices)}')
+def check_choice(what: str, value: object, choices: Collection[T]) -> T:
+    """The value, or a ValueError with the choices, unless it is one of them."""
+    for choice in choices:
+        if choice == value:
+            return choice
+    raise ValueError(f'unknown {what} "{value}": use {any_of(choices)}')

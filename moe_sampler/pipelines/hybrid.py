@@ -216,10 +216,8 @@ class HybridPipeline(PretrainedMixin, AdapterMixin, ExpertPipeline):
             parts = [encode_pixels(part.to(device), self.vae) for part in pixels.split(request.batch_size)]
         return torch.cat(parts).repeat_interleave(request.images // len(pixels), 0)
 
-    def _size(self, height: int | None, width: int | None, image: Any, prompts: int) -> tuple[int, int]:
+    def _size(self, height: int | None, width: int | None, image: Any) -> tuple[int, int]:
         """In pixels: as given, or the image's to start from, or what the experts were made for."""
-        if image is not None:
-            check_image(image, prompts)
         side = self._any_unet().config.sample_size * self.vae_scale_factor
         own_height, own_width = (side, side) if image is None else image_size(image)
         height = own_height if height is None else height
@@ -316,7 +314,9 @@ class HybridPipeline(PretrainedMixin, AdapterMixin, ExpertPipeline):
         prompts = prompt_count(prompt, prompt_embeds)
         request = Request.read(prompts, num_images_per_prompt, batch_size, output_type)
         step_end = StepEnd(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        height, width = self._size(height, width, image, prompts)
+        if image is not None:
+            check_image(image, prompts)
+        height, width = self._size(height, width, image)
         entered = check_strength(strength, image, latents)
         experts = self.experts(**settings)
         if plan is None:
@@ -333,7 +333,7 @@ class HybridPipeline(PretrainedMixin, AdapterMixin, ExpertPipeline):
         self._interrupt = False
         device = self._execution_device  # found by looking through all modules, so once
         encode = partial(self.encode_prompt, batch_size=request.batch_size, device=device)
-        cond = encode(prompt) if prompt_embeds is None else prompt_embeds.to(device)
+        cond = encode([] if prompt is None else prompt) if prompt_embeds is None else prompt_embeds.to(device)
         guided = list(dict.fromkeys(c.name for s in compiled.steps for c in s.calls if c.guided))
         uncond = negative_embeds(negative_prompt, negative_prompt_embeds, guided, names, prompts, encode)
         from_image = None if image is None else self._image_latents(image, height, width, request, device)

@@ -16,7 +16,9 @@ Negative = str | list[str] | Mapping[str, str | list[str]]
 
 
 def prompt_count(prompt: str | list[str] | None, prompt_embeds: torch.Tensor | None) -> int:
-    return 1 if isinstance(prompt, str) else len(prompt if prompt is not None else prompt_embeds)
+    if prompt_embeds is not None:
+        return len(prompt_embeds)
+    return 1 if isinstance(prompt, str) else len(prompt or ())
 
 
 def check_prompts(

@@ -29,8 +29,9 @@ class Host(Protocol):
         """Whether no more models are to be called."""
         ...
 
-    def progress_bar(self, *, total: int) -> Any:
-        """A bar as tqdm's, a context manager."""
+    @property
+    def progress_bar(self) -> Callable[..., Any]:
+        """Called with `total`, gives a bar as tqdm's, a context manager."""
         ...
 
     def decode_latents(self, latents: torch.Tensor, output_type: str) -> Any:

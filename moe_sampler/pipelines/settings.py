@@ -200,11 +200,14 @@ def hybrid_plan(
     names = [e.name for e in experts]
     if expert not in ("hybrid", *names):
         raise ValueError(f'unknown expert "{expert}": use hybrid, {" or ".join(names)}')
-    by_name = isinstance(num_inference_steps, Mapping)
-    own = _only(by_expert("steps", num_inference_steps, names)) if by_name else {}
-    if by_name and not own:
-        raise ValueError("steps by expert must name at least one")
-    total = defaults["num_inference_steps"] if num_inference_steps is None or own else num_inference_steps
+    own: dict[str, int] = {}
+    if isinstance(num_inference_steps, Mapping):
+        own = _only(by_expert("steps", num_inference_steps, names))
+        if not own:
+            raise ValueError("steps by expert must name at least one")
+    total: int = defaults["num_inference_steps"]
+    if num_inference_steps is not None and not isinstance(num_inference_steps, Mapping):
+        total = num_inference_steps
     if expert != "hybrid" or len(names) == 1:
         return _alone(experts, names[0] if expert == "hybrid" else expert, own, total, handoff, router)
     if router is not None and handoff is not None:

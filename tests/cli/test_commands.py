@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from moe_sampler import SamplingPlan, __version__
+from moe_sampler import Boundary, Expert, SamplingPlan, __version__, plan
 from moe_sampler.cli import app
 from moe_sampler.demo import experts_path
 from moe_sampler.viewing.images import read_settings
@@ -88,11 +89,12 @@ def test_every_option_reaches_the_pipeline():
         *("--solver", "dpmpp_2m", "--height", 48, "--width", 80, "--device", "cpu"),
     )
     settings = read_settings("a.png")
-    expected = dict(sol_steps=2, lune_steps=3, handoff=0.5, sol_guidance=1.5, lune_guidance=2.5, shift=1.5)
+    expected = dict(num_inference_steps={"sol": 2, "lune": 3}, handoff=0.5, shift=1.5)
+    expected |= dict(guidance_scale={"sol": 1.5, "lune": 2.5})
     expected |= dict(negative_prompt="night", solver="dpmpp_2m", height=48, width=80, model=None)
     assert settings == settings | expected
     run("generate", PROMPT, "-o", "b.png", "--seed", 1, "--steps", 2, "--guidance", 3)
-    assert read_settings("b.png")["sol_guidance"] == read_settings("b.png")["lune_guidance"] == 3
+    assert read_settings("b.png")["guidance_scale"] == {"sol": 3, "lune": 3}
 
 
 def test_trace_writes_a_contact_sheet():
@@ -117,6 +119,47 @@ def test_plan_prints_the_table_and_json():
     assert str(compiled).splitlines() == lines
 
 
+def test_a_plan_makes_the_same_image_through_python_and_the_command(tmp_path, demo_pipeline):
+    """To the bit: from settings, from a plan in memory, from its JSON in Python and from a file."""
+    flags = ("--steps", 5, "--handoff", 0.8, "--guidance", "lune=3", "--solver", "sol=dpmpp_2m")
+    written = run("plan", *flags, "--json", "--image", "plan.png").stdout
+    (tmp_path / "plan.json").write_text(written)
+    settings = dict(
+        num_inference_steps=5, handoff=0.8, guidance_scale={"lune": 3.0}, solver={"sol": "dpmpp_2m"}
+    )
+    made = demo_pipeline(PROMPT, seed=4, **settings)
+    again = demo_pipeline(PROMPT, seed=4, plan=SamplingPlan.from_json(written))
+    assert again.plan == made.plan and again.images[0] == made.images[0]
+    run("generate", PROMPT, "--plan", "plan.json", "--seed", 4, "--zoom", 1, "-o", "a.png")
+    assert (pixels("a.png") == np.asarray(made.images[0])).all()
+    # The image remembers the plan, whatever becomes of the file.
+    (tmp_path / "plan.json").unlink()
+    run("generate", "--like", "a.png", "-o", "b.png")
+    assert (pixels("a.png") == pixels("b.png")).all()
+    recorded = read_settings(tmp_path / "a.png")
+    assert recorded == read_settings(tmp_path / "b.png") and "handoff" not in recorded
+    assert SamplingPlan.from_json(json.dumps(recorded["plan"])) == made.plan
+    message = run("generate", "--like", "a.png", "--steps", 3, "-o", "c.png", code=2).stderr
+    assert "the image's plan decides what --steps would" in message
+    result = CliRunner().invoke(
+        app, ["generate", PROMPT, *"--plan - --zoom 1 --seed 4 -o d.png".split()], input=written
+    )
+    assert result.exit_code == 0 and (pixels("d.png") == pixels("a.png")).all()
+
+
+def test_a_plan_from_an_image(tmp_path, demo_pipeline):
+    Image.new("RGB", (64, 64), "blue").save("blue.png")
+    (tmp_path / "late.json").write_text(run("plan", "--steps", 4, "--strength", 0.5, "--json").stdout)
+    run("generate", PROMPT, "--plan", "late.json", "--image", "blue.png", "--zoom", 1, "-o", "a.png")
+    run(
+        "generate", PROMPT, "--steps", 4, "--strength", 0.5, "--image", "blue.png", "--zoom", 1, "-o", "b.png"
+    )
+    assert (pixels("a.png") == pixels("b.png")).all()
+    assert "strength" not in read_settings(tmp_path / "a.png")
+    run("generate", "--like", "a.png", "-o", "c.png")
+    assert (pixels("a.png") == pixels("c.png")).all()
+
+
 def test_version_and_help_teach():
     assert run("--version").stdout.strip() == f"moe-sampler {__version__}"
     overview = run("--help").stdout
@@ -125,6 +168,17 @@ def test_version_and_help_teach():
     assert "sol 4 lune 8" in " ".join(details.replace("│", " ").split())
     options = ("--seed", "--steps", "--handoff", "--guidance", "--negative", "--model", "--expert", "--trace")
     assert all(name in details for name in (*options, "-n", "-o", "castle.png"))
+
+
+def plan_files() -> dict[str, str]:
+    """Plans that can be run, and some that cannot."""
+    experts = Expert.sol(solver="dpmpp_2m"), Expert.lune()
+    whole = plan(experts, Boundary("sol", "lune", 0.7), steps=4)
+    cut = dataclasses.replace(whole, steps=whole.steps[1:])
+    other = plan(Expert.lune(name="luna"), steps=4)
+    late = plan(Expert.lune(), steps=4, start=0.6)
+    plans = {"plan.json": whole, "cut.json": cut, "other.json": other, "late.json": late}
+    return {name: made.to_json() for name, made in plans.items()}
 
 
 @pytest.mark.parametrize(
@@ -190,6 +244,16 @@ def test_version_and_help_teach():
         ("x", "--lora", "luna=blue.png"),
         ("x", "--trace", "-o", "latents.safetensors"),
         ("x", "--like", "blue.png"),
+        ("x", "--plan", "nowhere.json"),
+        ("x", "--plan", "blue.png"),
+        ("x", "--plan", "plan.json", "--steps", "4"),
+        ("x", "--plan", "plan.json", "--sol-guidance", "2"),
+        ("x", "--plan", "plan.json", "--router", "crossfade 0.8 0.6"),
+        ("x", "--plan", "plan.json", "--image", "blue.png"),
+        ("x", "--plan", "plan.json", "--strength", "0.5"),
+        ("x", "--plan", "late.json"),
+        ("x", "--plan", "other.json"),
+        ("x", "--plan", "cut.json"),
         (),
     ],
 )
@@ -200,6 +264,8 @@ def test_wrong_input_ends_with_one_line_and_nothing_read_or_written(tmp_path, mo
     monkeypatch.setattr("moe_sampler.loading.parts.load_component", read)
     monkeypatch.setattr("moe_sampler.loading.weights.ExpertWeights.take", read)
     Image.new("RGB", (72, 72), "blue").save("blue.png")
+    for name, text in plan_files().items():
+        (tmp_path / name).write_text(text)
     shutil.copytree(experts_path(), tmp_path / "incomplete", ignore=shutil.ignore_patterns("unet_sol"))
     broken = shutil.copytree(experts_path(), tmp_path / "unreadable")
     (broken / "unet_lune" / "diffusion_pytorch_model.safetensors").write_bytes(b"not safetensors")

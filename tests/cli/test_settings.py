@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from moe_sampler import Crossfade, HybridPipeline, PerStep, SamplingPlan, Spans
 from moe_sampler.cli import app
-from moe_sampler.cli.settings import parse_router
+from moe_sampler.cli.routers import parse_router
 from moe_sampler.demo import experts_path
 from moe_sampler.loading.presets import PRESETS
 from moe_sampler.viewing.images import read_settings
@@ -131,11 +131,11 @@ def test_options_override_what_an_image_says():
     run("generate castle --steps 3 --guidance 2 --solver sol=ddim --negative night -o a.png")
     run("generate --like a.png --guidance lune=3 --solver lune=dpmpp_2m --negative sol=tree -o b.png")
     first, second = (read_settings(Path(name)) for name in ("a.png", "b.png"))
-    changed = {"lune_guidance": 3.0, "solver": {"sol": "ddim", "lune": "dpmpp_2m"}}
+    changed = {"guidance_scale": {"sol": 2.0, "lune": 3.0}, "solver": {"sol": "ddim", "lune": "dpmpp_2m"}}
     assert second == first | changed | {"negative_prompt": {"sol": "tree", "lune": "night"}}
     run("generate --like a.png --steps lune=2 --steps sol=1 -o c.png")
     third = read_settings(Path("c.png"))
-    assert (third["sol_steps"], third["lune_steps"]) == (1, 2) and "num_inference_steps" not in third
+    assert third["num_inference_steps"] == {"sol": 1, "lune": 2}
 
 
 def test_from_an_image(demo_pipeline):

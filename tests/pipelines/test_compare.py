@@ -147,7 +147,7 @@ def test_the_command(tmp_path, monkeypatch, demo_pipeline):
     assert (np.asarray(Image.open("c.png")) == np.asarray(found.sheet(64))).all()
     settings = read_settings(tmp_path / "c.png")
     assert settings["prompts"] == ["a castle", "a portrait"] and settings["seeds"] == [2, 5]
-    assert settings["lune_guidance"] == 3.0 and settings["handoff"] == 0.8
+    assert settings["guidance_scale"] == guidance and settings["handoff"] == 0.8
     generated = CliRunner().invoke(app, ["generate", "--like", "c.png", "-o", "d.png"])
     assert generated.exit_code == 2 and "give a prompt" in generated.stderr
     for wrong in (("--handoff", 1), ("--steps", 0), ("--steps", 1), ("--height", 60), ("--tile", 1)):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -23,8 +24,10 @@ Weight = float | Sequence[tuple[float, float]]
 """A share of the prediction, 0 to 1; or knots (noise level, share), straight lines between them and constant
 beyond the last ones."""
 
+Knots = tuple[tuple[float, float], ...]
 
-def _checked(name: str, weight: Weight) -> float | tuple[tuple[float, float], ...]:
+
+def _checked(name: str, weight: Weight) -> float | Knots:
     """A weight, checked; knots in the order of their levels."""
     if isinstance(weight, int | float) and not isinstance(weight, bool):
         _check_unit(f"{name}'s weight", weight)
@@ -65,10 +68,12 @@ class GuidedRouter:
     lune: Weight = 0.0
     handoff: float = 0.7
     student: str = STUDENT
+    _shares: Mapping[str, float | Knots] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sol", _checked("Sol", self.sol))
-        object.__setattr__(self, "lune", _checked("Lune", self.lune))
+        shares = {"sol": _checked("Sol", self.sol), "lune": _checked("Lune", self.lune)}
+        for name, value in (*shares.items(), ("_shares", shares)):
+            object.__setattr__(self, name, value)
         if not 0.0 < self.handoff < 1.0:
             raise ValueError(
                 f"the handoff is a noise level strictly between 0 (data) and 1 (noise), got {self.handoff}"
@@ -87,7 +92,7 @@ class GuidedRouter:
     @property
     def knots(self) -> tuple[float, ...]:
         levels = {self.handoff, math.nextafter(self.handoff, 1.0)}
-        for weight in (self.sol, self.lune):
+        for weight in self._shares.values():
             levels |= {level for level, _ in weight} if isinstance(weight, tuple) else set()
         return tuple(sorted(levels, reverse=True))
 
@@ -96,22 +101,23 @@ class GuidedRouter:
         """Which of Sol and Lune have any weight."""
         return tuple(
             name
-            for name, weight in (("sol", self.sol), ("lune", self.lune))
+            for name, weight in self._shares.items()
             if (any(share > 0.0 for _, share in weight) if isinstance(weight, tuple) else weight > 0.0)
         )
 
     def _weights(self, noise: float) -> dict[str, float]:
-        above = noise > self.handoff
-        return {"sol": _at(self.sol, noise, above), "lune": _at(self.lune, noise, not above)}
+        above, shares = noise > self.handoff, self._shares
+        return {"sol": _at(shares["sol"], noise, above), "lune": _at(shares["lune"], noise, not above)}
 
     def __call__(self, noise: float) -> Mapping[str, float]:
         weights = {name: share for name, share in self._weights(noise).items() if share > 0.0}
         return {self.student: 1.0 - sum(weights.values()), **weights}
 
 
-def _at(weight: float | tuple[tuple[float, float], ...], noise: float, counts: bool) -> float:
+def _at(weight: float | Knots, noise: float, counts: bool) -> float:
     if isinstance(weight, tuple):
-        return float(np.interp(noise, *zip(*weight, strict=True)))
+        levels, shares = zip(*weight, strict=True)
+        return float(np.interp(noise, levels, shares))
     return weight if counts else 0.0
 
 
@@ -141,8 +147,9 @@ def guided_experts(
     names = tuple(names)
     given = {"guidance_scale": guidance_scale, "shift": shift, "solver": solver}
     named = {key: by_expert(key, value, (STUDENT, *names)) for key, value in given.items()}
-    own = {key: values.pop(STUDENT) for key, values in named.items()}
-    own = {"guidance_scale": GUIDANCE_SCALE} | {k: value for k, value in own.items() if value is not None}
+    given = {key: values.pop(STUDENT) for key, values in named.items()}
+    own: dict[str, Any] = {"guidance_scale": GUIDANCE_SCALE}
+    own |= {key: value for key, value in given.items() if value is not None}
     student = tinyflux_expert(model, upstream_schedule=upstream_schedule, **own)
     return (student, *(guides(**named) if names else ()))
 

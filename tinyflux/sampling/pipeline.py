@@ -19,7 +19,7 @@ from moe_sampler.pipelines.latents import decode_latents
 from moe_sampler.pipelines.prompts import Negative, check_prompts, negative_embeds
 from moe_sampler.pipelines.queue import PlanRun, run_plan
 from moe_sampler.pipelines.settings import by_expert, given_plan
-from moe_sampler.tinyflux.features.encoders import EncodedText, StudentEncoders, TextEncoder
+from moe_sampler.tinyflux.features.encoders import StudentEncoders, TextEncoder
 from moe_sampler.tinyflux.model.tinyflux import TinyFlux
 from moe_sampler.tinyflux.sampling.expert import STUDENT
 from moe_sampler.tinyflux.sampling.fitting import check_experts, check_student, default_side
@@ -146,10 +146,11 @@ class StudentPipeline:
     ) -> tuple[Expert, ...]:
         """The student and those who can guide it, as the planner sees them. Settings are one for all, or by
         name; None leaves them to each expert's default."""
+        hybrid = self.hybrid
         return guided_experts(
             self.student,
-            self.expert_names[1:],
-            lambda **settings: self.hybrid.experts(**settings),
+            () if hybrid is None else hybrid.expert_names,
+            (lambda **_: ()) if hybrid is None else hybrid.experts,
             guidance_scale=guidance_scale,
             shift=shift,
             solver=solver,
@@ -167,7 +168,7 @@ class StudentPipeline:
         """The plan `__call__` runs with the same arguments; `experts` from `StudentPipeline.experts`."""
         student, *guides = self.experts() if experts is None else experts
         if handoff is None and self.hybrid is not None:
-            handoff = self.hybrid.config.handoff
+            handoff = self.hybrid.config["handoff"]
         settings = {} if handoff is None else {"handoff": handoff}
         router = GuidedRouter(sol_weight, lune_weight, student=student.name, **settings)
         return guided_plan(student, guides, router, num_inference_steps)
@@ -177,12 +178,12 @@ class StudentPipeline:
         and pooled_projections [B, P], float32, and encoder_attention_mask, bool [B, L]."""
         size = batch_size or len(texts)
         parts = [self.encoders.text(texts[i : i + size]) for i in range(0, len(texts), size)]
-        text = EncodedText(*(torch.cat(part).to(self.device) for part in zip(*parts, strict=True)))
-        return {
-            "encoder_hidden_states": text.states,
-            "pooled_projections": text.pooled,
-            "encoder_attention_mask": text.mask,
+        named = {
+            "encoder_hidden_states": [part.states for part in parts],
+            "pooled_projections": [part.pooled for part in parts if part.pooled is not None],
+            "encoder_attention_mask": [part.mask for part in parts],
         }
+        return {name: torch.cat(tensors).to(self.device) for name, tensors in named.items()}
 
     def decode_latents(self, latents: Tensor, output_type: str = "pil") -> Any:
         """Images from float32 latents [B, C, h, w]."""
@@ -260,7 +261,7 @@ class StudentPipeline:
                 upstream_schedule=upstream_schedule or None,
             )
         cells = (height // self.encoders.scale, width // self.encoders.scale)
-        shape = (request.images, self.student.config.in_channels, *cells)
+        shape = (request.images, self.student.config["in_channels"], *cells)
         start = Start.read(seed, generator, latents, shape)
 
         self._interrupt = False
@@ -289,7 +290,7 @@ class StudentPipeline:
             cond[STUDENT] = self.encode_prompt(prompts, batch_size)
         if STUDENT in guided:
             uncond[STUDENT] = self._unconditional(prompts, negative, cond[STUDENT], batch_size)
-        if guides:
+        if guides and self.hybrid is not None:
             encode = partial(self.hybrid.encode_prompt, batch_size=batch_size, device=self.device)
             states = encode(prompts)
             cond |= {name: {"prompt_embeds": states} for name in guides}

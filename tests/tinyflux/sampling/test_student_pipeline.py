@@ -10,7 +10,7 @@ from tinyflux_helpers import trained
 from torch.testing import assert_close
 from typer.testing import CliRunner
 
-from moe_sampler import plan, sample
+from moe_sampler import SamplingPlan, plan, sample
 from moe_sampler.cli import app
 from moe_sampler.demo import experts_path
 from moe_sampler.tinyflux import StudentEncoders, StudentPipeline, TinyFluxConfig, tinyflux_expert
@@ -158,6 +158,22 @@ def test_bad_calls_end_before_any_work(pipe, monkeypatch, settings, message):
         pipe(**{"prompt": PROMPTS, **settings})
 
 
+def test_a_given_plan(pipe, folder):
+    """To the bit what the settings make; a student without the plan's experts refuses it."""
+    call = dict(seed=2, output_type="latent")
+    made = pipe(PROMPTS, num_inference_steps=3, sol_weight=0.4, guidance_scale=2.0, handoff=0.8, **call)
+    read = SamplingPlan.from_json(made.plan.to_json())
+    assert torch.equal(pipe(PROMPTS, plan=read, **call).images, made.images)
+    alone = StudentPipeline.from_pretrained(folder, encoders=experts_path())
+    for wrong, settings, message in (
+        (alone, {}, "the plan calls sol, but the experts are tinyflux"),
+        (pipe, {"sol_weight": 0.2, "shift": 2.0}, "decides sol_weight, shift"),
+        (pipe, {"upstream_schedule": True}, "decides upstream_schedule"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wrong(PROMPTS, plan=read, **settings)
+
+
 def test_parts_that_do_not_fit(folder, tmp_path, demo_pipeline):
     encoders = StudentEncoders.load(experts_path(), experts_path())
     with pytest.raises(ValueError, match="in_channels is 8, but the VAE's latents have 4"):
@@ -191,7 +207,7 @@ def run(*arguments, code=0):
     return result
 
 
-def test_the_command(folder, tmp_path, monkeypatch):
+def test_the_command(pipe, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shown = run(folder, *PROMPTS, "-o", "x.png", "--steps", 2, "--seed", 4, "--zoom", 1, "--trace").stdout
     assert shown.split() == ["x-1.png", "x-1.trace.png", "x-2.png", "x-2.trace.png"]
@@ -219,6 +235,15 @@ def test_the_command(folder, tmp_path, monkeypatch):
     assert read_settings(tmp_path / "again.png") == guided
     pixels = [np.asarray(Image.open(name)) for name in ("guided.png", "again.png", "x-2.png")]
     assert (pixels[0] == pixels[1]).all() and (pixels[0] != pixels[2]).any()
+
+    (tmp_path / "plan.json").write_text(pipe.plan(3, lune_weight=0.5, handoff=0.8).to_json())
+    run(folder, PROMPTS[0], "--plan", "plan.json", "--seed", 2, "-o", "planned.png", "--zoom", 1)
+    made = pipe(PROMPTS[0], num_inference_steps=3, lune_weight=0.5, handoff=0.8, seed=2)
+    assert (np.asarray(Image.open("planned.png")) == np.asarray(made.images[0])).all()
+    run(folder, "--like", "planned.png", "-o", "planned-2.png")
+    assert (np.asarray(Image.open("planned-2.png")) == np.asarray(made.images[0])).all()
+    refused = run(folder, PROMPTS[0], "--plan", "plan.json", "--lune-weight", 0.2, code=2)
+    assert "--plan decides what --lune-weight would" in refused.output
 
     result = CliRunner().invoke(app, ["generate", "--like", "guided.png", "-o", "no.png"])
     assert result.exit_code == 2 and "tinyflux sample --like" in result.output
