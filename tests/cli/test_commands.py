@@ -142,7 +142,9 @@ def test_a_plan_makes_the_same_image_through_python_and_the_command(tmp_path, de
     message = run("generate", "--like", "a.png", "--steps", 3, "-o", "c.png", code=2).stderr
     assert "the image's plan decides what --steps would" in message
     result = CliRunner().invoke(
-        app, ["generate", PROMPT, *"--plan - --zoom 1 --seed 4 -o d.png".split()], input=written
+        app,
+        ["generate", PROMPT, *["--plan", "-", "--zoom", "1", "--seed", "4", "-o", "d.png"]],
+        input=written,
     )
     assert result.exit_code == 0 and (pixels("d.png") == pixels("a.png")).all()
 

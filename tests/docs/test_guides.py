@@ -48,6 +48,11 @@ def commands(code: str) -> list[list[str]]:
     return found
 
 
+def redirected(arguments: list[str]) -> tuple[list[str], str | None]:
+    """A command's words, and the file its output goes to."""
+    return (arguments[:-2], arguments[-1]) if ">" in arguments[-2:-1] else (arguments, None)
+
+
 def parses(arguments: list[str]) -> None:
     """Whether the command knows these options, without doing anything."""
     group = typer.main.get_command(app)
@@ -70,11 +75,14 @@ def test_a_page_from_top_to_bottom(guide, tmp_path, monkeypatch):
                 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                     exec(compile(tree, f"{guide}.md", "exec"), namespace)
             continue
-        for arguments in commands(code):
+        for words in commands(code):
+            arguments, target = redirected(words)
             parses(arguments)
             if wanted:
                 result = CliRunner().invoke(app, arguments)
                 assert result.exit_code == 0, (arguments, result.output, result.exception)
+                if target is not None:
+                    (tmp_path / target).write_text(result.stdout, encoding="utf-8")
     for name in pictures(guide):
         made = tmp_path / name
         if made.exists():
