@@ -105,7 +105,7 @@ class HybridPipeline(PretrainedMixin, AdapterMixin, ExpertPipeline):
             },
             {"experts": list(names), **default_settings(names, settings)},
         )
-        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.vae_scale_factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self._interrupt = False
 

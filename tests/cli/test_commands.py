@@ -14,7 +14,11 @@ from typer.testing import CliRunner
 
 from moe_sampler import Boundary, Expert, SamplingPlan, __version__, plan
 from moe_sampler.cli import app
+from moe_sampler.cli.routers import EXAMPLES
 from moe_sampler.demo import experts_path
+from moe_sampler.loading.presets import PRESETS, TRAINING
+from moe_sampler.pipelines.choices import DTYPES, OFFLOADS
+from moe_sampler.sampling.solvers import SOLVERS
 from moe_sampler.viewing.images import read_settings
 
 PROMPT = "a castle with two towers, at dusk"
@@ -160,6 +164,12 @@ def test_a_plan_from_an_image(tmp_path, demo_pipeline):
     assert "strength" not in read_settings(tmp_path / "a.png")
     run("generate", "--like", "a.png", "-o", "c.png")
     assert (pixels("a.png") == pixels("c.png")).all()
+
+
+def test_help_lists_what_the_code_knows():
+    shown = " ".join(run("generate", "--help").stdout.replace("│", " ").split())
+    for names in (SOLVERS, PRESETS, TRAINING, OFFLOADS, DTYPES, EXAMPLES):
+        assert [name for name in names if name not in shown] == []
 
 
 def test_version_and_help_teach():
