@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save_file
 
 from moe_sampler import ExpertSource, HybridPipeline
 from moe_sampler.demo import experts_path
+from moe_sampler.errors import CheckpointError
 from moe_sampler.loading import weights as expert_weights
-from moe_sampler.loading.folders import CheckpointError
-from moe_sampler.loading.hub import UNetFiles
+from moe_sampler.loading.expert_files import ExpertFiles
 from moe_sampler.loading.presets import PRESETS
 from moe_sampler.loading.state_dicts import read_tensors
-from moe_sampler.loading.weights import ExpertWeights, empty_unet, file_tensors
+from moe_sampler.loading.weights import ExpertWeights, empty_model, file_tensors
 
 SOL = experts_path() / "unet_sol" / "diffusion_pytorch_model.safetensors"
 LUNE = experts_path() / "unet_lune" / "diffusion_pytorch_model.safetensors"
@@ -202,14 +202,14 @@ def memory(field: str) -> int:
 def test_loading_holds_one_copy(tmp_path, monkeypatch, dtype, suffix):
     """The most that was ever resident, mapped pages included, over the size of the weights."""
     config = {**json.loads((SOL.parent / "config.json").read_text()), "block_out_channels": [96, 192, 384]}
-    unet = empty_unet(config, "test", torch.float32)
+    unet = empty_model(config, "test", torch.float32)
     file = tmp_path / f"unet{suffix}"
     tensors = {key: torch.ones(value.shape) for key, value in unet.state_dict().items()}
     save_file(tensors, file) if suffix == ".safetensors" else torch.save(tensors, file)
     del tensors
     monkeypatch.setattr(expert_weights, "MAPPED_BYTES", 2**22)
     expected = dict(unet.state_dict())
-    files = UNetFiles("sol", file, (file,), config, {})
+    files = ExpertFiles("sol", file, (file,), config, {})
     weights = ExpertWeights(torch.nn.Module.to(unet, dtype), lambda: file_tensors(files, expected))
     assert weights.nbytes > 60 * 2**20
     before = memory("VmRSS")
