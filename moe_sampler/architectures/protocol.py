@@ -39,10 +39,15 @@ class Architecture(Protocol):
     Configs are what the model's config.json holds. Tensors may be on the meta device.
     """
 
-    class_name: str
-    """Of the model, as config.json's `_class_name`."""
-    prefixes: tuple[str, ...]
-    """What trainers put before the names of its tensors."""
+    @property
+    def class_name(self) -> str:
+        """Of the model, as config.json's `_class_name`."""
+        ...
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """What trainers put before the names of its tensors."""
+        ...
 
     def shape(self, config: Mapping[str, Any]) -> ModelShape:
         """What a config says, its class's defaults for what it leaves out."""

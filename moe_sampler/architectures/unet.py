@@ -88,7 +88,9 @@ class UNet:
     def build(self, config: Mapping[str, Any]) -> UNet2DConditionModel:
         from diffusers import UNet2DConditionModel
 
-        return UNet2DConditionModel.from_config(dict(config))
+        model = UNet2DConditionModel.from_config(dict(config))
+        assert isinstance(model, UNet2DConditionModel)  # no tuple: nobody asked for unused settings
+        return model
 
     def call(
         self, model: nn.Module, x: Tensor, timestep: Tensor, prompt_embeds: Tensor, **conditioning: Any
@@ -125,7 +127,7 @@ class UNet:
             if channels != own:
                 return f"Its latents have {channels} channels, not {own}: an inpainting or other special UNet"
         cross = next((key for key in expected if key.endswith("attn2.to_k.weight")), None)
-        if cross in tensors and tensors[cross].shape[-1:] != expected[cross].shape[-1:]:
+        if cross is not None and cross in tensors and tensors[cross].shape[-1:] != expected[cross].shape[-1:]:
             return (
                 f"It was trained on text features of {tensors[cross].shape[-1]} channels, as another base has"
             )
@@ -158,9 +160,9 @@ class UNet:
 
         last = max((int(name.split(".")[1]) for name in names if name.startswith("up_blocks.")), default=-1)
         short = copy.copy(model)
-        short._modules = dict(model._modules)
-        short.up_blocks = nn.ModuleList(list(model.up_blocks)[: last + 1])
-        short.conv_norm_out, short.conv_out = None, nn.Identity()
+        up_blocks = nn.ModuleList(list(model.up_blocks)[: last + 1])
+        ends = {"up_blocks": up_blocks, "conv_norm_out": None, "conv_out": nn.Identity()}
+        short._modules = {**model._modules, **ends}
         return short
 
 

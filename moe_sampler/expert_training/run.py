@@ -218,4 +218,4 @@ def _finish(folder: Path, task: ExpertTask) -> None:
         write_tensors(partial, own, {"format": "pt"})
         partial.replace(path)
     unet.save_config(folder)
-    scheduler_from_config(task.objective.scheduler).save_config(folder)
+    scheduler_from_config(task.objective.scheduler).save_pretrained(folder)

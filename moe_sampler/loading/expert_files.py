@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,7 @@ class ExpertFiles:
 
 
 def find_base(
-    base: str | Path, hub: Hub, revision: str | None, variant: str | None, replaced: Sequence[str] = ()
+    base: str | os.PathLike, hub: Hub, revision: str | None, variant: str | None, replaced: Sequence[str] = ()
 ) -> tuple[Path, dict[str, Any]]:
     """The folder with the components that experts share, and its `model_index.json`.
 
@@ -71,7 +72,7 @@ def find_base(
 
 
 def read_base_index(
-    base: str | Path, hub: Hub, revision: str | None, replaced: Sequence[str] = ()
+    base: str | os.PathLike, hub: Hub, revision: str | None, replaced: Sequence[str] = ()
 ) -> dict[str, Any]:
     """The base's `model_index.json` alone; a local folder must hold what it names.
 

@@ -32,7 +32,9 @@ class Hub:
     token: str | bool | None = None
     force_download: bool = False
 
-    def look(self, source: str | Path, *, revision: str | None = None, subfolder: str | None = None) -> Place:
+    def look(
+        self, source: str | os.PathLike, *, revision: str | None = None, subfolder: str | None = None
+    ) -> Place:
         """Where a source is; nothing is downloaded yet.
 
         Args:
@@ -46,14 +48,14 @@ class Hub:
         """
         path = Path(source)
         if path.exists():
-            return Place(self, str(source), path / subfolder if subfolder and path.is_dir() else path)
-        repo, _, file = str(source).partition(":")
+            return Place(self, os.fspath(source), path / subfolder if subfolder and path.is_dir() else path)
+        repo, _, file = os.fspath(source).partition(":")
         if not is_hub_id(repo):
             raise CheckpointError(
                 f"there is no {source}; give a folder, a file, a hub id owner/name or a hub file "
                 "owner/name:file"
             )
-        return Place(self, str(source), None, repo, file, revision, subfolder)
+        return Place(self, os.fspath(source), None, repo, file, revision, subfolder)
 
     def _options(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, SchedulerMixin
+from diffusers import AutoencoderKL, AutoencoderTiny, ConfigMixin, SchedulerMixin
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..architectures import ModelShape
@@ -103,9 +104,11 @@ def scheduler_from_config(config: Mapping[str, Any]) -> SchedulerMixin:
     """
     name = str(config.get("_class_name"))
     cls = getattr(diffusers, name, None)
-    if not (isinstance(cls, type) and issubclass(cls, SchedulerMixin)):
+    if not (isinstance(cls, type) and issubclass(cls, SchedulerMixin) and issubclass(cls, ConfigMixin)):
         raise CheckpointError(f'"{name}" is no scheduler of diffusers')
-    return cls.from_config({key: value for key, value in config.items() if key != "_class_name"})
+    made = cls.from_config({key: value for key, value in config.items() if key != "_class_name"})
+    assert isinstance(made, SchedulerMixin)  # no tuple: nobody asked for unused settings
+    return made
 
 
 def _dtype(dtypes: Dtypes, component: str) -> torch.dtype:
@@ -121,7 +124,7 @@ def _class_of(index: Mapping[str, Any], component: str, folder: Path) -> type:
     known = VAES if component == "vae" else {_CLASSES[component].__name__: _CLASSES[component]}
     if component == "tokenizer":
         known["CLIPTokenizerFast"] = CLIPTokenizer
-    if named not in known:
+    if named is None or named not in known:
         raise CheckpointError(f"{folder}: {component} is a {named}, use one of {', '.join(known)}")
     return known[named]
 
@@ -189,7 +192,7 @@ def _check_variant(folders: list[Path], variant: str | None) -> None:
 
 
 def load_parts(
-    base: str | Path,
+    base: str | os.PathLike,
     experts: Mapping[str, ExpertSource | str | Path],
     *,
     dtypes: Dtypes,

@@ -64,7 +64,7 @@ class ExpertWeights:
             no files, and the weights can only be kept in host memory.
     """
 
-    def __init__(self, model: ModelMixin, read: Callable[[], Tensors] | None = None) -> None:
+    def __init__(self, model: torch.nn.Module, read: Callable[[], Tensors] | None = None) -> None:
         self.model, self._read = model, read
         # By module, not by name: an adapter that wraps a layer renames it.
         self._slots = {
@@ -94,12 +94,14 @@ class ExpertWeights:
 
     def _parameter(self, key: str) -> torch.nn.Parameter:
         module, name = self._slots[key]
-        return module._parameters[name]
+        parameter = module._parameters[name]
+        assert parameter is not None  # only such are slots
+        return parameter
 
     def _put(self, key: str, tensor: torch.Tensor) -> None:
         module, name = self._slots[key]
-        old = module._parameters[name]
-        module._parameters[name] = torch.nn.Parameter(tensor, requires_grad=old.requires_grad)
+        keeps = self._parameter(key).requires_grad
+        module._parameters[name] = torch.nn.Parameter(tensor, requires_grad=keeps)
 
     def _sources(self) -> Tensors:
         """Every tensor: from host memory where it is kept there, else from the files."""
@@ -125,11 +127,12 @@ class ExpertWeights:
                 key: self._host[key].to(device, self._parameter(key).dtype, non_blocking=True)
                 for key in self._slots
             }
-        self._ahead = (ahead, stream.record_event())
+        arrived = torch.cuda.Event()
+        arrived.record(stream)
+        self._ahead = (ahead, arrived)
 
-    def _arrived(self, device: torch.device) -> Tensors:
+    def _arrived(self, tensors: Tensors, event: torch.cuda.Event, device: torch.device) -> Tensors:
         """What was prefetched, safe to use on the current stream."""
-        tensors, event = self._ahead
         self._ahead = None
         stream = torch.cuda.current_stream(device)
         stream.wait_event(event)
@@ -167,7 +170,7 @@ class ExpertWeights:
     def _fill(self, device: torch.device) -> None:
         if device.type == "cuda" and self._ahead is None:
             self._pin()
-        sources = self._sources() if self._ahead is None else self._arrived(device)
+        sources = self._sources() if self._ahead is None else self._arrived(*self._ahead, device)
         since_mapped = 0
         for key in self._slots:
             if since_mapped > MAPPED_BYTES and sources is not self._host and self._read is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
@@ -57,12 +57,13 @@ class AdapterMixin(ExpertPipeline):
         source = pretrained_model_name_or_path_or_dict
         source = dict(source) if isinstance(source, Mapping) else str(source)
         try:
-            state, alphas, metadata = StableDiffusionLoraLoaderMixin.lora_state_dict(
+            found = StableDiffusionLoraLoaderMixin.lora_state_dict(
                 source, use_safetensors=True, return_lora_metadata=True, unet_config=unet.config, **kwargs
             )
         except (OSError, ValueError, SafetensorError) as error:
             what = source if isinstance(source, str) else "LoRA"
             raise CheckpointError(f"{what}: {first_line(error)}") from error
+        state, alphas, metadata = cast("tuple[dict[str, Any], Any, Any]", found)
         foreign = [key for key in state if not key.startswith(("unet.", "text_encoder."))]
         if foreign or not any(key.startswith("unet.") for key in state):
             raise CheckpointError(f"this is no LoRA of a UNet: it holds {listed(foreign or list(state))}")

@@ -123,7 +123,7 @@ class ExpertPipeline(DiffusionPipeline):
         """As diffusers' `to`. With offload="expert" a device is where the experts come to work."""
         if self._offload is None:
             return super().to(*args, **kwargs)
-        device, dtype, _, _ = torch._C._nn._parse_to(
+        device, dtype, _, _ = torch._C._nn._parse_to(  # pyright: ignore[reportAttributeAccessIssue]: no stub
             *args, **{key: value for key, value in kwargs.items() if key != "silence_dtype_warnings"}
         )
         if dtype is not None:
@@ -161,10 +161,10 @@ class ExpertPipeline(DiffusionPipeline):
     @contextmanager
     def _at_work(self, component: str) -> Iterator[None]:
         """A component that isn't an expert, on the device that computes for as long as the block lasts."""
-        module = getattr(self, component)
-        moves = self._offload is not None and module.device != self._offload.device
+        module, device = getattr(self, component), self._execution_device
+        moves = self._offload is not None and module.device != device
         if moves:
-            module.to(self._offload.device)
+            module.to(device)
         try:
             yield
         finally:

@@ -106,7 +106,7 @@ class HybridPipeline(PretrainedMixin, AdapterMixin):
             },
             {"experts": list(names), **default_settings(names, settings)},
         )
-        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.vae_scale_factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self._interrupt = False
 
@@ -182,12 +182,14 @@ class HybridPipeline(PretrainedMixin, AdapterMixin):
         shapes = (shape_of(self.expert_unet(name)) for name in self.expert_names)
         return self.vae_scale_factor * math.lcm(*(shape.size_multiple for shape in shapes))
 
-    def _size(self, height: int | None, width: int | None, image: Any) -> tuple[int, int]:
-        """(height, width): as asked for, else of the image, else what the experts were made for.
+    def _size(self, height: int | None, width: int | None, image: Any, prompts: int) -> tuple[int, int]:
+        """In pixels: as given, or the image's to start from, or what the experts were made for.
 
         Raises:
             ValueError: not a size they can make, or none at all.
         """
+        if image is not None:
+            check_image(image, prompts)
         side = self._any_shape().sample_size
         if image is not None:
             own = image_size(image)
@@ -305,9 +307,7 @@ class HybridPipeline(PretrainedMixin, AdapterMixin):
             self.text_encoder.config.hidden_size,
         )
         prompts = prompt_count(prompt, prompt_embeds)
-        if image is not None:
-            check_image(image, prompts)
-        height, width = self._size(height, width, image)
+        height, width = self._size(height, width, image, prompts)
         check_options(
             num_images_per_prompt,
             batch_size,

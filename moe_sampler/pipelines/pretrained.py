@@ -3,6 +3,7 @@ anywhere; and as one folder."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -28,7 +29,7 @@ class PretrainedMixin(ExpertPipeline):
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | Path | None = None,
+        pretrained_model_name_or_path: str | os.PathLike | None = None,
         *,
         preset: str | None = None,
         sol: ExpertSource | str | Path | None = None,
@@ -95,7 +96,8 @@ class PretrainedMixin(ExpertPipeline):
             resident=offload != "expert",
         )
         settings = {**_settings_of(loaded.index, loaded.experts), **settings}
-        pipe = cls(**loaded.components, experts=loaded.experts, **settings)
+        make: Any = cls
+        pipe: Self = make(**loaded.components, experts=loaded.experts, **settings)
         pipe.register_to_config(_name_or_path=str(base))
         pipe._weights.update(loaded.weights)
         if offload != "none" or device is not None:
@@ -109,25 +111,27 @@ class PretrainedMixin(ExpertPipeline):
 
     def save_pretrained(
         self,
-        save_directory: str | Path,
+        save_directory: str | os.PathLike,
         safe_serialization: bool = True,
         variant: str | None = None,
         max_shard_size: int | str | None = None,
         push_to_hub: bool = False,
+        use_flashpack: bool = False,
         **kwargs: Any,
     ) -> None:
         """Write one folder, as diffusers does, that `from_pretrained` reads back to the same bits.
 
         Args:
             save_directory: created if need be.
-            safe_serialization: always; there is no other format here.
+            safe_serialization, use_flashpack: safetensors always; there is no other format here.
             variant, max_shard_size, push_to_hub, kwargs: as diffusers takes them.
 
         Raises:
             ValueError: an expert has LoRA adapters, which a folder of this layout doesn't hold.
         """
-        if not safe_serialization:
-            raise ValueError("weights are written as safetensors only: leave out safe_serialization=False")
+        if not safe_serialization or use_flashpack:
+            other = "use_flashpack" if use_flashpack else "safe_serialization=False"
+            raise ValueError(f"weights are written as safetensors only: leave out {other}")
         experts = {name: self.expert_unet(name) for name in self.expert_names}
         parts = {**experts, "text_encoder": self.text_encoder}
         adapted = [name for name, part in parts.items() if getattr(part, "peft_config", None)]

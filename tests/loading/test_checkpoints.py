@@ -230,20 +230,8 @@ def test_a_variant_is_preferred_where_there_is_one(base, tmp_path, sol):
         load(base, sol=folder, lune=LUNE, variant="bf16")
 
 
-def in_hub_cache(cache: Path, repo: str, files: dict[str, Path], revision: str = "main") -> None:
-    """Files as a download of the hub client leaves them."""
-    commit = f"{len(files):040x}"
-    root = cache / f"models--{repo.replace('/', '--')}"
-    (root / "refs").mkdir(parents=True, exist_ok=True)
-    (root / "refs" / revision).write_text(commit)
-    for name, source in files.items():
-        target = root / "snapshots" / commit / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(source, target)
-
-
 @pytest.fixture
-def hub(tmp_path, base) -> Path:
+def hub(tmp_path, base, in_hub_cache) -> Path:
     """The published repositories as far as they are needed, with tiny weights."""
     cache = tmp_path / "cache"
     files = {str(file.relative_to(base)): file for file in base.rglob("*") if file.is_file()}

@@ -49,7 +49,7 @@ def capture_self_attention(model: nn.Module, on_layer: OnLayer) -> Iterator[Call
     def note_grid(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         hidden_states = args[0] if args else kwargs.get("hidden_states")
         if isinstance(hidden_states, Tensor) and hidden_states.ndim == 4:
-            grid[:] = [tuple(hidden_states.shape[-2:])]
+            grid[:] = [(hidden_states.shape[-2], hidden_states.shape[-1])]
 
     def show(name: str, layer: Attention, q: Tensor, k: Tensor) -> None:
         q, k = (x.unflatten(-1, (layer.heads, -1)).transpose(1, 2) for x in (q, k))
@@ -75,10 +75,10 @@ def capture_self_attention(model: nn.Module, on_layer: OnLayer) -> Iterator[Call
             show(name, layer, q, k)
 
         if getattr(layer, "fused_projections", False):
-            handles.append(layer.to_qkv.register_forward_hook(on_qkv))
+            handles.append(layer.get_submodule("to_qkv").register_forward_hook(on_qkv))
         else:
-            handles.append(layer.to_q.register_forward_hook(on_q))
-            handles.append(layer.to_k.register_forward_hook(on_k))
+            handles.append(layer.get_submodule("to_q").register_forward_hook(on_q))
+            handles.append(layer.get_submodule("to_k").register_forward_hook(on_k))
 
     def check() -> None:
         missed = [name for name in layers if name not in seen]

@@ -201,7 +201,7 @@ class StudentEncoders:
     @property
     def scale(self) -> int:
         """Pixels a side of one latent pixel."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return 2 ** (len(self.vae.config["block_out_channels"]) - 1)
 
     def text(self, texts: Sequence[str]) -> EncodedText:
         """States and mask of T5, or of CLIP without it; pooled states of CLIP."""
@@ -214,8 +214,8 @@ class StudentEncoders:
             "vae": {
                 "class": type(self.vae).__name__,
                 "fingerprint": fingerprint(self.vae),
-                "scaling_factor": self.vae.config.scaling_factor,
-                "shift_factor": getattr(self.vae.config, "shift_factor", None) or 0.0,
+                "scaling_factor": self.vae.config["scaling_factor"],
+                "shift_factor": self.vae.config.get("shift_factor") or 0.0,
             },
             "clip": self.clip.describe(),
             "t5": None if self.t5 is None else self.t5.describe(),

@@ -192,12 +192,12 @@ class ExpertFeatures:
             raise ValueError(
                 f"latents must be float32 [B, C, h, w], got {latents.dtype} {list(latents.shape)}"
             )
-        if (prompt is None) == (prompt_embeds is None):
-            raise ValueError("give either prompt or prompt_embeds")
-        if prompt is not None:
+        if prompt_embeds is None and prompt is not None:
             if self.encode_prompt is None:
                 raise ValueError("these experts have no text encoder: give prompt_embeds")
             prompt_embeds = self.encode_prompt(list(prompt))
+        elif prompt_embeds is None or prompt is not None:
+            raise ValueError("give either prompt or prompt_embeds")
         seeds = seeds_tensor(seeds, latents.device)
         if not len(latents) == len(prompt_embeds) == len(seeds):
             raise ValueError(

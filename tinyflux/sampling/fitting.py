@@ -28,7 +28,7 @@ def check_student(student: TinyFlux, encoders: StudentEncoders) -> None:
         raise TypeError(f"student must be a TinyFlux, got {type(student).__name__}")
     text = encoders.clip if encoders.t5 is None else encoders.t5
     fits = {
-        "in_channels": ("the VAE's latents", encoders.vae.config.latent_channels),
+        "in_channels": ("the VAE's latents", encoders.vae.config["latent_channels"]),
         "joint_attention_dim": ("the text encoder's states", text.model.config.hidden_size),
         "pooled_projection_dim": ("CLIP's pooled states", encoders.clip.model.config.hidden_size),
     }
