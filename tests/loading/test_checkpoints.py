@@ -24,6 +24,8 @@ from moe_sampler.loading.presets import PRESETS
 from moe_sampler.loading.state_dicts import read_tensors
 from moe_sampler.loading.weights import ExpertWeights, empty_model, file_tensors
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SOL = experts_path() / "unet_sol" / "diffusion_pytorch_model.safetensors"
 LUNE = experts_path() / "unet_lune" / "diffusion_pytorch_model.safetensors"
 QUICK = dict(seed=3, num_inference_steps=3, output_type="latent")

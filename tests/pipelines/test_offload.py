@@ -16,6 +16,8 @@ from moe_sampler.demo import experts_path
 from moe_sampler.loading.weights import ExpertWeights
 from moe_sampler.pipelines.offload import stages
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROMPTS = ["a castle", "a portrait", "a city street at night"]
 QUICK = dict(seed=3, num_inference_steps=4, output_type="latent")
 

@@ -33,6 +33,8 @@ from moe_sampler.tinyflux.features.cache_shards import build_shards
 from moe_sampler.tinyflux.features.encoders import StudentEncoders, TextEncoder, find_t5
 from moe_sampler.tinyflux.features.extraction import ExpertFeatures
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BUCKETS = (0.1, 0.3, 0.9)
 SETTINGS = {"height": 32, "width": 32, "t_buckets": BUCKETS, "shard_size": 4, "micro_batch": 3}
 
