@@ -59,32 +59,13 @@ def named_architecture(config: Mapping[str, Any]) -> Architecture:
     return _KNOWN[name]
 
 
-def architecture_of(model: object) -> Architecture:
-    """The architecture of a loaded model.
+def architecture_of(model: Any) -> Architecture:
+    """The architecture of a loaded model, also of one that `torch.compile` wraps.
 
     Raises:
-        TypeError: something else, or a model that is wrapped in something.
+        TypeError: something else.
     """
-    for cls in type(model).__mro__:
-        if cls.__name__ in _KNOWN:
-            return _KNOWN[cls.__name__]
-    raise TypeError(f"an expert's model must be a {_known()} itself, not wrapped; got {type(model).__name__}")
-
-
-def _known() -> str:
-    return " or ".join(_KNOWN)
-
-
-def watchable(model: object) -> WatchableArchitecture:
-    """As `architecture_of`, for who watches the model's layers.
-
-    Raises:
-        TypeError: a model whose layers can't be watched.
-    """
-    found: Any = architecture_of(model)
-    if not hasattr(found, "self_attention_layers"):
-        raise TypeError(f"the layers of a {found.class_name} can't be watched")
-    return found
+    return _own_architecture(_uncompiled(model))
 
 
 def shape_of(model: Any) -> ModelShape:
@@ -93,7 +74,34 @@ def shape_of(model: Any) -> ModelShape:
     Raises:
         TypeError: as `architecture_of`.
     """
-    return architecture_of(model).shape(model.config)
+    return architecture_of(model).shape(_uncompiled(model).config)
+
+
+def watchable(model: Any) -> WatchableArchitecture:
+    """As `architecture_of`, for who watches the model's layers.
+
+    Raises:
+        TypeError: a model whose layers can't be watched, as it is or as it is wrapped.
+    """
+    found: Any = _own_architecture(model)
+    if not hasattr(found, "self_attention_layers"):
+        raise TypeError(f"the layers of a {found.class_name} can't be watched")
+    return found
+
+
+def _uncompiled(model: Any) -> Any:
+    return getattr(model, "_orig_mod", model)
+
+
+def _own_architecture(model: object) -> Architecture:
+    for cls in type(model).__mro__:
+        if cls.__name__ in _KNOWN:
+            return _KNOWN[cls.__name__]
+    raise TypeError(f"an expert's model must be a {_known()} itself, not wrapped; got {type(model).__name__}")
+
+
+def _known() -> str:
+    return " or ".join(_KNOWN)
 
 
 def build(config: Mapping[str, Any]) -> ModelMixin:

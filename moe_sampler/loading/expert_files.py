@@ -11,7 +11,7 @@ from typing import Any
 from ..architectures import DEFAULT_CONFIG, Architecture, named_architecture
 from ..errors import CheckpointError, listed
 from .folders import INDEX, SHARED, expert_names, read_config, read_model_index
-from .hub import WEIGHTS, Hub, component_patterns, component_variant
+from .hub import WEIGHTS, Hub, Place, component_patterns, component_variant
 from .presets import TRAINING, ExpertSource, training_config
 
 __all__ = ["ExpertFiles", "find_base", "find_expert", "find_training", "read_base_index"]
@@ -53,12 +53,7 @@ def find_base(
     Raises:
         CheckpointError: there is no such folder, or a shared component is missing from it.
     """
-    place = hub.look(base, revision=revision)
-    if place.is_file:
-        raise CheckpointError(
-            f"{base} is a file: the base is a folder or hub id with vae/, text_encoder/ and tokenizer/, and "
-            "files are experts (sol=, lune=, sd15= or experts=)"
-        )
+    place = _look_for_base(base, hub, revision)
     path = place.path
     if path is None:
         own = [name for name in expert_names(read_config(place.need([INDEX]))) if name not in replaced]
@@ -82,7 +77,7 @@ def read_base_index(
     Raises:
         CheckpointError: as `find_base`.
     """
-    place = hub.look(base, revision=revision)
+    place = _look_for_base(base, hub, revision)
     if place.path is None:
         return read_config(place.need([INDEX]))
     if not replaced or not (place.path / INDEX).is_file():
@@ -90,6 +85,16 @@ def read_base_index(
     own = [name for name in expert_names(read_config(place.path / INDEX)) if name not in replaced]
     parts = [f"{part}_{name}" for name in own for part in ("unet", "scheduler")]
     return read_model_index(place.path, [*SHARED, *parts])
+
+
+def _look_for_base(base: str | os.PathLike, hub: Hub, revision: str | None) -> Place:
+    place = hub.look(base, revision=revision)
+    if place.is_file:
+        raise CheckpointError(
+            f"{base} is a file: the base is a folder or hub id with vae/, text_encoder/ and tokenizer/, and "
+            "files are experts (sol=, lune=, sd15= or experts=)"
+        )
+    return place
 
 
 def _folder_weights(folder: Path, variant: str | None, model: str) -> tuple[Path, ...]:

@@ -171,6 +171,16 @@ def test_a_saved_pipeline_comes_back(folder, tmp_path):
     assert torch.equal(load(tmp_path / "again")(**call).images, pipe(**call).images)
 
 
+def test_compiled_models_are_what_they_wrap(folder):
+    pipe = load(folder)
+    call = dict(prompt="a castle", height=32, width=32, **QUICK)
+    plain = pipe(**call).images
+    pipe.unet_lune = torch.compile(pipe.unet_lune, backend="eager")
+    assert torch.equal(pipe(**call).images, plain)
+    with pytest.raises(TypeError, match="not wrapped"):
+        watchable(pipe.unet_lune)
+
+
 def test_what_it_cannot_do_is_said(folder, toy):
     with pytest.raises(ValueError, match="ToyTransformer is known already"):
         register(Toy())

@@ -9,6 +9,7 @@ import torch
 from transformers import CLIPTextModel
 
 from moe_sampler import HybridPipeline
+from moe_sampler.cli.models import Model
 from moe_sampler.demo import experts_path
 from moe_sampler.errors import CheckpointError
 from moe_sampler.loading.hub import Hub, component_patterns
@@ -86,6 +87,13 @@ def every_way(source: str, hub: Hub) -> list:
 def test_the_same_fault_has_the_same_text(cache, source, message):
     for load in every_way(source, offline(cache)):
         with pytest.raises(CheckpointError, match=message):
+            load()
+
+
+def test_a_file_is_no_base(cache):
+    file = experts_path() / "unet_sol" / "config.json"
+    for load in (lambda: HybridPipeline.from_pretrained(file), Model({"model": str(file)}).training):
+        with pytest.raises(CheckpointError, match="is a file: the base is a folder or hub id"):
             load()
 
 
