@@ -95,7 +95,7 @@ class UNet:
     def call(
         self, model: nn.Module, x: Tensor, timestep: Tensor, prompt_embeds: Tensor, **conditioning: Any
     ) -> Tensor:
-        return model(x, timestep, encoder_hidden_states=prompt_embeds, return_dict=False, **conditioning)[0]
+        return model(x, timestep, prompt_embeds, return_dict=False, **conditioning)[0]
 
     def own_names(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
         """From the original Stable Diffusion names, by diffusers' own converter."""
