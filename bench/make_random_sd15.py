@@ -19,9 +19,9 @@ from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from moe_sampler.architectures.unet import SD15_UNET
 from moe_sampler.demo import experts_path
-from moe_sampler.loading.presets import SD15_UNET
-from moe_sampler.loading.weights import empty_unet
+from moe_sampler.loading.weights import empty_model
 
 EXPERTS = {"sol": "sd15-flow-sol-unet.safetensors", "lune": "sd15-flow-lune-unet.safetensors"}
 
@@ -102,7 +102,7 @@ def write_base(folder: Path) -> None:
 
 def write_experts(folder: Path) -> None:
     """One file of 860 M fp16 weights for each expert."""
-    unet = empty_unet(SD15_UNET, "Stable Diffusion 1.5", torch.float16)
+    unet = empty_model(SD15_UNET, "Stable Diffusion 1.5", torch.float16)
     for seed, (name, file) in enumerate(EXPERTS.items(), start=10):
         save_file(random_weights(unet, seed), folder / file, metadata={"format": "pt"})
         print(f"{name}: {folder / file}")

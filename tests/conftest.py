@@ -94,6 +94,15 @@ def gentle_mixture() -> GaussianMixture:
     return GaussianMixture(means=(-0.4, 0.1, 0.5), stds=(0.3, 0.25, 0.3))
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Tiny models: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def demo_pipeline():
     """The pipeline with the demo experts that ship with the package, without its progress bar."""

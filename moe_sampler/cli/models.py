@@ -135,21 +135,6 @@ class Model:
         """Folder or hub id of the VAE, the text encoder and the tokenizer."""
         return self._parts()[0]
 
-    def _index(self, base: str, sources: Mapping[str, Any]) -> dict[str, Any]:
-        from ..loading.folders import INDEX, SHARED, expert_names, read_config, read_model_index
-        from ..loading.hub import is_hub_id
-
-        if self.base is None:
-            return {}  # a preset's own base has no experts and no settings
-        if not Path(base).exists() and is_hub_id(base):
-            return read_config(self._hub().file(base, INDEX, self.settings.get("revision")))
-        folder = Path(base)
-        if sources and (folder / INDEX).is_file():
-            own = [name for name in expert_names(read_config(folder / INDEX)) if name not in sources]
-            parts = [f"{part}_{name}" for name in own for part in ("unet", "scheduler")]
-            return read_model_index(folder, [*SHARED, *parts])
-        return read_model_index(folder)
-
     def training(self) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
         """What the experts were trained on and the model's default settings, without any weights.
 
@@ -159,14 +144,16 @@ class Model:
         Raises:
             CheckpointError: something is missing.
         """
+        from ..loading.expert_files import find_training, read_base_index
         from ..loading.folders import expert_names
-        from ..loading.hub import find_training
         from ..loading.presets import ExpertSource
         from ..pipelines.settings import default_settings
 
         base, sources = self._parts()
-        index = self._index(base, sources)
-        own = ExpertSource(base, revision=self.settings.get("revision"))
+        revision = self.settings.get("revision")
+        # a preset's own base has no experts and no settings
+        index = {} if self.base is None else read_base_index(base, self._hub(), revision, tuple(sources))
+        own = ExpertSource(base, revision=revision)
         names = dict.fromkeys([*expert_names(index), *sources])
         configs = {name: find_training(name, sources.get(name, own), self._hub()) for name in names}
         return configs, default_settings(list(names), index)
@@ -174,21 +161,24 @@ class Model:
     def sizes(self) -> tuple[int, int]:
         """The side of the images the model was made for, and what height and width must be multiples of, in
         pixels. Downloads what isn't there yet."""
+        from ..loading.expert_files import find_base, find_expert
         from ..loading.folders import expert_names, read_config
-        from ..loading.hub import find_base, find_expert
         from ..loading.presets import ExpertSource
 
         base, sources = self._parts()
         revision, variant = self.settings.get("revision"), self.settings.get("variant")
         folder, index = find_base(base, self._hub(), revision, variant, list(sources))
-        unets = [
-            find_expert(name, sources.get(name, ExpertSource(folder)), folder, self._hub(), variant).config
+        found = [
+            find_expert(name, sources.get(name, ExpertSource(folder)), folder, self._hub(), variant)
             for name in dict.fromkeys([*expert_names(index), *sources])
         ]
+        shapes = [files.architecture.shape(files.config) for files in found]
         vae = read_config(folder / "vae" / "config.json")
         halved = len(vae.get("block_out_channels") or vae["encoder_block_out_channels"]) - 1
-        multiple = 2 ** (halved + max(len(unet["block_out_channels"]) for unet in unets) - 1)
-        return unets[0]["sample_size"] * 2**halved, multiple
+        multiple = math.lcm(*(shape.size_multiple for shape in shapes)) * 2**halved
+        if shapes[0].sample_size is None:
+            raise ValueError("the experts' configs name no size: give --size")
+        return shapes[0].sample_size * 2**halved, multiple
 
     def size(self, settings: Mapping[str, Any], start: Any = None) -> dict[str, int]:
         """Height and width as far as they are known: what was given, or the proportions of a PIL image to

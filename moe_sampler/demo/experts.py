@@ -12,9 +12,10 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, ModelMixin
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from ..architectures import build
 from ..expert_training import ExpertSettings, ExpertTask, LatentImages, LevelSettings, Objective, TextStates
 from .captions import caption
 from .data import SceneSet
@@ -44,19 +45,21 @@ above s = 0.96, where there is nothing to see.
 """
 
 
-def new_unet(channels: tuple[int, int, int] = (32, 64, 128), text_width: int = WIDTH) -> UNet2DConditionModel:
+def new_unet(channels: tuple[int, int, int] = (32, 64, 128), text_width: int = WIDTH) -> ModelMixin:
     """An untrained expert for 16x16 latents, cross-attending to the text in its two lower levels."""
-    return UNet2DConditionModel(
-        sample_size=16,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=channels,
-        layers_per_block=1,
-        cross_attention_dim=text_width,
-        attention_head_dim=4,
-        norm_num_groups=8,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    return build(
+        {
+            "sample_size": 16,
+            "in_channels": 4,
+            "out_channels": 4,
+            "block_out_channels": channels,
+            "layers_per_block": 1,
+            "cross_attention_dim": text_width,
+            "attention_head_dim": 4,
+            "norm_num_groups": 8,
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        }
     )
 
 
@@ -70,7 +73,7 @@ def lune_scheduler() -> FlowMatchEulerDiscreteScheduler:
 
 def expert_task(
     name: str,
-    unet: UNet2DConditionModel,
+    unet: ModelMixin,
     scenes: SceneSet,
     latents: np.ndarray,
     tokenizer: CLIPTokenizer,

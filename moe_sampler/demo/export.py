@@ -8,10 +8,11 @@ from pathlib import Path
 
 import diffusers
 import torch
-from diffusers import AutoencoderTiny, UNet2DConditionModel
+from diffusers import AutoencoderTiny, ModelMixin
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
+from ..architectures.unet import UNET
 from .experts import lune_scheduler, sol_scheduler
 from .tokenizer import write_tokenizer
 
@@ -19,8 +20,8 @@ COMPONENTS = {
     "vae": ("diffusers", "AutoencoderTiny"),
     "text_encoder": ("transformers", "CLIPTextModel"),
     "tokenizer": ("transformers", "CLIPTokenizer"),
-    "unet_sol": ("diffusers", "UNet2DConditionModel"),
-    "unet_lune": ("diffusers", "UNet2DConditionModel"),
+    "unet_sol": ("diffusers", UNET.class_name),
+    "unet_lune": ("diffusers", UNET.class_name),
     "scheduler_sol": ("diffusers", "DDPMScheduler"),
     "scheduler_lune": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
 }
@@ -32,8 +33,8 @@ def export_experts(
     output: Path,
     vae: AutoencoderTiny,
     text: CLIPTextModel,
-    sol: UNet2DConditionModel,
-    lune: UNet2DConditionModel,
+    sol: ModelMixin,
+    lune: ModelMixin,
 ) -> None:
     """Write all components to `output`.
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderTiny, UNet2DConditionModel
+from diffusers import AutoencoderTiny, ModelMixin
 from torch import nn
 from transformers import CLIPTokenizer
 
@@ -124,7 +124,7 @@ class Workshop:
         model = self._build("text", lambda: TextTrainer(new_text_encoder(tokenizer)))
         return self._fill(model, "text") if trained else model
 
-    def unet(self, name: str, trained: bool = True) -> UNet2DConditionModel:
+    def unet(self, name: str, trained: bool = True) -> ModelMixin:
         """trunk, sol or lune; untrained Sol and Lune start from the trunk's averaged weights."""
         model = self._build(name, lambda: new_unet(self.recipe.channels))
         if trained or name != "trunk":

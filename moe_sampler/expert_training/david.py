@@ -27,9 +27,10 @@ from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
+from ..architectures import watchable
 from .settings import DavidSettings
 
 __all__ = ["AssessedUNet", "Assessment", "Assessor", "BlockProbes", "bounded_weights", "structure_classes"]
@@ -56,21 +57,11 @@ class Assessor(Protocol):
         structure: int64 [B], structure classes."""
 
 
-def block_channels(unet: UNet2DConditionModel) -> dict[str, int]:
-    """Channels of the outputs of the UNet's down, mid and up blocks, by the block's name."""
-    widths = list(unet.config.block_out_channels)
-    found = {f"down_blocks.{i}": width for i, width in enumerate(widths)}
-    if unet.mid_block is not None:
-        found["mid_block"] = widths[-1]
-    found.update({f"up_blocks.{i}": width for i, width in enumerate(reversed(widths))})
-    return found
-
-
 class BlockProbes(nn.Module):
     """The assessor of this module's docstring.
 
     Args:
-        channels: of every block's output, by its name, as `block_channels` finds them.
+        channels: of every block's output, by its name, as an architecture's `block_channels` finds them.
         settings: bins, classes, strength and bounds.
     """
 
@@ -146,11 +137,12 @@ class AssessedUNet(nn.Module):
         assessor: watches its blocks.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, assessor: nn.Module) -> None:
+    def __init__(self, unet: ModelMixin, assessor: nn.Module) -> None:
         super().__init__()
         self.unet, self.assessor = unet, assessor
         self._features: dict[str, Tensor] = {}
-        for name in block_channels(unet):
+        self._architecture = watchable(unet)
+        for name in self._architecture.block_channels(unet):
             unet.get_submodule(name).register_forward_hook(self._watch(name))
 
     def _watch(self, name: str):
@@ -180,7 +172,7 @@ class AssessedUNet(nn.Module):
         if return_dict:
             raise ValueError("an assessed UNet returns a tuple")
         self._features.clear()
-        answer = self.unet(sample, timestep, encoder_hidden_states, return_dict=False)[0]
+        answer = self._architecture.call(self.unet, sample, timestep, encoder_hidden_states)
         features, self._features = dict(self._features), {}
         if structure is None:
             return (answer,)

@@ -8,22 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
+from ..architectures import build, shape_of, watchable
 from ..data.captioned_images import DemoScenes, Source, open_source
 from ..demo import experts_path
+from ..errors import CheckpointError
+from ..loading.expert_files import find_base, find_expert
 from ..loading.fingerprint import fingerprint
-from ..loading.folders import CheckpointError, read_config
-from ..loading.hub import Hub, find_base, find_expert
+from ..loading.folders import read_config
+from ..loading.hub import Hub
 from ..loading.parts import check_experts_fit, load_shared, scheduler_from_config
 from ..loading.presets import ExpertSource
-from ..loading.weights import empty_unet, file_tensors
+from ..loading.weights import empty_model, file_tensors
 from ..training.checkpoints import write_tensors
 from ..training.settings import SettingsError, to_tables
 from ..training.trainer import Trainer
-from .david import AssessedUNet, BlockProbes, block_channels
+from .david import AssessedUNet, BlockProbes
 from .images import encode_source, left_to_train
 from .objectives import Objective
 from .settings import RunSettings, check_kind
@@ -38,7 +41,7 @@ class Base:
 
     vae: Any
     text: TextStates
-    unet: UNet2DConditionModel
+    unet: ModelMixin
 
     @property
     def scale(self) -> int:
@@ -72,7 +75,7 @@ def load_base(base: str | Path, unet: str | Path, kind: str, seed: int = 0) -> B
     else:
         source = ExpertSource(base if unet == "base" else unet, training=_trained_as(kind))
         files = find_expert(kind, source, folder, hub, None)
-        made = empty_unet(files.config, str(files.where), torch.float32)
+        made = empty_model(files.config, str(files.where), torch.float32)
         tensors = file_tensors(files, dict(made.state_dict()))
         copies = {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}
         made.load_state_dict(copies, assign=True)
@@ -80,7 +83,7 @@ def load_base(base: str | Path, unet: str | Path, kind: str, seed: int = 0) -> B
         name: load_shared(name, folder, index, torch.float32, None)
         for name in ("vae", "text_encoder", "tokenizer")
     }
-    check_experts_fit({kind: made.config}, parts["vae"].config, parts["text_encoder"].config.to_dict())
+    check_experts_fit({kind: shape_of(made)}, parts["vae"].config, parts["text_encoder"].config.to_dict())
     vae = parts["vae"].eval().requires_grad_(False)
     made.requires_grad_(True)
     return Base(vae, TextStates(parts["text_encoder"], parts["tokenizer"]), made)
@@ -90,11 +93,11 @@ def _trained_as(kind: str) -> str:
     return "sd15" if kind == "epsilon" else kind
 
 
-def _new_unet(config: Mapping[str, Any], seed: int) -> UNet2DConditionModel:
+def _new_unet(config: Mapping[str, Any], seed: int) -> ModelMixin:
     """Initial weights from the seed, leaving the global generator alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return UNet2DConditionModel.from_config(dict(config))
+        return build(config)
 
 
 def train(kind: str, settings: RunSettings, *, quiet: bool = False) -> dict[str, Any]:
@@ -158,7 +161,9 @@ def new_task(
     kept, classes = left_to_train(len(source), settings.expert.held_out), settings.david.structure_classes
     if settings.david.use_david and classes > kept:
         raise SettingsError(f"{kept} images don't make {classes} structure_classes: lower that number")
-    side = base.unet.config.sample_size * base.scale
+    side = (shape_of(base.unet).sample_size or 0) * base.scale
+    if not side and (height is None or width is None):
+        raise SettingsError("the model's config names no size: give height and width")
     images = encode_source(
         source,
         base.vae,
@@ -171,7 +176,7 @@ def new_task(
     images.about["text_encoder"] = fingerprint(base.text.model)
     data, held_out = images.split(settings.expert.held_out)
     david = settings.david
-    assessor = BlockProbes(block_channels(base.unet), david) if david.use_david else None
+    assessor = BlockProbes(watchable(base.unet).block_channels(base.unet), david) if david.use_david else None
     return ExpertTask(
         base.unet,
         objective,
@@ -213,4 +218,4 @@ def _finish(folder: Path, task: ExpertTask) -> None:
         write_tensors(partial, own, {"format": "pt"})
         partial.replace(path)
     unet.save_config(folder)
-    scheduler_from_config(task.objective.scheduler).save_config(folder)
+    scheduler_from_config(task.objective.scheduler).save_pretrained(folder)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextModel, PreTrainedTokenizerBase
 
+from ..architectures import architecture_of, shape_of
 from ..pipelines.latents import decode_latents
 from ..sampling.experts import Expert
 from ..sampling.loop import sample
@@ -78,7 +80,7 @@ class ExpertTask:
 
     def __init__(
         self,
-        unet: UNet2DConditionModel,
+        unet: ModelMixin,
         objective: Objective,
         data: LatentImages,
         text: TextStates,
@@ -91,15 +93,17 @@ class ExpertTask:
         name: str | None = None,
     ) -> None:
         self.settings = settings = ExpertSettings() if settings is None else settings
-        if data.latents.shape[1] != unet.config.in_channels:
+        channels = shape_of(unet).in_channels
+        if data.latents.shape[1] != channels:
             raise SettingsError(
-                f"the latents have {data.latents.shape[1]} channels, the UNet takes {unet.config.in_channels}"
+                f"the latents have {data.latents.shape[1]} channels, the UNet takes {channels}"
             )
         if settings.structure_below > 0 and data.structure is None:
             raise SettingsError("structure_below needs structure pictures, which these data don't have")
         self.name = objective.kind if name is None else name
         self.unet, self.objective, self.data, self.text = unet, objective, data, text
         self.held_out, self.vae = held_out, vae
+        self._architecture = architecture_of(unet)
         self.assessed = assessor is not None
         self.model: nn.Module = AssessedUNet(unet, assessor) if self.assessed else unet
         self.david = DavidSettings() if david is None else david
@@ -116,7 +120,7 @@ class ExpertTask:
         states = self.text(texts, x0.device)
         pair = self.objective.pair(x0, levels, seeds=draws.seeds("noise"))
         if not self.assessed:
-            answer = model(pair.noisy, pair.timestep, states, return_dict=False)[0]
+            answer = self._answer(model, pair.noisy, pair.timestep, states)
             errors = self.objective.errors(answer, pair.target, levels)
             return Losses(errors.mean(), {}, errors.detach(), levels.noise)
         structure = self.classes[batch["index"].cpu()].to(x0.device)
@@ -127,6 +131,12 @@ class ExpertTask:
         if extra is not None:
             terms["assessor"], loss = extra.detach(), loss + extra
         return Losses(loss, terms, errors.detach(), levels.noise)
+
+    def _answer(self, model: nn.Module, x: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        """The UNet's prediction, without what an assessor adds."""
+        if self.assessed:
+            return model(x, timestep, encoder_hidden_states)[0]
+        return self._architecture.call(model, x, timestep, encoder_hidden_states)
 
     def _data(self, latents: Tensor, structure: Tensor | None, levels: Levels) -> Tensor:
         """Full pictures, or structure pictures where there is little noise."""
@@ -162,7 +172,7 @@ class ExpertTask:
             x0 = self._data(test.latents[indices].to(device), flat, levels)
             pair = self.objective.pair(x0, levels, seeds=draws.seeds("validation"))
             states = self.text(test.captions(indices, draws.generators("caption")), device)
-            answer = model(pair.noisy, pair.timestep, states, return_dict=False)[0]
+            answer = self._answer(model, pair.noisy, pair.timestep, states)
             own = self.objective.errors(answer, pair.target, levels)
             of_x0 = (self.objective.x0(answer, pair.noisy, levels) - x0).square().mean((1, 2, 3))
             sums += torch.stack([own.double().sum(), of_x0.double().sum()])
@@ -179,7 +189,10 @@ class ExpertTask:
         draws = Draws(0, 0, range(count), count, device)
         texts = self.held_out.captions(range(count), draws.generators("caption"))
         expert = Expert.from_scheduler_config(
-            self.objective.kind, self.objective.scheduler, model, guidance_scale=self.settings.guidance_scale
+            self.objective.kind,
+            self.objective.scheduler,
+            partial(self._answer, model),
+            guidance_scale=self.settings.guidance_scale,
         )
         latents = sample(
             plan(expert, steps=self.settings.num_inference_steps),

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
+from ..errors import CheckpointError, first_line, listed
+from .state_dicts import refuse
+
 __all__ = [
-    "COMPONENTS",
-    "CheckpointError",
+    "INDEX",
+    "SHARED",
+    "aligned",
     "expert_names",
     "load_component",
-    "names",
+    "load_strictly",
+    "load_tokenizer",
     "read_config",
     "read_model_index",
 ]
@@ -23,20 +29,7 @@ __all__ = [
 SHARED = ("vae", "text_encoder", "tokenizer")
 """What all experts of a pipeline share."""
 
-COMPONENTS = (*SHARED, "unet_sol", "unet_lune", "scheduler_sol", "scheduler_lune")
-"""What the folder of a pipeline of Sol and Lune holds."""
-
 INDEX = "model_index.json"
-
-
-class CheckpointError(ValueError):
-    """A model folder or file that cannot be used, with the reason."""
-
-
-def names(keys: Sequence[Any]) -> str:
-    """The first five of some names, and how many more there are."""
-    shown = ", ".join(str(key) for key in list(keys)[:5])
-    return f"{shown} and {len(keys) - 5} more" if len(keys) > 5 else shown
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -76,10 +69,10 @@ def read_model_index(folder: Path, required: Sequence[str] | None = None) -> dic
         required = [*SHARED, *(f"{part}_{name}" for name in experts for part in ("unet", "scheduler"))]
     absent = [name for name in required if name not in index]
     if absent:
-        raise CheckpointError(f"{folder / INDEX} does not name {names(absent)}")
+        raise CheckpointError(f"{folder / INDEX} does not name {listed(absent)}")
     empty = [name for name in required if not any((folder / name).glob("*"))]
     if empty:
-        raise CheckpointError(f"{folder} is incomplete: it has no {names([f'{name}/' for name in empty])}")
+        raise CheckpointError(f"{folder} is incomplete: it has no {listed([f'{name}/' for name in empty])}")
     return index
 
 
@@ -91,8 +84,29 @@ def expert_names(index: dict[str, Any]) -> list[str]:
     return [name for name in dict.fromkeys([*order, *sorted(found)]) if name in found]
 
 
-def load_component(cls: type, folder: Path, **kwargs: Any) -> torch.nn.Module:
-    """`cls.from_pretrained(folder)` from safetensors, strict.
+def load_strictly(load: Callable[..., Any], source: str | os.PathLike, model: str, **kwargs: Any) -> Any:
+    """What a `from_pretrained` of diffusers or transformers makes of a source, strict.
+
+    Args:
+        load: it.
+        source: folder or hub id.
+        model: class, for the message.
+        kwargs: for it.
+
+    Raises:
+        CheckpointError: unreadable files; missing, unexpected or misshapen tensors, up to five named of each.
+    """
+    try:
+        loaded, info = load(source, output_loading_info=True, **kwargs)
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
+        raise CheckpointError(f"{source} cannot be loaded as {model}: {first_line(error)}") from error
+    kinds = ("missing", "unexpected", "mismatched")
+    refuse(str(source), model, {kind: sorted(info.get(f"{kind}_keys") or [], key=str) for kind in kinds})
+    return loaded
+
+
+def load_component(cls: Any, folder: Path, **kwargs: Any) -> Any:
+    """`cls.from_pretrained(folder)` from safetensors, strict, in evaluation mode.
 
     Args:
         cls: a diffusers or transformers model class.
@@ -100,21 +114,24 @@ def load_component(cls: type, folder: Path, **kwargs: Any) -> torch.nn.Module:
         kwargs: for `from_pretrained`.
 
     Raises:
-        CheckpointError: unreadable files; missing, unexpected or misshapen tensors, up to five named of each.
+        CheckpointError: as `load_strictly`.
     """
-    try:
-        model, info = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **kwargs)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(f"{folder} cannot be loaded as {cls.__name__}: {reason[0]}") from error
-    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
-    problems = {name: sorted(info.get(name) or [], key=str) for name in kinds}
-    found = [f"{name.removesuffix('_keys')}: {names(keys)}" for name, keys in problems.items() if keys]
-    if found:
-        raise CheckpointError(f"{folder} does not hold the tensors of its {cls.__name__}; {'; '.join(found)}")
+    model = load_strictly(cls.from_pretrained, folder, cls.__name__, use_safetensors=True, **kwargs)
     for parameter in model.parameters():
         parameter.data = aligned(parameter.data)
     return model.eval()
+
+
+def load_tokenizer(cls: Any, folder: Path) -> Any:
+    """`cls.from_pretrained(folder)` of transformers.
+
+    Raises:
+        CheckpointError: unreadable files.
+    """
+    try:
+        return cls.from_pretrained(folder)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{folder} cannot be loaded as {cls.__name__}: {first_line(error)}") from error
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:

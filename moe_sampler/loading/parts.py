@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,15 +11,19 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, SchedulerMixin
+from diffusers import AutoencoderKL, AutoencoderTiny, ConfigMixin, SchedulerMixin
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from .folders import SHARED, CheckpointError, expert_names, load_component, read_config, read_model_index
-from .hub import Hub, UNetFiles, component_variant, find_base, find_expert
+from ..architectures import ModelShape
+from ..errors import CheckpointError
+from .expert_files import ExpertFiles, find_base, find_expert
+from .folders import SHARED, expert_names, load_component, load_tokenizer, read_config, read_model_index
+from .hub import Hub, component_variant
 from .presets import TRAINING, ExpertSource, training_config
-from .weights import ExpertWeights, empty_unet, file_tensors
+from .weights import ExpertWeights, empty_model, file_tensors
 
 __all__ = [
+    "VAES",
     "Loaded",
     "check_experts_fit",
     "check_names",
@@ -27,7 +32,7 @@ __all__ = [
     "scheduler_from_config",
 ]
 
-_VAES = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+VAES = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
 _CLASSES = {"text_encoder": CLIPTextModel, "tokenizer": CLIPTokenizer}
 _NAME = re.compile(r"^[a-z][a-z0-9_]*$")
 
@@ -65,28 +70,28 @@ def check_names(experts: Any) -> tuple[str, ...]:
 
 
 def check_experts_fit(
-    unets: Mapping[str, Mapping[str, Any]], vae: Mapping[str, Any], text: Mapping[str, Any]
+    shapes: Mapping[str, ModelShape], vae: Mapping[str, Any], text: Mapping[str, Any]
 ) -> None:
     """Whether the experts work on this VAE's latents and this text encoder's features.
 
     Args:
-        unets: configs by expert.
+        shapes: of the experts' models.
         vae, text: configs.
 
     Raises:
         ValueError: channels that don't fit, with both numbers.
     """
     latents, features = vae["latent_channels"], text["hidden_size"]
-    for name, unet in unets.items():
-        for end in ("in_channels", "out_channels"):
-            if unet[end] != latents:
+    for name, shape in shapes.items():
+        for end, channels in (("in_channels", shape.in_channels), ("out_channels", shape.out_channels)):
+            if channels != latents:
                 raise ValueError(
-                    f"{name} has {end} {unet[end]}, but the VAE's latents have {latents} channels: "
+                    f"{name} has {end} {channels}, but the VAE's latents have {latents} channels: "
                     "the experts and the base don't belong together"
                 )
-        if unet["cross_attention_dim"] != features:
+        if shape.cross_attention_dim != features:
             raise ValueError(
-                f"{name} has cross_attention_dim {unet['cross_attention_dim']}, but the text encoder's "
+                f"{name} has cross_attention_dim {shape.cross_attention_dim}, but the text encoder's "
                 f"features have {features} channels: the expert was trained on another text encoder"
             )
 
@@ -99,9 +104,11 @@ def scheduler_from_config(config: Mapping[str, Any]) -> SchedulerMixin:
     """
     name = str(config.get("_class_name"))
     cls = getattr(diffusers, name, None)
-    if not (isinstance(cls, type) and issubclass(cls, SchedulerMixin)):
+    if not (isinstance(cls, type) and issubclass(cls, SchedulerMixin) and issubclass(cls, ConfigMixin)):
         raise CheckpointError(f'"{name}" is no scheduler of diffusers')
-    return cls.from_config({key: value for key, value in config.items() if key != "_class_name"})
+    made = cls.from_config({key: value for key, value in config.items() if key != "_class_name"})
+    assert isinstance(made, SchedulerMixin)  # no tuple: nobody asked for unused settings
+    return made
 
 
 def _dtype(dtypes: Dtypes, component: str) -> torch.dtype:
@@ -114,10 +121,10 @@ def _class_of(index: Mapping[str, Any], component: str, folder: Path) -> type:
     """The class of a shared component, as the index names it."""
     entry = index.get(component)
     named = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
-    known = _VAES if component == "vae" else {_CLASSES[component].__name__: _CLASSES[component]}
+    known = VAES if component == "vae" else {_CLASSES[component].__name__: _CLASSES[component]}
     if component == "tokenizer":
         known["CLIPTokenizerFast"] = CLIPTokenizer
-    if named not in known:
+    if named is None or named not in known:
         raise CheckpointError(f"{folder}: {component} is a {named}, use one of {', '.join(known)}")
     return known[named]
 
@@ -138,11 +145,7 @@ def load_shared(
             dtype=_dtype(dtypes, component),
             variant=component_variant(folder / component, variant),
         )
-    try:
-        return cls.from_pretrained(folder / component)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{folder / component} cannot be loaded as {cls.__name__}: {reason}") from error
+    return load_tokenizer(cls, folder / component)
 
 
 def _find_experts(
@@ -152,7 +155,7 @@ def _find_experts(
     passed: Mapping[str, Any],
     hub: Hub,
     variant: str | None,
-) -> dict[str, UNetFiles | None]:
+) -> dict[str, ExpertFiles | None]:
     """Every expert's files, from noise to data; None for a UNet that was passed as it is."""
     names = tuple(dict.fromkeys([*expert_names(dict(index)), *given, *_passed_experts(passed)]))
     if not names:
@@ -160,7 +163,7 @@ def _find_experts(
             f"{base} has no experts of its own: say where they are (sol=, lune=, sd15= or experts=), or give "
             'preset="sd15"'
         )
-    found: dict[str, UNetFiles | None] = {}
+    found: dict[str, ExpertFiles | None] = {}
     for name in check_names(names):
         if f"unet_{name}" in passed:
             found[name] = None
@@ -189,7 +192,7 @@ def _check_variant(folders: list[Path], variant: str | None) -> None:
 
 
 def load_parts(
-    base: str | Path,
+    base: str | os.PathLike,
     experts: Mapping[str, ExpertSource | str | Path],
     *,
     dtypes: Dtypes,
@@ -228,7 +231,7 @@ def load_parts(
     components = dict(passed)
     weights: dict[str, ExpertWeights] = {}
     for name, own in found.items():
-        unet = empty_unet(own.config, str(own.where), _dtype(dtypes, f"unet_{name}"))
+        unet = empty_model(own.config, str(own.where), _dtype(dtypes, f"unet_{name}"))
         expected = dict(unet.state_dict())
         file_tensors(own, expected)  # maps the files and looks at their headers alone
         weights[name] = ExpertWeights(unet, lambda own=own, expected=expected: file_tensors(own, expected))
@@ -247,15 +250,14 @@ def load_parts(
     return Loaded(components, tuple(files), weights, index)
 
 
-def _check_configs(found: Mapping[str, UNetFiles], folder: Path, passed: Mapping[str, Any]) -> None:
+def _check_configs(found: Mapping[str, ExpertFiles], folder: Path, passed: Mapping[str, Any]) -> None:
     """Whether the parts fit, from their configs."""
-    # diffusers' and transformers' own defaults, for configs that leave them out
-    unet = {"in_channels": 4, "out_channels": 4, "cross_attention_dim": 1280}
-    unets = {name: {**unet, **own.config} for name, own in found.items()}
+    shapes = {name: own.architecture.shape(own.config) for name, own in found.items()}
     vae = read_config(folder / "vae" / "config.json") if "vae" not in passed else dict(passed["vae"].config)
     text = (
         read_config(folder / "text_encoder" / "config.json")
         if "text_encoder" not in passed
         else passed["text_encoder"].config.to_dict()
     )
-    check_experts_fit(unets, {"latent_channels": 4, **vae}, {"hidden_size": 512, **text})
+    # diffusers' and transformers' own defaults, for configs that leave them out
+    check_experts_fit(shapes, {"latent_channels": 4, **vae}, {"hidden_size": 512, **text})

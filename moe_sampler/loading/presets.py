@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-__all__ = ["PRESETS", "SD15_UNET", "TRAINING", "ExpertSource", "Preset", "preset", "training_config"]
+__all__ = ["PRESETS", "TRAINING", "ExpertSource", "Preset", "preset", "training_config"]
 
 TRAINING: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -40,31 +40,6 @@ TRAINING: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 """By kind of expert, as diffusers' scheduler configs say it: path, betas, prediction type and shift; the
 class is the default solver."""
-
-SD15_UNET: Mapping[str, Any] = MappingProxyType(
-    {
-        "_class_name": "UNet2DConditionModel",
-        "sample_size": 64,
-        "in_channels": 4,
-        "out_channels": 4,
-        "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-        "mid_block_type": "UNetMidBlock2DCrossAttn",
-        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-        "block_out_channels": [320, 640, 1280, 1280],
-        "layers_per_block": 2,
-        "act_fn": "silu",
-        "attention_head_dim": 8,
-        "cross_attention_dim": 768,
-        "norm_num_groups": 32,
-        "norm_eps": 1e-05,
-        "flip_sin_to_cos": True,
-        "freq_shift": 0,
-        "center_input_sample": False,
-        "downsample_padding": 1,
-        "mid_block_scale_factor": 1,
-    }
-)
-"""Stable Diffusion 1.5's UNet (859,520,964 parameters), Sol's and Lune's too."""
 
 # What a diffusers pipeline happens to sample with says how the model was trained, not how it must be sampled.
 _BETA_SCHEDULERS = (

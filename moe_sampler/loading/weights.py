@@ -1,18 +1,22 @@
-"""One expert's weights: a UNet built without them, which can take them in and give them up again."""
+"""One expert's weights: a model built without them, which can take them in and give them up again."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import UNet2DConditionModel
 
-from .folders import CheckpointError, aligned
-from .hub import UNetFiles
-from .state_dicts import check_fit, unet_tensors
+from ..architectures import build, named_architecture
+from ..errors import CheckpointError
+from .expert_files import ExpertFiles
+from .folders import aligned
+from .state_dicts import check_fit, read_tensors, without_wrappers
 
-__all__ = ["ExpertWeights", "empty_unet", "file_tensors"]
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
+
+__all__ = ["ExpertWeights", "empty_model", "file_tensors"]
 
 Tensors = dict[str, torch.Tensor]
 
@@ -20,48 +24,52 @@ MAPPED_BYTES = 256 * 2**20
 """How much of a file's weights is taken in before the file is mapped anew."""
 
 
-def empty_unet(config: Mapping[str, Any], origin: str, dtype: torch.dtype) -> UNet2DConditionModel:
-    """A UNet on the meta device: its shape, and no memory.
+def empty_model(config: Mapping[str, Any], origin: str, dtype: torch.dtype) -> ModelMixin:
+    """An expert's model on the meta device: its shape, and no memory.
 
     Raises:
-        CheckpointError: a config that makes no UNet.
+        CheckpointError: a config that makes no model.
     """
     from accelerate import init_empty_weights
 
+    name = named_architecture(config).class_name
     try:
         with init_empty_weights():
-            unet = UNet2DConditionModel.from_config(dict(config))
+            model = build(config)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-        raise CheckpointError(f"{origin}: its config makes no UNet2DConditionModel: {error}") from error
+        raise CheckpointError(f"{origin}: its config makes no {name}: {error}") from error
     # Not diffusers' own `to`, which warns of layers it would keep in float32.
-    return torch.nn.Module.to(unet, dtype).eval()
+    torch.nn.Module.to(model, dtype)
+    return model.eval()
 
 
-def file_tensors(files: UNetFiles, expected: Mapping[str, torch.Tensor]) -> Tensors:
-    """An expert's tensors as views of its mapped files, checked against the model's own."""
+def file_tensors(files: ExpertFiles, expected: Mapping[str, torch.Tensor]) -> Tensors:
+    """An expert's tensors as views of its mapped files, under its model's own names, which are checked."""
+    own = files.architecture
     try:
-        tensors = unet_tensors(files.weights, files.config)
+        read = without_wrappers(read_tensors(files.weights), own.prefixes, str(files.weights[0]))
+        tensors = own.own_names(read, files.config)
     except CheckpointError as error:
-        raise CheckpointError(f"{files.where} cannot be loaded as UNet2DConditionModel: {error}") from None
-    check_fit(tensors, expected, str(files.where), "UNet2DConditionModel")
+        raise CheckpointError(f"{files.where} cannot be loaded as {own.class_name}: {error}") from None
+    check_fit(tensors, expected, files.where, own.class_name, own.guess)
     return tensors
 
 
 class ExpertWeights:
-    """A UNet's own parameters, wherever they are: adapters added later are not among them.
+    """A model's own parameters, wherever they are: adapters added later are not among them.
 
     Args:
-        unet: with its weights, or on the meta device when `read` gives them.
+        model: with its weights, or on the meta device when `read` gives them.
         read: the tensors by key, as views of files that can be mapped again at any time; None when there are
             no files, and the weights can only be kept in host memory.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, read: Callable[[], Tensors] | None = None) -> None:
-        self.unet, self._read = unet, read
+    def __init__(self, model: torch.nn.Module, read: Callable[[], Tensors] | None = None) -> None:
+        self.model, self._read = model, read
         # By module, not by name: an adapter that wraps a layer renames it.
         self._slots = {
             f"{prefix}{'.' if prefix else ''}{name}": (module, name)
-            for prefix, module in unet.named_modules()
+            for prefix, module in model.named_modules()
             for name in module._parameters
             if module._parameters[name] is not None
         }
@@ -77,7 +85,7 @@ class ExpertWeights:
 
     @property
     def resident(self) -> bool:
-        """Whether the UNet has its weights."""
+        """Whether the model has its weights."""
         return all(self._parameter(key).device.type != "meta" for key in self._slots)
 
     @property
@@ -86,12 +94,14 @@ class ExpertWeights:
 
     def _parameter(self, key: str) -> torch.nn.Parameter:
         module, name = self._slots[key]
-        return module._parameters[name]
+        parameter = module._parameters[name]
+        assert parameter is not None  # only such are slots
+        return parameter
 
     def _put(self, key: str, tensor: torch.Tensor) -> None:
         module, name = self._slots[key]
-        old = module._parameters[name]
-        module._parameters[name] = torch.nn.Parameter(tensor, requires_grad=old.requires_grad)
+        keeps = self._parameter(key).requires_grad
+        module._parameters[name] = torch.nn.Parameter(tensor, requires_grad=keeps)
 
     def _sources(self) -> Tensors:
         """Every tensor: from host memory where it is kept there, else from the files."""
@@ -117,11 +127,12 @@ class ExpertWeights:
                 key: self._host[key].to(device, self._parameter(key).dtype, non_blocking=True)
                 for key in self._slots
             }
-        self._ahead = (ahead, stream.record_event())
+        arrived = torch.cuda.Event()
+        arrived.record(stream)
+        self._ahead = (ahead, arrived)
 
-    def _arrived(self, device: torch.device) -> Tensors:
+    def _arrived(self, tensors: Tensors, event: torch.cuda.Event, device: torch.device) -> Tensors:
         """What was prefetched, safe to use on the current stream."""
-        tensors, event = self._ahead
         self._ahead = None
         stream = torch.cuda.current_stream(device)
         stream.wait_event(event)
@@ -130,7 +141,7 @@ class ExpertWeights:
         return tensors
 
     def take(self, device: torch.device | str) -> None:
-        """Give the UNet its weights, on `device`.
+        """Give the model its weights, on `device`.
 
         Raises:
             CheckpointError: the files have changed since they were found.
@@ -141,16 +152,16 @@ class ExpertWeights:
             self._taken = {
                 key: (p, p._version) for key, p in zip(self._slots, self._parameters(), strict=True)
             }
-        lost = [name for name, p in self.unet.named_parameters() if p.device.type == "meta"]
+        lost = [name for name, p in self.model.named_parameters() if p.device.type == "meta"]
         if lost:
             raise RuntimeError(
                 f"{lost[0]} was added while the expert was not in memory, and has no data: load adapters "
                 "through the pipeline's load_lora_weights"
             )
-        self.unet.to(device)
+        self.model.to(device)
 
     def take_for_good(self, device: torch.device | str) -> None:
-        """Give the UNet its weights, and the copies on the host up."""
+        """Give the model its weights, and the copies on the host up."""
         self.take(device)
         for key in self._changed:
             self._taken.pop(key, None)
@@ -159,7 +170,7 @@ class ExpertWeights:
     def _fill(self, device: torch.device) -> None:
         if device.type == "cuda" and self._ahead is None:
             self._pin()
-        sources = self._sources() if self._ahead is None else self._arrived(device)
+        sources = self._sources() if self._ahead is None else self._arrived(*self._ahead, device)
         since_mapped = 0
         for key in self._slots:
             if since_mapped > MAPPED_BYTES and sources is not self._host and self._read is not None:
@@ -181,7 +192,7 @@ class ExpertWeights:
             return
         # Fusing an adapter changes weights in a way that leaves no trace but their values. diffusers sets
         # this to something other than False when an adapter is or was loaded.
-        adapted = getattr(self.unet, "_hf_peft_config_loaded", False) is not False
+        adapted = getattr(self.model, "_hf_peft_config_loaded", False) is not False
         sources = self._sources() if adapted and self._taken else {}
         for key in self._slots:
             parameter = self._parameter(key)
@@ -198,6 +209,6 @@ class ExpertWeights:
 
     def _keep_adapters(self) -> None:
         own = {id(parameter) for parameter in self._parameters()}
-        for parameter in self.unet.parameters():
+        for parameter in self.model.parameters():
             if id(parameter) not in own:
                 parameter.data = parameter.data.to("cpu")

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.utils import is_peft_available, recurse_remove_peft_layers
 from safetensors import SafetensorError
 
-from ..loading.folders import CheckpointError, names
+from ..architectures import architecture_of
+from ..architectures.unet import UNET
+from ..errors import CheckpointError, first_line, listed
+from .base import ExpertPipeline
 
 __all__ = ["AdapterMixin"]
 
@@ -21,7 +24,7 @@ def _check_peft() -> None:
         raise ValueError("LoRA adapters need the package peft: pip install peft")
 
 
-class AdapterMixin:
+class AdapterMixin(ExpertPipeline):
     """Loading and switching adapters of a pipeline's experts."""
 
     def load_lora_weights(
@@ -44,22 +47,26 @@ class AdapterMixin:
             kwargs: `weight_name`, `subfolder` and the hub's, as diffusers takes them.
 
         Raises:
-            ValueError: without peft; an unknown expert; an unanswered text encoder part; no LoRA.
+            ValueError: without peft; an unknown expert, or one that isn't a UNet; an unanswered text encoder
+                part; no LoRA.
         """
         _check_peft()
         unet = self.expert_unet(expert)
+        if architecture_of(unet) is not UNET:
+            raise ValueError(f"LoRAs are loaded into a {UNET.class_name}, and {expert} is none")
         source = pretrained_model_name_or_path_or_dict
         source = dict(source) if isinstance(source, Mapping) else str(source)
         try:
-            state, alphas, metadata = StableDiffusionLoraLoaderMixin.lora_state_dict(
+            found = StableDiffusionLoraLoaderMixin.lora_state_dict(
                 source, use_safetensors=True, return_lora_metadata=True, unet_config=unet.config, **kwargs
             )
         except (OSError, ValueError, SafetensorError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise CheckpointError(f"{source if isinstance(source, str) else 'LoRA'}: {reason}") from error
+            what = source if isinstance(source, str) else "LoRA"
+            raise CheckpointError(f"{what}: {first_line(error)}") from error
+        state, alphas, metadata = cast("tuple[dict[str, Any], Any, Any]", found)
         foreign = [key for key in state if not key.startswith(("unet.", "text_encoder."))]
         if foreign or not any(key.startswith("unet.") for key in state):
-            raise CheckpointError(f"this is no LoRA of a UNet: it holds {names(foreign or list(state))}")
+            raise CheckpointError(f"this is no LoRA of a UNet: it holds {listed(foreign or list(state))}")
         if text_encoder is None and any(key.startswith("text_encoder.") for key in state):
             raise ValueError(
                 "this LoRA has a part for the text encoder, which all experts share: say text_encoder=True "
@@ -103,7 +110,7 @@ class AdapterMixin:
         known = list(getattr(self.expert_unet(expert), "peft_config", {}))
         unknown = [name for name in chosen if name not in known]
         if unknown:
-            raise ValueError(f"{expert} has no adapter {unknown[0]!r}; it has {names(known) or 'none'}")
+            raise ValueError(f"{expert} has no adapter {unknown[0]!r}; it has {listed(known) or 'none'}")
         self.expert_unet(expert).set_adapters(chosen, adapter_weights)
 
     def fuse_lora(self, *, expert: str, lora_scale: float = 1.0) -> None:

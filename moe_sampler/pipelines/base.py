@@ -1,16 +1,16 @@
-"""A diffusers pipeline with any number of experts: its components, where they are, and how it is saved."""
+"""A diffusers pipeline with any number of experts: its components, and where they are."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import islice
-from pathlib import Path
 from typing import Any, Self
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, ModelMixin
 
+from ..architectures import ModelShape, shape_of
 from ..loading.weights import ExpertWeights
 from .offload import ExpertOffload, Offload, check_offload
 
@@ -24,7 +24,7 @@ class ExpertPipeline(DiffusionPipeline):
     """
 
     def _register_experts(self, components: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-        """Called once by the constructor, with the experts' UNets among the components, in order."""
+        """Called once by the constructor, with the experts' models among the components, in order."""
         self._component_names = tuple(components)
         self._setting_names = tuple(settings)
         self.expert_names = tuple(n.removeprefix("unet_") for n in components if n.startswith("unet_"))
@@ -44,8 +44,8 @@ class ExpertPipeline(DiffusionPipeline):
             return sorted(obj._component_names), sorted(obj._setting_names)
         return super()._get_signature_keys(obj)
 
-    def expert_unet(self, expert: str) -> UNet2DConditionModel:
-        """An expert's UNet by the expert's name.
+    def expert_unet(self, expert: str) -> ModelMixin:
+        """An expert's model by the expert's name.
 
         Raises:
             ValueError: no such expert.
@@ -54,10 +54,14 @@ class ExpertPipeline(DiffusionPipeline):
             raise ValueError(f'unknown expert "{expert}": use {" or ".join(self.expert_names)}')
         return getattr(self, f"unet_{expert}")
 
+    def _any_shape(self) -> ModelShape:
+        """What the experts' models take and give: all of them work on the same latents."""
+        return shape_of(self.expert_unet(self.expert_names[0]))
+
     def _expert_weights(self) -> dict[str, ExpertWeights]:
-        """Every expert's weights; a UNet put in place of another has no files."""
+        """Every expert's weights; a model put in place of another has no files."""
         for name in self.expert_names:
-            if name not in self._weights or self._weights[name].unet is not self.expert_unet(name):
+            if name not in self._weights or self._weights[name].model is not self.expert_unet(name):
                 self._weights[name] = ExpertWeights(self.expert_unet(name))
         return {name: self._weights[name] for name in self.expert_names}
 
@@ -119,7 +123,7 @@ class ExpertPipeline(DiffusionPipeline):
         """As diffusers' `to`. With offload="expert" a device is where the experts come to work."""
         if self._offload is None:
             return super().to(*args, **kwargs)
-        device, dtype, _, _ = torch._C._nn._parse_to(
+        device, dtype, _, _ = torch._C._nn._parse_to(  # pyright: ignore[reportAttributeAccessIssue]: no stub
             *args, **{key: value for key, value in kwargs.items() if key != "silence_dtype_warnings"}
         )
         if dtype is not None:
@@ -157,10 +161,10 @@ class ExpertPipeline(DiffusionPipeline):
     @contextmanager
     def _at_work(self, component: str) -> Iterator[None]:
         """A component that isn't an expert, on the device that computes for as long as the block lasts."""
-        module = getattr(self, component)
-        moves = self._offload is not None and module.device != self._offload.device
+        module, device = getattr(self, component), self._execution_device
+        moves = self._offload is not None and module.device != device
         if moves:
-            module.to(self._offload.device)
+            module.to(device)
         try:
             yield
         finally:
@@ -170,49 +174,6 @@ class ExpertPipeline(DiffusionPipeline):
     def _with_expert(self, expert: str) -> Any:
         """A block in which an expert's weights are in memory."""
         return nullcontext() if self._offload is None else self._offload.using(expert)
-
-    def save_pretrained(
-        self,
-        save_directory: str | Path,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        max_shard_size: int | str | None = None,
-        push_to_hub: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """Write one folder, as diffusers does, that `from_pretrained` reads back to the same bits.
-
-        Args:
-            save_directory: created if need be.
-            safe_serialization: always; there is no other format here.
-            variant, max_shard_size, push_to_hub, kwargs: as diffusers takes them.
-
-        Raises:
-            ValueError: an expert has LoRA adapters, which a folder of this layout doesn't hold.
-        """
-        if not safe_serialization:
-            raise ValueError("weights are written as safetensors only: leave out safe_serialization=False")
-        experts = {name: self.expert_unet(name) for name in self.expert_names}
-        parts = {**experts, "text_encoder": self.text_encoder}
-        adapted = [name for name, part in parts.items() if getattr(part, "peft_config", None)]
-        if adapted:
-            raise ValueError(
-                f"{', '.join(adapted)} has LoRA adapters: fuse them or call unload_lora_weights() first"
-            )
-        options = {"variant": variant, "max_shard_size": max_shard_size}
-        if self._offload is None:
-            super().save_pretrained(save_directory, push_to_hub=push_to_hub, **options, **kwargs)
-        elif push_to_hub:
-            raise ValueError('pushing needs all experts in memory: call set_offload("none") first')
-        else:
-            self._save_one_by_one(Path(save_directory), {k: v for k, v in options.items() if v is not None})
-
-    def _save_one_by_one(self, folder: Path, options: Mapping[str, Any]) -> None:
-        for name, part in self.components.items():
-            expert = name.removeprefix("unet_") if name.startswith("unet_") else None
-            with nullcontext() if expert is None else self._with_expert(expert):
-                part.save_pretrained(folder / name, **(options if isinstance(part, torch.nn.Module) else {}))
-        self.save_config(folder)
 
     def compile(self, **kwargs: Any) -> None:
         """`torch.compile` every expert; kwargs are for it. Each size's first image takes longer."""

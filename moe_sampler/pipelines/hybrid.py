@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, ModelMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from ..architectures import architecture_of, shape_of
 from ..loading.parts import check_experts_fit, check_names
 from ..sampling.experts import Expert
 from ..sampling.plan import SamplingPlan
 from ..sampling.routers import PerStep, Router
 from .adapters import AdapterMixin
-from .base import ExpertPipeline
 from .checks import Request, Start, StepEnd, check_size, check_strength
 from .latents import check_image, decode_latents, encode_pixels, image_size
 from .pretrained import PretrainedMixin
@@ -54,7 +55,7 @@ class HybridPipelineOutput(BaseOutput):
     plan: SamplingPlan
 
 
-class HybridPipeline(PretrainedMixin, AdapterMixin, ExpertPipeline):
+class HybridPipeline(PretrainedMixin, AdapterMixin):
     """Text to image with several experts: Sol lays the image out, Lune paints it; or others, by any names.
 
     Args:
@@ -94,7 +95,8 @@ class HybridPipeline(PretrainedMixin, AdapterMixin, ExpertPipeline):
             what, keys = ("unknown", unknown) if unknown else ("missing", wanted - parts.keys())
             raise TypeError(f"{what} parts of a pipeline of {', '.join(names)}: {', '.join(sorted(keys))}")
         unets = {name: parts[f"unet_{name}"] for name in names}
-        check_experts_fit({n: u.config for n, u in unets.items()}, vae.config, text_encoder.config.to_dict())
+        shapes = {name: shape_of(unet) for name, unet in unets.items()}
+        check_experts_fit(shapes, vae.config, text_encoder.config.to_dict())
         settings = {"handoff": handoff, "num_inference_steps": num_inference_steps, **parts}
         settings = {key: value for key, value in settings.items() if value is not None}
         self._register_experts(
@@ -138,12 +140,11 @@ class HybridPipeline(PretrainedMixin, AdapterMixin, ExpertPipeline):
         )
         return tuple(self._with_model(expert, self.expert_unet(expert.name)) for expert in experts)
 
-    def _with_model(self, expert: Expert, unet: UNet2DConditionModel) -> Expert:
-        dtype = self._dtype_of(unet)
+    def _with_model(self, expert: Expert, unet: ModelMixin) -> Expert:
+        architecture, dtype = architecture_of(unet), self._dtype_of(unet)
 
         def model(x: torch.Tensor, timestep: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
-            embeds = prompt_embeds.to(dtype)
-            return unet(x, timestep, encoder_hidden_states=embeds, return_dict=False)[0]
+            return architecture.call(unet, x, timestep, prompt_embeds.to(dtype))
 
         return dataclasses.replace(expert, model=model, dtype=dtype)
 
@@ -178,13 +179,31 @@ class HybridPipeline(PretrainedMixin, AdapterMixin, ExpertPipeline):
         images are what they are by then."""
         return self._interrupt
 
-    def _any_unet(self) -> UNet2DConditionModel:
-        return self.expert_unet(self.expert_names[0])
-
     def _size_multiple(self) -> int:
-        """Every level of a UNet but the first halves the latents."""
-        levels = max(len(self.expert_unet(name).config.block_out_channels) for name in self.expert_names)
-        return self.vae_scale_factor * 2 ** (levels - 1)
+        """What height and width must be multiples of, in pixels."""
+        shapes = (shape_of(self.expert_unet(name)) for name in self.expert_names)
+        return self.vae_scale_factor * math.lcm(*(shape.size_multiple for shape in shapes))
+
+    def _size(self, height: int | None, width: int | None, image: Any, prompts: int) -> tuple[int, int]:
+        """In pixels: as given, or the image's to start from, or what the experts were made for.
+
+        Raises:
+            ValueError: not a size they can make, or none at all.
+        """
+        if image is not None:
+            check_image(image, prompts)
+        side = self._any_shape().sample_size
+        if image is not None:
+            own = image_size(image)
+        elif side is not None:
+            own = (side * self.vae_scale_factor,) * 2
+        elif height is None or width is None:
+            raise ValueError("the experts' configs name no size: give height and width")
+        else:
+            own = (height, width)
+        size = (own[0] if height is None else height, own[1] if width is None else width)
+        check_size(*size, self._size_multiple())
+        return size
 
     def encode_prompt(
         self, prompt: str | list[str], batch_size: int | None = None, device: torch.device | None = None
@@ -215,15 +234,6 @@ class HybridPipeline(PretrainedMixin, AdapterMixin, ExpertPipeline):
         with self._at_work("vae"):
             parts = [encode_pixels(part.to(device), self.vae) for part in pixels.split(request.batch_size)]
         return torch.cat(parts).repeat_interleave(request.images // len(pixels), 0)
-
-    def _size(self, height: int | None, width: int | None, image: Any) -> tuple[int, int]:
-        """In pixels: as given, or the image's to start from, or what the experts were made for."""
-        side = self._any_unet().config.sample_size * self.vae_scale_factor
-        own_height, own_width = (side, side) if image is None else image_size(image)
-        height = own_height if height is None else height
-        width = own_width if width is None else width
-        check_size(height, width, self._size_multiple())
-        return height, width
 
     @torch.no_grad()
     def __call__(
@@ -314,9 +324,7 @@ class HybridPipeline(PretrainedMixin, AdapterMixin, ExpertPipeline):
         prompts = prompt_count(prompt, prompt_embeds)
         request = Request.read(prompts, num_images_per_prompt, batch_size, output_type)
         step_end = StepEnd(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        if image is not None:
-            check_image(image, prompts)
-        height, width = self._size(height, width, image)
+        height, width = self._size(height, width, image, prompts)
         entered = check_strength(strength, image, latents)
         experts = self.experts(**settings)
         if plan is None:
@@ -327,7 +335,7 @@ class HybridPipeline(PretrainedMixin, AdapterMixin, ExpertPipeline):
             start_from = {"image": image is not None, "latents": latents is not None}
             compiled = given_plan(plan, experts, **start_from, **decided)
         cells = (height // self.vae_scale_factor, width // self.vae_scale_factor)
-        shape = (request.images, self._any_unet().config.in_channels, *cells)
+        shape = (request.images, self._any_shape().in_channels, *cells)
         start = Start.read(seed, generator, latents, shape)
 
         self._interrupt = False

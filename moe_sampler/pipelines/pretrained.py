@@ -1,10 +1,13 @@
-"""`from_pretrained`: a pipeline from a folder, the hub, a preset, and experts from anywhere."""
+"""`from_pretrained` and `save_pretrained`: a pipeline from a folder, the hub or a preset, with experts from
+anywhere; and as one folder."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 import torch
 
@@ -13,22 +16,20 @@ from ..loading.hub import Hub
 from ..loading.parts import Dtypes, load_parts
 from ..loading.presets import ExpertSource
 from ..loading.presets import preset as find_preset
+from .base import ExpertPipeline
 from .offload import Offload, check_offload
 from .settings import DEFAULTS
-
-if TYPE_CHECKING:
-    from typing import Self
 
 __all__ = ["PretrainedMixin"]
 
 
-class PretrainedMixin:
-    """Loading, for a pipeline whose constructor takes components and settings by name."""
+class PretrainedMixin(ExpertPipeline):
+    """Loading and saving, for a pipeline whose constructor takes components and settings by name."""
 
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | Path | None = None,
+        pretrained_model_name_or_path: str | os.PathLike | None = None,
         *,
         preset: str | None = None,
         sol: ExpertSource | str | Path | None = None,
@@ -95,7 +96,8 @@ class PretrainedMixin:
             resident=offload != "expert",
         )
         settings = {**_settings_of(loaded.index, loaded.experts), **settings}
-        pipe = cls(**loaded.components, experts=loaded.experts, **settings)
+        make: Any = cls
+        pipe: Self = make(**loaded.components, experts=loaded.experts, **settings)
         pipe.register_to_config(_name_or_path=str(base))
         pipe._weights.update(loaded.weights)
         if offload != "none" or device is not None:
@@ -106,6 +108,51 @@ class PretrainedMixin:
     def from_preset(cls, name: str = "sd15", **kwargs: Any) -> Self:
         """A pipeline by name; kwargs are for `from_pretrained`."""
         return cls.from_pretrained(preset=name, **kwargs)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        use_flashpack: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Write one folder, as diffusers does, that `from_pretrained` reads back to the same bits.
+
+        Args:
+            save_directory: created if need be.
+            safe_serialization, use_flashpack: safetensors always; there is no other format here.
+            variant, max_shard_size, push_to_hub, kwargs: as diffusers takes them.
+
+        Raises:
+            ValueError: an expert has LoRA adapters, which a folder of this layout doesn't hold.
+        """
+        if not safe_serialization or use_flashpack:
+            other = "use_flashpack" if use_flashpack else "safe_serialization=False"
+            raise ValueError(f"weights are written as safetensors only: leave out {other}")
+        experts = {name: self.expert_unet(name) for name in self.expert_names}
+        parts = {**experts, "text_encoder": self.text_encoder}
+        adapted = [name for name, part in parts.items() if getattr(part, "peft_config", None)]
+        if adapted:
+            raise ValueError(
+                f"{', '.join(adapted)} has LoRA adapters: fuse them or call unload_lora_weights() first"
+            )
+        options = {"variant": variant, "max_shard_size": max_shard_size}
+        if self._offload is None:
+            super().save_pretrained(save_directory, push_to_hub=push_to_hub, **options, **kwargs)
+        elif push_to_hub:
+            raise ValueError('pushing needs all experts in memory: call set_offload("none") first')
+        else:
+            self._save_one_by_one(Path(save_directory), {k: v for k, v in options.items() if v is not None})
+
+    def _save_one_by_one(self, folder: Path, options: Mapping[str, Any]) -> None:
+        for name, part in self.components.items():
+            expert = name.removeprefix("unet_") if name.startswith("unet_") else None
+            with nullcontext() if expert is None else self._with_expert(expert):
+                part.save_pretrained(folder / name, **(options if isinstance(part, torch.nn.Module) else {}))
+        self.save_config(folder)
 
 
 def _split(parts: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

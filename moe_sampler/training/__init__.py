@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from .._lazy import lazy_names
 
 if TYPE_CHECKING:
-    from .checkpoints import CheckpointError
+    from ..errors import CheckpointError
     from .draws import Draws
     from .settings import SettingsError
     from .task import Losses, Task
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .training_settings import TrainingSettings
 
 _NAMES = {
-    "checkpoints": ("CheckpointError",),
+    ".errors": ("CheckpointError",),
     "draws": ("Draws",),
     "settings": ("SettingsError",),
     "task": ("Losses", "Task"),

@@ -26,9 +26,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .._files import to_disk
+from ..errors import CheckpointError
 
 __all__ = [
-    "CheckpointError",
     "check_space",
     "checkpoint_folders",
     "find_checkpoint",
@@ -43,10 +43,6 @@ __all__ = [
 
 STATE = "state.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that can't be written, read or continued; the message names the file and the reason."""
 
 
 def checkpoint_folders(output_dir: Path) -> list[Path]:

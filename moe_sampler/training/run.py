@@ -14,10 +14,10 @@ from torch.distributed.fsdp import FSDPModule
 
 from moe_sampler import __version__
 
+from ..errors import CheckpointError
 from . import checkpoints, run_state
 from .averages import WeightAverage
 from .batches import BatchPlan
-from .checkpoints import CheckpointError
 from .distribution import new_accelerator, prepare, sharded
 from .settings import to_tables
 from .task import Task

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from .checkpoints import CheckpointError
+from ..errors import CheckpointError
 
 __all__ = ["generator_tensors", "model_tensors", "optimizer_tensors", "set_generators", "set_tensors"]
 

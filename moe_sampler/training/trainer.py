@@ -14,7 +14,7 @@ from accelerate.utils import send_to_device, set_seed
 from torch.utils.data import DataLoader, default_collate
 from tqdm.auto import tqdm
 
-from .checkpoints import CheckpointError
+from ..errors import CheckpointError
 from .draws import Draws
 from .interrupts import Interrupts, interrupts
 from .observer import Observer

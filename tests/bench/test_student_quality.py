@@ -20,6 +20,8 @@ from moe_sampler.tinyflux import StudentPipeline, TinyFlux, TinyFluxConfig
 from moe_sampler.tinyflux.training.settings import StudentSettings
 from moe_sampler.training.settings import from_tables, read_toml
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SCENES, COUNT = 12, 4
 
 

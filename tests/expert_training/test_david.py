@@ -5,6 +5,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from moe_sampler.architectures.unet import UNET
 from moe_sampler.expert_training import (
     AssessedUNet,
     BlockProbes,
@@ -14,7 +15,7 @@ from moe_sampler.expert_training import (
     Objective,
     structure_classes,
 )
-from moe_sampler.expert_training.david import block_channels, bounded_weights
+from moe_sampler.expert_training.david import bounded_weights
 from moe_sampler.training.draws import Draws
 from moe_sampler.training.settings import SettingsError
 
@@ -68,7 +69,7 @@ def test_the_probes_see_every_block_and_change_nothing_in_the_unet():
     unet = tiny_unet()
     sample, timestep, states = inputs()
     plain = unet(sample, timestep, states, return_dict=False)[0]
-    model = AssessedUNet(unet, BlockProbes(block_channels(unet), DavidSettings(structure_classes=3)))
+    model = AssessedUNet(unet, BlockProbes(UNET.block_channels(unet), DavidSettings(structure_classes=3)))
     noise, structure = torch.linspace(0, 1, 8, dtype=torch.float64), torch.arange(8) % 3
     answer, weights, extra = model(sample, timestep, states, noise, structure)
     assert torch.equal(answer, plain)
@@ -85,14 +86,14 @@ def test_the_probes_see_every_block_and_change_nothing_in_the_unet():
 def test_the_channels_are_those_of_the_blocks():
     unet = tiny_unet()
     found = {}
-    for name in block_channels(unet):
+    for name in UNET.block_channels(unet):
 
         def hook(_module, _args, output, name=name):
             found[name] = (output if isinstance(output, torch.Tensor) else output[0]).shape[1]
 
         unet.get_submodule(name).register_forward_hook(hook)
     unet(*inputs())
-    assert found == block_channels(unet) and len(found) == 5
+    assert found == UNET.block_channels(unet) and len(found) == 5
 
 
 class OfOneBlock:
@@ -190,7 +191,7 @@ def test_a_sample_counts_as_much_as_its_weight():
     losses = task.loss(task.model, batch, Draws(0, 0, range(2), 2))
     assert float(losses.loss.detach()) == pytest.approx(float(losses.per_sample[0]), rel=1e-6)
     assert float(losses.terms["unweighted"]) == pytest.approx(float(losses.per_sample.mean()), rel=1e-6)
-    assert task.model.assessor.seen == set(block_channels(unet))
+    assert task.model.assessor.seen == set(UNET.block_channels(unet))
 
 
 @pytest.mark.parametrize(

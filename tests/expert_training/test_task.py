@@ -9,12 +9,12 @@ from safetensors.torch import load_file
 from moe_sampler import ExpertSource, HybridPipeline
 from moe_sampler.data.captioned_images import DemoScenes
 from moe_sampler.demo import experts_path
+from moe_sampler.errors import CheckpointError
 from moe_sampler.expert_training import DavidSettings, ExpertSettings, ExpertTask, LatentImages, LevelSettings
 from moe_sampler.expert_training.objectives import Objective
 from moe_sampler.expert_training.run import load_base, new_task, train_expert
 from moe_sampler.expert_training.settings import RunSettings
 from moe_sampler.expert_training.task import VALIDATION_LEVELS, TextStates
-from moe_sampler.loading.folders import CheckpointError
 from moe_sampler.training.draws import Draws
 from moe_sampler.training.settings import SettingsError
 from moe_sampler.training.training_settings import TrainingSettings

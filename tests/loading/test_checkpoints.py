@@ -17,12 +17,14 @@ from safetensors.torch import load_file, save_file
 
 from moe_sampler import ExpertSource, HybridPipeline
 from moe_sampler.demo import experts_path
+from moe_sampler.errors import CheckpointError
 from moe_sampler.loading import weights as expert_weights
-from moe_sampler.loading.folders import CheckpointError
-from moe_sampler.loading.hub import UNetFiles
+from moe_sampler.loading.expert_files import ExpertFiles
 from moe_sampler.loading.presets import PRESETS
 from moe_sampler.loading.state_dicts import read_tensors
-from moe_sampler.loading.weights import ExpertWeights, empty_unet, file_tensors
+from moe_sampler.loading.weights import ExpertWeights, empty_model, file_tensors
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SOL = experts_path() / "unet_sol" / "diffusion_pytorch_model.safetensors"
 LUNE = experts_path() / "unet_lune" / "diffusion_pytorch_model.safetensors"
@@ -202,14 +204,14 @@ def memory(field: str) -> int:
 def test_loading_holds_one_copy(tmp_path, monkeypatch, dtype, suffix):
     """The most that was ever resident, mapped pages included, over the size of the weights."""
     config = {**json.loads((SOL.parent / "config.json").read_text()), "block_out_channels": [96, 192, 384]}
-    unet = empty_unet(config, "test", torch.float32)
+    unet = empty_model(config, "test", torch.float32)
     file = tmp_path / f"unet{suffix}"
     tensors = {key: torch.ones(value.shape) for key, value in unet.state_dict().items()}
     save_file(tensors, file) if suffix == ".safetensors" else torch.save(tensors, file)
     del tensors
     monkeypatch.setattr(expert_weights, "MAPPED_BYTES", 2**22)
     expected = dict(unet.state_dict())
-    files = UNetFiles("sol", file, (file,), config, {})
+    files = ExpertFiles("sol", file, (file,), config, {})
     weights = ExpertWeights(torch.nn.Module.to(unet, dtype), lambda: file_tensors(files, expected))
     assert weights.nbytes > 60 * 2**20
     before = memory("VmRSS")
@@ -230,20 +232,8 @@ def test_a_variant_is_preferred_where_there_is_one(base, tmp_path, sol):
         load(base, sol=folder, lune=LUNE, variant="bf16")
 
 
-def in_hub_cache(cache: Path, repo: str, files: dict[str, Path], revision: str = "main") -> None:
-    """Files as a download of the hub client leaves them."""
-    commit = f"{len(files):040x}"
-    root = cache / f"models--{repo.replace('/', '--')}"
-    (root / "refs").mkdir(parents=True, exist_ok=True)
-    (root / "refs" / revision).write_text(commit)
-    for name, source in files.items():
-        target = root / "snapshots" / commit / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(source, target)
-
-
 @pytest.fixture
-def hub(tmp_path, base) -> Path:
+def hub(tmp_path, base, in_hub_cache) -> Path:
     """The published repositories as far as they are needed, with tiny weights."""
     cache = tmp_path / "cache"
     files = {str(file.relative_to(base)): file for file in base.rglob("*") if file.is_file()}

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from moe_sampler import Boundary, Expert, plan
+from moe_sampler.architectures.unet import SD15_UNET
 from moe_sampler.loading.parts import scheduler_from_config
-from moe_sampler.loading.presets import PRESETS, SD15_UNET, TRAINING, preset, training_config
-from moe_sampler.loading.weights import empty_unet
+from moe_sampler.loading.presets import PRESETS, TRAINING, preset, training_config
+from moe_sampler.loading.weights import empty_model
 from moe_sampler.pipelines.settings import default_settings, hybrid_experts, hybrid_plan
 
 
@@ -36,7 +37,7 @@ def test_training_by_name_is_the_expert_of_that_name(kind):
 
 
 def test_the_unet_is_stable_diffusions():
-    unet = empty_unet(SD15_UNET, "test", torch.float16)
+    unet = empty_model(SD15_UNET, "test", torch.float16)
     assert sum(parameter.numel() for parameter in unet.parameters()) == 859_520_964
     assert len(unet.state_dict()) == 686 and unet.config.sample_size == 64
     assert unet.state_dict()["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"].shape == (

@@ -10,6 +10,8 @@ from safetensors.torch import save_file
 from moe_sampler import HybridPipeline
 from moe_sampler.demo import experts_path
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 QUICK = dict(prompt="a castle", seed=3, num_inference_steps=4, output_type="latent")
 needs_peft = pytest.mark.skipif(not is_peft_available(), reason="peft is not installed")
 

@@ -16,6 +16,8 @@ from moe_sampler.pipelines.compare import compare
 from moe_sampler.sampling.naive import naive_plan
 from moe_sampler.viewing.images import read_settings
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 HANDOFF = Expert.sol().path.level(400).noise
 
 

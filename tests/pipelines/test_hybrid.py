@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from moe_sampler import Crossfade, HybridPipeline, Spans
 from moe_sampler.demo import experts_path
+from moe_sampler.errors import CheckpointError
 from moe_sampler.kernels import philox_normal
-from moe_sampler.loading.folders import CheckpointError
 
 PROMPT = "a castle with two towers, at dusk"
 QUICK = dict(num_inference_steps=4, output_type="latent")

@@ -16,6 +16,8 @@ from moe_sampler.demo import experts_path
 from moe_sampler.loading.weights import ExpertWeights
 from moe_sampler.pipelines.offload import stages
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROMPTS = ["a castle", "a portrait", "a city street at night"]
 QUICK = dict(seed=3, num_inference_steps=4, output_type="latent")
 
@@ -46,7 +48,7 @@ class Watch:
 
         def counting(weights, device):
             if not weights.resident:
-                self.moves.append(names[id(weights.unet)])
+                self.moves.append(names[id(weights.model)])
             take(weights, device)
 
         monkeypatch.setattr(ExpertWeights, "take", counting)
@@ -277,7 +279,7 @@ def test_a_prefetched_expert_is_used_only_after_its_copy_arrived(monkeypatch):
     room = [0]
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (room[0], 0))
     weights = load(offload="expert")._expert_weights()["sol"]
-    count, cpu = len(list(weights.unet.parameters())), torch.device("cpu")
+    count, cpu = len(list(weights.model.parameters())), torch.device("cpu")
     weights.prefetch(cpu, Stream())
     assert log == []  # no room
     room[0] = 2 * weights.nbytes
@@ -285,6 +287,6 @@ def test_a_prefetched_expert_is_used_only_after_its_copy_arrived(monkeypatch):
     assert log == ["pinned"] * count + ["copied"] and not weights.resident
     weights.take(cpu)
     assert log[count:] == ["copied", "waited for the event", *["recorded"] * count] and weights.resident
-    assert torch.equal(weights.unet.conv_in.weight, load().unet_sol.conv_in.weight)
+    assert torch.equal(weights.model.conv_in.weight, load().unet_sol.conv_in.weight)
     weights.prefetch(cpu, Stream())
     assert log.count("copied") == 1  # it is there

@@ -1,17 +1,18 @@
-"""Watching a UNet's self-attention: each layer's queries and keys, as they are made, one layer at a time."""
+"""Watching a model's self-attention: each layer's queries and keys, as they are made, one layer at a time."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-__all__ = ["CaptureError", "capture_self_attention", "first_layers", "self_attention_layers"]
+from moe_sampler.architectures import watchable
+from moe_sampler.errors import listed
+
+__all__ = ["CaptureError", "capture_self_attention"]
 
 OnLayer = Callable[[str, Tensor, Tensor, tuple[int, int]], None]
 """Called with (layer, q, k, (height, width)); q, k: [B, heads, height * width, head size], views."""
@@ -21,29 +22,8 @@ class CaptureError(ValueError):
     """A layer of the model did not show what was asked of it."""
 
 
-def self_attention_layers(unet: UNet2DConditionModel) -> dict[str, Attention]:
-    """The layers whose image tokens attend to each other, by name, in the order of `named_modules`."""
-    return {
-        name: module
-        for name, module in unet.named_modules()
-        if isinstance(module, Attention) and not module.is_cross_attention
-    }
-
-
-def first_layers(unet: UNet2DConditionModel, up_blocks: int) -> UNet2DConditionModel:
-    """The same model, sharing every weight, that ends after `up_blocks` of its up blocks.
-
-    Only the returned object is shortened; with `up_blocks=0` its output is the mid block's.
-    """
-    short = copy.copy(unet)
-    short._modules = dict(unet._modules)
-    short.up_blocks = nn.ModuleList(list(unet.up_blocks)[:up_blocks])
-    short.conv_norm_out, short.conv_out = None, nn.Identity()
-    return short
-
-
 @contextmanager
-def capture_self_attention(unet: UNet2DConditionModel, on_layer: OnLayer) -> Iterator[Callable[[], None]]:
+def capture_self_attention(model: nn.Module, on_layer: OnLayer) -> Iterator[Callable[[], None]]:
     """Within the context, every self-attention layer of a forward pass is shown to `on_layer`.
 
     Yields what to call after each forward pass: it checks that every layer was seen.
@@ -54,14 +34,14 @@ def capture_self_attention(unet: UNet2DConditionModel, on_layer: OnLayer) -> Ite
     Raises:
         CaptureError: after a pass, if a layer was not seen in it; at once, if a layer's tokens are no grid.
     """
-    layers = self_attention_layers(unet)
+    layers = watchable(model).self_attention_layers(model)
     if not layers:
         raise CaptureError("the model has no self-attention layers: it cannot teach attention statistics")
     normalised = [
         name for name, layer in layers.items() if layer.norm_q is not None or layer.norm_k is not None
     ]
     if normalised:
-        raise CaptureError(f"{_names(normalised)} normalise queries and keys, which is not supported")
+        raise CaptureError(f"{listed(normalised)} normalise queries and keys, which is not supported")
     grid: list[tuple[int, int]] = []
     seen: list[str] = []
     handles = []
@@ -69,7 +49,7 @@ def capture_self_attention(unet: UNet2DConditionModel, on_layer: OnLayer) -> Ite
     def note_grid(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         hidden_states = args[0] if args else kwargs.get("hidden_states")
         if isinstance(hidden_states, Tensor) and hidden_states.ndim == 4:
-            grid[:] = [tuple(hidden_states.shape[-2:])]
+            grid[:] = [(hidden_states.shape[-2], hidden_states.shape[-1])]
 
     def show(name: str, layer: Attention, q: Tensor, k: Tensor) -> None:
         q, k = (x.unflatten(-1, (layer.heads, -1)).transpose(1, 2) for x in (q, k))
@@ -95,19 +75,19 @@ def capture_self_attention(unet: UNet2DConditionModel, on_layer: OnLayer) -> Ite
             show(name, layer, q, k)
 
         if getattr(layer, "fused_projections", False):
-            handles.append(layer.to_qkv.register_forward_hook(on_qkv))
+            handles.append(layer.get_submodule("to_qkv").register_forward_hook(on_qkv))
         else:
-            handles.append(layer.to_q.register_forward_hook(on_q))
-            handles.append(layer.to_k.register_forward_hook(on_k))
+            handles.append(layer.get_submodule("to_q").register_forward_hook(on_q))
+            handles.append(layer.get_submodule("to_k").register_forward_hook(on_k))
 
     def check() -> None:
         missed = [name for name in layers if name not in seen]
         if missed:
-            raise CaptureError(f"{_names(missed)} did not show queries and keys through their projections")
+            raise CaptureError(f"{listed(missed)} did not show queries and keys through their projections")
         seen.clear()
 
     ancestors = {name.rsplit(".", depth)[0] for name in layers for depth in range(name.count(".") + 1)}
-    modules = dict(unet.named_modules())
+    modules = dict(model.named_modules())
     try:
         for name in sorted(ancestors):
             handles.append(modules[name].register_forward_pre_hook(note_grid, with_kwargs=True))
@@ -117,7 +97,3 @@ def capture_self_attention(unet: UNet2DConditionModel, on_layer: OnLayer) -> Ite
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _names(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

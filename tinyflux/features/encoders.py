@@ -15,8 +15,11 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
 
+from moe_sampler.errors import CheckpointError
 from moe_sampler.loading.fingerprint import fingerprint
-from moe_sampler.loading.folders import CheckpointError, load_component, read_config
+from moe_sampler.loading.folders import INDEX, load_component, load_tokenizer, read_config
+from moe_sampler.loading.hub import Hub, component_patterns
+from moe_sampler.loading.parts import VAES
 
 __all__ = [
     "EncodedText",
@@ -26,62 +29,54 @@ __all__ = [
     "load_vae",
 ]
 
-_VAES = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
-_INDEX = "model_index.json"
 _CLIP_PARTS = ("text_encoder", "tokenizer")
 _T5_PARTS = ("text_encoder_2", "tokenizer_2")
 
 
-def _locate(source: str | Path, *parts: str) -> tuple[Path, ...]:
+def _locate(source: str | Path, *parts: str, hub: Hub | None) -> tuple[Path, ...]:
     """Folders on this machine of a pipeline's parts, or of the component that `source` itself is.
 
     A hub id is downloaded, of a pipeline the parts alone.
     """
-    path = Path(source)
-    if path.is_dir():
-        if (path / _INDEX).is_file():
-            return tuple(path / part for part in parts)
-        if not (path / "config.json").is_file():
-            raise CheckpointError(f"{path} has neither config.json nor {_INDEX}: it is no model's folder")
-        return (path,)
-    if path.exists() or path.is_absolute() or str(source).count("/") != 1:
-        raise CheckpointError(f"{source} is neither a folder nor a hub id (owner/name)")
-    from huggingface_hub import snapshot_download
-
-    files = ("*.json", "*.safetensors", "*.txt", "*.model")
-    try:
-        folder = Path(snapshot_download(str(source), allow_patterns=[_INDEX, "config.json"]))
-        whole = (folder / _INDEX).is_file()
-        wanted = [f"{part}/{file}" for part in parts for file in files] if whole else list(files)
-        folder = Path(snapshot_download(str(source), allow_patterns=wanted))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(f"{source} cannot be read from the hub: {reason[0]}") from None
-    return tuple(folder / part for part in parts) if whole else (folder,)
+    place = (hub or Hub()).look(source)
+    if place.is_file:
+        raise CheckpointError(f"{source} is a file: give the folder or hub id of a model or a pipeline")
+    folder = place.local([INDEX, "config.json"])
+    whole = (folder / INDEX).is_file()
+    if not whole and not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} has neither config.json nor {INDEX}: it is no model's folder")
+    components = parts if whole else ("",)
+    folder = place.local([pattern for part in components for pattern in component_patterns(part)])
+    return tuple(folder / part for part in components)
 
 
-def find_t5(pipeline: str | Path) -> str | Path | None:
+def find_t5(pipeline: str | Path, hub: Hub | None = None) -> str | Path | None:
     """`pipeline` itself if its `text_encoder_2/` is T5, as Flux's is, else None.
 
     Raises:
         CheckpointError: not a pipeline's folder or hub id.
     """
-    config = _locate(pipeline, _T5_PARTS[0])[-1] / "config.json"
+    config = _locate(pipeline, _T5_PARTS[0], hub=hub)[-1] / "config.json"
     architectures = read_config(config).get("architectures") if config.is_file() else None
     return pipeline if T5EncoderModel.__name__ in (architectures or ()) else None
 
 
-def load_vae(source: str | Path, **kwargs: Any) -> AutoencoderKL | AutoencoderTiny:
+def load_vae(source: str | Path, hub: Hub | None = None, **kwargs: Any) -> AutoencoderKL | AutoencoderTiny:
     """A VAE from its own folder, or from a pipeline's `vae/`; or from the hub.
+
+    Args:
+        source: a folder or hub id.
+        hub: how to ask the hub.
+        kwargs: for the class's `from_pretrained`.
 
     Raises:
         CheckpointError: not there, of another class, or not strictly loadable.
     """
-    (folder,) = _locate(source, "vae")
+    (folder,) = _locate(source, "vae", hub=hub)
     name = read_config(folder / "config.json").get("_class_name")
-    if name not in _VAES:
-        raise CheckpointError(f"{folder}: the VAE is a {name}, use one of {', '.join(_VAES)}")
-    return load_component(_VAES[name], folder, **kwargs)
+    if name not in VAES:
+        raise CheckpointError(f"{folder}: the VAE is a {name}, use one of {', '.join(VAES)}")
+    return load_component(VAES[name], folder, **kwargs)
 
 
 class EncodedText(NamedTuple):
@@ -119,6 +114,7 @@ class TextEncoder:
         kind: type[T5EncoderModel] | type[CLIPTextModel],
         source: str | Path,
         max_length: int | None = None,
+        hub: Hub | None = None,
     ) -> TextEncoder:
         """`kind` from its own folder with its tokenizer, or from a pipeline's subfolder; or from the hub.
 
@@ -126,7 +122,7 @@ class TextEncoder:
             CheckpointError: not there, or not strictly loadable.
         """
         parts = _T5_PARTS if kind is T5EncoderModel else _CLIP_PARTS
-        folder, *beside = _locate(source, *parts)
+        folder, *beside = _locate(source, *parts, hub=hub)
         own = any(folder.glob("tokenizer*")) or (folder / "vocab.json").is_file()
         tokenizer = (
             beside[0]
@@ -137,10 +133,7 @@ class TextEncoder:
         )
         if not tokenizer.is_dir():
             raise CheckpointError(f"{source} has no tokenizer, in it or in {tokenizer}")
-        try:
-            loaded = AutoTokenizer.from_pretrained(tokenizer)
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{tokenizer} cannot be loaded: {str(error).splitlines()[0]}") from None
+        loaded = load_tokenizer(AutoTokenizer, tokenizer)
         return cls(load_component(kind, folder), loaded, max_length)
 
     @torch.no_grad()
@@ -189,12 +182,13 @@ class StudentEncoders:
         *,
         t5_length: int = 128,
         device: torch.device | str = "cpu",
+        hub: Hub | None = None,
     ) -> StudentEncoders:
-        """Everything from folders or hub ids, in float32, on `device`."""
+        """Everything from folders or hub ids, in float32, on `device`; `hub` says how to ask the hub."""
         made = cls(
-            load_vae(vae),
-            TextEncoder.load(CLIPTextModel, clip),
-            None if t5 is None else TextEncoder.load(T5EncoderModel, t5, t5_length),
+            load_vae(vae, hub),
+            TextEncoder.load(CLIPTextModel, clip, hub=hub),
+            None if t5 is None else TextEncoder.load(T5EncoderModel, t5, t5_length, hub),
         )
         return made.to(device, torch.float32)  # transformers leaves weights in the precision of their file
 
@@ -207,7 +201,7 @@ class StudentEncoders:
     @property
     def scale(self) -> int:
         """Pixels a side of one latent pixel."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return 2 ** (len(self.vae.config["block_out_channels"]) - 1)
 
     def text(self, texts: Sequence[str]) -> EncodedText:
         """States and mask of T5, or of CLIP without it; pooled states of CLIP."""
@@ -220,8 +214,8 @@ class StudentEncoders:
             "vae": {
                 "class": type(self.vae).__name__,
                 "fingerprint": fingerprint(self.vae),
-                "scaling_factor": self.vae.config.scaling_factor,
-                "shift_factor": getattr(self.vae.config, "shift_factor", None) or 0.0,
+                "scaling_factor": self.vae.config["scaling_factor"],
+                "shift_factor": self.vae.config.get("shift_factor") or 0.0,
             },
             "clip": self.clip.describe(),
             "t5": None if self.t5 is None else self.t5.describe(),

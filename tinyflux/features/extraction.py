@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
-from diffusers import UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 
+from moe_sampler.architectures import architecture_of, watchable
 from moe_sampler.kernels import (
     AttentionStatistics,
     attention_statistics,
@@ -28,12 +28,7 @@ from moe_sampler.kernels import (
 )
 from moe_sampler.kernels.noise import seeds_tensor
 from moe_sampler.sampling.paths import FlowPath, Path, VPPath
-from moe_sampler.tinyflux.features.capture import (
-    CaptureError,
-    capture_self_attention,
-    first_layers,
-    self_attention_layers,
-)
+from moe_sampler.tinyflux.features.capture import CaptureError, capture_self_attention
 
 if TYPE_CHECKING:
     from moe_sampler.pipelines.hybrid import HybridPipeline
@@ -45,6 +40,10 @@ T_BUCKETS = tuple((5 + 10 * i) / 100 for i in range(10))
 
 Convention = Literal["sample", "tiny-flux-v4"]
 CONVENTIONS: tuple[str, ...] = get_args(Convention)
+
+
+Inputs = Iterator[tuple[Tensor, Tensor]]
+"""(What an expert sees, the timestep it is told) of every pass through it."""
 
 
 class Features(NamedTuple):
@@ -104,8 +103,8 @@ class ExpertFeatures:
     def __init__(
         self,
         *,
-        sol: UNet2DConditionModel | None = None,
-        lune: UNet2DConditionModel | None = None,
+        sol: nn.Module | None = None,
+        lune: nn.Module | None = None,
         sol_path: Path | None = None,
         lune_path: Path | None = None,
         encode_prompt: Callable[[list[str]], Tensor] | None = None,
@@ -121,24 +120,24 @@ class ExpertFeatures:
         for name, unet in (("sol", sol), ("lune", lune)):
             if unet is None:
                 continue
-            if not isinstance(unet, UNet2DConditionModel):
-                raise TypeError(
-                    f"{name} must be a UNet2DConditionModel itself, not wrapped; got {type(unet).__name__}"
-                )
+            try:
+                architecture = watchable(unet)
+            except TypeError as error:
+                raise TypeError(f"{name}: {error}") from None
             if unet.training:
                 raise ValueError(
                     f"{name} is in training mode, where dropout makes features random: call .eval()"
                 )
-        if lune is not None and lune.mid_block is None:
-            raise ValueError("lune has no mid block to take features from")
+            if name == "lune" and architecture.middle(unet) is None:
+                raise ValueError("lune has no mid block to take features from")
+            if name == "sol" and not architecture.self_attention_layers(unet):
+                raise ValueError("sol has no self-attention layers to take statistics from")
         self.sol, self.lune = sol, lune
         self.sol_path = VPPath.linear() if sol_path is None else sol_path
         self.lune_path = FlowPath() if lune_path is None else lune_path
         self.encode_prompt = encode_prompt
         self.map_size = map_size
         self.convention = convention
-        if sol is not None:
-            self._sol_up_blocks = _last_up_block(sol)
 
     @classmethod
     def from_pipeline(
@@ -154,7 +153,7 @@ class ExpertFeatures:
         unknown = sorted(set(teachers) - {"sol", "lune"})
         if unknown:
             raise ValueError(f"teachers may be sol and lune, not {', '.join(unknown)}")
-        models = {name: getattr(pipe, f"unet_{name}") for name in teachers}
+        models = {name: pipe.expert_unet(name) for name in teachers}
         paths = {f"{expert.name}_path": expert.path for expert in pipe.experts()}
         return cls(**models, **paths, encode_prompt=pipe.encode_prompt, **settings)
 
@@ -193,12 +192,12 @@ class ExpertFeatures:
             raise ValueError(
                 f"latents must be float32 [B, C, h, w], got {latents.dtype} {list(latents.shape)}"
             )
-        if (prompt is None) == (prompt_embeds is None):
-            raise ValueError("give either prompt or prompt_embeds")
-        if prompt is not None:
+        if prompt_embeds is None and prompt is not None:
             if self.encode_prompt is None:
                 raise ValueError("these experts have no text encoder: give prompt_embeds")
             prompt_embeds = self.encode_prompt(list(prompt))
+        elif prompt_embeds is None or prompt is not None:
+            raise ValueError("give either prompt or prompt_embeds")
         seeds = seeds_tensor(seeds, latents.device)
         if not len(latents) == len(prompt_embeds) == len(seeds):
             raise ValueError(
@@ -208,7 +207,7 @@ class ExpertFeatures:
         latents = latents.contiguous()
         noise = philox_normal(latents.shape, seeds)
 
-        def inputs(path: Path) -> Iterator[tuple[Tensor, Tensor]]:
+        def inputs(path: Path) -> Inputs:
             for index, column in enumerate(times):
                 own = (
                     noise if self.convention == "sample" else philox_normal(latents.shape, seeds, step=index)
@@ -217,9 +216,9 @@ class ExpertFeatures:
 
         lune = stats = maps = None
         if self.lune is not None:
-            lune = self._lune(inputs(self.lune_path), prompt_embeds, conditioning)
+            lune = self._lune(self.lune, inputs(self.lune_path), prompt_embeds, conditioning)
         if self.sol is not None:
-            stats, maps = self._sol(inputs(self.sol_path), prompt_embeds, conditioning)
+            stats, maps = self._sol(self.sol, inputs(self.sol_path), prompt_embeds, conditioning)
         return Features(lune, stats, maps)
 
     def _input(
@@ -248,17 +247,19 @@ class ExpertFeatures:
         return ddpm_training_pair(x0, rows, alpha, sigma, noise=noise).noisy, filled(timesteps)
 
     def _lune(
-        self, inputs: Iterator[tuple[Tensor, Tensor]], prompt_embeds: Tensor, conditioning: dict
+        self, lune: nn.Module, inputs: Inputs, prompt_embeds: Tensor, conditioning: dict[str, Any]
     ) -> Tensor:
         """[B, T, channels]: the mid block's output averaged over space; nothing after it is computed."""
         found: list[Tensor] = []
-        handle = self.lune.mid_block.register_forward_hook(
+        architecture = watchable(lune)
+        middle = architecture.middle(lune)
+        assert middle is not None  # the constructor looked
+        handle = middle.register_forward_hook(
             lambda _module, _args, output: found.append(output.mean((-2, -1), dtype=torch.float32))
         )
         try:
-            for count, _ in enumerate(
-                _passes(first_layers(self.lune, 0), inputs, prompt_embeds, conditioning)
-            ):
+            short = architecture.first_layers(lune, ())
+            for count, _ in enumerate(_passes(short, inputs, prompt_embeds, conditioning)):
                 if len(found) != count + 1:
                     raise CaptureError(f"lune's mid block ran {len(found) - count} times in one forward pass")
         finally:
@@ -266,7 +267,7 @@ class ExpertFeatures:
         return torch.stack(found, 1)
 
     def _sol(
-        self, inputs: Iterator[tuple[Tensor, Tensor]], prompt_embeds: Tensor, conditioning: dict
+        self, sol: nn.Module, inputs: Inputs, prompt_embeds: Tensor, conditioning: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         """(stats [B, T, 3], maps [B, T, S, S]) of all self-attention layers."""
         layers: list[AttentionStatistics] = []
@@ -277,8 +278,9 @@ class ExpertFeatures:
             layers.append(attention_statistics(q, k, *size))
             sizes.append(size)
 
-        short = first_layers(self.sol, self._sol_up_blocks)
-        with capture_self_attention(self.sol, on_layer) as check:
+        architecture = watchable(sol)
+        short = architecture.first_layers(sol, architecture.self_attention_layers(sol))
+        with capture_self_attention(sol, on_layer) as check:
             for _ in _passes(short, inputs, prompt_embeds, conditioning):
                 check()
                 found.append(combine_statistics(layers, sizes, self.map_size))
@@ -289,22 +291,11 @@ class ExpertFeatures:
 
 
 def _passes(
-    unet: UNet2DConditionModel,
-    inputs: Iterator[tuple[Tensor, Tensor]],
-    prompt_embeds: Tensor,
-    conditioning: dict[str, Any],
+    model: nn.Module, inputs: Inputs, prompt_embeds: Tensor, conditioning: dict[str, Any]
 ) -> Iterator[None]:
     """Run the model on every (x, timestep); each step of the iteration is a finished pass."""
-    dtype = unet.dtype
+    architecture, dtype = architecture_of(model), next(model.parameters()).dtype
     states = prompt_embeds.to(dtype)
     for x, timestep in inputs:
-        unet(x.to(dtype), timestep, states, return_dict=False, **conditioning)
+        architecture.call(model, x.to(dtype), timestep, states, **conditioning)
         yield
-
-
-def _last_up_block(unet: UNet2DConditionModel) -> int:
-    """How many up blocks must run for every self-attention layer to have run."""
-    layers = self_attention_layers(unet)
-    if not layers:
-        raise ValueError("sol has no self-attention layers to take statistics from")
-    return max((1 + int(name.split(".")[1]) for name in layers if name.startswith("up_blocks.")), default=0)

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moe_sampler.loading.folders import CheckpointError, read_config
+from moe_sampler.errors import CheckpointError, listed
+from moe_sampler.loading.folders import load_strictly, read_config
+from moe_sampler.loading.hub import Hub, Place
+from moe_sampler.loading.state_dicts import check_fit, read_safetensors, read_torch
 from moe_sampler.tinyflux.model.config import TinyFluxConfig
 from moe_sampler.tinyflux.model.tinyflux import TinyFlux
 
@@ -49,7 +48,6 @@ CONFIGS = ("config.json", "model_config.json")
 _NESTED = ("model", "state_dict", "model_state_dict", "student", "module")
 _NESTED_EMA = ("ema", "ema_model", "ema_state_dict", "model_ema", "shadow", "shadow_params", *_NESTED)
 _CONFIGS_OF_TRAINERS = ("model_config", "config", "cfg")
-_Locate = Callable[[Sequence[str]], Path | None]
 
 
 def load_tinyflux(
@@ -58,6 +56,7 @@ def load_tinyflux(
     config: TinyFluxConfig | None = None,
     ema: bool | str = False,
     subfolder: str | None = None,
+    revision: str | None = None,
     torch_dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     model_class: type[TinyFlux] = TinyFlux,
@@ -66,25 +65,28 @@ def load_tinyflux(
     """A trained student in eval mode.
 
     Args:
-        source: a folder, a hub id ("owner/name"), or a `.safetensors` or `.pt` file. In folders and on the
-            hub the first of `WEIGHTS` counts.
+        source: a folder, a hub id `owner/name`, a hub file `owner/name:file`, or a `.safetensors` or `.pt`
+            file. In folders and repositories the first of `WEIGHTS` counts.
         config: what the model is; else what config.json beside the weights says, else what the file says of
             itself, else, for published checkpoints, what its tensors' shapes say.
         ema: True for averaged weights: the first of `EMA_WEIGHTS` or the only `*_ema` file, or those within a
             trainer's `.pt`; or the name of their file.
         subfolder: of the folder or hub repository.
+        revision: of the hub repository.
         torch_dtype: of the model, float32 by default.
         device: to load to. Peak memory there is one copy.
         model_class: what to build.
-        hub: for `huggingface_hub.hf_hub_download` (`revision`, `token`, `cache_dir`, `local_files_only` ...).
+        hub: how to ask the hub, as `moe_sampler.loading.hub.Hub` (`token`, `cache_dir`, `local_files_only`,
+            `force_download`).
 
     Raises:
         CheckpointError: nothing there, unreadable, or not this model's tensors, up to five named a kind.
     """
-    file, locate, averaged = _weights_file(os.fspath(source), ema, subfolder, hub)
+    place = Hub(**hub).look(os.fspath(source), revision=revision, subfolder=subfolder)
+    file, averaged = _weights_file(place, ema)
     state, embedded = read_state_dict(file, ema=averaged)
     if config is None:
-        beside = locate(CONFIGS)
+        beside = place.first(CONFIGS)
         try:
             config = _config(read_config(beside) if beside is not None else embedded, state)
         except (ValueError, TypeError, KeyError) as error:
@@ -95,14 +97,8 @@ def load_tinyflux(
         model = model_class(config)
     model = model.to(torch.float32 if torch_dtype is None else torch_dtype)
     own = model.state_dict()
-    misshapen = [
-        f"{name} {list(state[name].shape)} instead of {list(own[name].shape)}"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
-    ]
-    missing = [name for name in own if name not in state]
-    unexpected = [name for name in state if name not in own and not model.ignores(name)]
-    _refuse(file, {"missing": missing, "unexpected": unexpected, "misshapen": misshapen})
+    known = {name: tensor for name, tensor in state.items() if name in own or not model.ignores(name)}
+    check_fit(known, own, file, model_class.__name__)
     model = model.to_empty(device=device)
     model.load_state_dict(state)
     return model.eval()
@@ -112,92 +108,27 @@ def from_diffusers(load: Callable[..., Any], source: str | os.PathLike, **kwargs
     """diffusers' `from_pretrained`, strict; with `output_loading_info` the caller judges what it says."""
     if kwargs.get("output_loading_info"):
         return load(source, **kwargs)
-    try:
-        model, info = load(source, output_loading_info=True, **kwargs)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(f"{source} cannot be loaded as a TinyFlux: {reason[0]}") from error
-    _refuse(source, {kind: info[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched")})
-    return model
+    return load_strictly(load, source, TinyFlux.__name__, **kwargs)
 
 
-def _refuse(source: str | os.PathLike, problems: Mapping[str, Sequence[Any]]) -> None:
-    found = [f"{kind}: {_first([str(n) for n in names])}" for kind, names in problems.items() if names]
-    if found:
-        raise CheckpointError(f"{source} does not hold the tensors of its TinyFlux; {'; '.join(found)}")
-
-
-def _first(names: Sequence[str]) -> str:
-    shown = ", ".join(list(names)[:5])
-    return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown
-
-
-# Where things are
-
-
-def _weights_file(
-    source: str, ema: bool | str, subfolder: str | None, hub: Mapping[str, Any]
-) -> tuple[Path, _Locate, bool]:
-    """(The file of weights, how to find files beside it, whether the averaged weights are within it)."""
-    path = Path(source)
-    if path.is_file():
-        locate = _in_folder(path.parent)
-        if not ema:
-            return path, locate, False
-        if isinstance(ema, str):
-            return _found(locate((ema,)), f"{ema} beside {path}"), locate, False
-        beside = locate([f"{path.stem}_ema.safetensors", f"{path.stem}_ema.pt"])
-        if path.suffix == ".safetensors" or beside is not None:
-            return _found(beside, f"{path.stem}_ema.safetensors beside {path}"), locate, False
-        return path, locate, True
-    if path.is_dir():
-        folder = path / (subfolder or "")
-        locate = _in_folder(folder)
-        if ema is True:
-            return _ema_in_folder(folder, locate), locate, False
-        place = str(folder)
-    else:
-        locate = _on_hub(source, subfolder, hub)
-        place = f"{source}, or the hub cannot be reached"
-    wanted = (ema,) if isinstance(ema, str) else EMA_WEIGHTS if ema else WEIGHTS
-    return _found(locate(wanted), f"{' or '.join(wanted)} in {place}"), locate, False
-
-
-def _found(file: Path | None, what: str) -> Path:
-    if file is None:
-        raise CheckpointError(f"there is no {what}")
-    return file
-
-
-def _in_folder(folder: Path) -> _Locate:
-    return lambda names: next((folder / name for name in names if (folder / name).is_file()), None)
-
-
-def _ema_in_folder(folder: Path, locate: _Locate) -> Path:
-    named = locate(EMA_WEIGHTS)
-    if named is not None:
-        return named
-    others = sorted({*folder.glob("*_ema.safetensors"), *folder.glob("*_ema.pt")})
-    if len(others) > 1:
-        raise CheckpointError(f"{folder} has several averages, name one: {_first([f.name for f in others])}")
-    return _found(others[0] if others else None, f"{EMA_WEIGHTS[0]} or *_ema.safetensors in {folder}")
-
-
-def _on_hub(repository: str, subfolder: str | None, hub: Mapping[str, Any]) -> _Locate:
-    def locate(names: Sequence[str]) -> Path | None:
-        for name in names:
-            try:
-                return Path(hf_hub_download(repository, name, subfolder=subfolder, **hub))
-            except EntryNotFoundError:
-                continue
-            except (HFValidationError, RepositoryNotFoundError, OSError) as error:
-                reason = str(error).strip().splitlines()[0]
-                raise CheckpointError(
-                    f"{repository} is neither a file, a folder nor on the hub: {reason}"
-                ) from error
-        return None
-
-    return locate
+def _weights_file(place: Place, ema: bool | str) -> tuple[Path, bool]:
+    """(The file of weights, whether the averaged weights are within it)."""
+    if isinstance(ema, str):
+        return place.need([ema]), False
+    if not ema:
+        return place.local() if place.is_file else place.need(WEIGHTS), False
+    if place.is_file:
+        name = Path(place.name)
+        own = [f"{name.stem}_ema.safetensors", f"{name.stem}_ema.pt"]
+        if name.suffix == ".safetensors":
+            return place.need(own), False
+        beside = place.first(own)
+        return (place.local(), True) if beside is None else (beside, False)
+    others = [] if place.path is None else sorted(place.path.glob("*_ema.*"))
+    others = [file.name for file in others if file.suffix in (".safetensors", ".pt")]
+    if len(others) > 1 and place.first(EMA_WEIGHTS) is None:
+        raise CheckpointError(f"{place.path} has several averages, name one: {listed(others)}")
+    return place.need([*EMA_WEIGHTS, *others]), False
 
 
 # What is in a file
@@ -221,7 +152,7 @@ def read_state_dict(
     if file.suffix == ".safetensors":
         state, config = _read_safetensors(file)
     else:
-        state, config = _read_pickle(file, ema)
+        state, config = _read_torch(file, ema)
     state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
     while prefix := next((p for p in ("module.", "model.") if all(n.startswith(p) for n in state)), None):
         state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
@@ -229,24 +160,17 @@ def read_state_dict(
 
 
 def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    try:
-        with safe_open(file, "pt") as opened:
-            text = (opened.metadata() or {}).get("config")
-            state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        config = None if text is None else json.loads(text)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    state, metadata = read_safetensors(file)
     if not state:
         raise CheckpointError(f"{file} holds no tensors")
-    return state, config
-
-
-def _read_pickle(file: Path, ema: bool) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(f"{file} cannot be read with weights_only=True: {reason[0]}") from error
+        return state, json.loads(metadata["config"]) if "config" in metadata else None
+    except ValueError as error:
+        raise CheckpointError(f"{file} cannot be read: its config is no JSON: {error}") from None
+
+
+def _read_torch(file: Path, ema: bool) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    content = read_torch(file)
     config = None
     if isinstance(content, Mapping):
         config = next((content[k] for k in _CONFIGS_OF_TRAINERS if isinstance(content.get(k), Mapping)), None)
@@ -303,7 +227,7 @@ def config_from_state_dict(state: Mapping[str, Tensor]) -> TinyFluxConfig:
     absent = [name for name in required if name not in state]
     if absent or len(frequencies) < 3:
         raise CheckpointError(
-            f"these are not a TinyFlux's tensors: no {_first(absent or ['rope.freqs_0..2'])}"
+            f"these are not a TinyFlux's tensors: no {listed(absent or ['rope.freqs_0..2'])}"
         )
     width, channels = state["img_in.weight"].shape
     axes = tuple(2 * len(f) for f in frequencies)

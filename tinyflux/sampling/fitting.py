@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from moe_sampler import HybridPipeline
 from moe_sampler.loading.folders import read_config
+from moe_sampler.loading.hub import Hub
 from moe_sampler.tinyflux.features.encoders import StudentEncoders
 from moe_sampler.tinyflux.model.tinyflux import TinyFlux
 
@@ -74,10 +74,13 @@ def _equal(x: Tensor, y: Tensor) -> bool:
     return x.shape == y.shape and torch.equal(x.to("cpu", coarse), y.to("cpu", coarse))
 
 
-def default_side(folder: str | os.PathLike) -> int | None:
-    """Side of a local pipeline's latents as its denoiser's config says, if it says so."""
-    configs = [
-        path for part in ("unet*", "transformer") for path in sorted(Path(folder).glob(f"{part}/config.json"))
-    ]
+def default_side(pipeline: str | os.PathLike, hub: Hub | None = None) -> int | None:
+    """Side of a pipeline's latents as its denoiser's config says, if it says so.
+
+    pipeline: a folder or hub id.
+    """
+    parts = ("unet*", "transformer")
+    folder = (hub or Hub()).look(os.fspath(pipeline)).local([f"{part}/config.json" for part in parts])
+    configs = [path for part in parts for path in sorted(folder.glob(f"{part}/config.json"))]
     sizes = [read_config(path).get("sample_size") for path in configs]
     return next((size for size in sizes if isinstance(size, int)), None)

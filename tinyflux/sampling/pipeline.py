@@ -13,6 +13,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from moe_sampler import Expert, SamplingPlan
+from moe_sampler.architectures import shape_of
+from moe_sampler.loading.hub import Hub
 from moe_sampler.pipelines.checks import Request, Start, StepEnd, check_size
 from moe_sampler.pipelines.hybrid import HybridPipeline, HybridPipelineOutput
 from moe_sampler.pipelines.latents import decode_latents
@@ -54,7 +56,7 @@ class StudentPipeline:
         check_student(student, encoders)
         if experts is not None:
             check_experts(encoders, experts)
-            sample_size = sample_size or experts.expert_unet(experts.expert_names[0]).config.sample_size
+            sample_size = sample_size or shape_of(experts.expert_unet(experts.expert_names[0])).sample_size
         self.student, self.encoders, self.hybrid = student.eval(), encoders, experts
         self.sample_size = sample_size
         self.image_processor = VaeImageProcessor(vae_scale_factor=encoders.scale)
@@ -74,6 +76,10 @@ class StudentPipeline:
         ema: bool = False,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        cache_dir: str | os.PathLike | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        force_download: bool = False,
     ) -> Self:
         """Load a student, and what it needs to paint.
 
@@ -86,6 +92,7 @@ class StudentPipeline:
             vae, clip, t5, t5_length: other encoders, as `StudentEncoders.load` takes them.
             dtype: of the student and of experts that are loaded here.
             device: of everything.
+            cache_dir, local_files_only, token, force_download: for the hub.
 
         Raises:
             CheckpointError: something cannot be loaded.
@@ -95,17 +102,18 @@ class StudentPipeline:
 
         if experts is None and encoders is None and (vae is None or clip is None):
             raise ValueError("say which encoders the student was trained with: give encoders= or experts=")
+        hub = Hub(cache_dir, local_files_only, token, force_download)
         loaded = isinstance(student, TinyFlux)
-        model = (student if loaded else TinyFlux.from_pretrained(student, ema=ema)).to(dtype)
+        model = (student if loaded else TinyFlux.from_pretrained(student, ema=ema, **vars(hub))).to(dtype)
         if experts is not None and not isinstance(experts, HybridPipeline):
-            experts = HybridPipeline.from_pretrained(experts, dtype=dtype)
+            experts = HybridPipeline.from_pretrained(experts, dtype=dtype, **vars(hub))
         if encoders is None and experts is not None and (vae, clip, t5) == (None, None, None):
             made = StudentEncoders(experts.vae, TextEncoder(experts.text_encoder, experts.tokenizer))
         else:
             base = encoders if encoders is not None or experts is None else experts.config._name_or_path
-            t5 = find_t5(encoders) if t5 is None and encoders is not None else t5
-            made = StudentEncoders.load(vae or base, clip or base, t5, t5_length=t5_length)
-        side = None if encoders is None else default_side(encoders)
+            t5 = find_t5(encoders, hub) if t5 is None and encoders is not None else t5
+            made = StudentEncoders.load(vae or base, clip or base, t5, t5_length=t5_length, hub=hub)
+        side = None if encoders is None else default_side(encoders, hub)
         return cls(model, made, experts, side).to(device)
 
     def to(self, device: torch.device | str) -> Self:

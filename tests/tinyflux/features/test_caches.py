@@ -22,8 +22,8 @@ from typer.testing import CliRunner
 from moe_sampler.cli.student import app
 from moe_sampler.data.captioned_images import DemoScenes
 from moe_sampler.demo import experts_path
+from moe_sampler.errors import CheckpointError
 from moe_sampler.kernels import philox_normal
-from moe_sampler.loading.folders import CheckpointError
 from moe_sampler.pipelines.latents import encode_images
 from moe_sampler.tinyflux.features import cache_format
 from moe_sampler.tinyflux.features.cache_build import Teachers, build_cache
@@ -32,6 +32,8 @@ from moe_sampler.tinyflux.features.cache_read import FeatureCache, MultiSource, 
 from moe_sampler.tinyflux.features.cache_shards import build_shards
 from moe_sampler.tinyflux.features.encoders import StudentEncoders, TextEncoder, find_t5
 from moe_sampler.tinyflux.features.extraction import ExpertFeatures
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 BUCKETS = (0.1, 0.3, 0.9)
 SETTINGS = {"height": 32, "width": 32, "t_buckets": BUCKETS, "shard_size": 4, "micro_batch": 3}
@@ -560,7 +562,7 @@ def test_encoders_from_the_hub(tmp_path, monkeypatch, demo_pipeline):
     assert student.describe() == StudentEncoders.load(experts_path(), experts_path()).describe()
     wanted = {pattern.split("/")[0] for _, patterns in asked for pattern in patterns if "/" in pattern}
     assert wanted == {"vae", "text_encoder", "tokenizer"}
-    with pytest.raises(CheckpointError, match="owner/other cannot be read from the hub: no such repository"):
+    with pytest.raises(CheckpointError, match="owner/other cannot be had from the hub: no such repository"):
         TextEncoder.load(CLIPTextModel, "owner/other")
-    with pytest.raises(CheckpointError, match="neither a folder nor a hub id"):
+    with pytest.raises(CheckpointError, match="there is no nowhere; give a folder"):
         TextEncoder.load(CLIPTextModel, "nowhere")

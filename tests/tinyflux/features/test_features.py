@@ -12,11 +12,12 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 
 from bench.counting import peak_memory
+from moe_sampler.architectures.unet import UNET
 from moe_sampler.demo.autoencoder import to_model
 from moe_sampler.demo.data import HELD_OUT_FIRST
 from moe_sampler.demo.scenes import draw_scene, render
 from moe_sampler.kernels import philox_normal
-from moe_sampler.tinyflux.features.capture import CaptureError, self_attention_layers
+from moe_sampler.tinyflux.features.capture import CaptureError
 from moe_sampler.tinyflux.features.extraction import T_BUCKETS, ExpertFeatures
 
 PROMPTS = ["a castle by a lake", "a portrait", "a city street at night", ""]
@@ -79,7 +80,7 @@ def expected_sol(unet, x, timestep, embeds) -> tuple[torch.Tensor, torch.Tensor]
     with torch.no_grad():
         unet(x, torch.tensor(timestep), embeds)
     unet.set_attn_processor(before)
-    assert len(found) == len(self_attention_layers(unet))
+    assert len(found) == len(UNET.self_attention_layers(unet))
     stats, maps = zip(*(statistics(*layer) for layer in found), strict=True)
     spatial = torch.stack(maps).mean(0)
     return torch.stack(stats).mean(0).float(), (spatial / spatial.sum((-2, -1), keepdim=True)).float()
@@ -277,7 +278,7 @@ class BypassProcessor(AttnProcessor):
 
 def test_a_layer_that_cannot_be_captured_is_an_error_that_names_it():
     unet = small_unet()
-    name = next(iter(self_attention_layers(unet)))
+    name = next(iter(UNET.self_attention_layers(unet)))
     unet.get_submodule(name).processor = BypassProcessor()
     with pytest.raises(CaptureError, match=name):
         ExpertFeatures(sol=unet)(

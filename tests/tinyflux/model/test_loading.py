@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from tinyflux_helpers import inputs_of, new_config, trained, v4_config
 from torch.testing import assert_close
 
-from moe_sampler.loading.folders import CheckpointError, load_component
+from moe_sampler.errors import CheckpointError
+from moe_sampler.loading.folders import load_component
 from moe_sampler.tinyflux import TinyFlux, TinyFluxConfig, load_tinyflux
-from moe_sampler.tinyflux.model import loading as interop
 from moe_sampler.tinyflux.model.loading import config_from_state_dict
 
 KEYS = json.loads((Path(__file__).parents[2] / "fixtures/tinyflux_deep_keys.json").read_text())
@@ -230,7 +230,7 @@ def hub(upstreams, averaged, monkeypatch):
             raise EntryNotFoundError(f"{repository} has no {name}")
         return str(upstreams / name)
 
-    monkeypatch.setattr(interop, "hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     return asked
 
 
@@ -244,11 +244,11 @@ def test_hub(hub, published, averaged):
 
 
 def test_nothing_there(tmp_path):
-    with pytest.raises(CheckpointError, match="neither a file, a folder nor on the hub"):
+    with pytest.raises(CheckpointError, match="no such/place at all; give a folder, a file, a hub id"):
         load_tinyflux("no such/place at all")
     with pytest.raises(CheckpointError, match="there is no"):
         load_tinyflux(tmp_path)
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match="nobody/has-this-student"):
         load_tinyflux("nobody/has-this-student")  # offline
 
 
@@ -272,7 +272,7 @@ def test_tensors_are_named(upstreams, beside):
     with pytest.raises(CheckpointError, match=r"missing: final_norm\.weight; unexpected: extra\.weight"):
         TinyFlux.from_pretrained(upstreams)
     change(upstreams, **{"final_norm.weight": torch.zeros(31), "extra.weight": None})
-    with pytest.raises(CheckpointError, match=r"misshapen: final_norm\.weight \[31\] instead of \[32\]"):
+    with pytest.raises(CheckpointError, match=r"misshapen: final_norm\.weight \(31 instead of 32\)"):
         TinyFlux.from_pretrained(upstreams)
 
 
@@ -293,7 +293,7 @@ def test_unreadable(upstreams):
     with pytest.raises(CheckpointError, match="cannot be read"):
         TinyFlux.from_pretrained(upstreams)
     (upstreams / "step_3.pt").write_bytes(b"nothing")
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match=r"step_3\.pt is damaged or not a torch file"):
         TinyFlux.from_pretrained(upstreams / "step_3.pt")
 
 

@@ -1,0 +1,113 @@
+"""What an expert's model may be. The rest of the package builds, fills and calls models through here alone.
+
+Another kind of model is one more file: a class as `protocol.Architecture` says, and its place in `_KNOWN`;
+or, from outside of this package, `register`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..errors import CheckpointError
+from .protocol import Architecture, ModelShape, WatchableArchitecture
+from .unet import SD15_UNET, UNET
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
+
+__all__ = [
+    "DEFAULT_CONFIG",
+    "Architecture",
+    "ModelShape",
+    "WatchableArchitecture",
+    "architecture_of",
+    "build",
+    "named_architecture",
+    "register",
+    "shape_of",
+    "watchable",
+]
+
+DEFAULT_CONFIG: Mapping[str, Any] = SD15_UNET
+"""Of weights without a config, where the base has none either."""
+
+_DEFAULT: Architecture = UNET
+_KNOWN: dict[str, Architecture] = {UNET.class_name: UNET}
+
+
+def register(architecture: Architecture) -> None:
+    """Let experts be models of another class.
+
+    Raises:
+        ValueError: a class that is known already.
+    """
+    if architecture.class_name in _KNOWN:
+        raise ValueError(f"{architecture.class_name} is known already")
+    _KNOWN[architecture.class_name] = architecture
+
+
+def named_architecture(config: Mapping[str, Any]) -> Architecture:
+    """The architecture that a config's `_class_name` names; a UNet's where it has none.
+
+    Raises:
+        CheckpointError: one that no expert can be.
+    """
+    name = config.get("_class_name", _DEFAULT.class_name)
+    if name not in _KNOWN:
+        raise CheckpointError(f"is a {name}, but experts are {_known()}")
+    return _KNOWN[name]
+
+
+def architecture_of(model: Any) -> Architecture:
+    """The architecture of a loaded model, also of one that `torch.compile` wraps.
+
+    Raises:
+        TypeError: something else.
+    """
+    return _own_architecture(_uncompiled(model))
+
+
+def shape_of(model: Any) -> ModelShape:
+    """What a loaded model takes and gives.
+
+    Raises:
+        TypeError: as `architecture_of`.
+    """
+    return architecture_of(model).shape(_uncompiled(model).config)
+
+
+def watchable(model: Any) -> WatchableArchitecture:
+    """As `architecture_of`, for who watches the model's layers.
+
+    Raises:
+        TypeError: a model whose layers can't be watched, as it is or as it is wrapped.
+    """
+    found: Any = _own_architecture(model)
+    if not hasattr(found, "self_attention_layers"):
+        raise TypeError(f"the layers of a {found.class_name} can't be watched")
+    return found
+
+
+def _uncompiled(model: Any) -> Any:
+    return getattr(model, "_orig_mod", model)
+
+
+def _own_architecture(model: object) -> Architecture:
+    for cls in type(model).__mro__:
+        if cls.__name__ in _KNOWN:
+            return _KNOWN[cls.__name__]
+    raise TypeError(f"an expert's model must be a {_known()} itself, not wrapped; got {type(model).__name__}")
+
+
+def _known() -> str:
+    return " or ".join(_KNOWN)
+
+
+def build(config: Mapping[str, Any]) -> ModelMixin:
+    """A new model from its config, its weights drawn from torch's generator.
+
+    Raises:
+        CheckpointError: as `named_architecture`.
+    """
+    return named_architecture(config).build(config)
