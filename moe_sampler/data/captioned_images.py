@@ -168,8 +168,8 @@ class TarFiles:
     """WebDataset tars, uncompressed: files of one name up to its first dot are a sample, KEY.jpg and KEY.txt.
 
     Args:
-        tars: the files, or a folder of *.tar, read in the order of their names. Other members of a sample are
-            left alone.
+        tars: the files, or a folder of `.tar` files, read in the order of their names. Other members of a
+            sample are left alone.
 
     Raises:
         ValueError: no tars, unreadable ones, or a sample without exactly one image and one .txt.

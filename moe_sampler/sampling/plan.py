@@ -102,8 +102,8 @@ class SamplingPlan:
 
     @property
     def noise_levels(self) -> tuple[float, ...]:
-        """The solver's nodes. `plan(..., noise_levels=compiled.noise_levels[k:])` is the run without its
-        first k steps."""
+        """The solver's nodes. Planned with `noise_levels` from the k-th on, a run is without its first k
+        steps."""
         return tuple(step.level.noise for step in self.steps if not step.corrects)
 
     @property

@@ -1,70 +1,50 @@
-"""Everything the README says to type works. CI runs its two installing lines; this runs the rest."""
+"""The README's promises; test_pages.py runs its blocks."""
 
 from __future__ import annotations
 
 import re
-import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from moe_sampler.cli import app
+from moe_sampler.demo.captions import vocabulary
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
-
-
-def commands() -> list[list[str]]:
-    lines = "".join(blocks("bash")).splitlines()
-    return [shlex.split(line)[1:] for line in lines if line.startswith("moe-sampler ")]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Where all commands have run, in order."""
-    path = tmp_path_factory.mktemp("readme")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(path)
-        for arguments in commands():
-            result = CliRunner().invoke(app, arguments)
-            assert result.exit_code == 0, (arguments, result.output)
-            for line in result.stdout.split():
-                if line.endswith(".png"):
-                    assert (path / line).stat().st_size > 0
-    return path
-
-
-def test_commands(folder):
-    assert len(commands()) >= 8
-    for name in ("pictures-1.png", "lake.webp", "compare.png", "maps.png", "upstream/encodings.pt"):
-        assert (folder / name).stat().st_size > 0
-
-
-@pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.splitlines()[0])
-def test_python(code, folder, monkeypatch):
-    monkeypatch.chdir(folder)
-    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
-
-
-def test_the_printed_plan_is_the_commands_own():
-    command = next(c for c in commands() if c[0] == "plan")
-    assert CliRunner().invoke(app, command).stdout.strip() == blocks("text")[0].strip()
-
-
-def test_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#]+)\)", TEXT):
-        assert target.startswith("http") or (ROOT / target).exists(), target
-
-
 def test_the_two_lines():
-    lines = "".join(blocks("bash"))
+    lines = "".join(re.findall(r"^```bash\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE))
     assert (
         "pip install -c constraints.txt . && moe-sampler generate "
         '"a castle with two towers, at dusk" -o castle.png\n' in lines
     )
     assert 'pip install -c constraints.txt -e ".[test]" && pytest -n 2 --dist loadfile\n' in lines
+
+
+def test_a_newcomer_reads_it_in_a_screen_and_a_half():
+    assert len(TEXT.splitlines()) <= 130
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/DEMO.md"])
+def test_the_words_that_the_demo_knows(page):
+    text, known = (ROOT / page).read_text(encoding="utf-8"), vocabulary()
+    assert int(re.search(r"all (\d+) words", text)[1]) == len(known)
+    passage = r"in words like (.*?);" if page == "README.md" else r"\| castles \|(.*?)\n\n"
+    shown = re.search(passage, text, re.DOTALL)[1]
+    for quoted in re.findall(r'"([^"]+)"', shown):
+        assert not set(re.findall(r"\w+", quoted)) - set(known), quoted
+
+
+def test_night_turns_to_noon(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("lake", "noon"):
+        line = re.search(rf'^moe-sampler (generate) "([^"]+)" (.*-o {name}\.png)$', TEXT, re.MULTILINE)
+        result = CliRunner().invoke(app, [line[1], line[2], *line[3].split()])
+        assert result.exit_code == 0, result.output
+    night, noon = (np.asarray(Image.open(f"{name}.png").convert("RGB")).mean() for name in ("lake", "noon"))
+    assert night < 80 and noon > 130, (night, noon)
