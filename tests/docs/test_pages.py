@@ -26,7 +26,9 @@ PAGES = sorted(
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"))
 )
 GUIDES = [name for name in PAGES if name.startswith("docs/")]
-WITH_BLOCKS = [name for name in PAGES if re.search(r"^```\w", (ROOT / name).read_text(encoding="utf-8"), re.M)]
+WITH_BLOCKS = [
+    name for name in PAGES if re.search(r"^```\w", (ROOT / name).read_text(encoding="utf-8"), re.M)
+]
 MEASURED = re.compile(r"<!-- measured: .*?<!-- end: [^>]+ -->", re.DOTALL)
 BLOCK = re.compile(
     r"(<!-- not run: [^>]+ -->\n)?^```(bash|python|toml|text|diff)\n(.*?)^```", re.DOTALL | re.MULTILINE
