@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import typer
 from PIL import Image
 from typer.testing import CliRunner
@@ -41,15 +40,6 @@ MADE_BY_OTHERS = {
     "demo_comparison.png": "bench.demo.sheet",
 }
 RUN_BY_CI = ("&& pytest", "&& moe-sampler generate", "python -m bench.report", "python -m sphinx")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny models: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def text_of(page: str) -> str:
