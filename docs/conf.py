@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import posixpath
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer.cli
@@ -12,6 +15,8 @@ from moe_sampler.cli import app as command_line
 
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
+
+ROOT = Path(__file__).parents[1]
 
 project = "moe-sampler"
 author = "The moe-sampler authors"
@@ -45,21 +50,35 @@ def _commands() -> str:
     return body
 
 
-# Pages that live outside this folder, where a reader of the repository looks for them.
+# Pages whose text lives outside this folder, where a reader of the repository looks for it.
 _OUTSIDE = {
-    "../CONTRIBUTING.md": "project/contributing.md",
-    "../CHANGELOG.md": "project/changelog.md",
-    "../bench/results/kernels.md": "project/kernel_report.md",
+    "project/contributing": "CONTRIBUTING.md",
+    "project/changelog": "CHANGELOG.md",
+    "project/kernel_report": "bench/results/kernels.md",
 }
+_LINK = re.compile(r"\]\(([^)\s:#]+\.\w+)(#[^)]*)?\)")
+
+
+def _relink(text: str, source: str, page: str) -> str:
+    """The links of a text, paths from the file `source`, as they are from the page."""
+    pages = {path: f"docs/{name}.md" for name, path in _OUTSIDE.items()}
+
+    def relinked(match: re.Match[str]) -> str:
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(source), match[1]))
+        target = posixpath.relpath(pages.get(path, path), posixpath.dirname(f"docs/{page}"))
+        return f"]({target}{match[2] or ''})"
+
+    return _LINK.sub(relinked, text)
 
 
 def _read(app: Sphinx, page: str, source: list[str]) -> None:
-    text = source[0]
+    outside = _OUTSIDE.get(page)
+    if outside is not None:
+        source[0] = (ROOT / outside).read_text(encoding="utf-8")
+        app.env.note_dependency(str(ROOT / outside))
     if page == "COMMANDS":
-        text = text.replace("<!-- commands -->", _commands())
-    for outside, inside in _OUTSIDE.items():
-        text = text.replace(f"]({outside})", f"]({inside})")
-    source[0] = text
+        source[0] = source[0].replace("<!-- commands -->", _commands())
+    source[0] = _relink(source[0], outside or f"docs/{page}.md", page)
 
 
 def setup(app: Sphinx) -> None:
