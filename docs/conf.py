@@ -37,7 +37,6 @@ napoleon_numpy_docstring = False
 autodoc_inherit_docstrings = False
 autodoc_member_order = "groupwise"
 autodoc_typehints = "description"
-autodoc_typehints_description_target = "documented_params"
 autodoc_preserve_defaults = True
 
 
@@ -81,5 +80,11 @@ def _read(app: Sphinx, page: str, source: list[str]) -> None:
     source[0] = _relink(source[0], outside or f"docs/{page}.md", page)
 
 
+def _skip(app: Sphinx, what: str, name: str, obj: object, skip: bool, options: object) -> bool | None:
+    """A named tuple's fields are described with the tuple; None leaves the rest to autodoc."""
+    return True if (obj.__doc__ or "").startswith("Alias for field number") else None
+
+
 def setup(app: Sphinx) -> None:
     app.connect("source-read", _read)
+    app.connect("autodoc-skip-member", _skip)

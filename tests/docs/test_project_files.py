@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import re
 import tomllib
 from pathlib import Path
@@ -54,3 +56,14 @@ def test_extras_are_pinned():
     wanted = [name for extra in PROJECT["optional-dependencies"].values() for name in extra]
     names = {re.match(r"[\w-]+", name)[0] for name in (*PROJECT["dependencies"], *wanted)}
     assert names - {"moe-sampler"} <= pinned, names - pinned
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "api").glob("*.md")), ids=lambda page: page.stem)
+def test_the_reference_has_every_public_name(page):
+    """autodoc shows what has a docstring of its own; a page describes the others."""
+    package, text = importlib.import_module(page.stem), page.read_text(encoding="utf-8")
+    assert f".. automodule:: {page.stem}\n   :members:\n" in text
+    for name in package.__all__:
+        public = getattr(package, name)
+        own = inspect.isroutine(public) or inspect.isclass(public)
+        assert (own and public.__doc__) or f".. autodata:: {page.stem}.{name}\n" in text, name
