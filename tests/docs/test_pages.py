@@ -114,10 +114,15 @@ def type_in(line: str, wanted: bool) -> None:
         assert not wanted, f"nothing runs this line: {line}"
         exists(line)
         return
+    target = None
+    if ">" in arguments[-2:-1]:  # the file that its output goes to
+        *arguments, _, target = arguments
     parses(arguments)
     if wanted:
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 0, (arguments, result.output, result.exception)
+        if target is not None:
+            Path(target).write_text(result.stdout, encoding="utf-8")
 
 
 def pictures(page: str) -> list[str]:
