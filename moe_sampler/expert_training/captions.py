@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, PreTrainedTokenizerBase
 
 from ..training.draws import Draws
-from ..training.transfers import OnDevice, to_device
+from .._transfers import OnDevice, to_device
 
 __all__ = ["Captions", "StatesTable", "TextStates", "TextTable"]
 

@@ -22,7 +22,7 @@ from ..loading.fingerprint import fingerprint
 from ..pipelines.latents import encode_images
 from ..training.checkpoints import write_tensors
 from ..training.settings import SettingsError
-from ..training.transfers import OnDevice
+from .._transfers import OnDevice
 from .captions import Captions
 
 __all__ = ["DrawnSource", "LatentImages", "encode_source", "left_to_train"]

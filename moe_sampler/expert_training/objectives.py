@@ -26,7 +26,7 @@ from ..sampling.experts import Expert
 from ..sampling.paths import Level
 from ..sampling.predictions import x0_coefficients
 from ..training.draws import Draws
-from ..training.transfers import OnDevice
+from .._transfers import OnDevice
 from .settings import ExpertSettings, LevelSettings, density_of, scheduler_config
 
 __all__ = ["Levels", "Objective"]

@@ -19,7 +19,7 @@ from ..sampling.planner import plan
 from ..training.draws import Draws
 from ..training.settings import SettingsError, to_tables
 from ..training.task import Losses
-from ..training.transfers import OnDevice
+from .._transfers import OnDevice
 from .captions import TextStates, TextTable
 from .david import AssessedUNet, structure_classes
 from .images import LatentImages

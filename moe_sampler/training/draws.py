@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .transfers import to_device
+from .._transfers import to_device
 
 __all__ = ["Draws"]
 

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, default_collate
 from tqdm.auto import tqdm
 
 from ..errors import CheckpointError
+from .agreement import StopAgreement
 from .draws import Draws
 from .interrupts import Interrupts, interrupts
 from .observer import Observer
@@ -26,7 +27,6 @@ from .run import Run
 from .settings import to_tables
 from .task import Losses, Task
 from .training_settings import TrainingSettings
-from .transfers import StopAgreement
 from .window import StepNumbers, Window
 
 __all__ = ["Interrupted", "NonFiniteError", "Trainer"]

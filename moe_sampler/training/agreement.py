@@ -1,4 +1,4 @@
-"""Between host and device without waiting: what is copied in the background, and what is read a step late."""
+"""What all processes want, without a wait for the device."""
 
 from __future__ import annotations
 
@@ -6,32 +6,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-__all__ = ["OnDevice", "StopAgreement", "to_device"]
+from .._transfers import to_device
 
-
-def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """The tensor on a device. From the host to a GPU it is copied in the background: out of pinned memory,
-    since a copy out of any other memory waits until the device has done all that it was given before."""
-    device = torch.device(device)
-    if tensor.device.type == "cpu" and device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=device.type != "cpu")
-
-
-class OnDevice:
-    """A tensor that is brought to where it is used, once.
-
-    Args:
-        tensor: anywhere.
-    """
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor
-
-    def on(self, device: torch.device | str) -> Tensor:
-        if self._tensor.device != torch.device(device):
-            self._tensor = to_device(self._tensor, device)
-        return self._tensor
+__all__ = ["StopAgreement"]
 
 
 class StopAgreement:
