@@ -149,12 +149,13 @@ class Waits(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         source = [a.device.type for a in args if isinstance(a, torch.Tensor)]
-        target = torch.device(kwargs.get("device") or "cpu").type
-        if func is torch.ops.aten._to_copy.default and source != [target] and "device" in kwargs:
-            if target == "cpu" or not kwargs.get("non_blocking"):
-                self.found.append(f"{func} from {source[0]} to {target}")
-        if func is torch.ops.aten.copy_.default and source[0] != source[1]:
-            self.found.append(f"{func} from {source[1]} to {source[0]}")
+        target = torch.device(kwargs.get("device") or source[0] if source else "cpu").type
+        if func is torch.ops.aten._to_copy.default and source != [target]:
+            waits = target == "cpu" or not kwargs.get("non_blocking")
+        else:
+            waits = func is torch.ops.aten.copy_.default and source[0] != source[1]
+        if waits:
+            self.found.append(f"{func} of {source} to {target}")
         return func(*args, **kwargs)
 
 

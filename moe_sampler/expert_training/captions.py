@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextModel, PreTrainedTokenizerBase
 
-from ..training.draws import Draws
 from .._transfers import OnDevice, to_device
+from ..training.draws import Draws
 
 __all__ = ["Captions", "StatesTable", "TextStates", "TextTable"]
 

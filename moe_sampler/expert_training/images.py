@@ -17,12 +17,12 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .._transfers import OnDevice
 from ..data.captioned_images import CaptionedImage, Source, fit_image
 from ..loading.fingerprint import fingerprint
 from ..pipelines.latents import encode_images
 from ..training.checkpoints import write_tensors
 from ..training.settings import SettingsError
-from .._transfers import OnDevice
 from .captions import Captions
 
 __all__ = ["DrawnSource", "LatentImages", "encode_source", "left_to_train"]

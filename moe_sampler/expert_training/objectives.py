@@ -22,11 +22,11 @@ from moe_sampler.kernels.conversions import shift_sigma
 from moe_sampler.kernels.loss_weights import MinSNR
 from moe_sampler.kernels.training_pairs import TrainingPair
 
+from .._transfers import OnDevice
 from ..sampling.experts import Expert
 from ..sampling.paths import Level
 from ..sampling.predictions import x0_coefficients
 from ..training.draws import Draws
-from .._transfers import OnDevice
 from .settings import ExpertSettings, LevelSettings, density_of, scheduler_config
 
 __all__ = ["Levels", "Objective"]

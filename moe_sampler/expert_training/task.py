@@ -11,6 +11,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor, nn
 
+from .._transfers import OnDevice
 from ..architectures import architecture_of, shape_of
 from ..pipelines.latents import decode_latents
 from ..sampling.experts import Expert
@@ -19,7 +20,6 @@ from ..sampling.planner import plan
 from ..training.draws import Draws
 from ..training.settings import SettingsError, to_tables
 from ..training.task import Losses
-from .._transfers import OnDevice
 from .captions import TextStates, TextTable
 from .david import AssessedUNet, structure_classes
 from .images import LatentImages

@@ -1,9 +1,9 @@
 """How many steps fit into the time there is.
 
 The rate of a warm-up and of the steady steps after it doesn't depend on how many steps there will be, so that
-number is settled late: when the time that is left is what the decay takes, at the speed seen until then. From
-there on the schedule is that of an ordinary run of so many steps. Should steps become slower during the decay,
-it is shortened.
+number is settled late: when the time that is left is what the decay takes, at the speed seen until then.
+From there on the schedule is that of an ordinary run of so many steps. Should steps become slower during the
+decay, it is shortened.
 """
 
 from __future__ import annotations

@@ -37,8 +37,8 @@ class Run:
     Attributes:
         accelerator, plan, model (the one to call), its parameters, optimizer, average: what trains.
         step: the next one to be made. skipped: steps that were left out. best: the best validation's numbers.
-        decay_start, resumed_total: of a run that ends at a time (`Pace`): the step that its decay began at, and
-            the steps in all that the checkpoint it continues from knew of.
+        decay_start, resumed_total: of a run that ends at a time (`Pace`): the step that its decay began at,
+            and the steps in all that the checkpoint it continues from knew of.
     """
 
     def __init__(self, task: Task, settings: TrainingSettings) -> None:

@@ -244,8 +244,8 @@ class Trainer:
         if self.settings.on_nonfinite == "stop" or self._skipped_in_a_row >= self.settings.max_skipped:
             raise NonFiniteError(
                 f"at step {numbers.step} the loss is {numbers.loss} and its gradient's norm "
-                f"{numbers.grad_norm}, {self._skipped_in_a_row} such step(s) in a row: {path} has the samples. "
-                "Lower learning_rate, or set on_nonfinite to skip"
+                f"{numbers.grad_norm}, {self._skipped_in_a_row} such step(s) in a row: {path} has the "
+                "samples. Lower learning_rate, or set on_nonfinite to skip"
             )
 
     def loader(self) -> DataLoader:

@@ -50,7 +50,7 @@ class Stopped(Exception):
 @pytest.mark.parametrize("name", ["text", "decoder", "sol"])
 def test_an_interrupted_stage_continues_to_the_same_bits(trained, tmp_path, name):
     shop = dataclasses.replace(trained, folder=tmp_path)
-    for source in ("scenes", "latents.npy", "scale.npy", "tokenizer"):
+    for source in ("scenes", "latents.npy", "scale.npy", "text_states.npy", "tokenizer"):
         (tmp_path / source).symlink_to(trained.folder / source)
     shop.checkpoints.mkdir()
     for path in trained.checkpoints.glob("*.safetensors"):

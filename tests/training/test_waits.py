@@ -6,10 +6,10 @@ import pytest
 import torch
 from training_helpers import Points, settings
 
-from moe_sampler.training import Draws, Trainer
-from moe_sampler.training.interrupts import Interrupts
 from moe_sampler._transfers import OnDevice, to_device
+from moe_sampler.training import Draws, Trainer
 from moe_sampler.training.agreement import StopAgreement
+from moe_sampler.training.interrupts import Interrupts
 
 
 class Silent(Points):

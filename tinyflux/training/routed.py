@@ -90,8 +90,8 @@ class RoutedTeachers:
     def velocity(self, noisy: Tensor, noise: Tensor, batch: Mapping[str, Any]) -> Tensor:
         """data - noise as the experts see it: float32 [B, C, h, w].
 
-        noisy: float32 [B, C, h, w] on the flow path. noise: s, float32 [B] in (0, 1], on the host: which expert
-        runs on what is planned there. batch: with the samples' `caption`, or `prompt_embeds` [B, tokens,
+        noisy: float32 [B, C, h, w] on the flow path. noise: s, float32 [B] in (0, 1], on the host, where it
+        is planned which expert runs on what. batch: with the samples' `caption`, or `prompt_embeds` [B, tokens,
         channels].
         """
         levels = noise.tolist()

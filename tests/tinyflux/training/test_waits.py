@@ -70,9 +70,7 @@ def trainer(folder, teachers: str, device: str, **objective) -> Trainer:
     taught = {
         "cached": lambda: CachedTeachers(Items()),
         "live": lambda: LiveTeachers(ExpertFeatures(sol=model, lune=model)),
-        "matched": lambda: LiveTeachers(
-            ExpertFeatures(sol=model, lune=model), t_buckets=(0.2, 0.8), seed=3
-        ),
+        "matched": lambda: LiveTeachers(ExpertFeatures(sol=model, lune=model), t_buckets=(0.2, 0.8), seed=3),
     }[teachers]()
     task = StudentTask(
         trained(new_config()),
