@@ -19,7 +19,7 @@ from .drawing import SIZE
 from .scenes import Scene, draw_scene, render
 from .words import Words, draw_words, read_words, write_words
 
-SHARD = 500
+SHARD = 200
 HELD_OUT_FIRST = 10_000_000
 """Scenes from this seed on are never trained on."""
 

@@ -209,7 +209,8 @@ def _run_wave(run: _Run, chains: list[tuple[str, ...]], output: Path, bars: Prog
         run.settle_scenes(count)
         bars.update(tasks["scenes"], total=bars.tasks[tasks["scenes"]].completed)
         return
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["moe_sampler.demo.stages"])  # imported once for all stages
     threads = _threads(len(chains))
     running: list[BaseProcess] = []
     try:

@@ -91,8 +91,8 @@ class RoutedTeachers:
         """data - noise as the experts see it: float32 [B, C, h, w].
 
         noisy: float32 [B, C, h, w] on the flow path. noise: s, float32 [B] in (0, 1], on the host, where it
-        is planned which expert runs on what. batch: with the samples' `caption`, or `prompt_embeds` [B, tokens,
-        channels].
+        is planned which expert runs on what. batch: with the samples' `caption`, or `prompt_embeds` [B,
+        tokens, channels].
         """
         levels = noise.tolist()
         if not all(0 < level <= 1 for level in levels):
