@@ -18,7 +18,7 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
 
 
 class OnDevice:
-    """A tensor that is brought to where it is used, once.
+    """A tensor that is brought to where it is used, once: that copy waits, and leaves no pinned memory behind.
 
     Args:
         tensor: anywhere.
@@ -29,5 +29,5 @@ class OnDevice:
 
     def on(self, device: torch.device | str) -> Tensor:
         if self._tensor.device != torch.device(device):
-            self._tensor = to_device(self._tensor, device)
+            self._tensor = self._tensor.to(device)
         return self._tensor

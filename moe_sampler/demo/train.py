@@ -105,6 +105,7 @@ class _Run:
     """
 
     def __init__(self, folder: Path, seed: int, recipe: Recipe, device: str, minutes: float | None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
         self.folder, self._began = folder, time.time()
         timed = minutes is not None
         record = RunRecord.read(folder) or RunRecord(seed, timed, large=timed and device == "cuda")

@@ -24,7 +24,7 @@ from .observer import Observer
 from .optimization import learning_rate
 from .pace import Pace
 from .run import Run
-from .settings import to_tables
+from .settings import SettingsError, to_tables
 from .task import Losses, Task
 from .training_settings import TrainingSettings
 from .window import StepNumbers, Window
@@ -79,6 +79,10 @@ class Trainer:
         self.task, self.quiet = task, quiet
         self.pace = None if deadline is None else Pace(settings, deadline)
         self.run = Run(task, settings)
+        if deadline is not None and self.run.plan.processes > 1:
+            raise SettingsError(
+                "a run that ends at a time has one process: several would see different clocks"
+            )
         self.observer = Observer(self.run, to_tables(settings) if record is None else record)
         self._go_on_with(settings)
         self.window = Window()
