@@ -18,7 +18,7 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
 
 
 class OnDevice:
-    """A tensor that is brought to where it is used, once: that copy waits, and leaves no pinned memory behind.
+    """A tensor that is brought to where it is used, once. That copy waits, and leaves no pinned memory.
 
     Args:
         tensor: anywhere.
