@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import math
@@ -136,3 +137,36 @@ class _Record(TorchDispatchMode):
 def recorded() -> type[_Record]:
     """`with recorded() as record:` keeps the names of all operators in `record.names`."""
     return _Record
+
+
+class Waits(TorchDispatchMode):
+    """Copies between the host and the silent device that the host has to wait for."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        source = [a.device.type for a in args if isinstance(a, torch.Tensor)]
+        target = torch.device(kwargs.get("device") or source[0] if source else "cpu").type
+        if func is torch.ops.aten._to_copy.default and source != [target]:
+            waits = target == "cpu" or not kwargs.get("non_blocking")
+        else:
+            waits = func is torch.ops.aten.copy_.default and source[0] != source[1]
+        if waits:
+            self.found.append(f"{func} of {source} to {target}")
+        return func(*args, **kwargs)
+
+
+@pytest.fixture
+def silent_device(monkeypatch) -> type[Waits]:
+    """Trainers work on torch's "meta" device, which has shapes and no numbers: whoever reads one fails there,
+    and would wait on a GPU. `with silent_device() as waits:` also notes the copies that wait."""
+    from accelerate import Accelerator
+
+    monkeypatch.setattr(Accelerator, "device", torch.device("meta"))
+    optimizer = importlib.import_module("torch.optim.optimizer")
+    monkeypatch.setattr(optimizer, "_get_fused_kernels_supported_devices", lambda: ["meta"])
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # it knows no "meta"
+    return Waits

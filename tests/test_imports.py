@@ -113,7 +113,7 @@ def test_a_type_checker_sees_what_an_import_gives():
                     source = (line.module or "").removeprefix(module.__name__).lstrip(".")
                     source = source.removeprefix("moe_sampler.")
                     told |= {alias.name: source for alias in line.names}
-        found = {name: source for source, names in module._NAMES.items() for name in names}
+        found = {name: source.lstrip(".") for source, names in module._NAMES.items() for name in names}
         assert told == found and set(found) <= set(module.__all__)
 
 

@@ -25,6 +25,7 @@ from moe_sampler.demo.attributes import AttributeReader
 from moe_sampler.demo.autoencoder import encode_all, to_model
 from moe_sampler.demo.captions import describe
 from moe_sampler.demo.data import HELD_OUT_FIRST, SceneSet, write_array
+from moe_sampler.demo.record import RunRecord
 from moe_sampler.demo.scenes import Scene
 from moe_sampler.demo.stages import SHIPPED
 from moe_sampler.demo.tokenizer import MAX_LENGTH
@@ -190,7 +191,9 @@ class Referee:
         """Render the held-out scenes and train the judge, or load both from a training run's work folder."""
         held_out = SceneSet(work_dir / "scenes", scenes, HELD_OUT_FIRST)
         held_out.render()
-        judge = train_evaluator(SceneSet(work_dir / "scenes", SHIPPED.scenes), work_dir / "checkpoints")
+        record = RunRecord.read(work_dir)
+        count = SHIPPED.scenes if record is None or record.scenes is None else record.scenes
+        judge = train_evaluator(SceneSet(work_dir / "scenes", count), work_dir / "checkpoints")
         return cls(judge, HeldOut(held_out, count), reconstruct(vae, held_out.pictures[:, 0]))
 
     @cached_property

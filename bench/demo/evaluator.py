@@ -11,13 +11,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from moe_sampler._transfers import OnDevice, to_device
 from moe_sampler.demo.attributes import HEADS, AttributeReader, augment, heads_loss, labels
 from moe_sampler.demo.autoencoder import to_model
 from moe_sampler.demo.data import SceneSet
 from moe_sampler.demo.scene_task import SceneLoss, SceneTask, run_stage, stage_settings
 from moe_sampler.demo.scenes import Scene
 from moe_sampler.demo.weights import fill, trained_steps
+from moe_sampler.training.draws import Draws
 
 SETTINGS = stage_settings(1200, 1.5e-3, 48, ema=0.995)
 SEED = 77
@@ -32,11 +35,13 @@ def new_evaluator() -> AttributeReader:
 
 def evaluator_loss(model: AttributeReader, scenes: SceneSet) -> SceneLoss:
     """Attributes of full pictures under strong augmentation."""
-    pictures = scenes.pictures
+    pictures = OnDevice(torch.from_numpy(scenes.pictures))
 
-    def loss(which: np.ndarray, rng: np.random.Generator, generator: torch.Generator):
-        images = augment(to_model(pictures[which, 0]), rng, generator, 1.0)
-        value, accuracy = heads_loss(model(images)[1], labels([scenes.scene(i) for i in which]))
+    def loss(which: Tensor, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        device = which.device
+        images = augment(to_model(pictures.on(device)[which, torch.zeros_like(which)]), draws, 1.0)
+        target = labels([scenes.scene(i) for i in which.tolist()])
+        value, accuracy = heads_loss(model(images)[1], to_device(target, device))
         return value, {"accuracy": accuracy}
 
     return loss

@@ -51,16 +51,32 @@ def demo(
     ] = Path("runs/demo"),
     stage: Annotated[str, typer.Option(help="One stage by name, or all.")] = "all",
     seed: Annotated[int, typer.Option(help="Seed of data, weights and training.")] = 0,
+    device: Annotated[
+        str | None,
+        typer.Option(help="cpu or cuda. Default: a GPU where there is one.", metavar="cpu|cuda"),
+    ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            help="Draw as many scenes and make as many steps as fit into this time, over all commands on the "
+            "work folder together. Default: the recipe of the experts that ship, however long it takes."
+        ),
+    ] = None,
 ) -> None:
-    """Draw the scenes and train the demo experts: about two hours on two cores.
+    """Draw the scenes and train the demo experts: about two hours on two cores, or the minutes you give it.
 
-    Called again with the same arguments it continues where it stopped.
+    `moe-sampler experts demo my-demo --minutes 60`
+
+    Called again with the same arguments it continues where it stopped, also on the other device.
     """
     with one_line_errors():
         from ..demo.train import train_demo
 
         try:
-            typer.echo(str(train_demo(output, work_dir=work_dir, stage=stage, seed=seed)))
+            made = train_demo(
+                output, work_dir=work_dir, stage=stage, seed=seed, device=device, minutes=minutes
+            )
+            typer.echo(str(made))
         except RuntimeError as error:  # a stage that failed, or a folder in use: it says which
             typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
             raise typer.Exit(1) from None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_sampler.kernels import philox_normal
+
+from ..training.draws import Draws
 from .scenes import KINDS, Scene
 
 HEADS: dict[str, tuple[str, ...]] = {"kind": tuple(KINDS)}
@@ -15,13 +17,13 @@ for _kind, _module in KINDS.items():
 """Every label there is: head name -> its classes."""
 
 
-def labels(scenes: list[Scene], said: list[dict[str, str]] | None = None) -> dict[str, Tensor]:
-    """Class index of every head, int64 [N]; -1 where the head is about another kind of scene.
+def labels(scenes: list[Scene], said: list[dict[str, str]] | None = None) -> Tensor:
+    """Class index of every head, int64 [N, heads]; -1 where the head is about another kind of scene.
 
     Args:
         said: with it, attributes a caption leaves out get the extra class `len(values)`.
     """
-    result = {}
+    columns = []
     for head, values in HEADS.items():
         column = []
         for i, scene in enumerate(scenes):
@@ -34,8 +36,8 @@ def labels(scenes: list[Scene], said: list[dict[str, str]] | None = None) -> dic
                 column.append(len(values))
             else:
                 column.append(values.index(scene.attributes[name]))
-        result[head] = torch.tensor(column)
-    return result
+        columns.append(torch.tensor(column))
+    return torch.stack(columns, 1)
 
 
 class AttributeHeads(nn.Module):
@@ -57,15 +59,18 @@ class AttributeHeads(nn.Module):
         return {head: self.linears[name](features) for head, name in self.names.items()}
 
 
-def heads_loss(logits: dict[str, Tensor], target: dict[str, Tensor]) -> tuple[Tensor, float]:
-    """Mean cross-entropy over what applies, and the accuracy there."""
-    total, count, right = 0.0, 0, 0
-    for head, values in logits.items():
-        applies = target[head] >= 0
-        total = total + F.cross_entropy(values, target[head], ignore_index=-1, reduction="sum")
-        count += int(applies.sum())
-        right += int(((values.argmax(-1) == target[head]) & applies).sum())
-    return total / max(count, 1), right / max(count, 1)
+def heads_loss(logits: dict[str, Tensor], target: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy over what applies, and the accuracy there: [] each.
+
+    target: [N, heads], integers, as `labels` has them.
+    """
+    losses, right = [], []
+    for place, values in enumerate(logits.values()):
+        own = target[:, place].long()
+        losses.append(F.cross_entropy(values, own, ignore_index=-1, reduction="sum"))
+        right.append((values.argmax(-1) == own).sum())
+    count = (target >= 0).sum().clamp_min(1)
+    return torch.stack(losses).sum() / count, torch.stack(right).sum() / count
 
 
 class ImageEncoder(nn.Module):
@@ -100,14 +105,16 @@ class AttributeReader(nn.Module):
         return features, self.heads(F.silu(features))
 
 
-def augment(images: Tensor, rng: np.random.Generator, generator: torch.Generator, strength: float) -> Tensor:
+def augment(images: Tensor, draws: Draws, strength: float) -> Tensor:
     """Shifts, blur, noise and tone changes, so that a classifier reads content and not pixel statistics."""
+    rng = draws.generators("augment")[0]
     dy, dx = rng.integers(-2, 3, 2)
     images = torch.roll(F.pad(images, (2, 2, 2, 2), mode="replicate"), (int(dy), int(dx)), (2, 3))[
         ..., 2:-2, 2:-2
     ]
     if rng.uniform() < 0.4:
         images = F.interpolate(F.avg_pool2d(images, 2), scale_factor=2, mode="bilinear")
-    gain = 1 + strength * 0.3 * (2 * torch.rand(len(images), 3, 1, 1, generator=generator) - 1)
-    noise = strength * 0.3 * rng.uniform() * torch.randn(images.shape, generator=generator)
+    tones = torch.stack([draws.uniform(f"tone {channel}") for channel in range(3)], 1).float()
+    gain = 1 + strength * 0.3 * (2 * tones[:, :, None, None] - 1)
+    noise = strength * 0.3 * rng.uniform() * philox_normal(images.shape, draws.seeds("pixels"))
     return images * gain + noise

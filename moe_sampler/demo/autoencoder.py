@@ -12,6 +12,10 @@ import torch.nn.functional as F
 from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 
+from moe_sampler.kernels import philox_normal
+
+from .._transfers import OnDevice, to_device
+from ..training.draws import Draws
 from .attributes import ImageEncoder
 from .data import SceneSet
 from .scene_task import SceneLoss
@@ -29,9 +33,11 @@ def new_autoencoder(width: int = 32, decoder_width: int = 48) -> AutoencoderTiny
     )
 
 
-def to_model(pictures: np.ndarray) -> Tensor:
+def to_model(pictures: np.ndarray | Tensor) -> Tensor:
     """uint8 [N, H, W, 3] -> float32 [N, 3, H, W] in -1..1."""
-    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    if isinstance(pictures, np.ndarray):
+        pictures = torch.from_numpy(np.ascontiguousarray(pictures))
+    return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
@@ -41,23 +47,26 @@ def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
     return error.square().mean() + 0.25 * error.abs().mean() + 0.25 * (dx.abs().mean() + dy.abs().mean())
 
 
-def psnr(mean_squared_error: float) -> float:
+def psnr(mean_squared_error: Tensor) -> Tensor:
     """Decibels for images in -1..1."""
-    return float(10 * np.log10(4 / max(mean_squared_error, 1e-12)))
+    return 10 * torch.log10(4 / mean_squared_error.clamp_min(1e-12))
+
+
+def _error(output: Tensor, target: Tensor) -> Tensor:
+    return F.mse_loss(output.detach().float(), target)
 
 
 def joint_loss(model: AutoencoderTiny, scenes: SceneSet) -> SceneLoss:
     """The first stage's loss: crops of both kinds of picture, latents near zero mean and unit variance."""
-    pictures = scenes.pictures
+    pictures = OnDevice(torch.from_numpy(scenes.pictures))
 
-    def loss(which: np.ndarray, rng: np.random.Generator, generator: torch.Generator):
-        target = _crops(pictures, which, rng)
+    def loss(which: Tensor, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        target = _crops(pictures.on(which.device), which, draws)
         latents = model.encode(target).latents
         output = model.decode(latents).sample
         mean, deviation = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
         spread = mean.square().mean() + (deviation - 1).square().mean()
-        error = float(F.mse_loss(output.detach(), target))
-        return reconstruction_loss(output, target) + 0.02 * spread, {"psnr": psnr(error)}
+        return reconstruction_loss(output, target) + 0.02 * spread, {"psnr": psnr(_error(output, target))}
 
     return loss
 
@@ -77,26 +86,26 @@ def decoder_loss(
         latents: float32 [N, 2, 4, 16, 16], scaled to unit variance: full, structure.
         noise: standard deviation of noise on the latents, which makes the decoder forgiving.
     """
-    pictures = scenes.pictures
+    pictures, known = OnDevice(torch.from_numpy(scenes.pictures)), OnDevice(torch.from_numpy(latents))
     eye = eye.eval().requires_grad_(False)
+    scale = model.config["scaling_factor"]
 
-    def loss(which: np.ndarray, rng: np.random.Generator, generator: torch.Generator):
-        kind = (rng.uniform(size=len(which)) < 0.15).astype(int)
-        target = to_model(pictures[which, kind])
-        z = torch.from_numpy(latents[which, kind])
-        z = z + noise * torch.randn(z.shape, generator=generator)
-        output = model.decode(z / model.config.scaling_factor).sample
-        features = feature_distance(eye, output, target)
-        error = float(F.mse_loss(output.detach(), target))
+    def loss(which: Tensor, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        kind = (draws.uniform("kind") < 0.15).long()
+        target = to_model(pictures.on(which.device)[which, kind])
+        z = known.on(which.device)[which, kind]
+        z = z + noise * philox_normal(z.shape, draws.seeds("latents"))
+        output = model.decode(z / scale).sample
+        features = feature_distance(eye.to(which.device), output, target)
         total = reconstruction_loss(output, target) + feature_weight * features
-        return total, {"psnr": psnr(error), "features": float(features.detach())}
+        return total, {"psnr": psnr(_error(output, target)), "features": features.detach()}
 
     return loss
 
 
 def feature_distance(eye: ImageEncoder, output: Tensor, target: Tensor, depth: int = 4) -> Tensor:
     """Mean squared distance of the first `depth` activations, each position scaled to unit length."""
-    total, seen = torch.zeros(()), 0
+    total, seen = output.new_zeros(()), 0
     for layer in eye.layers:
         output, target = layer(output), layer(target)
         if isinstance(layer, nn.SiLU):
@@ -107,16 +116,25 @@ def feature_distance(eye: ImageEncoder, output: Tensor, target: Tensor, depth: i
     return total / seen
 
 
-def _crops(pictures: np.ndarray, which: np.ndarray, rng: np.random.Generator) -> Tensor:
-    kind = (rng.uniform(size=len(which)) < 0.3).astype(int)
-    y, x = rng.integers(0, 64 - CROP + 1, (2, len(which)))
-    crops = [pictures[i, k, b : b + CROP, a : a + CROP] for i, k, b, a in zip(which, kind, y, x, strict=True)]
-    return to_model(np.stack(crops))
+def _crops(pictures: Tensor, which: Tensor, draws: Draws) -> Tensor:
+    """[B, 3, CROP, CROP] out of pictures: uint8 [N, 2, 64, 64, 3]."""
+    kind = (draws.uniform("kind") < 0.3).long()
+    y, x = (draws.integers(f"crop {axis}", 64 - CROP + 1) for axis in "yx")
+    side = torch.arange(CROP, device=which.device)
+    rows, columns = (y[:, None] + side)[:, :, None], (x[:, None] + side)[:, None, :]
+    return to_model(pictures[which[:, None, None], kind[:, None, None], rows, columns])
 
 
 @torch.no_grad()
-def encode_all(model: AutoencoderTiny, pictures: np.ndarray, batch: int = 16) -> np.ndarray:
+def encode_all(
+    model: AutoencoderTiny, pictures: np.ndarray, batch: int = 16, device: torch.device | str = "cpu"
+) -> np.ndarray:
     """uint8 [N, 2, 64, 64, 3] -> float32 [N, 2, 4, 16, 16], not yet scaled."""
-    flat = pictures.reshape(-1, *pictures.shape[2:])
-    parts = [model.encode(to_model(flat[i : i + batch])).latents.numpy() for i in range(0, len(flat), batch)]
-    return np.concatenate(parts).reshape(len(pictures), 2, *parts[0].shape[1:])
+    model.to(device)  # pyright: ignore[reportArgumentType]
+    flat = torch.from_numpy(np.ascontiguousarray(pictures)).flatten(0, 1)
+    parts = [
+        model.encode(to_model(to_device(flat[i : i + batch], device))).latents.cpu()
+        for i in range(0, len(flat), batch)
+    ]
+    latents = torch.cat(parts)
+    return latents.reshape(len(pictures), 2, *latents.shape[1:]).numpy()

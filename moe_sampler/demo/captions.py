@@ -6,6 +6,8 @@ everything, because a model that always reads the full description has no layout
 
 from __future__ import annotations
 
+import string
+
 import numpy as np
 
 from .scenes import Scene, draw_scene
@@ -35,6 +37,24 @@ _HOUSES = {
     "colourful": ("colourful houses", "colorful houses"),
     "glass": ("glass towers", "glass buildings", "tall buildings"),
 }
+_STRANGERS = (
+    *(
+        "beautiful",
+        "dragon",
+        "detailed",
+        "of",
+        "the",
+        "very",
+        "dog",
+        "trending",
+        "cat",
+        "ship",
+        "magic",
+        "nice",
+    ),
+    *("mountain", "fantasy", "king", "queen", "sky", "sea", "big", "small", "huge", "tiny", "style", "art"),
+    *("realistic", "quality", "best", "and", "with", "a"),
+)
 _UNSAYABLE = {("extra", "plain"), ("windows", "dark"), ("roadside", "bare")}
 _OPENINGS = ("", "", "", "", "", "a picture of ", "a painting of ", "an image of ", "a photo of ")
 HEADS = {
@@ -158,3 +178,14 @@ def vocabulary() -> list[str]:
     for seed in range(6000):
         words.update(caption(draw_scene(seed), rng, keep=0.9).replace(",", " ,").split())
     return sorted(words)
+
+
+def disturb(text: str, rng: np.random.Generator) -> str:
+    """Now and then a word that means nothing here, so that strange words do little harm."""
+    words = text.split(" ")
+    while rng.uniform() < 0.12:
+        stranger = str(rng.choice(_STRANGERS))
+        if rng.uniform() < 0.5:
+            stranger = "".join(rng.choice(list(string.ascii_lowercase), rng.integers(2, 8)))
+        words.insert(int(rng.integers(0, len(words) + 1)), stranger)
+    return " ".join(words)

@@ -13,11 +13,19 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, ModelMixin
-from transformers import CLIPTextModel, CLIPTokenizer
 
+from .._transfers import to_device
 from ..architectures import build
-from ..expert_training import ExpertSettings, ExpertTask, LatentImages, LevelSettings, Objective, TextStates
-from .captions import caption
+from ..expert_training import (
+    Captions,
+    ExpertSettings,
+    ExpertTask,
+    LatentImages,
+    LevelSettings,
+    Objective,
+    TextStates,
+)
+from ..expert_training.captions import StatesTable
 from .data import SceneSet
 from .text import WIDTH
 
@@ -76,22 +84,38 @@ def expert_task(
     unet: ModelMixin,
     scenes: SceneSet,
     latents: np.ndarray,
-    tokenizer: CLIPTokenizer,
-    text: CLIPTextModel,
+    states: np.ndarray,
+    text: TextStates,
 ) -> ExpertTask:
     """Stage "trunk", "sol" or "lune".
 
-    latents: float32 [N, 2, 4, 16, 16], scaled to unit variance: full, structure.
+    latents: float32 [N, 2, 4, 16, 16], scaled to unit variance: full, structure. states: of the scenes'
+    texts, as `encode_texts` makes them.
     """
     kind, levels, structure_below = OBJECTIVES[name]
     full, structure = (torch.from_numpy(np.ascontiguousarray(latents[:, i])) for i in (0, 1))
     about = {"kind": "demo scenes", "first": scenes.first, "images": len(scenes)}
-    data = LatentImages(
-        full,
-        lambda index, generator: caption(scenes.scene(index), generator),
-        about,
-        structure if structure_below else None,
-    )
+    captions = Captions.of(scenes.words.texts)
+    data = LatentImages(full, captions, about, structure if structure_below else None)
     settings = ExpertSettings(structure_below=structure_below, caption_dropout=CAPTION_DROP)
     objective = Objective(kind, settings, levels)
-    return ExpertTask(unet, objective, data, TextStates(text, tokenizer), settings, name=name)
+    texts = StatesTable(torch.from_numpy(states))
+    return ExpertTask(unet, objective, data, text, settings, texts=texts, name=name)
+
+
+def encode_texts(
+    scenes: SceneSet, text: TextStates, batch: int = 64, device: torch.device | str = "cpu"
+) -> np.ndarray:
+    """float16 [U, tokens, channels]: the states of all different texts, in the order of `Captions.of`."""
+    words = scenes.words
+    captions = Captions.of(words.texts)
+    # The tokens of each text, where it first occurs: they were made with the words.
+    rows, places = np.unique(captions.rows.flatten().numpy(), return_index=True)
+    empty, _ = text.tokenize([""])
+    tokens = empty.repeat(len(captions.texts), 1)
+    tokens[rows] = torch.from_numpy(words.tokens).flatten(0, 1)[places].long()
+    parts = [
+        text.encode(to_device(tokens[i : i + batch], device)).half().cpu()
+        for i in range(0, len(tokens), batch)
+    ]
+    return torch.cat(parts).numpy()

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -21,8 +20,8 @@ from .weights import fill, write_average
 
 __all__ = ["SceneLoss", "SceneTask", "run_stage", "stage_settings"]
 
-SceneLoss = Callable[[np.ndarray, np.random.Generator, torch.Generator], tuple[Tensor, dict[str, float]]]
-"""(which scenes, generators) -> (loss, numbers to log)."""
+SceneLoss = Callable[[Tensor, Draws], tuple[Tensor, dict[str, Tensor]]]
+"""(which scenes: int64 [B], what is random) -> (loss, numbers to log), on the device of `which`."""
 
 
 class _Numbers(Dataset):
@@ -37,9 +36,13 @@ class _Numbers(Dataset):
     def __getitem__(self, index: int) -> int:
         return index
 
+    def __getitems__(self, indices: list[int]) -> Tensor:
+        """A batch."""
+        return torch.tensor(indices)
+
 
 class SceneTask:
-    """A `Task` for one process on a CPU: the loss reaches into the model, which is then not wrapped.
+    """A `Task` for one process: the loss reaches into the model, which is then not wrapped.
 
     Args:
         name: of the stage.
@@ -53,13 +56,17 @@ class SceneTask:
     def __init__(self, name: str, model: nn.Module, loss: SceneLoss, scenes: int) -> None:
         self.name, self.model, self.data, self._loss = name, model, _Numbers(scenes), loss
 
+    @staticmethod
+    def collate(batch: Tensor) -> Tensor:
+        return batch
+
     def loss(self, model: nn.Module, batch: Tensor, draws: Draws) -> Losses:
-        rng = draws.generators("scenes")[0]
-        generator = torch.Generator().manual_seed(int(draws.seeds("scenes")[0]))
-        value, numbers = self._loss(batch.numpy(), rng, generator)
-        terms = {name: torch.tensor(number) for name, number in numbers.items()}
+        # The loss calls parts of the model, so it is here that they learn of the precision.
+        kind = batch.device.type
+        with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
+            value, terms = self._loss(batch, draws)
         per_sample = value.detach().expand(len(batch))
-        return Losses(value, terms, per_sample, torch.zeros(len(batch)))
+        return Losses(value, terms, per_sample, torch.zeros_like(per_sample))
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         return {}
@@ -102,15 +109,19 @@ def stage_settings(
     }
 
 
-def run_stage(task: Any, folder: Path, seed: int, settings: Mapping[str, Any]) -> nn.Module:
+def run_stage(
+    task: Any, folder: Path, seed: int, settings: Mapping[str, Any], deadline: float | None = None
+) -> nn.Module:
     """Train, or continue, in `folder`/<name>/, and leave `folder`/<name>.safetensors.
+
+    deadline: end at this time, as `time.time` counts, whatever the settings say of steps.
 
     Returns the model with its averaged weights.
     """
     arguments = TrainingSettings(output_dir=folder / task.name, seed=seed, **settings)
-    Trainer(task, arguments, quiet=True).train()
+    made = Trainer(task, arguments, quiet=True, deadline=deadline).train()
     averaged = load_file(arguments.output_dir / task.weights_name)
     trained = {name for name, parameter in task.model.named_parameters() if parameter.requires_grad}
     path = folder / f"{task.name}.safetensors"
-    write_average(path, {name: averaged[name] for name in trained}, arguments.max_train_steps)
+    write_average(path, {name: averaged[name] for name in trained}, made["step"])
     return fill(task.model, path)

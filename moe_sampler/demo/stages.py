@@ -1,13 +1,9 @@
-"""The stages of the demo's training: what each one needs, trains and leaves behind.
-
-Every stage runs in one process with one thread: two such processes side by side are faster than one with two
-threads, and the weights then do not depend on the number of cores.
-"""
+"""The stages of the demo's training: what each one needs, trains and leaves behind."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +13,10 @@ from diffusers import AutoencoderTiny, ModelMixin
 from torch import nn
 from transformers import CLIPTokenizer
 
-from ..expert_training import ExpertTask
+from ..expert_training import ExpertTask, TextStates
 from .autoencoder import decoder_loss, encode_all, joint_loss, new_autoencoder
 from .data import SceneSet, write_array
-from .experts import expert_task, new_unet
+from .experts import encode_texts, expert_task, new_unet
 from .export import export_experts
 from .scene_task import SceneTask, run_stage, stage_settings
 from .text import TextTrainer, new_text_encoder, text_loss
@@ -35,20 +31,36 @@ WAVES: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("sol", "decoder"), ("lune",)),
     (("export",),),
 )
-"""Waves of chains: a wave needs the ones before it, its chains run side by side, a chain's stages in turn."""
+"""Waves of chains: a wave needs the ones before it, its chains run side by side, a chain's stages in turn.
+Two processes with half of the cores each are faster than one with all of them."""
+SHARES = {
+    **{"scenes": 0.07, "autoencoder": 0.11, "text": 0.11, "latents": 0.06, "trunk": 0.15},
+    **{"sol": 0.36, "decoder": 0.22, "lune": 0.58, "export": 0.03},
+}
+"""Of the time of a run that is told its minutes."""
 STAGES = tuple(stage for wave in WAVES for chain in wave for stage in chain)
+EXPERTS = ("trunk", "sol", "lune")
 TRAINED = ("autoencoder", "text", "trunk", "decoder", "sol", "lune")
+
+
+_ON_CUDA = {"mixed_precision": "bf16", "checkpointing_steps": 2000, "logging_steps": 50}
+_SMALL_ON_CUDA = {"torch_compile": True, "torch_compile_mode": "reduce-overhead"}
+"""The UNets are so small that their kernels are done before the host has launched the next ones."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Sizes of a training run, and every stage's training settings."""
+    """Sizes of a training run, and every stage's training settings.
+
+    large_batches: by stage, of a run on a GPU that takes as many steps as there is time for.
+    """
 
     scenes: int
     width: int
     decoder_width: int
     channels: tuple[int, int, int]
     stages: Mapping[str, Mapping[str, Any]]
+    large_batches: Mapping[str, int] = field(default_factory=dict)
 
     def steps(self, name: str) -> int:
         return self.stages[name]["max_train_steps"]
@@ -67,6 +79,10 @@ SHIPPED = Recipe(
         "sol": stage_settings(2800, 1.5e-3, 24),
         "lune": stage_settings(5000, 1.5e-3, 24),
     },
+    large_batches={
+        **{"autoencoder": 96, "text": 256, "decoder": 64},
+        **{"trunk": 256, "sol": 256, "lune": 256},
+    },
 )
 """What made the experts that ship, but for the order of the scenes and the noise, which were drawn in another
 way then."""
@@ -74,11 +90,18 @@ way then."""
 
 @dataclass(frozen=True)
 class Workshop:
-    """A work folder: scenes, latents and checkpoints of one run."""
+    """A work folder: scenes, latents and checkpoints of one run.
+
+    device: "cpu" or "cuda", where the stages run now. timed: whether they take the time they are given, and
+        not the recipe's steps. large: whether batches are the recipe's large ones.
+    """
 
     folder: Path
     seed: int = 0
     recipe: Recipe = SHIPPED
+    device: str = "cpu"
+    timed: bool = False
+    large: bool = False
 
     @property
     def checkpoints(self) -> Path:
@@ -88,8 +111,13 @@ class Workshop:
     def latents_file(self) -> Path:
         return self.folder / "latents.npy"
 
+    @property
+    def states_file(self) -> Path:
+        return self.folder / "text_states.npy"
+
     def scenes(self) -> SceneSet:
-        return SceneSet(self.folder / "scenes", self.recipe.scenes)
+        self.tokenizer()
+        return SceneSet(self.folder / "scenes", self.recipe.scenes, tokenizer=self.folder / "tokenizer")
 
     def stage_seed(self, name: str) -> int:
         return self.seed + ("autoencoder", "text", "trunk", "sol", "lune", "decoder").index(name)
@@ -142,35 +170,53 @@ class Workshop:
             return self.latents_file.exists()
         if name == "export":
             return False
-        return trained_steps(self.checkpoints / f"{name}.safetensors") >= self.recipe.steps(name)
+        needed = 1 if self.timed else self.recipe.steps(name)
+        return trained_steps(self.checkpoints / f"{name}.safetensors") >= needed
 
-    def train(self, name: str) -> None:
-        """Run one of TRAINED to its end, continuing from its last checkpoint."""
-        run_stage(self.task(name), self.checkpoints, self.stage_seed(name), self.recipe.stages[name])
+    def settings(self, name: str) -> dict[str, Any]:
+        """Training settings of one of TRAINED."""
+        found = dict(self.recipe.stages[name])
+        if self.large and name in self.recipe.large_batches:
+            found["train_batch_size"] = self.recipe.large_batches[name]
+        if self.device == "cuda":
+            found |= _ON_CUDA | (_SMALL_ON_CUDA if name in EXPERTS else {})
+        return found
+
+    def train(self, name: str, deadline: float | None = None) -> None:
+        """Run one of TRAINED to its end, continuing from its last checkpoint.
+
+        deadline: of a timed run, as `time.time` counts.
+        """
+        run_stage(self.task(name), self.checkpoints, self.stage_seed(name), self.settings(name), deadline)
 
     def task(self, name: str) -> SceneTask | ExpertTask:
         """What a stage trains."""
-        if name in ("trunk", "sol", "lune"):
-            text = self.text_trainer().text
-            latents = np.load(self.latents_file)
+        if name in EXPERTS:
+            states = np.load(self.states_file, mmap_mode="c")  # what is read of it all processes share
             unet = self.unet(name, trained=False)
-            return expert_task(name, unet, self.scenes(), latents, self.tokenizer(), text)
+            return expert_task(name, unet, self.scenes(), np.load(self.latents_file), states, self.text())
         scenes = self.scenes()
         if name == "autoencoder":
             model = self.autoencoder(trained=False)
             loss = joint_loss(model, scenes)
         elif name == "text":
             model = self.text_trainer(trained=False)
-            loss = text_loss(model, self.tokenizer(), scenes)
+            loss = text_loss(model, scenes)
         else:
             model = self.autoencoder()
             model.encoder.requires_grad_(False)
             loss = decoder_loss(model, self.text_trainer().images, np.load(self.latents_file), scenes)
         return SceneTask(name, model, loss, len(scenes))
 
+    def text(self) -> TextStates:
+        return TextStates(self.text_trainer().text, self.tokenizer())
+
     def encode(self) -> None:
-        """Cache all latents, scaled to unit variance, and the scale."""
-        latents = encode_all(self.autoencoder(), self.scenes().pictures)
+        """Cache the states of all texts, all latents, scaled to unit variance, and the scale."""
+        batch = 512 if self.device == "cuda" else 16
+        scenes = self.scenes()
+        write_array(self.states_file, encode_texts(scenes, self.text(), 4 * batch, self.device))
+        latents = encode_all(self.autoencoder(), scenes.pictures, batch, self.device)
         scale = 1.0 / float(latents[:, 0].std())
         write_array(self.folder / "scale.npy", np.array(scale))
         write_array(self.latents_file, latents * np.float32(scale))

@@ -6,39 +6,19 @@ value or is left unsaid. The image encoder and the heads are scaffolding: only t
 
 from __future__ import annotations
 
-import string
-
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from .attributes import AttributeHeads, ImageEncoder, augment, heads_loss, labels
+from .._transfers import OnDevice
+from ..training.draws import Draws
+from .attributes import AttributeHeads, ImageEncoder, augment, heads_loss
 from .autoencoder import to_model
-from .captions import describe
 from .data import SceneSet
 from .scene_task import SceneLoss
 
 WIDTH = 128
-_STRANGERS = (
-    *(
-        "beautiful",
-        "dragon",
-        "detailed",
-        "of",
-        "the",
-        "very",
-        "dog",
-        "trending",
-        "cat",
-        "ship",
-        "magic",
-        "nice",
-    ),
-    *("mountain", "fantasy", "king", "queen", "sky", "sea", "big", "small", "huge", "tiny", "style", "art"),
-    *("realistic", "quality", "best", "and", "with", "a"),
-)
 
 
 def new_text_encoder(tokenizer: CLIPTokenizer, width: int = WIDTH, layers: int = 2) -> CLIPTextModel:
@@ -94,33 +74,27 @@ class TextTrainer(nn.Module):
         )
 
 
-def text_loss(model: TextTrainer, tokenizer: CLIPTokenizer, scenes: SceneSet) -> SceneLoss:
+def text_loss(model: TextTrainer, scenes: SceneSet) -> SceneLoss:
     """The stage's loss: contrastive plus attributes from text and from pictures."""
-    pictures = scenes.pictures
+    words = scenes.words
+    pictures, strange, labels, said = (
+        OnDevice(torch.from_numpy(array))
+        for array in (scenes.pictures, words.strange, words.labels, words.said)
+    )
+    texts = words.strange.shape[1]
 
-    def loss(which: np.ndarray, rng: np.random.Generator, generator: torch.Generator):
-        drawn = [scenes.scene(i) for i in which]
-        texts, said = zip(*(describe(scene, rng) for scene in drawn), strict=True)
-        texts = [_disturb(text, rng) for text in texts]
-        images = augment(to_model(pictures[which, 0]), rng, generator, 0.4)
-        match, from_text, from_image = model(tokenize(tokenizer, texts), images)
+    def loss(which: Tensor, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        device = which.device
+        choice = draws.integers("caption", texts)
+        full = torch.zeros_like(which)
+        images = augment(to_model(pictures.on(device)[which, full]), draws, 0.4)
+        match, from_text, from_image = model(strange.on(device)[which, choice].long(), images)
         # Pictures of the same description are no mistakes: captions that leave much out fit many pictures, so
         # the contrastive part only needs to pull, softly.
-        target = torch.arange(len(which))
+        target = torch.arange(len(which), device=device)
         contrast = F.cross_entropy(match, target) + F.cross_entropy(match.T, target)
-        read, read_accuracy = heads_loss(from_text, labels(drawn, list(said)))
-        seen, seen_accuracy = heads_loss(from_image, labels(drawn))
+        read, read_accuracy = heads_loss(from_text, said.on(device)[which, choice])
+        seen, seen_accuracy = heads_loss(from_image, labels.on(device)[which])
         return 0.1 * contrast + read + 0.3 * seen, {"text": read_accuracy, "image": seen_accuracy}
 
     return loss
-
-
-def _disturb(text: str, rng: np.random.Generator) -> str:
-    """Now and then a word that means nothing here, so that strange words do little harm."""
-    words = text.split(" ")
-    while rng.uniform() < 0.12:
-        stranger = str(rng.choice(_STRANGERS))
-        if rng.uniform() < 0.5:
-            stranger = "".join(rng.choice(list(string.ascii_lowercase), rng.integers(2, 8)))
-        words.insert(int(rng.integers(0, len(words) + 1)), stranger)
-    return " ".join(words)

@@ -1,13 +1,18 @@
 """Train the demo experts from nothing: the whole of `moe-sampler experts demo`.
 
 A run may be killed at any time and started again with the same arguments: it continues where it was. Stages
-run as child processes, so that independent ones use two cores at once.
+run as child processes, so that independent ones run side by side.
+
+A run that is told its minutes gives every stage a share of the time that is left when it begins, and a stage
+takes as many steps as fit (`training.pace`); so what one stage needs too much the later ones have less of.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -20,7 +25,10 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .stages import SHIPPED, STAGES, TRAINED, WAVES, Recipe, Workshop
+from .record import RunRecord
+from .stages import SHARES, SHIPPED, STAGES, TRAINED, WAVES, Recipe, Workshop
+
+DEVICES = ("cpu", "cuda")
 
 
 def train_demo(
@@ -30,55 +38,140 @@ def train_demo(
     stage: str = "all",
     seed: int = 0,
     recipe: Recipe = SHIPPED,
+    device: str | None = None,
+    minutes: float | None = None,
     quiet: bool = False,
 ) -> Path:
     """Render the scenes, train autoencoder, text encoder, trunk, Sol and Lune, and write the experts' folder.
 
-    Takes about two hours on two cores. Interrupted runs continue when called again with the same arguments.
+    The recipe's steps take about two hours on two cores. Interrupted runs continue when called again with the
+    same arguments, on the same device or the other one.
 
     Args:
         output: folder to write the experts to, replaced as a whole at the end.
-        work_dir: keeps scenes (600 MB), latents and checkpoints.
+        work_dir: keeps scenes (600 MB), texts (800 MB), latents and checkpoints.
         stage: "all", or one of `STAGES` whose predecessors are done.
         seed: seed of initial weights, batches and noise. The scenes are always the same.
         recipe: sizes and lengths; the defaults made the experts that ship.
+        device: "cpu" or "cuda"; by default a GPU where there is one.
+        minutes: take as many scenes and steps as fit into this time, which counts over all commands on this
+            work folder; on a GPU with the recipe's large batches. Without it, the recipe's steps.
         quiet: no progress bars.
 
     Returns:
         `output`.
 
     Raises:
-        ValueError: for an unknown stage, or one whose predecessors are not done.
+        ValueError: for an unknown stage or device, or a stage whose predecessors are not done.
         RuntimeError: when a stage fails or another run uses the work folder.
     """
     if stage != "all" and stage not in STAGES:
         raise ValueError(f'unknown stage "{stage}": use "all" or one of {", ".join(STAGES)}')
-    workshop = Workshop(Path(work_dir), seed, recipe)
-    workshop.folder.mkdir(parents=True, exist_ok=True)
-    with _sole_user(workshop), _bars(quiet) as bars:
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise ValueError(f"minutes must be positive, got {minutes}")
+    device = _device(device)
+    folder = Path(work_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _sole_user(folder), _bars(quiet) as bars:
+        run = _Run(folder, seed, recipe, device, minutes)
         for wave in WAVES:
             wanted = [tuple(name for name in chain if stage in ("all", name)) for chain in wave]
             if any(wanted):
-                _run_wave(workshop, wanted, Path(output), bars)
+                _run_wave(run, wanted, Path(output), bars)
             else:
-                _check_finished(workshop, wave, stage)
+                _check_finished(run.workshop, wave, stage)
             if stage != "all" and any(wanted):
                 break
     return Path(output)
 
 
+def _device(wanted: str | None) -> str:
+    import torch
+
+    if wanted is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted not in DEVICES:
+        raise ValueError(f'unknown device "{wanted}": use {" or ".join(DEVICES)}')
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda: torch finds no CUDA device here; use cpu")
+    return wanted
+
+
+class _Run:
+    """A work folder's run: what it remembers, its stages, and the time it has.
+
+    Raises:
+        ValueError: a folder of another run.
+    """
+
+    def __init__(self, folder: Path, seed: int, recipe: Recipe, device: str, minutes: float | None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self._began = folder, time.time()
+        timed = minutes is not None
+        record = RunRecord.read(folder) or RunRecord(seed, timed, large=timed and device == "cuda")
+        if record.seed != seed:
+            raise ValueError(f"{folder} belongs to a run with another seed: use another work folder")
+        if record.timed != timed:
+            said = "with --minutes" if record.timed else "without --minutes"
+            raise ValueError(f"{folder} belongs to a run {said}: go on {said}, or use another work folder")
+        self._record, self._before = record, record.spent
+        self._seconds = None if minutes is None else 60 * minutes
+        if record.scenes is not None:
+            recipe = dataclasses.replace(recipe, scenes=record.scenes)
+        self.workshop = Workshop(folder, seed, recipe, device, timed, record.large)
+        self._write()
+
+    def settle_scenes(self, count: int) -> None:
+        self.workshop = dataclasses.replace(
+            self.workshop, recipe=dataclasses.replace(self.workshop.recipe, scenes=count)
+        )
+        self._write(scenes=count)
+
+    def note_time(self) -> None:
+        """Every few seconds, so that a run that is killed still knows what it took."""
+        if time.time() - self._began + self._before - self._record.spent > 2:
+            self._write()
+
+    def deadlines(self, chains: list[tuple[str, ...]]) -> dict[str, float]:
+        """When each stage of a wave has to end, as `time.time` counts; {} where there is no limit."""
+        if self._seconds is None:
+            return {}
+        now = time.time()
+        left = max(0.0, self._seconds - self._before - (now - self._began))
+        here = max(sum(SHARES[name] for name in chain) for chain in chains)
+        later = [name for chain in chains for name in chain]
+        rest = sum(self._wave_share(wave) for wave in WAVES[_wave_of(later[0]) + 1 :])
+        wave = left * here / (here + rest)
+        found = {}
+        for chain in chains:
+            whole, done = sum(SHARES[name] for name in chain), 0.0
+            for name in chain:
+                done += SHARES[name]
+                found[name] = now + wave * done / whole
+        return found
+
+    @staticmethod
+    def _wave_share(wave: tuple[tuple[str, ...], ...]) -> float:
+        return max(sum(SHARES[name] for name in chain) for chain in wave)
+
+    def _write(self, **changes: int) -> None:
+        spent = self._before + time.time() - self._began
+        self._record = dataclasses.replace(self._record, spent=round(spent, 1), **changes)
+        self._record.write(self.folder)
+
+
+def _wave_of(stage: str) -> int:
+    return next(i for i, wave in enumerate(WAVES) if any(stage in chain for chain in wave))
+
+
 @contextmanager
-def _sole_user(workshop: Workshop) -> Iterator[None]:
-    """Only one run at a time may use a work folder, and only with the seed and recipe it began with."""
-    with open(workshop.folder / ".lock", "w") as lock:
+def _sole_user(folder: Path) -> Iterator[None]:
+    """Only one run at a time may use a work folder."""
+    with open(folder / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RuntimeError(f"another training run is using {workshop.folder}") from None
-        record = workshop.folder / "run.json"
-        if record.exists() and json.loads(record.read_text())["seed"] != workshop.seed:
-            raise ValueError(f"{workshop.folder} belongs to a run with another seed: use another work folder")
-        record.write_text(json.dumps({"seed": workshop.seed}))
+            raise RuntimeError(f"another training run is using {folder}") from None
         yield
 
 
@@ -95,31 +188,44 @@ def _check_finished(workshop: Workshop, wave: tuple[tuple[str, ...], ...], stage
             raise ValueError(f'stage "{stage}" needs stage "{name}" first')
 
 
-def _run_wave(workshop: Workshop, chains: list[tuple[str, ...]], output: Path, bars: Progress) -> None:
+def _run_wave(run: _Run, chains: list[tuple[str, ...]], output: Path, bars: Progress) -> None:
     """Run chains of stages side by side, each chain in its own process, and wait for all."""
+    workshop = run.workshop
     chains = [tuple(name for name in chain if not workshop.finished(name)) for chain in chains]
-    tasks = {
-        name: bars.add_task(name, total=_length(workshop, name), note="")
+    chains = [chain for chain in chains if chain]
+    if not chains:
+        return
+    deadlines, now = run.deadlines(chains), time.time()
+    lengths = {
+        name: _length(workshop, name) if not deadlines else max(1, round(deadlines[name] - now))
         for chain in chains
         for name in chain
     }
+    tasks = {name: bars.add_task(name, total=total, note="") for name, total in lengths.items()}
     if "scenes" in tasks:
-        workshop.scenes().render(
-            progress=lambda done, total: bars.update(tasks["scenes"], completed=done, total=total)
+        count = workshop.scenes().render(
+            progress=lambda done, total: bars.update(tasks["scenes"], completed=done, total=total),
+            until=deadlines.get("scenes"),
         )
+        run.settle_scenes(count)
+        bars.update(tasks["scenes"], total=bars.tasks[tasks["scenes"]].completed)
         return
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["moe_sampler.demo.stages"])  # imported once for all stages
+    threads = _threads(len(chains))
     running: list[BaseProcess] = []
     try:
-        for chain in filter(None, chains):
-            running.append(context.Process(target=_child, args=(workshop, chain, output), daemon=True))
+        for chain in chains:
+            arguments = (workshop, chain, output, threads, deadlines)
+            running.append(context.Process(target=_child, args=arguments, daemon=True))
             running[-1].start()
         while any(process.is_alive() for process in running) and not any(
             process.exitcode for process in running
         ):
-            time.sleep(0.5)
+            time.sleep(0.2)
+            run.note_time()
             for name, task in tasks.items():
-                _show(bars, task, workshop.checkpoints / name / "log.jsonl")
+                _show(bars, task, workshop.checkpoints / name / "log.jsonl", now if deadlines else None)
         if any(process.exitcode for process in running):
             raise RuntimeError(
                 f"training stopped in {' or '.join(tasks)}: the error is above; run again to continue"
@@ -130,20 +236,32 @@ def _run_wave(workshop: Workshop, chains: list[tuple[str, ...]], output: Path, b
         for process in running:
             process.terminate()
             process.join()
+        run.note_time()
+
+
+def _threads(processes: int) -> int:
+    """For each of so many processes, of what this one would use."""
+    import torch
+
+    return max(1, torch.get_num_threads() // processes)
 
 
 def _length(workshop: Workshop, name: str) -> int:
     return workshop.recipe.steps(name) if name in TRAINED else 1
 
 
-def _show(bars: Progress, task: int, log: Path) -> None:
+def _show(bars: Progress, task: int, log: Path, since: float | None) -> None:
+    """Steps out of the stage's log; of a timed run, the seconds of its wave."""
     if not log.exists():
         return
     lines = log.read_text(encoding="utf-8").splitlines()
     if lines:
         record = json.loads(lines[-1])
         note = f"loss {record['loss']:.4g}" if "loss" in record else ""
-        bars.update(task, completed=record["step"], note=note)
+        if since is None:
+            bars.update(task, completed=record["step"], note=note)
+        else:
+            bars.update(task, completed=round(time.time() - since), note=f"step {record['step']}, {note}")
 
 
 def _stop_with_parent() -> None:
@@ -154,18 +272,20 @@ def _stop_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _child(workshop: Workshop, chain: tuple[str, ...], output: Path) -> None:
+def _child(
+    workshop: Workshop, chain: tuple[str, ...], output: Path, threads: int, deadlines: dict[str, float]
+) -> None:
     """Stages one after another, in a process of their own that ends when the parent does."""
     import torch
 
-    os.environ["ACCELERATE_USE_CPU"] = "true"
-    torch.set_num_threads(1)
+    if workshop.device == "cpu":
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    torch.set_num_threads(threads)
     threading.Thread(target=_stop_with_parent, daemon=True).start()
     for name in chain:
         if name == "latents":
-            torch.set_num_threads(os.cpu_count() or 1)
             workshop.encode()
         elif name == "export":
             workshop.export(output)
         else:
-            workshop.train(name)
+            workshop.train(name, deadlines.get(name))

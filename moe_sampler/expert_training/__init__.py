@@ -5,18 +5,20 @@ from typing import TYPE_CHECKING
 from .._lazy import lazy_names
 
 if TYPE_CHECKING:
+    from .captions import Captions, TextStates
     from .david import AssessedUNet, Assessment, Assessor, BlockProbes, structure_classes
     from .images import LatentImages, encode_source
     from .objectives import Objective
     from .settings import DavidSettings, ExpertSettings, LevelSettings
-    from .task import ExpertTask, TextStates
+    from .task import ExpertTask
 
 _NAMES = {
+    "captions": ("Captions", "TextStates"),
     "david": ("AssessedUNet", "Assessment", "Assessor", "BlockProbes", "structure_classes"),
     "images": ("LatentImages", "encode_source"),
     "objectives": ("Objective",),
     "settings": ("DavidSettings", "ExpertSettings", "LevelSettings"),
-    "task": ("ExpertTask", "TextStates"),
+    "task": ("ExpertTask",),
 }
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "Assessment",
     "Assessor",
     "BlockProbes",
+    "Captions",
     "DavidSettings",
     "ExpertSettings",
     "ExpertTask",

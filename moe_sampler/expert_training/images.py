@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,16 +17,20 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .._transfers import OnDevice
 from ..data.captioned_images import CaptionedImage, Source, fit_image
 from ..loading.fingerprint import fingerprint
 from ..pipelines.latents import encode_images
 from ..training.checkpoints import write_tensors
 from ..training.settings import SettingsError
+from .captions import Captions
 
 __all__ = ["DrawnSource", "LatentImages", "encode_source", "left_to_train"]
 
-Caption = Callable[[int, np.random.Generator], str]
-"""(image, generator) -> one of the texts that describe it."""
+RESIDENT_BYTES = 2**31
+"""Latents that take no more are kept on the device."""
+DRAWN_CAPTIONS = 8
+"""Texts of an image whose source can say the same in other words."""
 
 
 @runtime_checkable
@@ -40,11 +43,11 @@ class DrawnSource(Source, Protocol):
 
 
 class LatentImages(Dataset):
-    """Latents by index, with captions that are chosen when they are needed.
+    """Latents by index, with the texts that describe them.
 
     Args:
         latents: float32 [N, C, h, w], scaled.
-        caption: of an image; or N texts.
+        captions: of the N images: a text each, or as many texts of every image.
         about: plain values that say which data these are.
         structure: float32 [N, C, h, w], of the same images' structure pictures, or None.
     """
@@ -52,7 +55,7 @@ class LatentImages(Dataset):
     def __init__(
         self,
         latents: Tensor,
-        caption: Caption | Sequence[str],
+        captions: Captions | Sequence[Sequence[str] | str],
         about: Mapping[str, Any],
         structure: Tensor | None = None,
     ) -> None:
@@ -64,23 +67,40 @@ class LatentImages(Dataset):
             raise ValueError(
                 f"structure must have the latents' shape {list(latents.shape)}, got {list(structure.shape)}"
             )
-        if not callable(caption) and len(caption) != len(latents):
-            raise ValueError(f"{len(latents)} latents need as many captions, got {len(caption)}")
+        if len(captions) != len(latents):
+            raise ValueError(f"{len(latents)} latents need as many captions, got {len(captions)}")
         self.latents, self.structure, self.about = latents, structure, dict(about)
-        self._caption = caption
+        self.captions = captions if isinstance(captions, Captions) else Captions.of(captions)
+        self._tables = {"latents": OnDevice(latents)}
+        if structure is not None:
+            self._tables["structure"] = OnDevice(structure)
+        # What is small is brought to the device as a whole, and batches are gathered there.
+        size = latents.numel() * latents.element_size() * len(self._tables)
+        self._resident = size <= RESIDENT_BYTES
 
     def __len__(self) -> int:
         return len(self.latents)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        found: dict[str, Any] = {"index": index, "latents": self.latents[index]}
+        return found if self.structure is None else {**found, "structure": self.structure[index]}
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        """A batch: index: int64 [B], and what `tensors` doesn't find on the device."""
+        index = torch.tensor(indices)
+        if self._resident:
+            return {"index": index}
         found = {"index": index, "latents": self.latents[index]}
         return found if self.structure is None else {**found, "structure": self.structure[index]}
 
-    def captions(self, indices: Sequence[int], generators: Sequence[np.random.Generator]) -> list[str]:
-        """One an image."""
-        if callable(self._caption):
-            return [self._caption(i, own) for i, own in zip(indices, generators, strict=True)]
-        return [self._caption[i] for i in indices]
+    def tensors(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """A batch's latents and structure pictures' latents, on its device."""
+        index = batch["index"]
+        found = {
+            name: batch[name] if name in batch else table.on(index.device)[index]
+            for name, table in self._tables.items()
+        }
+        return found["latents"], found.get("structure")
 
     def split(self, held_out: int) -> tuple[LatentImages, LatentImages | None]:
         """(All but the last `held_out`, those, or None if there are to be none).
@@ -92,11 +112,9 @@ class LatentImages(Dataset):
         return self._part(0, kept), self._part(kept, len(self)) if held_out else None
 
     def _part(self, first: int, last: int) -> LatentImages:
-        caption = self._caption
-        moved = partial(_later, caption, first) if callable(caption) else caption[first:last]
         structure = None if self.structure is None else self.structure[first:last]
         about = {**self.about, "images": last - first}
-        return LatentImages(self.latents[first:last], moved, about, structure)
+        return LatentImages(self.latents[first:last], self.captions.part(first, last), about, structure)
 
 
 def left_to_train(images: int, held_out: int) -> int:
@@ -110,10 +128,6 @@ def left_to_train(images: int, held_out: int) -> int:
             f"of {images} images {held_out} are held out, and none is left to train on: lower held_out"
         )
     return images - held_out
-
-
-def _later(caption: Caption, first: int, index: int, generator: np.random.Generator) -> str:
-    return caption(first + index, generator)
 
 
 def encode_source(
@@ -153,6 +167,7 @@ def encode_source(
         "images": len(source),
         "size": [height, width],
         "structure": structure,
+        "captions": DRAWN_CAPTIONS if isinstance(source, DrawnSource) else 1,
         "vae": fingerprint(vae),
     }
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
@@ -165,8 +180,7 @@ def encode_source(
     with safe_open(path, framework="pt") as file:
         read = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     captions = json.loads(read["captions"].numpy().tobytes())
-    own = source.caption if isinstance(source, DrawnSource) else captions
-    return LatentImages(read["latents"], own, about, read.get("structure"))
+    return LatentImages(read["latents"], captions, about, read.get("structure"))
 
 
 def _encode(
@@ -177,18 +191,28 @@ def _encode(
     batch_size: int,
     progress: Callable[[int, int], None],
 ) -> dict[str, Tensor]:
-    latents, flat, captions = [], [], []
+    latents, flat = [], []
+    captions: list[list[str]] = []
     for start in range(0, len(source), batch_size):
         indices = range(start, min(start + batch_size, len(source)))
         images: list[CaptionedImage] = [source[i] for i in indices]
-        captions += [image.caption for image in images]
+        captions += [
+            [image.caption, *_other_words(source, i)] for i, image in zip(indices, images, strict=True)
+        ]
         latents.append(encode_images(vae, [fit_image(image.image, *size) for image in images]).cpu())
-        if structure:
+        if structure and isinstance(source, DrawnSource):
             flat.append(encode_images(vae, [fit_image(source.structure(i), *size) for i in indices]).cpu())
         progress(indices.stop, len(source))
     text = np.frombuffer(json.dumps(captions).encode(), dtype=np.uint8).copy()
     found = {"latents": torch.cat(latents), "captions": torch.from_numpy(text)}
     return {**found, "structure": torch.cat(flat)} if structure else found
+
+
+def _other_words(source: Source, index: int) -> list[str]:
+    """More texts of an image, the same every time."""
+    if not isinstance(source, DrawnSource):
+        return []
+    return [source.caption(index, np.random.default_rng([index, k])) for k in range(1, DRAWN_CAPTIONS)]
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:

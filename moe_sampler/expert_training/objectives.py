@@ -22,6 +22,7 @@ from moe_sampler.kernels.conversions import shift_sigma
 from moe_sampler.kernels.loss_weights import MinSNR
 from moe_sampler.kernels.training_pairs import TrainingPair
 
+from .._transfers import OnDevice
 from ..sampling.experts import Expert
 from ..sampling.paths import Level
 from ..sampling.predictions import x0_coefficients
@@ -70,9 +71,9 @@ class Objective:
         self.path, self.prediction = described.path, described.prediction
         if self.path.discrete:
             alphas, sigmas = torch.from_numpy(self.path.alphas), torch.from_numpy(self.path.sigmas)
-            self._tables = {torch.device("cpu"): (alphas.float(), sigmas.float())}
-            self._shares = sigmas / (alphas + sigmas)
-            self._between = (self._shares[1:] + self._shares[:-1]) / 2
+            shares = sigmas / (alphas + sigmas)
+            self._alphas, self._sigmas = OnDevice(alphas.float()), OnDevice(sigmas.float())
+            self._shares, self._between = OnDevice(shares), OnDevice((shares[1:] + shares[:-1]) / 2)
 
     def draw(self, draws: Draws) -> Levels:
         """Levels of a micro-batch, spread evenly over the density within the global batch."""
@@ -89,21 +90,14 @@ class Objective:
     def at(self, noise: Tensor) -> Levels:
         """The levels with these shares of noise, float64 [B]; on a DDPM path the nearest there are."""
         if self.path.discrete:
-            return self._timesteps(torch.bucketize(noise, self._between.to(noise.device)))
+            return self._timesteps(torch.bucketize(noise, self._between.on(noise.device)))
         sigma = noise.float()
         return Levels(sigma, 1 - sigma, sigma, noise)
 
     def _timesteps(self, timesteps: Tensor) -> Levels:
         device = timesteps.device
-        alphas, sigmas = self._table(device)
-        shares = self._shares.to(device)
-        return Levels(timesteps, alphas[timesteps], sigmas[timesteps], shares[timesteps])
-
-    def _table(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        if device not in self._tables:
-            alphas, sigmas = self._tables[torch.device("cpu")]
-            self._tables[device] = alphas.to(device), sigmas.to(device)
-        return self._tables[device]
+        tables = (table.on(device) for table in (self._alphas, self._sigmas, self._shares))
+        return Levels(timesteps, *(table[timesteps] for table in tables))
 
     def pair(
         self, x0: Tensor, levels: Levels, *, seeds: Tensor | None = None, noise: Tensor | None = None
@@ -113,7 +107,7 @@ class Objective:
         x0: [B, C, h, w], float. Either seeds: int64 [B], or noise: like x0.
         """
         if self.path.discrete:
-            tables = self._table(x0.device)
+            tables = self._alphas.on(x0.device), self._sigmas.on(x0.device)
             return ddpm_training_pair(
                 x0, levels.told, *tables, seeds=seeds, noise=noise, prediction=self.prediction
             )

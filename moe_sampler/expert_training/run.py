@@ -26,11 +26,12 @@ from ..loading.weights import empty_model, file_tensors
 from ..training.checkpoints import write_tensors
 from ..training.settings import SettingsError, to_tables
 from ..training.trainer import Trainer
+from .captions import TextStates
 from .david import AssessedUNet, BlockProbes
 from .images import encode_source, left_to_train
 from .objectives import Objective
 from .settings import RunSettings, check_kind
-from .task import ExpertTask, TextStates
+from .task import ExpertTask
 
 __all__ = ["Base", "load_base", "new_task", "train", "train_expert"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -11,8 +10,8 @@ from diffusers import ModelMixin
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor, nn
-from transformers import CLIPTextModel, PreTrainedTokenizerBase
 
+from .._transfers import OnDevice
 from ..architectures import architecture_of, shape_of
 from ..pipelines.latents import decode_latents
 from ..sampling.experts import Expert
@@ -21,40 +20,17 @@ from ..sampling.planner import plan
 from ..training.draws import Draws
 from ..training.settings import SettingsError, to_tables
 from ..training.task import Losses
+from .captions import TextStates, TextTable
 from .david import AssessedUNet, structure_classes
 from .images import LatentImages
 from .objectives import Levels, Objective
 from .settings import DavidSettings, ExpertSettings
 
-__all__ = ["VALIDATION_LEVELS", "ExpertTask", "TextStates"]
+__all__ = ["VALIDATION_LEVELS", "ExpertTask"]
 
 VALIDATION_LEVELS = (0.95, 0.8, 0.65, 0.5, 0.35, 0.2, 0.05)
 """Shares of noise at which held-out errors are measured."""
 _VALIDATION_BATCH = 32
-
-
-class TextStates:
-    """Captions as the experts' cross-attention is shown them, by a frozen text encoder.
-
-    Args:
-        model, tokenizer: of the pipeline; longer texts than the tokenizer's length are cut.
-    """
-
-    def __init__(self, model: CLIPTextModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
-
-    @torch.no_grad()
-    def __call__(self, texts: Sequence[str], device: torch.device | str = "cpu") -> Tensor:
-        """float32 [B, tokens, channels]."""
-        tokens = self.tokenizer(
-            list(texts),
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).to(device)
-        mask = tokens.attention_mask if getattr(self.model.config, "use_attention_mask", False) else None
-        return self.model.to(device)(tokens.input_ids, attention_mask=mask).last_hidden_state.float()
 
 
 class ExpertTask:
@@ -65,6 +41,7 @@ class ExpertTask:
         objective: what it learns.
         data: to train on.
         text: captions to states.
+        texts: the data's texts, where they were encoded ahead; by default they are in the loop.
         settings: caption dropout, structure pictures, and what validation shows.
         held_out: for validation; None for none.
         assessor: a module as `Assessor` says, trained along, whose weights the samples get.
@@ -90,6 +67,7 @@ class ExpertTask:
         assessor: nn.Module | None = None,
         david: DavidSettings | None = None,
         vae: Any = None,
+        texts: TextTable | None = None,
         name: str | None = None,
     ) -> None:
         self.settings = settings = ExpertSettings() if settings is None else settings
@@ -102,28 +80,31 @@ class ExpertTask:
             raise SettingsError("structure_below needs structure pictures, which these data don't have")
         self.name = objective.kind if name is None else name
         self.unet, self.objective, self.data, self.text = unet, objective, data, text
+        self.texts = text.table(data.captions.texts) if texts is None else texts
         self.held_out, self.vae = held_out, vae
         self._architecture = architecture_of(unet)
         self.assessed = assessor is not None
         self.model: nn.Module = AssessedUNet(unet, assessor) if self.assessed else unet
         self.david = DavidSettings() if david is None else david
         if self.assessed:
-            self.classes = structure_classes(data.latents, self.david.structure_classes)
+            self.classes = OnDevice(structure_classes(data.latents, self.david.structure_classes))
+
+    @staticmethod
+    def collate(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The data make whole batches."""
+        return batch
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor], draws: Draws) -> Losses:
         levels = self.objective.draw(draws)
-        x0 = self._data(batch["latents"], batch.get("structure"), levels)
-        indices = batch["index"].tolist()
-        texts = self.data.captions(indices, draws.generators("caption"))
-        dropped = (draws.uniform("caption dropout") < self.settings.caption_dropout).tolist()
-        texts = ["" if gone else text for text, gone in zip(texts, dropped, strict=True)]
-        states = self.text(texts, x0.device)
+        x0 = self._data(*self.data.tensors(batch), levels)
+        rows = self.data.captions.draw(batch["index"], draws, self.settings.caption_dropout)
+        states = self.texts.states(rows)
         pair = self.objective.pair(x0, levels, seeds=draws.seeds("noise"))
         if not self.assessed:
             answer = self._answer(model, pair.noisy, pair.timestep, states)
             errors = self.objective.errors(answer, pair.target, levels)
             return Losses(errors.mean(), {}, errors.detach(), levels.noise)
-        structure = self.classes[batch["index"].cpu()].to(x0.device)
+        structure = self.classes.on(x0.device)[batch["index"]]
         answer, weights, extra = model(pair.noisy, pair.timestep, states, levels.noise, structure)
         errors = self.objective.errors(answer, pair.target, levels)
         loss = (weights * errors).mean()
@@ -171,7 +152,7 @@ class ExpertTask:
             flat = None if test.structure is None else test.structure[indices].to(device)
             x0 = self._data(test.latents[indices].to(device), flat, levels)
             pair = self.objective.pair(x0, levels, seeds=draws.seeds("validation"))
-            states = self.text(test.captions(indices, draws.generators("caption")), device)
+            states = self.text(test.captions.first(indices), device)
             answer = self._answer(model, pair.noisy, pair.timestep, states)
             own = self.objective.errors(answer, pair.target, levels)
             of_x0 = (self.objective.x0(answer, pair.noisy, levels) - x0).square().mean((1, 2, 3))
@@ -186,8 +167,7 @@ class ExpertTask:
         if self.vae is None or not count:
             return []
         device = next(model.parameters()).device
-        draws = Draws(0, 0, range(count), count, device)
-        texts = self.held_out.captions(range(count), draws.generators("caption"))
+        texts = self.held_out.captions.first(range(count))
         expert = Expert.from_scheduler_config(
             self.objective.kind,
             self.objective.scheduler,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from diffusers.utils import logging
 
+from .._transfers import to_device
 from .settings import by_expert
 
 __all__ = ["check_prompts", "encode_prompts", "negative_embeds", "prompt_count"]
@@ -85,8 +86,8 @@ def encode_prompts(
     tokens = tokens.convert_to_tensors("pt")
     mask = None
     if getattr(text_encoder.config, "use_attention_mask", False):
-        mask = tokens.attention_mask.to(device)
-    return text_encoder(tokens.input_ids.to(device), attention_mask=mask)[0]
+        mask = to_device(tokens.attention_mask, device)
+    return text_encoder(to_device(tokens.input_ids, device), attention_mask=mask)[0]
 
 
 def negative_embeds(

@@ -92,7 +92,7 @@ def prepare(
         _shard_on_cpu(model, accelerator)
         return model, accelerator.prepare(new_optimizer(_trained(model), settings))
     if settings.torch_compile:
-        model.compile()
+        model.compile(mode=settings.torch_compile_mode)
     return accelerator.prepare(model, new_optimizer(_trained(model), settings))
 
 

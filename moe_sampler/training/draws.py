@@ -1,7 +1,8 @@
 """Random numbers of training, each a function of (seed, step, place in the global batch) alone.
 
 So a batch is the same on one process or on eight, and a run that was stopped and resumed draws what one that
-was not would have drawn, without any generator's state.
+was not would have drawn, without any generator's state. All of it is drawn on the host, so it is the same for
+any device; to a GPU it is copied in the background.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import zlib
 import numpy as np
 import torch
 from torch import Tensor
+
+from .._transfers import to_device
 
 __all__ = ["Draws"]
 
@@ -36,11 +39,15 @@ class Draws:
     def __len__(self) -> int:
         return len(self.places)
 
+    def on(self, device: torch.device | str) -> Draws:
+        """The same draws elsewhere."""
+        return Draws(self.seed, self.step, self.places, self.total, device)
+
     def _generator(self, stream: str, *more: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, zlib.crc32(stream.encode()), self.step, *more])
 
     def _own(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values[self.places.start : self.places.stop].copy()).to(self.device)
+        return to_device(torch.from_numpy(values[self.places.start : self.places.stop].copy()), self.device)
 
     def uniform(self, stream: str) -> Tensor:
         """float64 [B] in [0, 1)."""
@@ -55,6 +62,10 @@ class Draws:
     def normal(self, stream: str) -> Tensor:
         """float64 [B] of N(0, 1)."""
         return self._own(self._generator(stream).standard_normal(self.total))
+
+    def integers(self, stream: str, below: int) -> Tensor:
+        """int64 [B] in [0, below)."""
+        return self._own(self._generator(stream).integers(below, size=self.total))
 
     def seeds(self, stream: str) -> Tensor:
         """int64 [B], for `philox_normal` and the training pairs."""

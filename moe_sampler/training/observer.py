@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from .noise_bins import NoiseBins
 from .run import Run
 from .run_folder import RunFolder
 from .settings import SettingsError, flat
-from .task import Losses
+from .window import StepNumbers
 
 __all__ = ["Observer"]
 
@@ -35,8 +35,8 @@ class Observer:
         self.folder = RunFolder(run.settings.output_dir, run.task)
         self.validation: dict[str, float] = {}
         self._validated_at = -1
-        self._bins = NoiseBins(run.settings.noise_bins, run.accelerator.device)
-        self._sums: dict[str, Any] = {}
+        self._bins = NoiseBins(run.settings.noise_bins)
+        self._sums: dict[str, float] = {}
         self._count = 0
         self._seconds, self._since = 0.0, time.monotonic()
         self._repository = self._new_repository() if run.settings.push_to_hub else None
@@ -54,26 +54,25 @@ class Observer:
 
     # Training
 
-    def add(self, found: Sequence[Losses], loss: float, norm: float) -> None:
+    def add(self, numbers: StepNumbers) -> None:
         """A step's losses."""
-        sums: dict[str, Any] = {"loss": loss, "grad_norm": norm}
-        for losses in found:
-            self._bins.add(losses.per_sample, losses.noise)
-            for name, value in losses.terms.items():
-                sums[name] = sums.get(name, 0.0) + value.detach().double() / len(found)
-        for name, value in sums.items():
+        for losses, noise in zip(numbers.per_sample, numbers.noise, strict=True):
+            self._bins.add(losses, noise)
+        found = {"loss": numbers.loss, "grad_norm": numbers.grad_norm, **numbers.terms}
+        for name, value in found.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
         self._count += 1
 
-    def log(self, rate: float) -> None:
-        """A line of the log: means since the last one, over all processes."""
+    def log(self, rate: float) -> float:
+        """A line of the log: means since the last one, over all processes. Returns the mean loss."""
         run = self.run
         self._seconds += time.monotonic() - self._since
         count = max(self._count, 1)
-        means = {name: float(value) / count for name, value in sorted(self._sums.items())}
+        means = {name: value / count for name, value in sorted(self._sums.items())}
         if run.plan.processes > 1 and means:
             own = torch.tensor([*means.values()], dtype=torch.float64, device=run.accelerator.device)
             reduced = run.accelerator.reduce(own, "mean")
+            assert isinstance(reduced, torch.Tensor)
             means = dict(zip(means, reduced.tolist(), strict=True))
         by_noise = self._bins.take(run.accelerator)
         numbers = {**means, "learning_rate": rate, "skipped": run.skipped}
@@ -85,6 +84,7 @@ class Observer:
         run.accelerator.log(shown, step=run.step)
         self._sums, self._count, self._seconds = {}, 0, 0.0
         self._since = time.monotonic()
+        return means.get("loss", math.nan)
 
     def pause(self) -> None:
         """What comes now is not training, until `resume`."""

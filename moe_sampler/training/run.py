@@ -37,12 +37,16 @@ class Run:
     Attributes:
         accelerator, plan, model (the one to call), its parameters, optimizer, average: what trains.
         step: the next one to be made. skipped: steps that were left out. best: the best validation's numbers.
+        decay_start, resumed_total: of a run that ends at a time (`Pace`): the step that its decay began at,
+            and the steps in all that the checkpoint it continues from knew of.
     """
 
     def __init__(self, task: Task, settings: TrainingSettings) -> None:
         self.task, self.settings = task, settings
         self.step, self.skipped = 0, 0
         self.best: dict[str, Any] | None = None
+        self.decay_start: int | None = None
+        self.resumed_total: int | None = None
         self._generators: tuple[dict[str, Tensor], str] | None = None
         folder = checkpoints.find_checkpoint(settings.output_dir, settings.resume_from_checkpoint)
         if folder is None and checkpoints.checkpoint_folders(settings.output_dir):
@@ -76,6 +80,21 @@ class Run:
         self.average = WeightAverage(task.model, settings.ema_decay) if settings.use_ema else None
         if folder is not None:
             self._load(folder, state)
+
+    def make_optimizer_step(self, made: Tensor) -> None:
+        """Step the optimizer where `made`: bool [], on the device; else it changes nothing.
+
+        A scaler of gradients finds that out by itself, and scales less. 8-bit AdamW can't be told on the
+        device, so it waits.
+        """
+        own = self.optimizer.optimizer
+        if self.accelerator.scaler is None:
+            if not getattr(own, "_step_supports_amp_scaling", False):
+                if made:
+                    self.optimizer.step()
+                return
+            own.grad_scale, own.found_inf = None, (~made).float()
+        self.optimizer.step()
 
     def restore_generators(self) -> None:
         """Put the global generators where the checkpoint had them; nothing in a run that begins."""
@@ -183,6 +202,7 @@ class Run:
             "step": self.step,
             "skipped": self.skipped,
             "best": self.best,
+            "decay_start": self.decay_start,
             "average_updates": None if self.average is None else self.average.updates,
             "scaler": None if scaler is None else scaler.state_dict(),
             "samples_a_step": self.plan.total,
@@ -225,6 +245,8 @@ class Run:
             if name == _AVERAGE:
                 self.average.set(state["average_updates"])
         self.step, self.skipped, self.best = state["step"], state["skipped"], state["best"]
+        self.decay_start = state.get("decay_start")
+        self.resumed_total = state["settings"]["max_train_steps"]
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         # A run that goes on with more processes has no generators for the new ones: they begin with the seed.

@@ -11,18 +11,23 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device, set_seed
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, default_collate
 from tqdm.auto import tqdm
 
 from ..errors import CheckpointError
+from .agreement import StopAgreement
 from .draws import Draws
 from .interrupts import Interrupts, interrupts
 from .observer import Observer
 from .optimization import learning_rate
+from .pace import Pace
 from .run import Run
-from .settings import to_tables
+from .settings import SettingsError, to_tables
 from .task import Losses, Task
 from .training_settings import TrainingSettings
+from .window import StepNumbers, Window
 
 __all__ = ["Interrupted", "NonFiniteError", "Trainer"]
 
@@ -53,6 +58,8 @@ class Trainer:
         record: all settings as plain values, for the model card and settings.json; by default those of
             `settings`.
         quiet: no progress bar.
+        deadline: end at this time, as `time.time` counts, rather than after max_train_steps, with a decay
+            that has the share of the steps which lr_decay_steps has of max_train_steps (see `Pace`).
 
     Raises:
         SettingsError: what is not installed or not possible here.
@@ -67,12 +74,24 @@ class Trainer:
         *,
         record: dict[str, Any] | None = None,
         quiet: bool = False,
+        deadline: float | None = None,
     ) -> None:
-        self.task, self.settings, self.quiet = task, settings, quiet
+        self.task, self.quiet = task, quiet
+        self.pace = None if deadline is None else Pace(settings, deadline)
         self.run = Run(task, settings)
+        if deadline is not None and self.run.plan.processes > 1:
+            raise SettingsError(
+                "a run that ends at a time has one process: several would see different clocks"
+            )
         self.observer = Observer(self.run, to_tables(settings) if record is None else record)
-        self.rate = learning_rate(settings)
+        self._go_on_with(settings)
+        self.window = Window()
+        self._agreement = StopAgreement(self.run.accelerator)
         self._skipped_in_a_row = 0
+
+    def _go_on_with(self, settings: TrainingSettings) -> None:
+        self.settings = self.run.settings = settings
+        self.rate = learning_rate(settings)
 
     def train(self) -> dict[str, Any]:
         """Train to `max_train_steps`, validate, and write the model and its card.
@@ -86,6 +105,8 @@ class Trainer:
             CheckpointError: a checkpoint couldn't be written; earlier ones are as they were.
         """
         run = self.run
+        if self.pace is not None:
+            self._go_on_with(self.pace.begin(run.step, run.resumed_total, run.decay_start))
         self.observer.begin()
         # Dropout draws from the global generators, which are the caller's again afterwards.
         with run.forked_generators(), interrupts() as noted:
@@ -93,7 +114,7 @@ class Trainer:
             run.restore_generators()
             try:
                 with tqdm(
-                    total=self.settings.max_train_steps,
+                    total=self.settings.max_train_steps if self.pace is None else None,
                     initial=run.step,
                     desc=self.task.name,
                     disable=self.quiet or not run.accelerator.is_local_main_process,
@@ -113,89 +134,122 @@ class Trainer:
         }
 
     def _loop(self, bar: tqdm, noted: Interrupts) -> None:
-        settings, run, observer = self.settings, self.run, self.observer
+        run, observer = self.run, self.observer
         batches = iter(self.loader())
-        while run.step < settings.max_train_steps:
+        while run.step < self.settings.max_train_steps:
             rate = self.rate(run.step)
-            loss, stop = self.make_step(batches, rate, noted)
+            stop = self.make_step(batches, rate, noted)
             bar.update(1)
-            bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.2g}", refresh=False)
-            last = run.step == settings.max_train_steps
-            if run.step % settings.logging_steps == 0 or last or stop:
-                observer.log(rate)
+            self._keep_pace()
+            settings = self.settings
+            last = run.step >= settings.max_train_steps
+            logs = run.step % settings.logging_steps == 0 or last or stop
+            saves = run.step % settings.checkpointing_steps == 0 or last or stop
+            if logs or saves:
+                self.read_window()
+            if logs:
+                bar.set_postfix(loss=f"{observer.log(rate):.4f}", lr=f"{rate:.2g}", refresh=False)
             observer.pause()
             if settings.validation_steps and run.step % settings.validation_steps == 0:
                 observer.validate()
             if settings.sample_steps and run.step % settings.sample_steps == 0 and not last:
                 observer.sample()
-            if run.step % settings.checkpointing_steps == 0 or last or stop:
+            if saves:
                 run.save()
             observer.resume()
             if stop and not last:
                 raise Interrupted(noted.signal or signal.SIGTERM, run.step)
 
-    def make_step(self, batches: Iterator[Any], rate: float, noted: Interrupts) -> tuple[float, bool]:
-        """One optimizer step: (its loss, whether any process was told to stop).
+    def _keep_pace(self) -> None:
+        """Settle how many steps there are, when the time has come."""
+        if self.pace is None:
+            return
+        settled = self.pace.look(self.run.step, self.settings.max_train_steps)
+        if settled is not None:
+            self._go_on_with(settled)
+            self.run.decay_start = self.pace.decay_start
+
+    def make_step(self, batches: Iterator[Any], rate: float, noted: Interrupts) -> bool:
+        """One optimizer step, without a wait for the device. Returns whether any process was told to stop.
+
+        What came of it is in `window`. A step whose gradient isn't finite changes neither weights nor moments
+        nor average: the device decides that by itself.
 
         batches: of `loader`. rate: the learning rate. noted: signals that came.
         """
         run, plan, accelerator = self.run, self.run.plan, self.run.accelerator
+        if self.settings.torch_compile:
+            torch.compiler.cudagraph_mark_step_begin()
         for group in run.optimizer.param_groups:
             group["lr"] = rate
         found: list[Losses] = []
         for micro in range(plan.accumulation):
-            batch = send_to_device(next(batches), accelerator.device)
+            batch = send_to_device(next(batches), accelerator.device, non_blocking=True)
             places = plan.places(micro, accelerator.process_index)
             draws = Draws(self.settings.seed, run.step, places, plan.total, accelerator.device)
             last = micro + 1 == plan.accumulation
             with contextlib.nullcontext() if last else accelerator.no_sync(run.model):
                 losses = self.task.loss(run.model, batch, draws)
-                accelerator.backward(losses.loss / plan.accumulation)
-            found.append(losses)
+                accelerator.backward(_telling(losses.loss) / plan.accumulation)
+            found.append(_kept(losses, copy=self.settings.torch_compile))
         norm = accelerator.clip_grad_norm_(run.parameters, self.settings.max_grad_norm or math.inf)
-        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        own = torch.stack([losses.loss.detach().float() for losses in found]).mean()
-        sums = accelerator.reduce(
-            torch.stack([own, own.new_tensor(float(noted.signal is not None))]), "sum"
-        ).tolist()
-        loss, stopping = sums[0] / plan.processes, sums[1] > 0
-        made = math.isfinite(loss) and math.isfinite(norm)
-        if made or (math.isfinite(loss) and accelerator.scaler is not None):
-            # Scaled gradients may overflow: the scaler leaves such a step out by itself, and scales less.
-            run.optimizer.step()
-            self._skipped_in_a_row = 0
-        else:
-            self._not_finite(found, loss, norm)
-        if made:
-            self.observer.add(found, loss, norm)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        assert isinstance(norm, Tensor)
+        made = norm.isfinite()
+        run.make_optimizer_step(made)
+        if run.average is not None:
+            run.average.update(made)
         run.optimizer.zero_grad(set_to_none=True)
-        if made and run.average is not None:
-            run.average.update()
-        run.skipped += not made
+        self.window.add(run.step, found, norm)
         run.step += 1
-        return loss, stopping
+        return self._agreement.ask(noted.signal is not None)
 
-    def _not_finite(self, found: list[Losses], loss: float, norm: float) -> None:
+    def read_window(self) -> None:
+        """Read what the steps since the last time came to, which waits for the device.
+
+        Raises:
+            NonFiniteError: one of them wasn't finite, and settings say to stop, or too many weren't.
+        """
+        run = self.run
+        for numbers in self.window.read(run.accelerator):
+            if numbers.finite:
+                self._skipped_in_a_row = 0
+                self.observer.add(numbers)
+                continue
+            run.skipped += 1
+            if numbers.losses_finite and run.accelerator.scaler is not None:
+                # Scaled gradients may overflow: the scaler leaves such a step out by itself, and scales less.
+                self._skipped_in_a_row = 0
+            else:
+                self._not_finite(numbers)
+
+    def _not_finite(self, numbers: StepNumbers) -> None:
         """Keep what the step was made of, and stop the run unless it may be skipped."""
         run, rank = self.run, self.run.accelerator.process_index
         micro = [
             {
-                "samples": run.plan.indices(run.step, index, rank),
-                "losses": [str(value) for value in losses.per_sample.tolist()],
-                "noise": losses.noise.tolist(),
-                "terms": {name: str(float(value)) for name, value in losses.terms.items()},
+                "samples": run.plan.indices(numbers.step, index, rank),
+                "losses": [str(value) for value in losses.tolist()],
+                "noise": noise.tolist(),
             }
-            for index, losses in enumerate(found)
+            for index, (losses, noise) in enumerate(zip(numbers.per_sample, numbers.noise, strict=True))
         ]
-        record = {"step": run.step, "loss": str(loss), "grad_norm": str(norm), "micro_batches": micro}
-        path = self.settings.output_dir / f"nonfinite-step-{run.step}-process-{rank}.json"
+        record = {
+            "step": numbers.step,
+            "loss": str(numbers.loss),
+            "grad_norm": str(numbers.grad_norm),
+            "terms": {name: str(value) for name, value in numbers.terms.items()},
+            "micro_batches": micro,
+        }
+        path = self.settings.output_dir / f"nonfinite-step-{numbers.step}-process-{rank}.json"
         path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         self._skipped_in_a_row += 1
         if self.settings.on_nonfinite == "stop" or self._skipped_in_a_row >= self.settings.max_skipped:
             raise NonFiniteError(
-                f"at step {run.step} the loss is {loss} and its gradient's norm {norm}, "
-                f"{self._skipped_in_a_row} such step(s) in a row: {path} has the samples. Lower "
-                "learning_rate, or set on_nonfinite to skip"
+                f"at step {numbers.step} the loss is {numbers.loss} and its gradient's norm "
+                f"{numbers.grad_norm}, {self._skipped_in_a_row} such step(s) in a row: {path} has the "
+                "samples. Lower learning_rate, or set on_nonfinite to skip"
             )
 
     def loader(self) -> DataLoader:
@@ -210,3 +264,18 @@ class Trainer:
             pin_memory=run.accelerator.device.type == "cuda",
             generator=torch.Generator(),  # the global one is dropout's
         )
+
+
+def _telling(loss: Tensor) -> Tensor:
+    """The loss, whose gradient isn't finite where itself isn't, so that the gradient alone tells."""
+    return loss * (1 + 0 * loss.detach())
+
+
+def _kept(losses: Losses, copy: bool) -> Losses:
+    """For the log, without the graph. copy: out of memory that a compiled model may use again."""
+
+    def own(tensor: Tensor) -> Tensor:
+        return tensor.detach().clone() if copy else tensor.detach()
+
+    terms = {name: own(value) for name, value in losses.terms.items()}
+    return Losses(own(losses.loss), terms, own(losses.per_sample), own(losses.noise))

@@ -52,6 +52,10 @@ class TrainingSettings:
     ] = None
     gradient_checkpointing: Annotated[bool, "Compute activations twice to save memory."] = False
     torch_compile: Annotated[bool, "Compile the model."] = False
+    torch_compile_mode: Annotated[
+        Literal["default", "reduce-overhead", "max-autotune"],
+        "How: reduce-overhead replays CUDA graphs, for small models that the host can't keep busy.",
+    ] = "default"
     use_ema: Annotated[bool, "Average the weights; the average is what is validated and saved."] = True
     ema_decay: Annotated[float, "Largest decay of the average; it warms up to it."] = 0.9995
     seed: Annotated[int, "Of the order of samples, noise, times and dropout."] = 0

@@ -44,7 +44,7 @@ def test_smoothing_lowers_high_frequencies_and_moves_patches_away(pictures):
 def test_attribute_counting_counts_what_the_caption_claims():
     scenes = [draw_scene(1, "castle"), draw_scene(2, "portrait")]
     said = [{"time": scenes[0].attributes["time"]}, {}]
-    right = {head: values.numpy().copy() for head, values in labels(scenes).items()}
+    right = {head: column.numpy().copy() for head, column in zip(HEADS, labels(scenes).T, strict=True)}
     assert attributes_right(right, scenes, said) == (3, 3)
     right["castle.time"][0] = (right["castle.time"][0] + 1) % len(HEADS["castle.time"])
     assert attributes_right(right, scenes, said) == (2, 3)

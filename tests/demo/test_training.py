@@ -1,6 +1,8 @@
 """Training: every stage runs, continues to the bit after an interruption, and leaves a loadable folder."""
 
 import dataclasses
+import multiprocessing
+import time
 
 import numpy as np
 import pytest
@@ -8,10 +10,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bench.demo.evaluator import new_evaluator, train_evaluator
+from moe_sampler.demo.attributes import labels
+from moe_sampler.demo.captions import describe
+from moe_sampler.demo.record import RunRecord
 from moe_sampler.demo.scene_task import run_stage, stage_settings
-from moe_sampler.demo.stages import SHIPPED, TRAINED, Recipe, Workshop
-from moe_sampler.demo.train import train_demo
+from moe_sampler.demo.scenes import draw_scene
+from moe_sampler.demo.stages import SHARES, SHIPPED, TRAINED, Recipe, Workshop
+from moe_sampler.demo.text import tokenize
+from moe_sampler.demo.train import _child, _Run, train_demo
 from moe_sampler.demo.weights import read_average, trained_steps
+from moe_sampler.demo.words import CAPTIONS
+from moe_sampler.expert_training import Captions
+from moe_sampler.training import Trainer
+from moe_sampler.training.interrupts import Interrupts
 from moe_sampler.training.optimization import learning_rate
 from moe_sampler.training.training_settings import TrainingSettings
 
@@ -50,7 +61,7 @@ class Stopped(Exception):
 @pytest.mark.parametrize("name", ["text", "decoder", "sol"])
 def test_an_interrupted_stage_continues_to_the_same_bits(trained, tmp_path, name):
     shop = dataclasses.replace(trained, folder=tmp_path)
-    for source in ("scenes", "latents.npy", "scale.npy", "tokenizer"):
+    for source in ("scenes", "latents.npy", "scale.npy", "text_states.npy", "tokenizer"):
         (tmp_path / source).symlink_to(trained.folder / source)
     shop.checkpoints.mkdir()
     for path in trained.checkpoints.glob("*.safetensors"):
@@ -132,6 +143,14 @@ def test_export_makes_a_folder_that_loads(trained, tmp_path):
 
 
 def test_wrong_arguments_say_so(tmp_path):
+    with pytest.raises(ValueError, match="minutes must be positive"):
+        train_demo(tmp_path / "out", work_dir=tmp_path / "work", minutes=0)
+    with pytest.raises(ValueError, match="unknown device"):
+        train_demo(tmp_path / "out", work_dir=tmp_path / "work", device="tpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="finds no CUDA device"):
+            train_demo(tmp_path / "out", work_dir=tmp_path / "work", device="cuda")
+    assert not (tmp_path / "work").exists(), "before any work"
     with pytest.raises(ValueError, match="unknown stage"):
         train_demo(tmp_path / "out", work_dir=tmp_path / "work", stage="paint")
     with pytest.raises(ValueError, match='stage "sol" needs stage "scenes" first'):
@@ -141,8 +160,123 @@ def test_wrong_arguments_say_so(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_words_are_the_scenes_own(trained):
+    """Texts that are true, their tokens, and classes with one more for what a text leaves out."""
+    words, tokenizer = trained.scenes().words, trained.tokenizer()
+    assert words.tokens.shape == words.strange.shape == (12, CAPTIONS, 32)
+    for index in (0, 11):
+        scene = draw_scene(index)
+        for k in range(CAPTIONS):
+            text, said = describe(scene, np.random.default_rng([index, 3 + k]))
+            assert words.texts[index][k] == text
+            np.testing.assert_array_equal(words.tokens[index, k], tokenize(tokenizer, [text])[0].numpy())
+            expected = labels([scene], [said])[0].numpy()
+            np.testing.assert_array_equal(words.said[index, k], expected)
+    assert (words.labels <= words.said.max(1)).all() and (words.strange != words.tokens).any()
+
+
+def test_text_states_ahead_are_those_of_the_texts(trained):
+    states = np.load(trained.states_file)
+    captions = Captions.of(trained.scenes().words.texts)
+    assert states.dtype == np.float16 and len(states) == len(captions.texts)
+    text = trained.text()
+    for row in (0, 1, len(states) - 1):
+        expected = text([captions.texts[row]])[0].numpy()
+        np.testing.assert_allclose(states[row], expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_no_stages_step_waits(trained, silent_device, name):
+    task = trained.task(name)
+    arguments = TrainingSettings(
+        output_dir=trained.folder / f"silent-{name}", seed=0, **trained.settings(name)
+    )
+    trainer = Trainer(task, arguments, quiet=True)
+    batches = iter(trainer.loader())
+    for step in range(2):
+        with silent_device() as waits:
+            trainer.make_step(batches, 1e-4, Interrupts())
+        assert step == 0 or waits.found == []  # the first step brings tables to the device
+
+
+def test_a_timed_run_ends_with_what_fits_and_is_finished(tmp_path):
+    """In this process: stages take the time they are given, whatever the recipe says of steps."""
+    shop = Workshop(tmp_path, seed=3, recipe=TINY, timed=True)
+    assert shop.scenes().render(workers=1, until=0.0) == 12, "one shard a worker, however late"
+    assert not shop.finished("autoencoder")
+    shop.train("autoencoder", deadline=time.time() + 1)
+    assert shop.finished("autoencoder")
+    steps = trained_steps(shop.checkpoints / "autoencoder.safetensors")
+    assert steps >= 1 and steps != TINY.steps("autoencoder")
+
+
+def test_time_is_shared_out_among_the_stages_that_are_left(tmp_path):
+    run = _Run(tmp_path, 0, TINY, "cpu", 100.0)
+    now = time.time()
+    found = run.deadlines([("sol", "decoder"), ("lune",)])
+    rest = SHARES["lune"] + SHARES["export"]
+    assert found["decoder"] - now == pytest.approx(6000 * SHARES["lune"] / rest, abs=5)
+    assert found["lune"] == pytest.approx(found["decoder"], abs=1e-3)
+    half = SHARES["sol"] / (SHARES["sol"] + SHARES["decoder"])
+    assert found["sol"] - now == pytest.approx(half * (found["lune"] - now), abs=5)
+    first = run.deadlines([("scenes",)])["scenes"] - now
+    assert first == pytest.approx(6000 * SHARES["scenes"], rel=0.05), "shares add up to about one"
+    assert _Run(tmp_path / "x", 0, TINY, "cpu", None).deadlines([("lune",)]) == {}
+
+
+def test_a_work_folder_remembers_its_run(tmp_path):
+    run = _Run(tmp_path, 7, TINY, "cpu", 1.0)
+    run.settle_scenes(8)
+    record = RunRecord.read(tmp_path)
+    assert (record.seed, record.timed, record.large, record.scenes) == (7, True, False, 8)
+    dataclasses.replace(record, spent=45.0).write(tmp_path)
+    again = _Run(tmp_path, 7, TINY, "cpu", 1.0)
+    assert again.workshop.recipe.scenes == 8
+    end = max(again.deadlines([("export",)]).values())
+    assert end - time.time() == pytest.approx(15, abs=3), "what earlier commands took counts"
+    with pytest.raises(ValueError, match="another seed"):
+        _Run(tmp_path, 8, TINY, "cpu", 1.0)
+    with pytest.raises(ValueError, match="run with --minutes"):
+        _Run(tmp_path, 7, TINY, "cpu", None)
+
+
+def test_a_gpus_settings(tmp_path):
+    """Large batches belong to the run, precision and compilation to the device."""
+    shop = Workshop(tmp_path, recipe=SHIPPED, device="cuda", timed=True, large=True)
+    lune = TrainingSettings(output_dir=tmp_path, **shop.settings("lune"))
+    assert (lune.train_batch_size, lune.mixed_precision) == (256, "bf16")
+    assert lune.torch_compile and lune.torch_compile_mode == "reduce-overhead"
+    assert not TrainingSettings(output_dir=tmp_path, **shop.settings("text")).torch_compile
+    here = dataclasses.replace(shop, device="cpu").settings("lune")
+    assert here["train_batch_size"] == 256 and "mixed_precision" not in here
+    assert dataclasses.replace(shop, large=False).settings("lune")["train_batch_size"] == 24
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["text", "decoder", "lune"])
+def test_what_began_on_cuda_goes_on_on_a_cpu(trained, tmp_path, name):
+    """And the other way round; each in a process of its own, as Accelerate keeps one device."""
+    for source in ("scenes", "latents.npy", "scale.npy", "text_states.npy", "tokenizer"):
+        (tmp_path / source).symlink_to(trained.folder / source)
+    (tmp_path / "checkpoints").mkdir()
+    for path in trained.checkpoints.glob("*.safetensors"):
+        if path.stem != name:
+            (tmp_path / "checkpoints" / path.name).symlink_to(path)
+    for steps, device in ((2, "cuda"), (3, "cpu"), (4, "cuda")):
+        stages = {**TINY.stages, name: {**TINY.stages[name], "max_train_steps": steps}}
+        recipe = dataclasses.replace(TINY, stages=stages)
+        shop = Workshop(tmp_path, 3, recipe, device)
+        process = multiprocessing.get_context("spawn").Process(
+            target=_child, args=(shop, (name,), tmp_path / "out", 1, {})
+        )
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+        assert trained_steps(shop.checkpoints / f"{name}.safetensors") == steps
+
+
 def test_a_stage_in_a_process_of_its_own(trained, tmp_path):
-    """As `train_demo` runs them: spawned, on one thread, with its progress read from the log."""
+    """As `train_demo` runs them, with its progress read from the log."""
     work = tmp_path / "work"
     work.mkdir()
     for source in ("scenes", "tokenizer"):

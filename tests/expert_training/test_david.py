@@ -181,8 +181,11 @@ def test_a_sample_counts_as_much_as_its_weight():
     data = LatentImages(torch.randn(4, 4, 8, 8, generator=generator), ["a", "b", "c", "d"], {})
 
     class Text:
-        def __call__(self, texts, device):
-            return torch.ones(len(texts), 3, 6)
+        def table(self, texts):
+            return self
+
+        def states(self, rows):
+            return torch.ones(len(rows), 3, 6)
 
     task = ExpertTask(
         unet, Objective("sol"), data, Text(), assessor=Weighing(), david=DavidSettings(structure_classes=2)

@@ -1,4 +1,4 @@
-"""Latents that are encoded once, and captions that are chosen when they are needed."""
+"""Latents that are encoded once, and captions that are drawn with them."""
 
 import numpy as np
 import pytest
@@ -72,9 +72,10 @@ def test_structure_pictures_and_fresh_captions_of_the_scenes(tmp_path):
     flat = render(draw_scene(9), structure=True).astype(np.float32).reshape(32, 2, 32, 2, 3).mean((1, 3))
     expected = (flat.transpose(2, 0, 1) / 127.5 - 1 - 0.25) * 2.0
     np.testing.assert_allclose(images[1]["structure"].numpy(), expected, atol=1e-5)
-    said = {images.captions([1], [np.random.default_rng(seed)])[0] for seed in range(8)}
-    assert said == {describe(draw_scene(9), np.random.default_rng(seed))[0] for seed in range(8)}
-    assert len(said) > 1
+    said = images.captions.of_image(1)
+    assert said[0] == DemoScenes(3, first=8)[1].caption
+    assert said[1:] == [describe(draw_scene(9), np.random.default_rng([1, k]))[0] for k in range(1, 8)]
+    assert len(set(said)) > 4
 
 
 def test_a_folder_keeps_its_captions_and_has_no_structure(tmp_path):
@@ -85,8 +86,7 @@ def test_a_folder_keeps_its_captions_and_has_no_structure(tmp_path):
         (folder / f"{name}.txt").write_text(f"ein {name}, früh")
     images = encode_source(ImageFolder(folder), Pixels(), tmp_path, height=8, width=16)
     assert images.latents.shape == (3, 3, 4, 8)
-    generators = [np.random.default_rng(0)] * 2
-    assert images.captions([2, 0], generators) == ["ein c, früh", "ein a, früh"]
+    assert images.captions.first([2, 0]) == ["ein c, früh", "ein a, früh"]
     with pytest.raises(SettingsError, match="structure pictures"):
         encode_source(ImageFolder(folder), Pixels(), tmp_path, height=8, width=16, structure=True)
     with pytest.raises(SettingsError, match="multiples of the VAE's 2"):
@@ -96,14 +96,14 @@ def test_a_folder_keeps_its_captions_and_has_no_structure(tmp_path):
 @pytest.mark.parametrize("drawn", [True, False])
 def test_the_last_images_are_held_out(drawn):
     latents = torch.arange(5.0).view(5, 1, 1, 1)
-    captions = (lambda index, generator: f"text {index}") if drawn else [f"text {i}" for i in range(5)]
+    captions = [(f"text {i}", f"other {i}") if drawn else f"text {i}" for i in range(5)]
     data, held_out = LatentImages(latents, captions, {"images": 5}, latents + 10).split(2)
     assert len(data) == 3 and len(held_out) == 2
     assert data.about["images"] == 3
     item = held_out[1]
     assert (item["index"], float(item["latents"]), float(item["structure"])) == (1, 4, 14)
-    assert held_out.captions([1], [np.random.default_rng(0)]) == ["text 4"]
-    assert data.captions([0], [np.random.default_rng(0)]) == ["text 0"]
+    assert held_out.captions.of_image(1) == (["text 4", "other 4"] if drawn else ["text 4"])
+    assert data.captions.first([0]) == ["text 0"]
     assert data.split(0)[1] is None
     with pytest.raises(SettingsError, match="lower held_out"):
         data.split(3)

@@ -10,11 +10,18 @@ from moe_sampler import ExpertSource, HybridPipeline
 from moe_sampler.data.captioned_images import DemoScenes
 from moe_sampler.demo import experts_path
 from moe_sampler.errors import CheckpointError
-from moe_sampler.expert_training import DavidSettings, ExpertSettings, ExpertTask, LatentImages, LevelSettings
+from moe_sampler.expert_training import (
+    DavidSettings,
+    ExpertSettings,
+    ExpertTask,
+    LatentImages,
+    LevelSettings,
+    TextStates,
+)
 from moe_sampler.expert_training.objectives import Objective
 from moe_sampler.expert_training.run import load_base, new_task, train_expert
 from moe_sampler.expert_training.settings import RunSettings
-from moe_sampler.expert_training.task import VALIDATION_LEVELS, TextStates
+from moe_sampler.expert_training.task import VALIDATION_LEVELS
 from moe_sampler.training.draws import Draws
 from moe_sampler.training.settings import SettingsError
 from moe_sampler.training.training_settings import TrainingSettings
@@ -102,12 +109,19 @@ def test_the_folder_says_what_the_expert_was_trained_on(tmp_path, kind, predicti
 class Told:
     """A text encoder that remembers what it was told."""
 
-    def __init__(self, states: torch.Tensor) -> None:
-        self.states, self.texts = states, []
+    def __init__(self, one: torch.Tensor) -> None:
+        self.one, self.texts, self.known = one, [], []
 
     def __call__(self, texts, device="cpu"):
         self.texts += texts
-        return self.states.expand(len(texts), -1, -1)
+        return self.one.expand(len(texts), -1, -1)
+
+    def table(self, texts):
+        self.known = list(texts)
+        return self
+
+    def states(self, rows):
+        return self([self.known[row] for row in rows])
 
 
 def small_task(dropout: float = 0.25, **more) -> ExpertTask:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
+from moe_sampler._transfers import to_device
 from moe_sampler.architectures import architecture_of, watchable
 from moe_sampler.kernels import (
     AttentionStatistics,
@@ -230,7 +231,7 @@ class ExpertFeatures:
             # Unlike a copy of a list, filling doesn't wait for the device.
             if len(values) == 1:
                 return torch.full((1,), values[0], device=x0.device)
-            return torch.tensor(values).to(x0.device, non_blocking=True)
+            return to_device(torch.tensor(values), x0.device)
 
         if self.convention == "tiny-flux-v4":
             return noise, filled([1000.0 * t for t in times])

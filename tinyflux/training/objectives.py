@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_sampler._transfers import to_device
 from moe_sampler.kernels import flow_training_pair, min_snr_weight, weighted_mse
 from moe_sampler.tinyflux.model.tinyflux import TinyFlux, TinyFluxOutput
 from moe_sampler.tinyflux.training.objective_settings import ObjectiveSettings
@@ -59,7 +60,11 @@ def student_loss(
     config = student.config
     height, width = batch["latents"].shape[2:]
     size = (height, width)
-    noise = sample_noise(time, draws)
+    # Drawn on the host, where the experts' calls are planned, and brought to the device.
+    here = draws.on("cpu")
+    noise_here = sample_noise(time, here)
+    taught_here = ~_drawn(here, "teacher_dropout", objective.teacher_dropout)
+    noise, taught_rows = (to_device(drawn, draws.device) for drawn in (noise_here, taught_here))
     pair = flow_training_pair(
         batch["latents"].contiguous(),
         noise,
@@ -67,8 +72,9 @@ def student_loss(
         prediction="reversed_flow_prediction",
         dtype=torch.float32,
     )
-    taught_rows = ~_drawn(draws, "teacher_dropout", objective.teacher_dropout)
-    taught = None if teachers is None else _dropped(teachers.features(batch, 1 - noise, draws), taught_rows)
+    taught = None
+    if teachers is not None:
+        taught = _dropped(teachers.features(batch, 1 - noise_here, draws), taught_rows)
     out = model(
         tokens(pair.noisy),
         batch["prompt_embeds"],
@@ -94,8 +100,9 @@ def student_loss(
     per_sample, terms = velocity, {"velocity": velocity}
     if objective.distill_weight:
         weight = objective.distill_weight * _ramp(step, objective.distill_warmup_steps)
-        share = weight * objective.mix(noise) * taught_rows
-        target = _routed_velocity(_there(routed, "routed"), pair.noisy, noise, batch, share)
+        share_here = weight * objective.mix(noise_here) * taught_here
+        target = _routed_velocity(_there(routed, "routed"), pair.noisy, noise_here, batch, share_here)
+        share = to_device(share_here, draws.device)
         terms["distill"] = velocity_error(target, objective.distill_loss) * (share > 0)
         per_sample = torch.lerp(velocity, terms["distill"], share)
     if objective.min_snr_gamma is not None:
@@ -151,17 +158,20 @@ def _weight_map(strength: float, taught: Taught | None) -> Tensor | None:
 def _routed_velocity(
     routed: RoutedTeachers, noisy: Tensor, noise: Tensor, batch: Mapping[str, Any], share: Tensor
 ) -> Tensor:
-    """[B, C, h, w], zero where the experts have no share: these samples don't run through them."""
+    """[B, C, h, w], zero where the experts have no share: these samples don't run through them.
+
+    noise, share: [B], on the host, where it is decided what runs.
+    """
     velocity = torch.zeros_like(noisy)
     rows = [row for row, part in enumerate(share.tolist()) if part > 0]
     if not rows:
         return velocity
-    places = torch.tensor(rows).to(noisy.device)
+    places = to_device(torch.tensor(rows), noisy.device)
     text = {
         "caption": [batch["caption"][row] for row in rows],
         "prompt_embeds": batch["prompt_embeds"][places],
     }
-    return velocity.index_copy_(0, places, routed.velocity(noisy[places], noise[places], text))
+    return velocity.index_copy_(0, places, routed.velocity(noisy[places], noise[rows], text))
 
 
 def _feature_errors(

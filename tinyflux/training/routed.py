@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from moe_sampler._transfers import to_device
 from moe_sampler.sampling.experts import Expert
 from moe_sampler.sampling.predictions import x0_coefficients
 from moe_sampler.sampling.routers import Router, active_experts
@@ -89,8 +90,9 @@ class RoutedTeachers:
     def velocity(self, noisy: Tensor, noise: Tensor, batch: Mapping[str, Any]) -> Tensor:
         """data - noise as the experts see it: float32 [B, C, h, w].
 
-        noisy: float32 [B, C, h, w] on the flow path. noise: s, float32 [B] in (0, 1]. batch: with the
-        samples' `caption`, or `prompt_embeds` [B, tokens, channels].
+        noisy: float32 [B, C, h, w] on the flow path. noise: s, float32 [B] in (0, 1], on the host, where it
+        is planned which expert runs on what. batch: with the samples' `caption`, or `prompt_embeds` [B,
+        tokens, channels].
         """
         levels = noise.tolist()
         if not all(0 < level <= 1 for level in levels):
@@ -148,7 +150,7 @@ def _terms(expert: Expert, noise: float) -> tuple[float, float, float, float]:
 
 
 def _tensor(values: Sequence[float], like: Tensor) -> Tensor:
-    return torch.tensor(values).to(like.device, non_blocking=True)
+    return to_device(torch.tensor(values), like.device)
 
 
 def _output(model: Callable[..., Any], sample: Tensor, timestep: Tensor, text: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from moe_sampler._transfers import OnDevice, to_device
 from moe_sampler.loading.fingerprint import fingerprint
 from moe_sampler.tinyflux.features.cache_format import Manifest
 from moe_sampler.tinyflux.features.cache_read import (
@@ -51,7 +52,8 @@ class FeatureTeachers(Protocol):
     teaches: tuple[str, ...]
 
     def features(self, batch: Mapping[str, Any], t: Tensor, draws: Draws) -> Taught:
-        """Of a batch of a cache's items at times t, float32 [B] on the batch's device."""
+        """Of a batch of a cache's items at times t, float32 [B] on the host, where the experts' calls are
+        planned."""
         ...
 
 
@@ -64,11 +66,12 @@ class CachedTeachers:
 
     def __init__(self, data: FeatureCache | MultiSource) -> None:
         self.teaches = tuple(name for name in ("sol", "lune") if getattr(data, f"has_{name}"))
-        self._t_buckets = data.t_buckets
+        self._t_buckets = OnDevice(data.t_buckets)
 
     def features(self, batch: Mapping[str, Any], t: Tensor, draws: Draws) -> Taught:
         """See `FeatureTeachers`."""
-        t_buckets = self._t_buckets.to(t.device)
+        device = batch["latents"].device
+        t_buckets, t = self._t_buckets.on(device), to_device(t, device)
         found = {
             name: at_time(batch[name], t_buckets, t).float() if name in batch else None
             for name in ("lune", "sol_stats", "sol_maps")
@@ -120,16 +123,17 @@ class LiveTeachers:
     def features(self, batch: Mapping[str, Any], t: Tensor, draws: Draws) -> Taught:
         """See `FeatureTeachers`. The batch's noise is that of `draws.seeds("noise")`."""
         modules = [getattr(self._experts, name) for name in self.teaches]
-        with undisturbed(t.device), resident(modules, t.device, self._offload):
+        device = batch["latents"].device
+        with undisturbed(device), resident(modules, device, self._offload):
             if self._t_buckets is None:
                 lune, stats, maps = self._own(batch, t, draws)
             else:
-                lune, stats, maps = self._as_cached(batch, t, self._t_buckets.to(t.device))
-        has = torch.ones(len(t), dtype=torch.bool, device=t.device)
+                lune, stats, maps = self._as_cached(batch, t, self._t_buckets)
+        has = torch.ones(len(t), dtype=torch.bool, device=device)
         return Taught(lune, stats, maps, has & (lune is not None), has & (stats is not None))
 
     def _extract(self, batch: Mapping[str, Any], seeds: Tensor, t: Tensor) -> list[Tensor | None]:
-        text = expert_text(batch, self._experts.encode_prompt).to(t.device)
+        text = expert_text(batch, self._experts.encode_prompt).to(batch["latents"].device)
         found = self._experts(batch["latents"].float(), prompt_embeds=text, seeds=seeds, t=t)
         return list(found)
 
@@ -140,6 +144,7 @@ class LiveTeachers:
     def _as_cached(self, batch: Mapping[str, Any], t: Tensor, t_buckets: Tensor) -> list[Tensor | None]:
         before, after, weight = buckets_around(t_buckets, t)
         times = torch.stack([t_buckets[before], t_buckets[after]], 1)
+        weight = to_device(weight, batch["latents"].device)
         found = self._extract(batch, self._seed + batch["index"], times)
         return [None if part is None else between(part[:, 0], part[:, 1], weight) for part in found]
 

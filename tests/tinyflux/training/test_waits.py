@@ -1,0 +1,119 @@
+"""No step of a student's training waits for the device."""
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from tinyflux_helpers import new_config, trained
+
+from moe_sampler import Boundary, Expert
+from moe_sampler.tinyflux.features.extraction import ExpertFeatures
+from moe_sampler.tinyflux.training.objective_settings import ObjectiveSettings
+from moe_sampler.tinyflux.training.routed import RoutedTeachers
+from moe_sampler.tinyflux.training.task import StudentTask
+from moe_sampler.tinyflux.training.teachers import CachedTeachers, LiveTeachers
+from moe_sampler.tinyflux.training.time_settings import TimeSettings
+from moe_sampler.training import Trainer, TrainingSettings
+from moe_sampler.training.interrupts import Interrupts
+
+
+class Items(torch.utils.data.Dataset):
+    """What a cache's items hold, with features at two times."""
+
+    has_lune = has_sol = True
+    t_buckets = torch.tensor([0.2, 0.8])
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> dict:
+        generator = torch.Generator().manual_seed(index)
+        draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+        return {
+            "index": index,
+            "latents": draw(4, 8, 8),
+            "prompt_embeds": draw(5, 24),
+            "prompt_mask": torch.ones(5, dtype=torch.bool),
+            "pooled_prompt_embeds": draw(20),
+            "caption": f"caption {index}",
+            "lune": draw(2, 40),
+            "sol_stats": draw(2, 3).sigmoid(),
+            "sol_maps": draw(2, 64).softmax(-1).view(2, 8, 8),
+        }
+
+
+def unet() -> UNet2DConditionModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return UNet2DConditionModel(
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            block_out_channels=(8, 40),
+            layers_per_block=1,
+            cross_attention_dim=24,
+            attention_head_dim=2,
+            norm_num_groups=4,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        ).eval()
+
+
+def routed(model: UNet2DConditionModel) -> RoutedTeachers:
+    def call(sample, timestep, prompt_embeds):
+        return model(sample, timestep, prompt_embeds, return_dict=False)[0]
+
+    return RoutedTeachers([Expert.sol(call), Expert.lune(call)], Boundary("sol", "lune", 0.5))
+
+
+def trainer(folder, teachers: str, device: str, **objective) -> Trainer:
+    model = unet().to(device)
+    taught = {
+        "cached": lambda: CachedTeachers(Items()),
+        "live": lambda: LiveTeachers(ExpertFeatures(sol=model, lune=model)),
+        "matched": lambda: LiveTeachers(ExpertFeatures(sol=model, lune=model), t_buckets=(0.2, 0.8), seed=3),
+    }[teachers]()
+    task = StudentTask(
+        trained(new_config()),
+        Items(),
+        objective=ObjectiveSettings(**objective),
+        time=TimeSettings(),
+        teachers=taught,
+        routed=routed(model) if objective.get("distill_weight") else None,
+    )
+    settings = TrainingSettings(
+        folder, max_train_steps=9, train_batch_size=4, lr_warmup_steps=0, report_to="none"
+    )
+    return Trainer(task, settings, quiet=True)
+
+
+@pytest.mark.parametrize(
+    "teachers, objective",
+    [
+        ("cached", {"sol_weight_map": 0.5, "min_snr_gamma": 5.0}),
+        ("cached", {"distill_weight": 0.5}),
+        ("live", {}),
+        ("matched", {}),
+    ],
+)
+def test_a_step_reads_nothing(tmp_path, silent_device, teachers, objective):
+    training = trainer(tmp_path, teachers, "meta", **objective)
+    batches = iter(training.loader())
+    for step in range(2):
+        with silent_device() as waits:
+            training.make_step(batches, 1e-4, Interrupts())
+        # The first step brings tables to the device.
+        assert step == 0 or waits.found == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("teachers, objective", [("cached", {"distill_weight": 0.5}), ("live", {})])
+def test_on_cuda_a_step_does_not_synchronise(tmp_path, teachers, objective):
+    training = trainer(tmp_path, teachers, "cuda", **objective)
+    batches = iter(training.loader())
+    training.make_step(batches, 1e-4, Interrupts())
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        training.make_step(batches, 1e-4, Interrupts())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    training.read_window()
