@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moe_sampler.data.captioned_images import DemoScenes
+from moe_sampler.data.scenes import DemoScenes
 from moe_sampler.demo import experts_path
 from moe_sampler.expert_training.run import load_base, new_task, train_expert
 from moe_sampler.expert_training.settings import DavidSettings, ExpertSettings, RunSettings

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
         velocity_to_epsilon,
     )
 
-    from .data.captioned_images import DemoScenes, ImageFolder, TarFiles, open_source
+    from .data.folders import ImageFolder
+    from .data.scenes import DemoScenes
+    from .data.sources import open_source
+    from .data.tars import TarFiles
     from .loading.presets import ExpertSource
     from .pipelines.hybrid import HybridPipeline
     from .sampling.experts import Expert
@@ -35,7 +38,10 @@ __version__ = "0.1.0"
 
 # torch takes a second to import and diffusers several: who asks for a name pays for what that name needs.
 _NAMES = {
-    "data.captioned_images": ("DemoScenes", "ImageFolder", "TarFiles", "open_source"),
+    "data.folders": ("ImageFolder",),
+    "data.scenes": ("DemoScenes",),
+    "data.sources": ("open_source",),
+    "data.tars": ("TarFiles",),
     "sampling.experts": ("Expert",),
     "kernels": ("euler_step_", "philox_normal", "sampler_step_", "shift_sigmas", "velocity_to_epsilon"),
     "sampling.paths": ("FlowPath", "Level", "VPPath"),

@@ -105,7 +105,8 @@ def cache(
         raise ValueError("give a SOURCE of images and captions, or --demo")
     check_choice("--teachers", teachers, _TEACHERS)
     times = None if buckets is None else _numbers(buckets)
-    from ..data.captioned_images import DemoScenes, open_source
+    from ..data.scenes import DemoScenes
+    from ..data.sources import open_source
 
     images = DemoScenes(count) if source is None else open_source(source)
     computer = _device(device)

@@ -1,1 +1,1 @@
-"""Images with captions, from wherever they lie."""
+"""Images with captions, from wherever they lie, and pictures of any kind as RGB."""

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .._transfers import OnDevice
-from ..data.captioned_images import CaptionedImage, Source, fit_image
+from ..data.pictures import fit_image
+from ..data.samples import CaptionedImage, Source
 from ..loading.fingerprint import fingerprint
 from ..pipelines.latents import encode_images
 from ..training.checkpoints import write_tensors

@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
 from ..architectures import build, shape_of, watchable
-from ..data.captioned_images import DemoScenes, Source, open_source
+from ..data.samples import Source
+from ..data.scenes import DemoScenes
+from ..data.sources import open_source
 from ..demo import experts_path
 from ..errors import CheckpointError
 from ..loading.expert_files import find_base, find_expert

@@ -11,7 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moe_sampler.data.captioned_images import DemoScenes, ImageFolder, TarFiles, fit_image, open_source
+from moe_sampler.data.folders import ImageFolder
+from moe_sampler.data.pictures import fit_image
+from moe_sampler.data.scenes import DemoScenes
+from moe_sampler.data.sources import open_source
+from moe_sampler.data.tars import TarFiles
 
 RED, GREEN, BLUE = (250, 10, 10), (10, 250, 10), (10, 10, 250)
 

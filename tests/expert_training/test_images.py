@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from moe_sampler.data.captioned_images import DemoScenes, ImageFolder
+from moe_sampler.data.folders import ImageFolder
+from moe_sampler.data.scenes import DemoScenes
 from moe_sampler.demo.captions import describe
 from moe_sampler.demo.scenes import draw_scene, render
 from moe_sampler.expert_training import LatentImages, encode_source

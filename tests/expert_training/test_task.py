@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from moe_sampler import ExpertSource, HybridPipeline
-from moe_sampler.data.captioned_images import DemoScenes
+from moe_sampler.data.scenes import DemoScenes
 from moe_sampler.demo import experts_path
 from moe_sampler.errors import CheckpointError
 from moe_sampler.expert_training import (

@@ -17,7 +17,8 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
 
 from moe_sampler import __version__
-from moe_sampler.data.captioned_images import CaptionedImage, Source, fit_image
+from moe_sampler.data.pictures import fit_image
+from moe_sampler.data.samples import CaptionedImage, Source
 from moe_sampler.loading.fingerprint import fingerprint
 from moe_sampler.pipelines import choices
 from moe_sampler.pipelines.latents import encode_images

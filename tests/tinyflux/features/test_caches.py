@@ -20,7 +20,7 @@ from transformers import CLIPTextModel, T5Config, T5EncoderModel
 from typer.testing import CliRunner
 
 from moe_sampler.cli.student import app
-from moe_sampler.data.captioned_images import DemoScenes
+from moe_sampler.data.scenes import DemoScenes
 from moe_sampler.demo import experts_path
 from moe_sampler.errors import CheckpointError
 from moe_sampler.kernels import philox_normal

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import default_collate
 
-from moe_sampler.data.captioned_images import DemoScenes
+from moe_sampler.data.scenes import DemoScenes
 from moe_sampler.kernels import philox_normal
 from moe_sampler.tinyflux.features.cache_build import Teachers, build_cache
 from moe_sampler.tinyflux.features.cache_read import FeatureCache, MultiSource
