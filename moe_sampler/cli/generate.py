@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,8 @@ class StartOptions:
     image: Annotated[
         Path | None,
         typer.Option(
-            help="Start from this image instead of from noise. What is made has its proportions.",
+            help="Start from this image instead of from noise. What is made has its proportions. "
+            "MOE_SAMPLER_MAX_PIXELS raises the limit on its pixels.",
             metavar="PATH",
         ),
     ] = None
@@ -107,8 +107,8 @@ def generate(
 
 def _start_image(settings: dict[str, Any], previous: Mapping[str, Any], image: Path | None) -> Any:
     """The PIL image to start from, its place noted in `settings`."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
+    from ..data.digests import content
+    from ..data.pictures import read_picture
     from ..pipelines.checks import check_strength
 
     kept = image is None and previous.get("image") is not None
@@ -116,12 +116,7 @@ def _start_image(settings: dict[str, Any], previous: Mapping[str, Any], image: P
     if path is None:
         check_strength(settings.get("strength"), None, None)
         return None
-    try:
-        content = path.read_bytes()
-        opened = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from None
-    digest = hashlib.sha256(content).hexdigest()
+    opened, digest = read_picture(path), content(path)
     if kept and digest != previous["image_sha256"]:
         raise ValueError(f"{path} is no longer the image that was started from: give --image")
     settings |= {"image": str(path.resolve()), "image_sha256": digest}

@@ -181,19 +181,17 @@ class Model:
         return shapes[0].sample_size * 2**halved, multiple
 
     def size(self, settings: Mapping[str, Any], start: Any = None) -> dict[str, int]:
-        """Height and width as far as they are known: what was given, or the proportions of a PIL image to
-        start from in about the size the model was made for, so that any photo fits."""
+        """Height and width as far as they are known: what was given, or what the pipeline would choose for a
+        PIL image to start from."""
         from ..pipelines.checks import check_size
+        from ..pipelines.start_images import fitted_size
 
         size = {key: settings[key] for key in ("height", "width") if key in settings}
         if start is None and not size:
             return {}
         side, multiple = self.sizes()
         if start is not None:
-            scale = side / math.sqrt(start.height * start.width)
-            scale = next((size[key] / getattr(start, key) for key in size), scale)
-            for key in {"height", "width"} - size.keys():
-                size[key] = max(1, round(getattr(start, key) * scale / multiple)) * multiple
+            size["height"], size["width"] = fitted_size([start], side, multiple, **size)
         check_size(size.get("height", multiple), size.get("width", multiple), multiple)
         return size
 

@@ -25,8 +25,8 @@ __all__ = ["MAX_PIXELS", "SUFFIXES", "check_floats", "fit_image", "pixel_limit",
 
 # fmt: off
 SUFFIXES = frozenset((
-    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".jp2",
-    ".ppm", ".pgm", ".pbm", ".pnm",
+    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff",
+    ".jp2", ".ppm", ".pgm", ".pbm", ".pnm",
 ))
 # fmt: on
 # Not all that Pillow has: an EPS by another name would start Ghostscript.
@@ -135,7 +135,7 @@ def check_floats(values: np.ndarray, name: str) -> np.ndarray:
     if low < -1e-5 or high > 1 + 1e-5:
         raise _Refused(
             f"{name} holds floats from {low:g} to {high:g}; they must lie between 0 (black) and 1 (white). "
-            "Values from 0 to 255 are integers of 8 bits (uint8)"
+            "Scale them, or give those from 0 to 255 as uint8"
         )
     return values.clip(0, 1)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, PreTrainedTokenizerBase
 
 from .._transfers import OnDevice, to_device
+from ..pipelines.prompts import tokenize
 from ..training.draws import Draws
 
 __all__ = ["Captions", "StatesTable", "TextStates", "TextTable"]
@@ -100,7 +101,7 @@ class TextStates:
     """Captions as the experts' cross-attention is shown them, by a frozen text encoder.
 
     Args:
-        model, tokenizer: of the pipeline; longer texts than the tokenizer's length are cut.
+        model, tokenizer: of the pipeline; longer texts than the tokenizer's length are cut, without a word.
     """
 
     def __init__(self, model: CLIPTextModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -115,14 +116,12 @@ class TextStates:
 
     def tokenize(self, texts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
         """int64 [B, tokens], and which of them count: int64 [B, tokens], where the encoder asks for it."""
-        tokens = self.tokenizer(
-            list(texts),
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
+        tokens = tokenize(texts, self.tokenizer, self.tokenizer.model_max_length)[0]
         return tokens.input_ids, tokens.attention_mask if self._masked else None
+
+    def too_long(self, texts: Sequence[str]) -> list[bool]:
+        """Which of them are cut."""
+        return [bool(cut) for cut in tokenize(texts, self.tokenizer, self.tokenizer.model_max_length)[1]]
 
     @torch.no_grad()
     def encode(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:

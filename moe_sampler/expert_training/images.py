@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .._transfers import OnDevice
-from ..data.pictures import fit_image
+from ..data.captions import check_text
+from ..data.pictures import fit_image, to_rgb
 from ..data.samples import CaptionedImage, Source
 from ..loading.fingerprint import fingerprint
 from ..pipelines.latents import encode_images
@@ -51,6 +52,7 @@ class LatentImages(Dataset):
         captions: of the N images: a text each, or as many texts of every image.
         about: plain values that say which data these are.
         structure: float32 [N, C, h, w], of the same images' structure pictures, or None.
+        names: of the images, for messages; or None.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class LatentImages(Dataset):
         captions: Captions | Sequence[Sequence[str] | str],
         about: Mapping[str, Any],
         structure: Tensor | None = None,
+        names: Sequence[str] | None = None,
     ) -> None:
         if latents.ndim != 4 or latents.dtype != torch.float32 or not len(latents):
             raise ValueError(
@@ -72,6 +75,7 @@ class LatentImages(Dataset):
             raise ValueError(f"{len(latents)} latents need as many captions, got {len(captions)}")
         self.latents, self.structure, self.about = latents, structure, dict(about)
         self.captions = captions if isinstance(captions, Captions) else Captions.of(captions)
+        self.names = names
         self._tables = {"latents": OnDevice(latents)}
         if structure is not None:
             self._tables["structure"] = OnDevice(structure)
@@ -115,7 +119,9 @@ class LatentImages(Dataset):
     def _part(self, first: int, last: int) -> LatentImages:
         structure = None if self.structure is None else self.structure[first:last]
         about = {**self.about, "images": last - first}
-        return LatentImages(self.latents[first:last], self.captions.part(first, last), about, structure)
+        names = None if self.names is None else self.names[first:last]
+        captions = self.captions.part(first, last)
+        return LatentImages(self.latents[first:last], captions, about, structure, names)
 
 
 def left_to_train(images: int, held_out: int) -> int:
@@ -171,7 +177,8 @@ def encode_source(
         "captions": DRAWN_CAPTIONS if isinstance(source, DrawnSource) else 1,
         "vae": fingerprint(vae),
     }
-    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+    stored = {**about, "format": 2}
+    digest = hashlib.sha256(json.dumps(stored, sort_keys=True).encode()).hexdigest()[:16]
     path = Path(folder) / f"latents-{digest}.safetensors"
     state = PartialState()
     with state.local_main_process_first():
@@ -180,8 +187,8 @@ def encode_source(
             _write(path, _encode(source, vae, (height, width), structure, batch_size, progress))
     with safe_open(path, framework="pt") as file:
         read = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    captions = json.loads(read["captions"].numpy().tobytes())
-    return LatentImages(read["latents"], captions, about, read.get("structure"))
+    captions, names = (_unpacked(read[name]) for name in ("captions", "names"))
+    return LatentImages(read["latents"], captions, about, read.get("structure"), names)
 
 
 def _encode(
@@ -194,18 +201,20 @@ def _encode(
 ) -> dict[str, Tensor]:
     latents, flat = [], []
     captions: list[list[str]] = []
+    names: list[str] = []
     for start in range(0, len(source), batch_size):
         indices = range(start, min(start + batch_size, len(source)))
         images: list[CaptionedImage] = [source[i] for i in indices]
-        captions += [
-            [image.caption, *_other_words(source, i)] for i, image in zip(indices, images, strict=True)
-        ]
-        latents.append(encode_images(vae, [fit_image(image.image, *size) for image in images]).cpu())
+        for i, image in zip(indices, images, strict=True):
+            check_text(image.caption, f"the caption of {image.key}")
+            captions.append([image.caption, *_other_words(source, i)])
+            names.append(image.key)
+        fitted = [fit_image(to_rgb(image.image, image.key), *size) for image in images]
+        latents.append(encode_images(vae, fitted).cpu())
         if structure and isinstance(source, DrawnSource):
             flat.append(encode_images(vae, [fit_image(source.structure(i), *size) for i in indices]).cpu())
         progress(indices.stop, len(source))
-    text = np.frombuffer(json.dumps(captions).encode(), dtype=np.uint8).copy()
-    found = {"latents": torch.cat(latents), "captions": torch.from_numpy(text)}
+    found = {"latents": torch.cat(latents), "captions": _packed(captions), "names": _packed(names)}
     return {**found, "structure": torch.cat(flat)} if structure else found
 
 
@@ -214,6 +223,14 @@ def _other_words(source: Source, index: int) -> list[str]:
     if not isinstance(source, DrawnSource):
         return []
     return [source.caption(index, np.random.default_rng([index, k])) for k in range(1, DRAWN_CAPTIONS)]
+
+
+def _packed(texts: list[Any]) -> Tensor:
+    return torch.from_numpy(np.frombuffer(json.dumps(texts).encode(), dtype=np.uint8).copy())
+
+
+def _unpacked(tensor: Tensor) -> list[Any]:
+    return json.loads(tensor.numpy().tobytes())
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:

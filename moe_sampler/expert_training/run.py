@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
 from ..architectures import build, shape_of, watchable
+from ..data.captions import report_cut
 from ..data.samples import Source
 from ..data.scenes import DemoScenes
 from ..data.sources import open_source
@@ -30,7 +31,7 @@ from ..training.settings import SettingsError, to_tables
 from ..training.trainer import Trainer
 from .captions import TextStates
 from .david import AssessedUNet, BlockProbes
-from .images import encode_source, left_to_train
+from .images import LatentImages, encode_source, left_to_train
 from .objectives import Objective
 from .settings import RunSettings, check_kind
 from .task import ExpertTask
@@ -176,6 +177,7 @@ def new_task(
         structure=settings.expert.structure_below > 0,
         progress=progress,
     )
+    _report_long(images, base.text)
     images.about["text_encoder"] = fingerprint(base.text.model)
     data, held_out = images.split(settings.expert.held_out)
     david = settings.david
@@ -191,6 +193,13 @@ def new_task(
         david=david,
         vae=base.vae,
     )
+
+
+def _report_long(images: LatentImages, text: TextStates) -> None:
+    """One line about captions that every step will cut."""
+    long = torch.tensor(text.too_long(images.captions.texts))[images.captions.rows].any(1).tolist()
+    names = [name for name, cut in zip(images.names or (), long, strict=True) if cut]
+    report_cut(names, len(images), text.tokenizer.model_max_length, type(text.model).__name__)
 
 
 def train_expert(task: ExpertTask, settings: RunSettings, *, quiet: bool = False) -> dict[str, Any]:

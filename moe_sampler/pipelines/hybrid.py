@@ -16,13 +16,14 @@ from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..architectures import architecture_of, shape_of
+from ..data.arrays import Picture
 from ..loading.parts import check_experts_fit, check_names
 from ..sampling.experts import Expert
 from ..sampling.plan import SamplingPlan
 from ..sampling.routers import PerStep, Router
 from .adapters import AdapterMixin
 from .checks import Request, Start, StepEnd, check_size, check_strength
-from .latents import check_image, decode_latents, encode_pixels, image_size
+from .latents import decode_latents, encode_pixels
 from .pretrained import PretrainedMixin
 from .prompts import Negative, check_prompts, encode_prompts, negative_embeds, prompt_count
 from .queue import PlanRun, run_plan
@@ -36,6 +37,7 @@ from .settings import (
     own_steps,
     with_own,
 )
+from .start_images import fitted_size, picture_size, pixels_of, start_pictures
 
 __all__ = ["HybridPipeline", "HybridPipelineOutput"]
 
@@ -184,25 +186,25 @@ class HybridPipeline(PretrainedMixin, AdapterMixin):
         shapes = (shape_of(self.expert_unet(name)) for name in self.expert_names)
         return self.vae_scale_factor * math.lcm(*(shape.size_multiple for shape in shapes))
 
-    def _size(self, height: int | None, width: int | None, image: Any, prompts: int) -> tuple[int, int]:
-        """In pixels: as given, or the image's to start from, or what the experts were made for.
+    def _size(
+        self, height: int | None, width: int | None, pictures: Sequence[Picture] | None
+    ) -> tuple[int, int]:
+        """In pixels: as given, or what the experts were made for, in a start picture's proportions.
 
         Raises:
             ValueError: not a size they can make, or none at all.
         """
-        if image is not None:
-            check_image(image, prompts)
-        side = self._any_shape().sample_size
-        if image is not None:
-            own = image_size(image)
-        elif side is not None:
-            own = (side * self.vae_scale_factor,) * 2
-        elif height is None or width is None:
-            raise ValueError("the experts' configs name no size: give height and width")
+        side, multiple = self._any_shape().sample_size, self._size_multiple()
+        if side is not None:
+            size = fitted_size(pictures, side * self.vae_scale_factor, multiple, height, width)
+        elif height is not None and width is not None:
+            size = (height, width)
+        elif pictures is not None:
+            own = picture_size(pictures[0])
+            size = (own[0] if height is None else height, own[1] if width is None else width)
         else:
-            own = (height, width)
-        size = (own[0] if height is None else height, own[1] if width is None else width)
-        check_size(*size, self._size_multiple())
+            raise ValueError("the experts' configs name no size: give height and width")
+        check_size(*size, multiple)
         return size
 
     def encode_prompt(
@@ -227,10 +229,15 @@ class HybridPipeline(PretrainedMixin, AdapterMixin):
             )
 
     def _image_latents(
-        self, image: Any, height: int, width: int, request: Request, device: torch.device
+        self,
+        pictures: Sequence[Picture],
+        height: int,
+        width: int,
+        request: Request,
+        device: torch.device,
     ) -> torch.Tensor:
         """float32 latents [images, C, h, w] of the images that images start from."""
-        pixels = self.image_processor.preprocess(image, height, width)
+        pixels = pixels_of(pictures, height, width)
         with self._at_work("vae"):
             parts = [encode_pixels(part.to(device), self.vae) for part in pixels.split(request.batch_size)]
         return torch.cat(parts).repeat_interleave(request.images // len(pixels), 0)
@@ -279,7 +286,10 @@ class HybridPipeline(PretrainedMixin, AdapterMixin):
             negative_prompt: for all experts, or by name: `{"sol": "text", "lune": "blur"}`.
             plan: run this one, from `plan` or `SamplingPlan.from_json`. It decides experts, steps, handoff,
                 solvers and guidance, so none of these may be given with it.
-            image: to start from: PIL, NumPy or tensor in [0, 1]; one for all prompts or a list, one each.
+            image: to start from: PIL of any mode, NumPy [H, W, 3] or a tensor [3, H, W], uint8 from 0 to 255
+                or floats from 0 to 1; one for all prompts, or a batch or list, one each. Without height and
+                width, what is made has about the size the model was made for, in the image's proportions; the
+                image is resized to cover that and cut at the centre.
             strength: with image, the share of the steps that are run, 0.8 by default: the run enters the plan
                 where that many steps are left, at the expert who works there. 1 leaves little of the image.
             seed: one integer (counted up over the batch) or one an image. An image depends on its own seed
@@ -324,7 +334,8 @@ class HybridPipeline(PretrainedMixin, AdapterMixin):
         prompts = prompt_count(prompt, prompt_embeds)
         request = Request.read(prompts, num_images_per_prompt, batch_size, output_type)
         step_end = StepEnd(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        height, width = self._size(height, width, image, prompts)
+        pictures = None if image is None else start_pictures(image, prompts)
+        height, width = self._size(height, width, pictures)
         entered = check_strength(strength, image, latents)
         experts = self.experts(**settings)
         if plan is None:
@@ -344,7 +355,9 @@ class HybridPipeline(PretrainedMixin, AdapterMixin):
         cond = encode([] if prompt is None else prompt) if prompt_embeds is None else prompt_embeds.to(device)
         guided = list(dict.fromkeys(c.name for s in compiled.steps for c in s.calls if c.guided))
         uncond = negative_embeds(negative_prompt, negative_prompt_embeds, guided, names, prompts, encode)
-        from_image = None if image is None else self._image_latents(image, height, width, request, device)
+        from_image = (
+            None if pictures is None else self._image_latents(pictures, height, width, request, device)
+        )
         run = PlanRun(
             compiled,
             experts,

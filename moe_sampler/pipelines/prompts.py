@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from diffusers.utils import logging
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from .._transfers import to_device
+from ..data.captions import check_text
 from .settings import by_expert
 
-__all__ = ["check_prompts", "encode_prompts", "negative_embeds", "prompt_count"]
+__all__ = [
+    "check_prompts",
+    "cut_silently",
+    "encode_prompts",
+    "negative_embeds",
+    "prompt_count",
+    "tokenize",
+    "warn_of_cuts",
+]
+
+_SILENT: ContextVar[bool] = ContextVar("_SILENT", default=False)
 
 Negative = str | list[str] | Mapping[str, str | list[str]]
 
@@ -42,6 +56,8 @@ def check_prompts(
     prompts = [] if prompt is None else [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(prompts, list) or not all(isinstance(p, str) for p in prompts) or prompt == []:
         raise ValueError(f"prompt must be a string or a non-empty list of strings, got {prompt!r}")
+    for text in prompts:
+        check_text(text, "the prompt")
     if prompt_embeds is not None:
         _check_embeds("prompt_embeds", prompt_embeds, features)
     count = prompt_count(prompt, prompt_embeds)
@@ -51,6 +67,8 @@ def check_prompts(
         texts = negative if isinstance(negative, list) else [negative or ""]
         if not all(isinstance(text, str) for text in texts):
             raise ValueError(f"{name}: a negative prompt is a string or a list of strings, got {negative!r}")
+        for text in texts:
+            check_text(text, f"{name}: the negative prompt")
         if isinstance(negative, list) and len(negative) != count:
             raise ValueError(f"{count} prompts need as many negative prompts, got {len(negative)}")
     for embeds in by_expert("negative_prompt_embeds", negative_prompt_embeds, experts).values():
@@ -68,22 +86,54 @@ def _check_embeds(what: str, embeds: Any, features: int) -> None:
         raise ValueError(f"{what} must hold at least one prompt")
 
 
+def tokenize(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int
+) -> tuple[BatchEncoding, list[str]]:
+    """(Tokens of texts, padded and cut to `length`, as tensors; what was cut off of each text, or "").
+
+    Raises:
+        ValueError: a text that holds no text.
+    """
+    texts = [check_text(text, "a text") for text in texts]
+    tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=False, verbose=False)
+    long = [ids for ids in tokens.input_ids if len(ids) > length]
+    cut = [
+        str(tokenizer.decode(ids[length - 1 :], skip_special_tokens=True)) or "..."
+        if len(ids) > length
+        else ""
+        for ids in tokens.input_ids
+    ]
+    if long:
+        tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True)
+    return tokens.convert_to_tensors("pt"), cut
+
+
+@contextmanager
+def cut_silently() -> Iterator[None]:
+    """A block without `warn_of_cuts`: for the captions of a data set, whose long ones are counted instead."""
+    token = _SILENT.set(True)
+    try:
+        yield
+    finally:
+        _SILENT.reset(token)
+
+
+def warn_of_cuts(cut: Sequence[str], length: int) -> None:
+    """A line for every prompt that was too long."""
+    for text in () if _SILENT.get() else filter(None, cut):
+        logging.get_logger(__name__).warning(
+            f"the prompt is longer than {length} tokens; this was cut off: {text!r}"
+        )
+
+
 def encode_prompts(
     prompts: Sequence[str], tokenizer: Any, text_encoder: Any, device: torch.device
 ) -> torch.Tensor:
     """[B, tokens, channels] in the encoder's dtype: CLIP's hidden states. Too long a prompt is cut, with a
     warning that says what was cut."""
     length = tokenizer.model_max_length
-    tokens = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=False)
-    for ids in tokens.input_ids:
-        if len(ids) > length:
-            cut = tokenizer.decode(ids[length - 1 : -1])
-            logging.get_logger(__name__).warning(
-                f"the prompt is longer than {length} tokens; this was cut off: {cut!r}"
-            )
-    if any(len(ids) > length for ids in tokens.input_ids):
-        tokens = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True)
-    tokens = tokens.convert_to_tensors("pt")
+    tokens, cut = tokenize(prompts, tokenizer, length)
+    warn_of_cuts(cut, length)
     mask = None
     if getattr(text_encoder.config, "use_attention_mask", False):
         mask = to_device(tokens.attention_mask, device)

@@ -14,17 +14,20 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
+from PIL import Image
 from torch import Tensor, nn
 
 from moe_sampler import __version__
-from moe_sampler.data.pictures import fit_image
+from moe_sampler.data.captions import check_text, report_cut
+from moe_sampler.data.pictures import fit_image, to_rgb
 from moe_sampler.data.samples import CaptionedImage, Source
 from moe_sampler.loading.fingerprint import fingerprint
 from moe_sampler.pipelines import choices
 from moe_sampler.pipelines.latents import encode_images
+from moe_sampler.pipelines.prompts import cut_silently
 from moe_sampler.tinyflux.features.cache_format import Manifest
 from moe_sampler.tinyflux.features.cache_shards import build_shards
-from moe_sampler.tinyflux.features.encoders import StudentEncoders
+from moe_sampler.tinyflux.features.encoders import StudentEncoders, TextEncoder
 from moe_sampler.tinyflux.features.extraction import T_BUCKETS, ExpertFeatures, check_buckets
 
 __all__ = ["Teachers", "build_cache"]
@@ -119,7 +122,10 @@ def build_cache(
         source, encoders, teachers, height, width, t_buckets, seed, dtype, shard_size, micro_batch
     )
     work = _Work(source, encoders, teachers, wanted.settings)
-    return build_shards(Path(folder), wanted, work.parts, progress)
+    try:
+        return build_shards(Path(folder), wanted, work.parts, progress)
+    finally:
+        work.report()
 
 
 def _manifest(
@@ -178,6 +184,10 @@ class _Work:
     ) -> None:
         self.source, self.encoders, self.teachers, self.settings = source, encoders, teachers, settings
         self.dtype = DTYPES[settings["dtype"]]
+        self._done = 0
+        self._cut: dict[TextEncoder, list[str]] = {encoders.clip: []}
+        if encoders.t5 is not None:
+            self._cut[encoders.t5] = []
 
     def parts(self, first: int, length: int) -> Iterator[dict[str, Any]]:
         """Tensors by name, and the captions, of each micro-batch of a shard; images are read ahead."""
@@ -193,11 +203,27 @@ class _Work:
 
     def _load(self, index: int) -> CaptionedImage:
         sample = self.source[index]
-        image = fit_image(sample.image, self.settings["height"], self.settings["width"])
+        check_text(sample.caption, f"the caption of {sample.key}")
+        image = fit_image(to_rgb(sample.image, sample.key), self.settings["height"], self.settings["width"])
         return sample._replace(image=image)
 
     def _compute(self, indices: range, samples: list[CaptionedImage]) -> dict[str, Any]:
         images, captions = [sample.image for sample in samples], [sample.caption for sample in samples]
+        self._done += len(samples)
+        for encoder, names in self._cut.items():
+            long = encoder.too_long(captions)
+            names += [sample.key for sample, cut in zip(samples, long, strict=True) if cut]
+        with cut_silently():
+            return self._encode(indices, samples, images, captions)
+
+    def report(self) -> None:
+        """Of captions that were cut, so far."""
+        for encoder, names in self._cut.items():
+            report_cut(names, self._done, encoder.max_length, type(encoder.model).__name__)
+
+    def _encode(
+        self, indices: range, samples: list[CaptionedImage], images: list[Image.Image], captions: list[str]
+    ) -> dict[str, Any]:
         text = self.encoders.text(captions)
         latents = encode_images(self.encoders.vae, images)
         found = {

@@ -20,6 +20,7 @@ from moe_sampler.loading.fingerprint import fingerprint
 from moe_sampler.loading.folders import INDEX, load_component, load_tokenizer, read_config
 from moe_sampler.loading.hub import Hub, component_patterns
 from moe_sampler.loading.parts import VAES
+from moe_sampler.pipelines.prompts import tokenize, warn_of_cuts
 
 __all__ = [
     "EncodedText",
@@ -93,7 +94,7 @@ class TextEncoder:
 
     Args:
         model: T5EncoderModel or CLIPTextModel.
-        tokenizer: pads to `max_length`, and cuts there.
+        tokenizer: pads to `max_length`, and cuts there, with a warning.
         max_length: tokens; None for the tokenizer's own.
     """
 
@@ -136,15 +137,15 @@ class TextEncoder:
         loaded = load_tokenizer(AutoTokenizer, tokenizer)
         return cls(load_component(kind, folder), loaded, max_length)
 
+    def too_long(self, texts: Sequence[str]) -> list[bool]:
+        """Which of them are cut."""
+        return [bool(cut) for cut in tokenize(texts, self.tokenizer, self.max_length)[1]]
+
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> EncodedText:
-        tokens = self.tokenizer(
-            list(texts),
-            padding="max_length",
-            max_length=self.max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).to(self.model.device)
+        tokens, cut = tokenize(texts, self.tokenizer, self.max_length)
+        warn_of_cuts(cut, self.max_length)
+        tokens = tokens.to(self.model.device)
         # CLIP in Stable Diffusion and Flux attends to its padding; T5 doesn't where the mask is given.
         t5 = isinstance(self.model, T5EncoderModel)
         output = self.model(tokens.input_ids, attention_mask=tokens.attention_mask if t5 else None)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from moe_sampler._transfers import OnDevice, to_device
 from moe_sampler.loading.fingerprint import fingerprint
+from moe_sampler.pipelines.prompts import cut_silently
 from moe_sampler.tinyflux.features.cache_format import Manifest
 from moe_sampler.tinyflux.features.cache_read import (
     FeatureCache,
@@ -170,7 +171,10 @@ def check_shared_latents(manifest: Manifest, vae: nn.Module) -> None:
 
 def expert_text(batch: Mapping[str, Any], encode_prompt: Callable[[list[str]], Tensor] | None) -> Tensor:
     """[B, tokens, channels] for the experts' cross-attention: of the captions, or the batch's own states."""
-    return batch["prompt_embeds"] if encode_prompt is None else encode_prompt(list(batch["caption"]))
+    if encode_prompt is None:
+        return batch["prompt_embeds"]
+    with cut_silently():  # the cache's building has told of them
+        return encode_prompt(list(batch["caption"]))
 
 
 @contextmanager
