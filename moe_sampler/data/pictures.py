@@ -30,7 +30,7 @@ SUFFIXES = frozenset((
 ))
 # fmt: on
 # Not all that Pillow has: an EPS by another name would start Ghostscript.
-_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "DIB", "TIFF", "JPEG2000", "PPM")
+_FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "DIB", "TIFF", "JPEG2000", "PPM")
 MAX_PIXELS = "MOE_SAMPLER_MAX_PIXELS"
 _ORIENTATION = 0x0112
 _TURNS = {

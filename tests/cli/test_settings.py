@@ -170,6 +170,45 @@ def test_a_photo_of_any_size_is_fitted_to_the_model(flags, size):
     assert Image.open("a.png").size == size
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "1", "CMYK", "I;16", "F"])
+def test_pictures_of_every_mode_are_started_from(mode, demo_pipeline):
+    Image.new(mode, (64, 64)).save("start.tiff")
+    run("generate castle --image start.tiff --steps 2 --strength 0.5 --zoom 1 -o a.png")
+    image = Image.open("start.tiff")
+    made = demo_pipeline("castle", image=image, strength=0.5, num_inference_steps=2, seed=0).images[0]
+    assert (pixels("a.png") == np.asarray(made)).all()
+
+
+def test_pictures_that_cannot_be_started_from(monkeypatch):
+    Image.new("1", (20000, 20000)).save("bomb.png")
+    Image.new("RGB", (64, 64)).save("cut.png")
+    Path("cut.png").write_bytes(Path("cut.png").read_bytes()[:-30])
+    Image.fromarray(np.full((64, 64), 200, np.float32)).save("depth.tiff")
+    Path("note.png").write_text("no picture")
+    os.mkfifo("pipe.png")
+    for name, message in (
+        ("bomb.png", "bomb.png has 20000 × 20000 pixels, and the limit is 89,478,485"),
+        ("cut.png", "cut.png cannot be read as an image"),
+        ("depth.tiff", "depth.tiff holds floats from 200 to 200"),
+        ("note.png", "note.png cannot be read as an image: no picture of a format that is read"),
+        ("pipe.png", "pipe.png cannot be read as an image: it is not a file"),
+        ("absent.png", "absent.png cannot be read as an image"),
+    ):
+        shown = run(f"generate castle --image {name} -o a.png", code=2).stderr
+        assert shown.startswith("error: ") and message in shown and len(shown.splitlines()) == 1
+    Image.new("RGB", (64, 64)).save("small.png")
+    monkeypatch.setenv("MOE_SAMPLER_MAX_PIXELS", "4095")
+    assert "limit is 4,095" in run("generate castle --image small.png -o a.png", code=2).stderr
+    monkeypatch.setenv("MOE_SAMPLER_MAX_PIXELS", "4096")
+    run("generate castle --image small.png --steps 2 --strength 0.5 -o a.png")
+
+
+def test_a_prompt_that_is_no_text_is_one_line():
+    for options in (["a castle \udcff"], ["a castle", "--negative", "night \udcff"]):
+        shown = run("generate --steps 2 -o a.png", *options, code=2).stderr
+        assert "half a surrogate pair" in shown and "\\udcff" in shown and len(shown.splitlines()) == 1
+
+
 def test_latents_instead_of_images(demo_pipeline):
     assert run("generate castle --steps 3 -o a.safetensors").stdout.split() == ["a.safetensors"]
     made = demo_pipeline("castle", seed=0, num_inference_steps=3, output_type="latent").images

@@ -68,6 +68,30 @@ def test_other_data_or_another_vae_are_encoded_again(tmp_path):
     assert not list(tmp_path.glob(".latents*"))
 
 
+def test_an_image_painted_over_to_the_same_size_is_encoded_again(tmp_path):
+    vae, folder = Pixels(), tmp_path / "pictures"
+    folder.mkdir()
+    (folder / "a.txt").write_text("a")
+    found = []
+    for colour in ("#fa0a0a", "#0a0afa", "#0a0afa"):
+        Image.new("RGB", (8, 8), colour).save(folder / "a.png")
+        found.append(encode_source(ImageFolder(folder), vae, tmp_path, height=8, width=8).latents)
+    assert vae.images == 2 and torch.equal(found[1], found[2]) and not torch.equal(found[0], found[1])
+
+
+def test_samples_of_any_source_are_checked(tmp_path):
+    class Own(DemoScenes):
+        def __getitem__(self, index):
+            image = Image.new("LA", (64, 64), (0, 0))
+            return super().__getitem__(index)._replace(image=image, caption="a \ud83d" * (index == 1))
+
+    with pytest.raises(ValueError, match="caption of scene 1 holds half a surrogate pair"):
+        encoded(Own(2), Pixels(), tmp_path)
+    assert not list(tmp_path.iterdir())
+    images = encoded(Own(1), Pixels(), tmp_path)
+    assert torch.equal(images.latents, torch.full_like(images.latents, 1.5)) and images.names == ["scene 0"]
+
+
 def test_structure_pictures_and_fresh_captions_of_the_scenes(tmp_path):
     images = encoded(DemoScenes(3, first=8), Pixels(), tmp_path, structure=True)
     flat = render(draw_scene(9), structure=True).astype(np.float32).reshape(32, 2, 32, 2, 3).mean((1, 3))

@@ -248,7 +248,21 @@ def test_images_of_every_kind_are_the_same_image(demo_pipeline):
     settings = dict(strength=0.5, seed=2, **QUICK)
     wanted = demo_pipeline(PROMPT, image=picture, **settings).images
     assert wanted.shape == (1, 4, 12, 20)  # the image's own size
-    for image in (unit, unit[None], tensor, tensor[None], [picture], [tensor]):
+    half, double = tensor.to(torch.bfloat16), unit.astype(np.float64)
+    assert (half.float() - tensor).abs().max() > 1e-4
+    eight = torch.from_numpy(array).permute(2, 0, 1)
+    kinds = (
+        unit,
+        unit[None],
+        double,
+        tensor,
+        tensor[None],
+        tensor.clone().requires_grad_(),
+        array,
+        array[None],
+    )
+    kinds += (eight, eight[None], array.astype(np.uint16) * 257, picture.convert("RGBA"))
+    for image in (*kinds, [picture], [tensor], [array], (eight,)):
         torch.testing.assert_close(
             demo_pipeline(PROMPT, image=image, **settings).images, wanted, atol=1e-4, rtol=0
         )
@@ -261,6 +275,10 @@ def test_images_of_every_kind_are_the_same_image(demo_pipeline):
     ).images
     torch.testing.assert_close(both[:1], wanted, atol=2e-4, rtol=0)
     assert (both[2] - wanted[0]).abs().max() > 0.1
+    mixed = demo_pipeline([PROMPT, PROMPT], image=[array, tensor], **settings).images
+    torch.testing.assert_close(mixed[:1], wanted, atol=2e-4, rtol=0)
+    rounded = demo_pipeline(PROMPT, image=half, **settings).images
+    assert 1e-5 < (rounded - wanted).abs().max() < 0.1
     resized = demo_pipeline(PROMPT, image=picture, height=64, width=64, **settings).images
     assert resized.shape == (1, 4, 16, 16)
     given = torch.Generator().manual_seed(1)
@@ -515,7 +533,25 @@ def test_the_folder_is_plain_json_and_safetensors():
         (dict(image=Image.new("RGB", (64, 64)), strength=0.0), "strength must lie above 0"),
         (dict(image=Image.new("RGB", (64, 64)), strength=1.1), "at most at 1"),
         (dict(image=Image.new("RGB", (64, 64)), strength=0.1, num_inference_steps=4), "at least 0.25"),
-        (dict(image=Image.new("RGB", (60, 64))), "width must be a positive multiple of 16, got 60"),
+        (
+            dict(image=Image.new("RGB", (60, 64)), height=60),
+            "height must be a positive multiple of 16, got 60",
+        ),
+        (dict(image=np.full((64, 64, 3), np.nan)), "image holds NaN"),
+        (dict(image=np.full((64, 64, 3), 88.0)), "floats from 88 to 88"),
+        (dict(image=torch.full((3, 64, 64), -0.5)), "floats from -0.5"),
+        (dict(image=torch.full((3, 64, 64), 88, dtype=torch.int64)), "image is of int64: give uint8"),
+        (dict(image=np.zeros((64, 64, 4), np.uint8)), "three channels"),
+        (dict(image=np.zeros((64, 64), np.uint8)), "three channels"),
+        (dict(image=np.zeros((0, 64, 3), np.uint8)), "image is empty"),
+        (dict(image=Image.new("I", (64, 64))), "32-bit integers"),
+        (dict(image=Image.new("F", (64, 64), 255.0)), "floats from 255"),
+        (dict(image=Image.new("1", (20000, 20000))), "the limit is"),
+        (dict(image=[Image.new("RGB", (8, 8)), 3], prompt=["a", "b"]), "must be a PIL image.*got int"),
+        (dict(prompt="a castle \ud83d"), r"the prompt holds half a surrogate pair.*a castle \\ud83d"),
+        (dict(prompt=["a", "\udc00"]), "the prompt holds half a surrogate pair"),
+        (dict(negative_prompt="\ud83d"), "the negative prompt holds half a surrogate pair"),
+        (dict(negative_prompt={"sol": "\ud83d"}), "sol: the negative prompt holds half a surrogate pair"),
         (dict(image="castle.png"), "must be a PIL image"),
         (dict(image=[]), "at least one image"),
         (dict(image=torch.zeros(1, 1, 64, 64)), "three channels"),

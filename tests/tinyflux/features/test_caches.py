@@ -20,6 +20,7 @@ from transformers import CLIPTextModel, T5Config, T5EncoderModel
 from typer.testing import CliRunner
 
 from moe_sampler.cli.student import app
+from moe_sampler.data.folders import ImageFolder
 from moe_sampler.data.scenes import DemoScenes
 from moe_sampler.demo import experts_path
 from moe_sampler.errors import CheckpointError
@@ -369,6 +370,64 @@ def test_features_that_are_not_finite_name_the_sample(tmp_path, encoders, teache
     broken = Teachers(features, teachers.vae, teachers.text_encoder)
     with pytest.raises(ValueError, match="lune of scene 1 are not finite"):
         build_cache(tmp_path / "cache", Broken(2), encoders, broken, **SETTINGS)
+
+
+class Told(DemoScenes):
+    """Scenes with captions of the test's own, and pictures of another mode."""
+
+    def __init__(self, *captions):
+        super().__init__(len(captions))
+        self.captions = captions
+
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        return sample._replace(caption=self.captions[index], image=sample.image.convert("RGBA"))
+
+
+def test_captions_that_are_cut_are_counted_in_one_line(tmp_path, encoders, teachers, caplog):
+    long = "castle " * 60
+    source = Told("a castle", long + "at night", "", long, "a street", long, long, long)
+    build_cache(tmp_path / "cache", source, encoders, teachers, **SETTINGS)
+    length = encoders.clip.max_length
+    assert [record.getMessage() for record in caplog.records] == [
+        f"5 of 8 captions are longer than CLIPTextModel's {length} tokens and are cut there: "
+        "scene 1, scene 3, scene 5 and 2 more"
+    ]
+    caplog.clear()
+    build_cache(tmp_path / "short", Told("a castle", ""), encoders, teachers, **SETTINGS)
+    assert not caplog.records
+
+
+def test_each_text_encoder_counts_what_it_cuts(tmp_path, encoders, demo_pipeline, caplog):
+    config = T5Config(vocab_size=len(demo_pipeline.tokenizer), d_model=24, d_kv=8, d_ff=16, num_layers=1)
+    t5 = TextEncoder(T5EncoderModel(config).eval(), demo_pipeline.tokenizer, 40)
+    both = StudentEncoders(encoders.vae, encoders.clip, t5)
+    source = Told("castle " * 35, "castle " * 60, "a castle")
+    build_cache(tmp_path / "cache", source, both, None, **SETTINGS)
+    assert [record.getMessage().split(" and are cut")[0] for record in caplog.records] == [
+        f"2 of 3 captions are longer than CLIPTextModel's {encoders.clip.max_length} tokens",
+        "1 of 3 captions are longer than T5EncoderModel's 40 tokens",
+    ]
+
+
+def test_a_caption_that_is_no_text_names_its_sample(tmp_path, encoders):
+    with pytest.raises(ValueError, match=r"caption of scene 1 holds half a surrogate pair.*a castle \\ud83d"):
+        build_cache(tmp_path / "cache", Told("a", "a castle \ud83d"), encoders, None, **SETTINGS)
+
+
+def test_an_image_painted_over_to_the_same_size_is_another_setting(tmp_path, encoders):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    (pictures / "a.txt").write_text("a castle")
+    sizes = set()
+    for colour in ("#fa0a0a", "#0a0afa"):
+        Image.new("RGB", (32, 32), colour).save(pictures / "a.png")
+        sizes.add((pictures / "a.png").stat().st_size)
+        if colour == "#fa0a0a":
+            build_cache(tmp_path / "cache", ImageFolder(pictures), encoders, None, **SETTINGS)
+    assert len(sizes) == 1
+    with pytest.raises(CacheError, match=r"settings\.source\.fingerprint"):
+        build_cache(tmp_path / "cache", ImageFolder(pictures), encoders, None, **SETTINGS)
 
 
 def test_between_buckets_and_at_them():
