@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from moe_sampler import ExpertSource, HybridPipeline
+from moe_sampler.data.folders import ImageFolder
 from moe_sampler.data.scenes import DemoScenes
 from moe_sampler.demo import experts_path
 from moe_sampler.errors import CheckpointError
@@ -204,3 +206,20 @@ def test_what_does_not_fit_is_refused(base):
     four = LatentImages(torch.zeros(2, 4, 8, 8), ["", ""], {})
     with pytest.raises(SettingsError, match="structure_below needs"):
         ExpertTask(base.unet, objective, four, text, ExpertSettings(structure_below=0.5))
+
+
+def test_captions_that_are_cut_are_counted_once_a_run(tmp_path, base, caplog):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name in "abcd":
+        Image.new("RGB", (64, 64)).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text("castle " * (60 if name in "bd" else 1))
+    own = settings(tmp_path / "run", 2, expert=ExpertSettings(held_out=1, num_validation_images=0))
+    for _ in range(2):  # encoded, and read again
+        caplog.clear()
+        task = new_task("sol", ImageFolder(folder), base, own)
+        train_expert(task, own, quiet=True)
+        assert [record.getMessage() for record in caplog.records if "longer" in record.getMessage()] == [
+            f"2 of 4 captions are longer than CLIPTextModel's {base.text.tokenizer.model_max_length} tokens "
+            "and are cut there: b.png, d.png"
+        ]
