@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
+from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor, nn
 
@@ -123,9 +124,12 @@ def build_cache(
     )
     work = _Work(source, encoders, teachers, wanted.settings)
     try:
-        return build_shards(Path(folder), wanted, work.parts, progress)
-    finally:
+        manifest = build_shards(Path(folder), wanted, work.parts, progress)
+    except BaseException:
         work.report()
+        raise
+    work.report(gather_object)
+    return manifest
 
 
 def _manifest(
@@ -216,10 +220,11 @@ class _Work:
         with cut_silently():
             return self._encode(indices, samples, images, captions)
 
-    def report(self) -> None:
-        """Of captions that were cut, so far."""
+    def report(self, gather: Callable[[list], list] = list) -> None:
+        """Of captions that were cut, so far; gather: every process's rows to those of all."""
+        done = sum(gather([self._done]))
         for encoder, names in self._cut.items():
-            report_cut(names, self._done, encoder.max_length, type(encoder.model).__name__)
+            report_cut(gather(names), done, encoder.max_length, type(encoder.model).__name__)
 
     def _encode(
         self, indices: range, samples: list[CaptionedImage], images: list[Image.Image], captions: list[str]

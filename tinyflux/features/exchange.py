@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from moe_sampler import __version__
+from moe_sampler.data.captions import check_text
 from moe_sampler.tinyflux.features.cache_format import CacheError, Manifest, checksum, write_whole
 from moe_sampler.tinyflux.features.cache_read import FeatureCache
 from moe_sampler.tinyflux.features.cache_shards import build_shards
@@ -108,6 +109,8 @@ def import_upstream(
     prompts = encodings.get("prompts")
     if not isinstance(prompts, (list, tuple)) or not all(isinstance(text, str) for text in prompts):
         raise CacheError(f"{source / 'encodings.pt'}: prompts is not a list of texts")
+    for i, text in enumerate(prompts):
+        check_text(text, f"{source / 'encodings.pt'}: prompts[{i}]")
     states = encodings["t5_embeds"]
     tensors = {
         "latents": encodings["latents"],

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
+from moe_sampler.data.captions import check_text
 from moe_sampler.tinyflux.training.objective_settings import ObjectiveSettings
 from moe_sampler.tinyflux.training.time_settings import TimeSettings
 from moe_sampler.training import SettingsError, TrainingSettings
@@ -94,6 +95,11 @@ class ValidationSettings:
     def __post_init__(self) -> None:
         if not self.noise_levels or not all(0 < s < 1 for s in self.noise_levels):
             raise SettingsError(f"noise_levels lie between 0 and 1, got {list(self.noise_levels)}")
+        for text in self.prompts:
+            try:
+                check_text(text, "one of the prompts")
+            except ValueError as error:
+                raise SettingsError(str(error)) from None
         for name in ("validation_batch_size", "num_inference_steps"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -140,6 +140,7 @@ def spoil(folder, file, **changes):
         ("sol.pt", {"stats": torch.full((7, 10, 3), torch.nan)}, "sol_stats has values that are not finite"),
         ("encodings.pt", {"prompts": ["one"]}, "different lengths"),
         ("encodings.pt", {"prompts": None}, "not a list of texts"),
+        ("encodings.pt", {"prompts": ["a"] * 6 + ["\ud83d"]}, r"prompts\[6\] holds half a surrogate pair"),
         ("encodings.pt", {"latents": torch.zeros(7, 16)}, "latents must be a tensor of 4 dimensions"),
         ("meta.pt", {"name": None}, "has no name"),
     ],
@@ -147,7 +148,7 @@ def spoil(folder, file, **changes):
 def test_files_that_do_not_fit_are_refused(tmp_path, file, changes, message):
     export_upstream(make_cache(tmp_path / "castles"), tmp_path / "out")
     spoil(tmp_path / "out", file, **changes)
-    with pytest.raises(CacheError, match=message):
+    with pytest.raises(ValueError, match=message):
         import_upstream(tmp_path / "out", tmp_path / "back")
     assert not (tmp_path / "back").exists()
 

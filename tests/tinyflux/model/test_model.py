@@ -125,6 +125,17 @@ def test_the_maps_scale():
     assert_close(model(**inputs).sample, out.sample)
 
 
+def test_a_map_of_zeros_is_no_division_by_zero():
+    config = new_config()
+    model, inputs = trained(config), inputs_of(config, real=("sol",))
+    inputs["sol_spatial"] = torch.zeros_like(inputs["sol_spatial"]).requires_grad_()
+    out = model(**inputs)
+    assert out.sample.isfinite().all() and out.spatial_importance.isfinite().all()
+    out.sample.square().mean().backward()
+    assert inputs["sol_spatial"].grad.isfinite().all()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
 @BOTH
 def test_dropped_text_is_the_null_condition(config):
     model, inputs = trained(config), inputs_of(config, batch=3)

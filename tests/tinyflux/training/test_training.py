@@ -220,6 +220,7 @@ def test_two_processes_train_as_one(cache, tmp_path, kind):
         ({"model": {"preset": "demo", "use_lune_expert": False}}, "set lune_weight to 0"),
         ({"objective": {"distill_weight": 2.0}}, "between 0 and 1"),
         ({"validation": {"noise_levels": [1.0]}}, "between 0 and 1"),
+        ({"validation": {"prompts": ["a", "night \udcff"]}}, "prompts holds half a surrogate pair"),
         ({"objective": {"lune_wieght": 1.0}}, 'did you mean "lune_weight"'),
     ],
 )
