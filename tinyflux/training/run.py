@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.utils.data import Subset
 
 from moe_sampler.demo import experts_path
 from moe_sampler.pipelines.hybrid import HybridPipeline
+from moe_sampler.pipelines.prompts import cut_silently
 from moe_sampler.tinyflux.features.cache_read import FeatureCache, MultiSource
 from moe_sampler.tinyflux.features.extraction import ExpertFeatures
 from moe_sampler.tinyflux.model.config import TinyFluxConfig
@@ -168,18 +170,22 @@ def _painter(
         return None
     found = StudentPipeline.from_pretrained(model, pipe or source, encoders=validation.encoders)
     found.set_progress_bar_config(disable=True)
+    told = False  # of prompts that are cut
 
     def paint(student: TinyFlux) -> list[Image.Image]:
         found.encoders.to(student.device)  # the student is where it belongs
         height, width = (side * found.encoders.scale for side in data[0]["latents"].shape[1:])
-        return found(
-            prompts,
-            height,
-            width,
-            num_inference_steps=validation.num_inference_steps,
-            guidance_scale=validation.guidance_scale,
-            seed=list(range(len(prompts))),
-        ).images
+        nonlocal told
+        with cut_silently() if told else nullcontext():
+            told = True
+            return found(
+                prompts,
+                height,
+                width,
+                num_inference_steps=validation.num_inference_steps,
+                guidance_scale=validation.guidance_scale,
+                seed=list(range(len(prompts))),
+            ).images
 
     return paint
 

@@ -26,6 +26,7 @@ from moe_sampler.demo import experts_path
 from moe_sampler.errors import CheckpointError
 from moe_sampler.kernels import philox_normal
 from moe_sampler.pipelines.latents import encode_images
+from moe_sampler.pipelines.prompts import cut_silently
 from moe_sampler.tinyflux.features import cache_format
 from moe_sampler.tinyflux.features.cache_build import Teachers, build_cache
 from moe_sampler.tinyflux.features.cache_format import CacheError, Manifest
@@ -428,6 +429,18 @@ def test_captions_that_are_cut_are_counted_in_one_line(tmp_path, encoders, teach
     caplog.clear()
     build_cache(tmp_path / "short", Told("a castle", ""), encoders, teachers, **SETTINGS)
     assert not caplog.records
+
+
+def test_a_prompt_that_is_cut_is_told_unless_it_is_counted(encoders, demo_pipeline, caplog):
+    long = "castle " * 60 + "street"
+    for encode in (encoders.text, demo_pipeline.encode_prompt):
+        caplog.clear()
+        encode(["a castle", long])
+        (record,) = caplog.records
+        assert "this was cut off" in record.getMessage() and "street" in record.getMessage()
+        with cut_silently():
+            encode([long])
+        assert caplog.records == [record]
 
 
 def test_each_text_encoder_counts_what_it_cuts(tmp_path, encoders, demo_pipeline, caplog):
