@@ -57,8 +57,8 @@ def cache(
     source: Annotated[
         Path | None,
         typer.Argument(
-            help="Images and captions: a folder (a.png + a.txt, metadata.jsonl or metadata.csv), a .tar, or a "
-            "folder of WebDataset .tar files.",
+            help="Images and captions: a folder (a.png + a.txt, metadata.jsonl or metadata.csv), a .tar, or "
+            "a folder of WebDataset .tar files.",
             show_default=False,
         ),
     ] = None,

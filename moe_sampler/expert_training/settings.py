@@ -36,8 +36,8 @@ class DataSettings:
 
     source: Annotated[
         Path | None,
-        "Images and captions: a folder (a.png + a.txt, metadata.jsonl or metadata.csv), a .tar, or a folder of "
-        "WebDataset .tar files",
+        "Images and captions: a folder (a.png + a.txt, metadata.jsonl or metadata.csv), a .tar, or a folder "
+        "of WebDataset .tar files",
     ] = None
     demo: Annotated[bool, "The demo's drawn scenes, with its VAE and text encoder, instead of a source"] = (
         False
