@@ -68,6 +68,7 @@ def test_links_that_go_round_end(tmp_path):
     (folder / "sub" / "up").symlink_to(folder)
     (folder / "sub" / "same").symlink_to(folder / "sub")
     (folder / "out").symlink_to(tmp_path)
+    write(tmp_path, {"stray.png": png(), "stray.txt": "above"})
     assert captions(ImageFolder(folder)) == {"a.png": "a", "sub/b.png": "b"}
     (tmp_path / "x" / "y").mkdir(parents=True)
     write(tmp_path / "x", {"a.png": png(), "a.txt": "a"})
