@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["ExpertWeights", "empty_model", "file_tensors"]
 
 Tensors = dict[str, torch.Tensor]
+Arrival = torch.Event | torch.cuda.Event
 
 MAPPED_BYTES = 256 * 2**20
 """How much of a file's weights is taken in before the file is mapped anew."""
@@ -76,7 +77,7 @@ class ExpertWeights:
         self._host: Tensors = {}
         """What no file holds: pinned copies for CUDA, and tensors that were changed after they were read."""
         self._changed: set[str] = set()
-        self._ahead: tuple[Tensors, torch.cuda.Event] | None = None
+        self._ahead: tuple[Tensors, Arrival] | None = None
         self._taken: dict[str, tuple[torch.nn.Parameter, int]] = {}
 
     @property
@@ -127,11 +128,9 @@ class ExpertWeights:
                 key: self._host[key].to(device, self._parameter(key).dtype, non_blocking=True)
                 for key in self._slots
             }
-        arrived = torch.cuda.Event()
-        arrived.record(stream)
-        self._ahead = (ahead, arrived)
+        self._ahead = (ahead, stream.record_event())
 
-    def _arrived(self, tensors: Tensors, event: torch.cuda.Event, device: torch.device) -> Tensors:
+    def _arrived(self, tensors: Tensors, event: Arrival, device: torch.device) -> Tensors:
         """What was prefetched, safe to use on the current stream."""
         self._ahead = None
         stream = torch.cuda.current_stream(device)
