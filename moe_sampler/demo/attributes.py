@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_sampler.kernels import philox_normal
+
 from ..training.draws import Draws
 from .scenes import KINDS, Scene
 

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 
-from .._transfers import OnDevice, to_device
 from moe_sampler.kernels import philox_normal
+
+from .._transfers import OnDevice, to_device
 from ..training.draws import Draws
 from .attributes import ImageEncoder
 from .data import SceneSet
