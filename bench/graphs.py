@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["recorded", "seconds_of"]
+__all__ = ["Call", "between_events", "recorded", "seconds_of"]
 
 Call = Callable[[], Any]
 _SAMPLE = 2e-3  # seconds between two events at least, so that their own cost doesn't count
@@ -45,10 +45,10 @@ def seconds_of(call: Call, device: str, samples: int = 15) -> float:
     """
     if device == "cpu":
         return statistics.median(_by_clock(call) for _ in range(min(samples, 3)))
-    _between_events(call, 1)
-    once = _between_events(call, 1)
+    between_events(call, 1)
+    once = between_events(call, 1)
     count = max(1, round(_SAMPLE / max(once, 1e-7)))
-    return statistics.median(_between_events(call, count) for _ in range(samples))
+    return statistics.median(between_events(call, count) for _ in range(samples))
 
 
 def _by_clock(call: Call) -> float:
@@ -57,7 +57,7 @@ def _by_clock(call: Call) -> float:
     return time.perf_counter() - start
 
 
-def _between_events(call: Call, count: int) -> float:
+def between_events(call: Call, count: int) -> float:
     """Seconds a call, of `count` queued one after the other."""
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()

@@ -54,13 +54,14 @@ def launched(call: Call) -> tuple[Counter[str], int]:
     """
     on_cpu = DEVICE == "cpu"
     activities = [ProfilerActivity.CPU] if on_cpu else [ProfilerActivity.CPU, ProfilerActivity.CUDA]
-    for _ in range(2):  # the first in a process may miss what runs while the profiler gets ready
-        with profile(activities=activities) as seen:
-            call()
-            if not on_cpu:
-                torch.cuda.synchronize()
+    with profile(activities=activities):
+        call()  # the first profile of a process may miss what runs while it gets ready
+    with profile(activities=activities) as seen:
+        call()
+        if not on_cpu:
+            torch.cuda.synchronize()
     wanted = DeviceType.CPU if on_cpu else DeviceType.CUDA
-    names = [event.name for event in seen.events() if event.device_type == wanted]
+    names = [event.name for event in seen.events() or () if event.device_type == wanted]
     if not names:
         raise RuntimeError("the profiler saw nothing run on the device")
     copies = sum(name.startswith(("Memcpy", "Memset")) for name in names)

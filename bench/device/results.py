@@ -102,7 +102,7 @@ class Results:
             return
         self._found["current"] = label
         self.write()
-        watch = threading.Timer(limit, os._exit, [HUNG])
+        watch = threading.Timer(max(limit, 600 * self.rehearsal), os._exit, [HUNG])
         watch.daemon = True
         watch.start()
         try:

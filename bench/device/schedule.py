@@ -58,7 +58,7 @@ def _process(
     command += ["--rehearse"] * rehearsal + ["--resume"] * resume
     environment = dict(os.environ)
     if rehearsal:
-        environment["CUDA_VISIBLE_DEVICES"] = ""
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         if part == "kernels":
             environment["TRITON_INTERPRET"] = "1"  # the kernels themselves, on a CPU
     log = folder / f".{part}.log"
