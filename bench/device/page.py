@@ -42,7 +42,9 @@ def blocks(found: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     tables: dict[str, list[Row]] = {}
     for part in found.values():
         tables |= part.get("tables", {})
-    student = [tables[name] for name in ("student", "attention statistics", "student training") if name in tables]
+    student = [
+        tables[name] for name in ("student", "attention statistics", "student training") if name in tables
+    ]
     return {
         "status": _status(found, tables),
         "card": _card(tables),
@@ -104,7 +106,18 @@ def _table(rows: Sequence[Row], names: Sequence[str] | None = None) -> str:
 
 
 def _launches(rows: Sequence[Row]) -> str:
-    columns = ("variant", "dtype", "shape", "worst", "error", "allowed", "us", "GB_per_s", "of_copy", "of_product")
+    columns = (
+        "variant",
+        "dtype",
+        "shape",
+        "worst",
+        "error",
+        "allowed",
+        "us",
+        "GB_per_s",
+        "of_copy",
+        "of_product",
+    )
     columns += ("registers", "shared_bytes", "spills", "warps", "blocks", "resident_blocks")
     parts = []
     for operation in dict.fromkeys(row["operation"] for row in rows):
