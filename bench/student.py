@@ -120,11 +120,13 @@ def _heads(x: Tensor, projection: nn.Linear, heads: int) -> tuple[Tensor, Tensor
 
 def _map_factor(attention: JointAttention | Attention, spatial: Tensor, side: int) -> Tensor:
     resized = F.interpolate(spatial[:, None], size=(side, side), mode="bilinear", align_corners=False)
-    return attention.spatial_to_mod(resized).flatten(2).clamp(-2, 2).exp()[..., None]
+    to_heads = attention.spatial_to_mod
+    return to_heads(resized.to(to_heads.weight.dtype)).flatten(2).clamp(-2, 2).exp()[..., None]
 
 
-def _scale(temperature: Tensor, width: int) -> Tensor:
-    return (width**-0.5 / temperature.mean(1).clamp(min=0.1)).sqrt().view(-1, 1, 1, 1)
+def _scale(temperature: Tensor, like: Tensor) -> Tensor:
+    scale = (like.shape[-1] ** -0.5 / temperature.mean(1).clamp(min=0.1)).sqrt()
+    return scale.to(like.dtype).view(-1, 1, 1, 1)
 
 
 def _merged(x: Tensor) -> Tensor:
@@ -148,7 +150,7 @@ def _double(
     img_q, img_k = _rotate(img_q, turns) * factor, _rotate(img_k, turns) * factor
     k, v = torch.cat([txt_k, img_k], 2), torch.cat([txt_v, img_v], 2)
     of_txt = F.scaled_dot_product_attention(txt_q, k, v)
-    scale = _scale(sol.temperature, k.shape[-1])
+    scale = _scale(sol.temperature, k)
     of_img = F.scaled_dot_product_attention(img_q * scale, k * scale, v, scale=1.0)
     txt = txt + rows[0][2][:, None] * _linear(_merged(of_txt), attention.txt_out)
     img = img + rows[1][2][:, None] * _linear(_merged(of_img), attention.img_out)
@@ -167,7 +169,7 @@ def _single(
     factor = _map_factor(block.attn, sol.importance, math.isqrt(img.shape[1]))
     factor = torch.cat([factor.new_ones(*factor.shape[:2], length, 1), factor], 2)
     q, k = _rotate(q, turns) * factor, _rotate(k, turns) * factor
-    scale = _scale(sol.temperature, k.shape[-1])
+    scale = _scale(sol.temperature, k)
     out = F.scaled_dot_product_attention(q * scale, k * scale, v, scale=1.0)
     x = x + gate[:, None] * _linear(_merged(out), block.attn.out_proj)
     x = x + _mlp(_norm(x, block.norm2), block.mlp)

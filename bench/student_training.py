@@ -203,7 +203,7 @@ def rows(
     found = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        pipe = HybridPipeline.from_pretrained(experts_path(), dtype=torch.float32)
+        pipe = HybridPipeline.from_pretrained(experts_path(), dtype=torch.float32).to(DEVICE)
         encoders = StudentEncoders(pipe.vae, TextEncoder(pipe.text_encoder, pipe.tokenizer))
         teachers = Teachers.from_pipeline(pipe)
         build_cache(folder / "cache", DemoScenes(samples), encoders, teachers, height=64, width=64)

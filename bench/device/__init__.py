@@ -2,5 +2,5 @@
 
 from __future__ import annotations
 
-PARTS = {"card": 15, "tests": 130, "kernels": 110, "pipelines": 200, "student": 75}
+PARTS = {"card": 30, "tests": 130, "kernels": 110, "pipelines": 195, "student": 75}
 """In order of value, with their shares of the time. What a part leaves over goes to those after it."""

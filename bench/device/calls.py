@@ -109,10 +109,12 @@ def public_calls(small: bool) -> Iterator[tuple[str, Callable[[], Call]]]:
 
         return make
 
-    def backward(operation: Callable, *makers: Callable[[], Tensor]) -> Callable[[], Call]:
+    def backward(
+        operation: Callable, *makers: Callable[[], Tensor], **options: Callable[[], object]
+    ) -> Callable[[], Call]:
         def make() -> Call:
             inputs = [maker() for maker in makers]
-            output = operation(*inputs)
+            output = operation(*inputs, **{name: value() for name, value in options.items()})
             outputs = [output] if isinstance(output, Tensor) else list(output)
             slopes, wanted = [torch.ones_like(t) for t in outputs], [t for t in inputs if t.requires_grad]
             return lambda: torch.autograd.grad(outputs, wanted, slopes, retain_graph=True)
@@ -125,12 +127,10 @@ def public_calls(small: bool) -> Iterator[tuple[str, Callable[[], Call]]]:
     def timesteps() -> Tensor:
         return torch.tensor([0, 10, 500, 999], device=DEVICE)
 
-    def weighted(prediction: Tensor, target: Tensor) -> Tensor:
-        alpha = torch.full((4,), 0.5, device=DEVICE)
-        weight_map = torch.ones(4, 8, 8, device=DEVICE)
-        return weighted_mse(
-            prediction, target, weight_map=weight_map, min_snr=MinSNR(5.0, alpha, alpha, "flow_prediction")
-        )
+    weights: dict[str, Callable[[], object]] = {
+        "weight_map": lambda: torch.rand(4, 8, 8, device=DEVICE),
+        "min_snr": lambda: MinSNR(5.0, levels(), levels(), "flow_prediction"),
+    }
 
     def x() -> Tensor:
         return randn(4, tokens, width, dtype=dtype, grad=True)
@@ -164,8 +164,11 @@ def public_calls(small: bool) -> Iterator[tuple[str, Callable[[], Call]]]:
         "ddpm_training_pair",
         with_arguments(ddpm_training_pair, latents, timesteps, tables, tables, seeds=seeds),
     )
-    yield "weighted_mse, forward", with_arguments(weighted, lambda: latents(grad=True), latents)
-    yield "weighted_mse, backward", backward(weighted, lambda: latents(grad=True), latents)
+    yield (
+        "weighted_mse, forward",
+        with_arguments(weighted_mse, lambda: latents(grad=True), latents, **weights),
+    )
+    yield "weighted_mse, backward", backward(weighted_mse, lambda: latents(grad=True), latents, **weights)
     yield "rms_norm_modulate, forward", with_arguments(rms_norm_modulate, *modulation)
     yield "rms_norm_modulate, backward", backward(rms_norm_modulate, *modulation)
     yield "rope_qk, forward", with_arguments(rope_qk, *rotary)

@@ -13,7 +13,7 @@ import torch
 from bench import aot
 from bench.cases import cases
 
-__all__ = ["compile_cases", "resident_blocks"]
+__all__ = ["compile_cases", "most_warps", "resident_blocks"]
 
 _USES = ("registers", "stack_bytes", "spills", "shared_bytes", "warps", "instructions")
 _MULTIPROCESSOR = {
@@ -51,15 +51,22 @@ def _compile(name: str, architecture: int) -> dict[str, Any]:
     return {use: getattr(code, use) for use in _USES}
 
 
+def most_warps(architecture: int) -> int:
+    return _MULTIPROCESSOR[architecture][0]
+
+
 def resident_blocks(registers: int, shared_bytes: int, warps: int, architecture: int) -> int:
     """Blocks that a multiprocessor holds at once.
 
     NVIDIA's occupancy rules: registers, 65,536 of them, are given to warps by 256, shared memory to blocks by
     128 bytes with 1 KiB beside their own.
     """
-    most_warps, most_blocks, shared_kib = _MULTIPROCESSOR[architecture]
+    warps_at_most, blocks_at_most, shared_kib = _MULTIPROCESSOR[architecture]
     registers_a_warp = -(-registers * 32 // 256) * 256
     shared = -(-(shared_bytes + 1024) // 128) * 128
     return min(
-        most_blocks, most_warps // warps, 65536 // (registers_a_warp * warps), shared_kib * 1024 // shared
+        blocks_at_most,
+        warps_at_most // warps,
+        65536 // (registers_a_warp * warps),
+        shared_kib * 1024 // shared,
     )

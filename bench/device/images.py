@@ -12,7 +12,7 @@ import torch
 
 from bench.counting import count_dispatches, peak_memory
 from bench.device.models import FULL, TOY, Models
-from bench.device.providers import DIFFUSERS, DIFFUSERS_COMPILED, PROVIDERS, Provider
+from bench.device.providers import DIFFUSERS, DIFFUSERS_COMPILED, OURS_HYBRID, PROVIDERS, SAME_AS, Provider
 from bench.device.results import Results, Row
 from bench.graphs import recorded, seconds_of
 from bench.measure import DEVICE, OURS, Call
@@ -20,8 +20,11 @@ from bench.pipelines import outside
 
 __all__ = ["host_waits", "measure"]
 
-_PIPELINES = {DIFFUSERS: "theirs", OURS: "ours", f"{OURS}, Sol and Lune": "ours"}
+_PIPELINES = {DIFFUSERS: "theirs", OURS: "ours", OURS_HYBRID: "ours"}
 """Providers that call their models as modules, so that the time beside them can be told."""
+
+_ALIKE = 0.05
+"""By how much pixels in [0, 1] may differ that two paths make in float16."""
 
 
 def measure(results: Results) -> None:
@@ -66,7 +69,13 @@ def _row(models: Models, name: str, provider: Provider, batch: int) -> Iterator[
     if name in _PIPELINES:
         pipe = getattr(models, _PIPELINES[name])
         row["outside_models"] = outside(pipe, call, calls=1)
+    images = call()
+    row["finite"] = bool(torch.isfinite(images).all())
+    if name in SAME_AS:
+        row["difference"] = (images - SAME_AS[name](models, batch, size.steps)()).abs().max().item()
     yield "images", row
+    if not row["finite"] or row.get("difference", 0.0) > _ALIKE:
+        raise AssertionError(f"images finite: {row['finite']}, difference {row.get('difference')}")
 
 
 def _wall_seconds(call: Call) -> float:

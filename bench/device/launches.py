@@ -14,7 +14,7 @@ from bench.cases import cases
 from bench.cases.case import Built, Case, Tensors
 from bench.device import calls
 from bench.device.card import Ceilings, ceilings
-from bench.device.compiled import compile_cases, resident_blocks
+from bench.device.compiled import compile_cases, most_warps, resident_blocks
 from bench.device.results import Results, Row
 from bench.device.twins import FORMULAS, LONG_SUMS, named_arguments, prepare
 from bench.graphs import recorded, seconds_of
@@ -52,7 +52,7 @@ def measure(results: Results) -> None:
         if wrong:
             raise RuntimeError(f"{len(wrong)} of {len(found)} do not compile: {wrong}")
 
-    results.attempt("compile", compiling, limit=results.left() + 60)
+    results.attempt("compile", compiling, limit=90)
     for i, case in enumerate(todo):
         timed = not results.rehearsal or i < 3  # the interpreter takes its time
         shape = case.small if results.rehearsal else case.shape
@@ -109,6 +109,7 @@ def _launch(
     if used is not None:
         resident = resident_blocks(used["registers"], used["shared_bytes"], used["warps"], architecture)
         row |= used | {"blocks": sizes.launch.grid[0], "resident_blocks": resident}
+        row["occupancy"] = resident * used["warps"] / most_warps(architecture)
     yield "launches", row
     if not verdict["error"] < verdict["allowed"]:
         raise AssertionError(

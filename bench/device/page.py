@@ -83,11 +83,13 @@ _FORMATS: Mapping[str, Callable[[Any], str]] = {
     "GB_per_s": "{:.0f}".format,
     "of_copy": _SHARE,
     "of_product": _SHARE,
+    "occupancy": _SHARE,
     "images_per_s": "{:.2f}".format,
     "step_ms": "{:.2f}".format,
     "beside_steps_ms": "{:.1f}".format,
     "unet_ms": "{:.2f}".format,
     "outside_models": "{:.1%}".format,
+    "difference": "{:.2g}".format,
     "peak_MiB": lambda value: f"{float(value):.0f}",
 }
 
@@ -118,7 +120,7 @@ def _launches(rows: Sequence[Row]) -> str:
         "of_copy",
         "of_product",
     )
-    columns += ("registers", "shared_bytes", "spills", "warps", "blocks", "resident_blocks")
+    columns += ("registers", "shared_bytes", "spills", "warps", "blocks", "occupancy")
     parts = []
     for operation in dict.fromkeys(row["operation"] for row in rows):
         own = [row for row in rows if row["operation"] == operation]

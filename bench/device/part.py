@@ -1,4 +1,4 @@
-"""The process of one part: `python -m bench.device.part NAME OUT SECONDS [--rehearse] [--resume]`.
+"""The process of one part: `python -m bench.device.part NAME OUT UNTIL [--rehearse] [--resume]`.
 
 A process of its own, so that whatever a part does to its device ends with it, and can be ended.
 """
@@ -20,14 +20,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("seconds", type=float)
+    parser.add_argument("until", type=float, help="seconds since the epoch")
     parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--resume", action="store_true")
     options = parser.parse_args()
     results = Results(
         options.folder,
         options.part,
-        options.seconds,
+        options.until,
         rehearsal=options.rehearse,
         resume=options.resume,
     )

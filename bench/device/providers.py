@@ -1,7 +1,8 @@
 """Who makes the images: diffusers and ours, each in the ways its users run it.
 
-A provider takes (models, batch, steps) and returns a call that makes `batch` images, from text to pixels on
-the device. A new path is a new line in `PROVIDERS`.
+A provider takes (models, batch, steps) and returns a call that makes `batch` images, from text to pixels
+[batch, 3, height, width] on the device. A new path is a new line in `PROVIDERS`, and one in `SAME_AS` if it
+makes the images that another path makes.
 """
 
 from __future__ import annotations
@@ -11,23 +12,28 @@ from collections.abc import Callable
 
 import torch
 from diffusers import StableDiffusionPipeline
+from torch import Tensor
 
 from bench.device.models import GUIDANCE, PROMPT, Models
 from bench.graphs import recorded
-from bench.measure import COMPILED, DEVICE, OURS, Call
+from bench.measure import COMPILED, DEVICE, OURS
 
-__all__ = ["DIFFUSERS", "DIFFUSERS_COMPILED", "PROVIDERS", "Provider"]
+__all__ = ["DIFFUSERS", "DIFFUSERS_COMPILED", "OURS_HYBRID", "PROVIDERS", "SAME_AS", "Provider"]
 
-Provider = Callable[[Models, int, int], Call]
+Provider = Callable[[Models, int, int], Callable[[], Tensor]]
 DIFFUSERS, DIFFUSERS_COMPILED = "diffusers", f"diffusers, {COMPILED}, channels-last"
+OURS_HYBRID = f"{OURS}, Sol and Lune"
+_GRAPH = "whole run as one CUDA graph"
 
 
-def _diffusers(models: Models, batch: int, steps: int) -> Call:
+def _diffusers(models: Models, batch: int, steps: int) -> Callable[[], Tensor]:
     return _of_diffusers(models.theirs, models, batch, steps)
 
 
-def _of_diffusers(pipe: StableDiffusionPipeline, models: Models, batch: int, steps: int) -> Call:
-    def call() -> object:
+def _of_diffusers(
+    pipe: StableDiffusionPipeline, models: Models, batch: int, steps: int
+) -> Callable[[], Tensor]:
+    def call() -> Tensor:
         return pipe(
             PROMPT,
             height=models.size.pixels,
@@ -37,7 +43,7 @@ def _of_diffusers(pipe: StableDiffusionPipeline, models: Models, batch: int, ste
             num_images_per_prompt=batch,
             generator=torch.Generator(DEVICE).manual_seed(0),
             output_type="pt",
-        )
+        ).images
 
     return call
 
@@ -48,7 +54,7 @@ class _Compiled:
     def __init__(self) -> None:
         self._pipes: dict[int, StableDiffusionPipeline] = {}
 
-    def __call__(self, models: Models, batch: int, steps: int) -> Call:
+    def __call__(self, models: Models, batch: int, steps: int) -> Callable[[], Tensor]:
         if id(models) not in self._pipes:
             unet = copy.deepcopy(models.ours.unet_sol).to(memory_format=torch.channels_last)
             # On a CPU only the path is tried: to compile would take a minute there.
@@ -60,8 +66,8 @@ class _Compiled:
 
 
 def _ours(expert: str) -> Provider:
-    def make(models: Models, batch: int, steps: int) -> Call:
-        def call() -> object:
+    def make(models: Models, batch: int, steps: int) -> Callable[[], Tensor]:
+        def call() -> Tensor:
             return models.ours(
                 PROMPT,
                 height=models.size.pixels,
@@ -72,7 +78,7 @@ def _ours(expert: str) -> Provider:
                 seed=0,
                 expert=expert,
                 output_type="pt",
-            )
+            ).images
 
         return call
 
@@ -82,11 +88,11 @@ def _ours(expert: str) -> Provider:
 def _whole_run(expert: str) -> Provider:
     """All steps of a run captured in one CUDA graph, which is replayed for every call."""
 
-    def make(models: Models, batch: int, steps: int) -> Call:
+    def make(models: Models, batch: int, steps: int) -> Callable[[], Tensor]:
         pipe = models.ours
 
         @torch.no_grad()
-        def encoded(prompt: str) -> torch.Tensor:
+        def encoded(prompt: str) -> Tensor:
             return pipe.encode_prompt(prompt).expand(batch, -1, -1)
 
         cond, uncond = encoded(PROMPT).clone(), encoded("").clone()
@@ -101,7 +107,7 @@ def _whole_run(expert: str) -> Provider:
         replay = recorded(steps_of_run, DEVICE)
 
         @torch.no_grad()
-        def call() -> object:
+        def call() -> Tensor:
             cond.copy_(encoded(PROMPT))
             uncond.copy_(encoded(""))
             run.x.copy_(start)
@@ -117,12 +123,17 @@ PROVIDERS: tuple[dict[str, Provider], ...] = (
     {
         DIFFUSERS: _diffusers,
         OURS: _ours("sol"),
-        f"{OURS}, whole run as one CUDA graph": _whole_run("sol"),
+        f"{OURS}, {_GRAPH}": _whole_run("sol"),
     },
     {DIFFUSERS_COMPILED: _Compiled()},
     {
-        f"{OURS}, Sol and Lune": _ours("hybrid"),
-        f"{OURS}, Sol and Lune, whole run as one CUDA graph": _whole_run("hybrid"),
+        OURS_HYBRID: _ours("hybrid"),
+        f"{OURS_HYBRID}, {_GRAPH}": _whole_run("hybrid"),
     },
 )
 """By name, in groups: each is measured at all batch sizes before the next."""
+SAME_AS: dict[str, Provider] = {
+    f"{OURS}, {_GRAPH}": _ours("sol"),
+    f"{OURS_HYBRID}, {_GRAPH}": _ours("hybrid"),
+}
+"""By name, the plainer path whose images it must make."""

@@ -44,16 +44,16 @@ class Results:
     Args:
         folder: where `<part>.json` lies.
         part: its name.
-        seconds: the part's time. Attempts that would begin after it are noted as not reached.
+        until: when the part's time is over, in seconds since the epoch, which all processes share. Attempts
+            that would begin later are noted as not reached.
         rehearsal: whether everything is toy-sized, on a CPU.
         resume: go on behind what an earlier process of this part has attempted; else begin anew.
     """
 
     def __init__(
-        self, folder: Path, part: str, seconds: float, *, rehearsal: bool, resume: bool = False
+        self, folder: Path, part: str, until: float, *, rehearsal: bool, resume: bool = False
     ) -> None:
-        self.folder, self.rehearsal = folder, rehearsal
-        self.deadline = time.monotonic() + seconds
+        self.folder, self.rehearsal, self._until = folder, rehearsal, until
         self._path = folder / f"{part}.json"
         self._found = read(folder, part) if resume else {}
         if not self._found:
@@ -79,8 +79,8 @@ class Results:
         write_whole(self._path, json.dumps(self._found, indent=1) + "\n")
 
     def left(self) -> float:
-        """Seconds until the deadline; negative after it."""
-        return self.deadline - time.monotonic()
+        """Seconds until the part's time is over; negative after that."""
+        return self._until - time.time()
 
     def replace(self, table: str, rows: list[Row]) -> None:
         """Renew a whole table that grows while it is measured."""

@@ -19,14 +19,14 @@ from bench.device.results import DEVICE_LOST, HUNG, read, write_whole
 __all__ = ["run_parts"]
 
 ROOT = Path(__file__).parents[2]
-_SPARE = 4.0  # seconds at the end for killing a part and saying so
+_SPARE = 3.0  # seconds: a part's for its last words, and in the end this process's for its own
 
 
 def run_parts(parts: Sequence[str], folder: Path, seconds: float, *, rehearsal: bool) -> dict[str, str]:
     """Every part's status: done, failed (something in it failed), or cut off (its time ran out)."""
-    end, statuses = time.monotonic() + seconds - _SPARE, {}
+    end, statuses = time.time() + seconds - _SPARE, {}
     for i, part in enumerate(parts):
-        left = end - time.monotonic()
+        left = end - time.time()
         share = PARTS[part] / sum(PARTS[later] for later in parts[i:])
         print(f"{part}: {left * share:.0f} s", flush=True)
         statuses[part] = _run(part, folder, left * share, rehearsal)
@@ -37,24 +37,22 @@ def run_parts(parts: Sequence[str], folder: Path, seconds: float, *, rehearsal: 
 def _run(part: str, folder: Path, seconds: float, rehearsal: bool) -> str:
     """One part, begun anew behind what ended its process as long as it gets further."""
     (folder / f"{part}.json").unlink(missing_ok=True)
-    end, attempted, resume = time.monotonic() + seconds, -1, False
+    end, attempted, resume = time.time() + seconds, -1, False
     while True:
-        code, output = _process(part, folder, end - time.monotonic(), rehearsal, resume)
+        code, output = _process(part, folder, end, rehearsal, resume)
         found = read(folder, part)
         if found.get("status") in ("done", "failed", "cut off") and code in (0, 1):
             return found["status"]
         count = len(found.get("attempted", ())) + (found.get("current") is not None)
         again = code in (DEVICE_LOST, HUNG) or (code is not None and code < 0)
-        if not again or count <= attempted or time.monotonic() > end:
+        if not again or count <= attempted or time.time() > end:
             return _note(folder, part, found, "cut off" if code is None else "failed", code, output)
         attempted, resume = count, True
 
 
-def _process(
-    part: str, folder: Path, seconds: float, rehearsal: bool, resume: bool
-) -> tuple[int | None, str]:
+def _process(part: str, folder: Path, end: float, rehearsal: bool, resume: bool) -> tuple[int | None, str]:
     """(exit code, or None if the time ran out; the end of what it said)"""
-    command = [sys.executable, "-m", "bench.device.part", part, str(folder), f"{max(seconds, 0):.1f}"]
+    command = [sys.executable, "-m", "bench.device.part", part, str(folder), f"{end - _SPARE:.1f}"]
     command += ["--rehearse"] * rehearsal + ["--resume"] * resume
     environment = dict(os.environ)
     if rehearsal:
@@ -67,7 +65,7 @@ def _process(
             command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, process_group=0
         )
         try:
-            code = process.wait(max(seconds, 0.1))
+            code = process.wait(max(end - time.time(), 0.1))
         except subprocess.TimeoutExpired:
             code = None
         finally:

@@ -48,7 +48,7 @@ def measure(results: Results) -> None:
 
 
 def _run(results: Results, files: Sequence[str], count: int) -> Iterator[tuple[str, Row]]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shards = []

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,7 +60,7 @@ def test_a_rehearsal(part, tmp_path):
 
 
 def results(folder, **settings):
-    return Results(folder, "card", settings.pop("seconds", 100.0), rehearsal=True, **settings)
+    return Results(folder, "card", time.time() + settings.pop("seconds", 100.0), rehearsal=True, **settings)
 
 
 def broken():
@@ -105,7 +106,7 @@ def test_a_new_process_goes_on_behind_what_ended_the_last(tmp_path):
 PART = """
 import json, os, sys, time
 from pathlib import Path
-name, folder, seconds, *flags = sys.argv[1:]
+name, folder, until, *flags = sys.argv[1:]
 path = Path(folder, "attempts")
 path.write_text(path.read_text() + str(len(flags)) if path.exists() else "1")
 def note(**found):
