@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import init_empty_weights
@@ -93,7 +93,7 @@ class Models:
             for seed, name in enumerate(("Sol", "Lune"))
         ]
         with init_empty_weights():
-            vae = AutoencoderKL.from_config(dict(size.vae))
+            vae = AutoencoderKL(**size.vae)
             text_encoder = CLIPTextModel(CLIPTextConfig(**size.text))
         tokenizer = CLIPTokenizer.from_pretrained(
             experts_path() / "tokenizer", model_max_length=size.text["max_position_embeddings"]
@@ -104,22 +104,23 @@ class Models:
             tokenizer=tokenizer,
             unet_sol=unets[0],
             unet_lune=unets[1],
-            scheduler_sol=DDPMScheduler.from_config(dict(TRAINING["sol"])),
-            scheduler_lune=FlowMatchEulerDiscreteScheduler.from_config(dict(TRAINING["lune"])),
+            scheduler_sol=DDPMScheduler(**_settings("sol")),
+            scheduler_lune=FlowMatchEulerDiscreteScheduler(**_settings("lune")),
         )
         self.theirs = self.new_theirs(self.ours.unet_sol)
         self.ours.set_progress_bar_config(disable=True)
 
-    def new_theirs(self, unet: torch.nn.Module) -> StableDiffusionPipeline:
+    def new_theirs(self, unet: Any) -> StableDiffusionPipeline:
         """diffusers' own pipeline for one expert."""
+        nothing: Any = None  # which its annotations don't allow
         pipe = StableDiffusionPipeline(
             vae=self.ours.vae,
             text_encoder=self.ours.text_encoder,
             tokenizer=self.ours.tokenizer,
             unet=unet,
-            scheduler=DDPMScheduler.from_config(self.ours.scheduler_sol.config),
-            safety_checker=None,
-            feature_extractor=None,
+            scheduler=cast(Any, DDPMScheduler(**_settings("sol"))),
+            safety_checker=nothing,
+            feature_extractor=nothing,
             requires_safety_checker=False,
         )
         pipe.set_progress_bar_config(disable=True)
@@ -150,6 +151,11 @@ class Models:
             "timestep": torch.tensor(500, device=DEVICE),
             "encoder_hidden_states": torch.randn(2 * batch, tokens, channels, **make),
         }
+
+
+def _settings(expert: str) -> dict[str, Any]:
+    """What an expert's scheduler is made of."""
+    return {name: value for name, value in TRAINING[expert].items() if name != "_class_name"}
 
 
 def _filled(model: Module, seed: int, dtype: torch.dtype) -> Module:

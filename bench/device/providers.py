@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -34,7 +35,7 @@ def _of_diffusers(
     pipe: StableDiffusionPipeline, models: Models, batch: int, steps: int
 ) -> Callable[[], Tensor]:
     def call() -> Tensor:
-        return pipe(
+        made = pipe(
             PROMPT,
             height=models.size.pixels,
             width=models.size.pixels,
@@ -43,7 +44,9 @@ def _of_diffusers(
             num_images_per_prompt=batch,
             generator=torch.Generator(DEVICE).manual_seed(0),
             output_type="pt",
-        ).images
+            return_dict=False,
+        )
+        return cast(Tensor, made[0])
 
     return call
 
@@ -58,7 +61,7 @@ class _Compiled:
         if id(models) not in self._pipes:
             unet = copy.deepcopy(models.ours.unet_sol).to(memory_format=torch.channels_last)
             # On a CPU only the path is tried: to compile would take a minute there.
-            how = {"mode": "reduce-overhead"} if DEVICE == "cuda" else {"backend": "eager"}
+            how: dict[str, Any] = {"mode": "reduce-overhead"} if DEVICE == "cuda" else {"backend": "eager"}
             self._pipes[id(models)] = models.new_theirs(
                 torch.compile(unet, fullgraph=True, dynamic=False, **how)
             )
@@ -68,7 +71,7 @@ class _Compiled:
 def _ours(expert: str) -> Provider:
     def make(models: Models, batch: int, steps: int) -> Callable[[], Tensor]:
         def call() -> Tensor:
-            return models.ours(
+            made = models.ours(
                 PROMPT,
                 height=models.size.pixels,
                 width=models.size.pixels,
@@ -78,7 +81,9 @@ def _ours(expert: str) -> Provider:
                 seed=0,
                 expert=expert,
                 output_type="pt",
-            ).images
+                return_dict=False,
+            )
+            return cast(Tensor, made[0])
 
         return call
 

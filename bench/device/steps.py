@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
@@ -11,6 +12,7 @@ from bench.device.results import Results, Row
 from bench.measure import TURNS, Comparison, table_rows
 from bench.measure import measure as measured
 from bench.student import Work
+from bench.student_training import rows
 
 __all__ = ["measure"]
 
@@ -41,7 +43,7 @@ def measure(results: Results) -> None:
     turns = (1, 1) if results.rehearsal else TURNS
     if results.rehearsal:
         comparisons = [student.comparison(_TOY), features.comparison("toy", [(1, 4, 8)], torch.float32)]
-        loops = {"kinds": ("cached",), "seconds": 0.0, "turns": turns, "batch": 2, "samples": 2}
+        loops = partial(rows, kinds=("cached",), seconds=0.0, turns=turns, batch=2, samples=2)
     else:
         comparisons = [
             student.comparison(_PUBLISHED),
@@ -50,12 +52,12 @@ def measure(results: Results) -> None:
             student.comparison(student.MIDDLE),
             *features.comparisons(),
         ]
-        loops = {"seconds": 6.0}
+        loops = partial(rows, seconds=6.0)
     for comparison in comparisons:
         results.attempt(comparison.title, lambda comparison=comparison: _rows(comparison, turns))
     results.attempt(
         student_training.SUITE,
-        lambda: [(student_training.SUITE, row) for row in student_training.rows(**loops)],
+        lambda: [(student_training.SUITE, row) for row in loops()],
     )
 
 
