@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,8 +60,7 @@ def _process(part: str, folder: Path, end: float, rehearsal: bool, resume: bool)
         environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         if part == "kernels":
             environment["TRITON_INTERPRET"] = "1"  # the kernels themselves, on a CPU
-    log = folder / f".{part}.log"
-    with log.open("w+", encoding="utf-8", errors="replace") as output:
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, process_group=0
         )
@@ -73,9 +73,7 @@ def _process(part: str, folder: Path, end: float, rehearsal: bool, resume: bool)
             _kill(process.pid)
             process.wait()
         output.seek(0)
-        text = output.read()
-    log.unlink()
-    return code, text[-6000:]
+        return code, output.read()[-6000:]
 
 
 def _kill(group: int) -> None:

@@ -91,8 +91,8 @@ def _run(results: Results, files: Sequence[str], count: int) -> Iterator[tuple[s
             raise AssertionError(f"{counts['failed']} tests failed, {counts['error']} broke: see tests.xml")
         if collected > len(found):
             raise TimeoutError(f"{collected - len(found)} of {collected} tests not reached in time")
-        if not counts["passed"] and not results.rehearsal:
-            raise AssertionError(f"none of {collected} tests passed: see why they were skipped in tests.xml")
+        if not counts["skipped" if results.rehearsal else "passed"]:
+            raise AssertionError(f"none of {collected} tests ran: tests.xml says why they were skipped")
 
 
 def _outcomes(folder: Path) -> tuple[list[Row], int]:

@@ -48,6 +48,8 @@ def test_a_rehearsal(part, tmp_path):
     assert found["status"] == "done" and found["rehearsal"] and not found["failures"]
     counts = {name: len(rows) for name, rows in found["tables"].items()}
     assert FOUND[part].items() <= counts.items()
+    for row in found["tables"].get("images", ()):
+        assert row.get("difference", 0.0) < 1e-5
     extra = {"tests.xml"} if part == "tests" else set()
     assert {path.name for path in tmp_path.iterdir()} == {f"{part}.json", *extra}
     shown = page.blocks({part: found})
