@@ -58,7 +58,7 @@ def _reduced(attention: Tensor, side: int) -> tuple[Tensor, Tensor]:
     return torch.stack([locality, entropy, 1 - entropy], dim=-1), spatial
 
 
-def _comparison(name: str, shapes: Sequence[tuple[int, int, int]], dtype: torch.dtype) -> Comparison:
+def comparison(name: str, shapes: Sequence[tuple[int, int, int]], dtype: torch.dtype) -> Comparison:
     def provider(run: Callable[[Sequence[Layer]], tuple[Tensor, Tensor]]) -> Callable[[], Call]:
         def make() -> Call:
             layers = _layers(shapes, dtype)
@@ -73,6 +73,6 @@ def _comparison(name: str, shapes: Sequence[tuple[int, int, int]], dtype: torch.
 
 def comparisons() -> Iterator[Comparison]:
     for dtype in (torch.float32, torch.bfloat16):
-        yield _comparison("one of 32×32, head size 80", [(1, 32, 80)], dtype)
-        yield _comparison("one of 64×64, head size 40", [(1, 64, 40)], dtype)
-    yield _comparison("all 16 of Stable Diffusion 1.5", STABLE_DIFFUSION, torch.float32)
+        yield comparison("one of 32×32, head size 80", [(1, 32, 80)], dtype)
+        yield comparison("one of 64×64, head size 40", [(1, 64, 40)], dtype)
+    yield comparison("all 16 of Stable Diffusion 1.5", STABLE_DIFFUSION, torch.float32)

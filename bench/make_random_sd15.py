@@ -51,15 +51,19 @@ TEXT_ENCODER = {
 }
 
 
-def random_weights(model: torch.nn.Module, seed: int) -> dict[str, torch.Tensor]:
-    """fp16 weights that keep activations finite: norms are the identity, biases nothing, the rest small."""
-    generator, tensors = torch.Generator().manual_seed(seed), {}
+def random_weights(
+    model: torch.nn.Module, seed: int, dtype: torch.dtype = torch.float16, device: str = "cpu"
+) -> dict[str, torch.Tensor]:
+    """Weights that keep activations finite: norms are the identity, biases nothing, the rest small."""
+    generator, tensors = torch.Generator(device).manual_seed(seed), {}
     for key, empty in model.state_dict().items():
         if empty.ndim < 2:
-            tensors[key] = torch.full(empty.shape, float(key.endswith("weight")), dtype=torch.float16)
+            value = float(key.endswith("weight"))
+            tensors[key] = torch.full(empty.shape, value, dtype=dtype, device=device)
         else:
             scale = 0.5 * empty[0].numel() ** -0.5
-            tensors[key] = (torch.randn(empty.shape, generator=generator) * scale).half()
+            drawn = torch.randn(empty.shape, generator=generator, device=device)
+            tensors[key] = (drawn * scale).to(dtype)
     return tensors
 
 

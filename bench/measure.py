@@ -1,4 +1,9 @@
-"""Timing providers side by side: interleaved, warmed up, with what they ran on in every row."""
+"""Timing providers side by side: interleaved, warmed up, with what they ran on in every row.
+
+On a GPU a call is timed in two ways. `median_us` is what Python, torch and the device take together for calls
+queued one after the other, which for small work is the time to launch it. `device_us` is the device's alone:
+the call's work replayed as a CUDA graph.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +13,17 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from bench.counting import count_dispatches, peak_memory
+from bench.graphs import Call, between_events, recorded, seconds_of
 from bench.roofline import DEVICES
 
 ENVIRONMENT = ("machine", "threads", "torch", "diffusers", "numpy")
 OURS, COMPILED = "moe-sampler", "torch.compile"
-Call = Callable[[], Any]
+TURNS = (7, 60)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -49,12 +54,16 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Result:
-    """Seconds of every call of one provider, and what a call asks of a GPU; None for compiled functions."""
+    """Seconds of every call of one provider, and what a call asks of a GPU; None for compiled functions.
+
+    device_seconds: of the device alone; None on a CPU, and for work that cannot be captured as a graph.
+    """
 
     seconds: np.ndarray = field(repr=False)
     dispatches: int | None
     waits: int | None
     peak_bytes: int | None
+    device_seconds: float | None = None
 
     @property
     def median(self) -> float:
@@ -78,37 +87,37 @@ def _machine() -> str:
     return platform.processor() or platform.machine()
 
 
-def _timed_on_cpu(call: Call) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+def _timed_on_cpu(call: Call, count: int) -> list[float]:
+    """Seconds of each of `count` calls."""
+    taken = []
+    for _ in range(count):
+        start = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - start)
+    return taken
 
 
-def _timed_on_cuda(call: Call) -> float:
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    stop.record()
-    stop.synchronize()
-    return start.elapsed_time(stop) / 1e3
+def _timed_on_cuda(call: Call, count: int) -> list[float]:
+    """Seconds a call, of `count` queued one after the other: alone, each would find the device idle."""
+    return [between_events(call, count)]
 
 
 def interleave(
-    providers: Mapping[str, Call], seconds: float = 0.4, turns: tuple[int, int] = (7, 60)
+    providers: Mapping[str, Call], seconds: float = 0.4, turns: tuple[int, int] = TURNS
 ) -> dict[str, np.ndarray]:
     """Seconds per call of each provider, the providers taking turns.
 
     A turn is one call that doesn't count, so that caches hold this provider's data and not its neighbour's,
-    and then calls for about a millisecond, at least one and at most 20, each timed. The order moves on by one
-    every round. Compilation and first allocations are excluded. seconds: for all turns together, which sets
-    their number.
+    and then calls for about a millisecond, at least one and at most 20, each timed (on CUDA all together).
+    The order moves on by one every round. Compilation and first allocations are excluded. seconds: for all
+    turns together, which sets their number within `turns`.
     """
     timed = _timed_on_cuda if DEVICE == "cuda" else _timed_on_cpu
     calls = {}
     for name, call in providers.items():
         for _ in range(3):
             call()
-        once = min(timed(call) for _ in range(3))
+        once = min(second for _ in range(3) for second in timed(call, 1))
         calls[name] = int(min(max(1e-3 / once, 1), 20)), once
     round_seconds = sum((count + 1) * once for count, once in calls.values())
     names = list(providers)
@@ -118,20 +127,28 @@ def interleave(
         for name in names[first:] + names[:first]:
             call = providers[name]
             call()
-            taken[name] += [timed(call) for _ in range(calls[name][0])]
+            taken[name] += timed(call, calls[name][0])
     return {name: np.asarray(values) for name, values in taken.items()}
 
 
-def measure(comparison: Comparison) -> dict[str, Result]:
+def measure(comparison: Comparison, turns: tuple[int, int] = TURNS) -> dict[str, Result]:
     """All providers of one comparison."""
     providers = {name: make() for name, make in comparison.providers.items()}
-    seconds = interleave(providers)
+    seconds = interleave(providers, turns=turns)
     results = {}
     for name, call in providers.items():
         dispatches, waits = (None, None) if COMPILED in name else count_dispatches(call)
         peak = peak_memory(call, DEVICE) if comparison.memory else None
-        results[name] = Result(seconds[name], dispatches, waits, peak)
+        device = _device_seconds(call) if DEVICE == "cuda" and not waits else None
+        results[name] = Result(seconds[name], dispatches, waits, peak, device)
     return results
+
+
+def _device_seconds(call: Call) -> float | None:
+    try:
+        return seconds_of(recorded(call, DEVICE), DEVICE)
+    except RuntimeError:  # what waits for the device, or is compiled to a graph already, cannot be captured
+        return None
 
 
 def table_rows(comparison: Comparison, results: Mapping[str, Result]) -> list[dict[str, object]]:
@@ -154,8 +171,10 @@ def table_rows(comparison: Comparison, results: Mapping[str, Result]) -> list[di
         }
         if result.peak_bytes is not None:
             row["peak_MiB"] = f"{result.peak_bytes / 2**20:.2f}"
+        if DEVICE == "cuda":
+            row["device_us"] = "" if result.device_seconds is None else f"{result.device_seconds * 1e6:.1f}"
         if DEVICE == "cuda" and comparison.moved_bytes is not None:
-            achieved = comparison.moved_bytes / result.median
+            achieved = comparison.moved_bytes / (result.device_seconds or result.median)
             row["GB_per_s"] = f"{achieved / 1e9:.0f}"
             peaks = [peak for device, peak in peak_bandwidth.items() if device.split()[0] in _machine()]
             row["of_peak"] = f"{achieved / peaks[0]:.0%}" if peaks else ""

@@ -39,7 +39,7 @@ def _pipelines() -> tuple[HybridPipeline, StableDiffusionPipeline]:
 
 
 @contextmanager
-def _time_inside(modules: list[torch.nn.Module]) -> Iterator[list[float]]:
+def time_inside(modules: list[torch.nn.Module]) -> Iterator[list[float]]:
     """Seconds of every call of the modules, waiting for the device after each."""
     taken: list[float] = []
 
@@ -64,12 +64,12 @@ def _time_inside(modules: list[torch.nn.Module]) -> Iterator[list[float]]:
             delattr(module, name)
 
 
-def _outside(pipe: Any, call: Call) -> float:
+def outside(pipe: Any, call: Call, calls: int = 5) -> float:
     """Share of a call's time that is spent in none of the models, the median of several calls."""
     modules = [m for m in pipe.components.values() if isinstance(m, torch.nn.Module)]
     shares = []
-    for _ in range(5):
-        with _time_inside(modules) as taken:
+    for _ in range(calls):
+        with time_inside(modules) as taken:
             start = time.perf_counter()
             call()
             shares.append(1 - sum(taken) / (time.perf_counter() - start))
@@ -111,7 +111,7 @@ def rows() -> list[dict[str, object]]:
                     "steps": STEPS,
                     "provider": name,
                     "images_per_s": f"{batch / np.median(seconds[name]):.2f}",
-                    "outside_models": f"{_outside(pipe, call):.2%}",
+                    "outside_models": f"{outside(pipe, call):.2%}",
                     "rounds": len(seconds[name]),
                     **environment(),
                 }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import cast
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,40 +25,66 @@ from moe_sampler.tinyflux.model.layers import (
 )
 
 SUITE = "student"
-BATCH, SIDE, LENGTH = 8, 16, 64
-SIZES = {
-    "hidden_size": 256,
-    "num_attention_heads": 4,
-    "attention_head_dim": 64,
-    "num_double_layers": 4,
-    "num_single_layers": 6,
-    "axes_dims_rope": (16, 24, 24),
-    "lune_dropout": 0.0,
-}
 
 
-def new_model(**settings: object) -> TinyFlux:
-    """The mid-size model with weights that make every part of it count."""
+@dataclass(frozen=True)
+class Work:
+    """A model and what it is trained on: batch, side of the latents, tokens of text, precision of all."""
+
+    settings: Mapping[str, Any]
+    batch: int
+    side: int
+    length: int
+    dtype: torch.dtype = torch.float32
+
+    def __str__(self) -> str:
+        s = TinyFluxConfig.deep_v4(**self.settings)
+        blocks = f"{s.num_double_layers} + {s.num_single_layers} blocks"
+        latents = f"{self.side}x{self.side} latents"
+        return f"hidden {s.hidden_size}, {blocks}, {latents}, {self.length} text tokens"
+
+
+MIDDLE = Work(
+    {
+        "hidden_size": 256,
+        "num_attention_heads": 4,
+        "attention_head_dim": 64,
+        "num_double_layers": 4,
+        "num_single_layers": 6,
+        "axes_dims_rope": (16, 24, 24),
+        "lune_dropout": 0.0,
+    },
+    batch=8,
+    side=16,
+    length=64,
+)
+
+
+def new_model(work: Work = MIDDLE) -> TinyFlux:
+    """The model with weights that make every part of it count."""
     torch.manual_seed(0)
-    model = TinyFlux(TinyFluxConfig.deep_v4(**{**SIZES, **settings}))
+    model = TinyFlux(TinyFluxConfig.deep_v4(**work.settings)).to(DEVICE)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
-    return model.to(DEVICE)
+    return model.to(work.dtype)
 
 
-def new_inputs(model: TinyFlux) -> tuple[dict[str, Tensor], Tensor]:
+def new_inputs(model: TinyFlux, work: Work = MIDDLE) -> tuple[dict[str, Tensor], Tensor]:
     """(What the model eats, the velocity it should predict)."""
     generator = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(BATCH, *shape, generator=generator).to(DEVICE)  # noqa: E731
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(work.batch, *shape, generator=generator).to(DEVICE, work.dtype)
+
     config = model.config
     inputs = {
-        "hidden_states": draw(SIDE**2, config["in_channels"]),
-        "encoder_hidden_states": draw(LENGTH, config["joint_attention_dim"]),
+        "hidden_states": draw(work.side**2, config["in_channels"]),
+        "encoder_hidden_states": draw(work.length, config["joint_attention_dim"]),
         "pooled_projections": draw(config["pooled_projection_dim"]),
-        "timestep": torch.linspace(0.05, 0.95, BATCH, device=DEVICE),
+        "timestep": torch.linspace(0.05, 0.95, work.batch, device=DEVICE),
     }
-    return inputs, draw(SIDE**2, config["in_channels"])
+    return inputs, draw(work.side**2, config["in_channels"])
 
 
 # Upstream's way: the same weights, operation by operation, everything anew in every block.
@@ -90,13 +118,15 @@ def _heads(x: Tensor, projection: nn.Linear, heads: int) -> tuple[Tensor, Tensor
     return q, k, v
 
 
-def _map_factor(attention: JointAttention | Attention, spatial: Tensor) -> Tensor:
-    resized = F.interpolate(spatial[:, None], size=(SIDE, SIDE), mode="bilinear", align_corners=False)
-    return attention.spatial_to_mod(resized).flatten(2).clamp(-2, 2).exp()[..., None]
+def _map_factor(attention: JointAttention | Attention, spatial: Tensor, side: int) -> Tensor:
+    resized = F.interpolate(spatial[:, None], size=(side, side), mode="bilinear", align_corners=False)
+    to_heads = attention.spatial_to_mod
+    return to_heads(resized.to(to_heads.weight.dtype)).flatten(2).clamp(-2, 2).exp()[..., None]
 
 
-def _scale(temperature: Tensor, width: int) -> Tensor:
-    return (width**-0.5 / temperature.mean(1).clamp(min=0.1)).sqrt().view(-1, 1, 1, 1)
+def _scale(temperature: Tensor, like: Tensor) -> Tensor:
+    scale = (like.shape[-1] ** -0.5 / temperature.mean(1).clamp(min=0.1)).sqrt()
+    return scale.to(like.dtype).view(-1, 1, 1, 1)
 
 
 def _merged(x: Tensor) -> Tensor:
@@ -116,11 +146,11 @@ def _double(
     img_in = _modulated(img, block.img_norm1.norm, rows[1][1], rows[1][0])
     txt_q, txt_k, txt_v = _heads(txt_in, attention.txt_qkv, heads)
     img_q, img_k, img_v = _heads(img_in, attention.img_qkv, heads)
-    factor = _map_factor(attention, sol.importance)
+    factor = _map_factor(attention, sol.importance, math.isqrt(img.shape[1]))
     img_q, img_k = _rotate(img_q, turns) * factor, _rotate(img_k, turns) * factor
     k, v = torch.cat([txt_k, img_k], 2), torch.cat([txt_v, img_v], 2)
     of_txt = F.scaled_dot_product_attention(txt_q, k, v)
-    scale = _scale(sol.temperature, k.shape[-1])
+    scale = _scale(sol.temperature, k)
     of_img = F.scaled_dot_product_attention(img_q * scale, k * scale, v, scale=1.0)
     txt = txt + rows[0][2][:, None] * _linear(_merged(of_txt), attention.txt_out)
     img = img + rows[1][2][:, None] * _linear(_merged(of_img), attention.img_out)
@@ -136,10 +166,10 @@ def _single(
     x, length = torch.cat([txt, img], 1), txt.shape[1]
     shift, scale, gate = _linear(F.silu(vec), block.norm.linear).chunk(3, -1)
     q, k, v = _heads(_modulated(x, block.norm.norm, scale, shift), block.attn.qkv, block.attn.shape[1])
-    factor = _map_factor(block.attn, sol.importance)
+    factor = _map_factor(block.attn, sol.importance, math.isqrt(img.shape[1]))
     factor = torch.cat([factor.new_ones(*factor.shape[:2], length, 1), factor], 2)
     q, k = _rotate(q, turns) * factor, _rotate(k, turns) * factor
-    scale = _scale(sol.temperature, k.shape[-1])
+    scale = _scale(sol.temperature, k)
     out = F.scaled_dot_product_attention(q * scale, k * scale, v, scale=1.0)
     x = x + gate[:, None] * _linear(_merged(out), block.attn.out_proj)
     x = x + _mlp(_norm(x, block.norm2), block.mlp)
@@ -161,7 +191,8 @@ def upstreams_forward(
     vec = vec + model.lune_predictor(both, None)[0]
     sol = model.sol_prior(both, timestep, None, None)
     img, txt = _linear(hidden_states, model.img_in), _linear(encoder_hidden_states, model.txt_in)
-    ids = model.create_img_ids(SIDE, SIDE, device=img.device)
+    side = math.isqrt(img.shape[1])
+    ids = model.create_img_ids(side, side, device=img.device)
     turns = _turns(model, ids)
     for block in model.double_blocks:
         txt, img = _double(cast(DoubleBlock, block), txt, img, vec, turns, sol)
@@ -174,34 +205,37 @@ def upstreams_forward(
 # Steps
 
 
-def _ours(checkpointing: bool = False, linear: type[nn.Linear] = Linear) -> Callable[[], Call]:
+def _ours(work: Work, checkpointing: bool = False, linear: type[nn.Linear] = Linear) -> Callable[[], Call]:
     def make() -> Call:
-        model = new_model()
+        model = new_model(work)
         if checkpointing:
             model.enable_gradient_checkpointing()
         for module in model.modules():
             if type(module) is Linear:
                 module.__class__ = linear  # pyright: ignore[reportAttributeAccessIssue] - its base, alike but for forward
-        return _step(model, lambda inputs: model(**inputs).sample, weighted_mse)
+        return _step(model, work, lambda inputs: model(**inputs).sample, weighted_mse)
 
     return make
 
 
-def _upstreams() -> Call:
-    model = new_model()
-    inputs, _ = new_inputs(model)
+def _upstreams(work: Work) -> Call:
+    model = new_model(work)
+    inputs, _ = new_inputs(model, work)
+    tolerance = 1e-4 if work.dtype == torch.float32 else 0.1
     with torch.no_grad():
-        torch.testing.assert_close(
-            upstreams_forward(model, **inputs), model(**inputs).sample, rtol=1e-4, atol=1e-4
-        )
-    return _step(model, lambda inputs: upstreams_forward(model, **inputs), F.mse_loss)
+        theirs, ours = upstreams_forward(model, **inputs), model(**inputs).sample
+    torch.testing.assert_close(theirs, ours, rtol=tolerance, atol=tolerance)
+    return _step(model, work, lambda inputs: upstreams_forward(model, **inputs), F.mse_loss)
 
 
 def _step(
-    model: TinyFlux, predict: Callable[[dict], Tensor], loss: Callable[[Tensor, Tensor], Tensor]
+    model: TinyFlux,
+    work: Work,
+    predict: Callable[[dict], Tensor],
+    loss: Callable[[Tensor, Tensor], Tensor],
 ) -> Call:
     """Forward, loss and the gradient of every parameter that is used."""
-    inputs, target = new_inputs(model)
+    inputs, target = new_inputs(model, work)
     parameters = [p for name, p in model.named_parameters() if "spatial_to_qk_scale" not in name]
 
     def step() -> tuple[Tensor, ...]:
@@ -210,17 +244,21 @@ def _step(
     return step
 
 
-def comparisons() -> Iterator[Comparison]:
+def comparison(work: Work) -> Comparison:
     case = {
         "operation": "training step",
-        "variant": "hidden 256, 4 + 6 blocks, 16x16 latents, 64 text tokens",
-        "shape": f"batch {BATCH}",
-        "dtype": "float32",
+        "variant": str(work),
+        "shape": f"batch {work.batch}",
+        "dtype": str(work.dtype).removeprefix("torch."),
     }
     providers = {
-        OURS: _ours(),
-        f"{OURS}, torch's linear layers": _ours(linear=nn.Linear),
-        f"{OURS}, checkpointing": _ours(checkpointing=True),
-        "upstream's way": _upstreams,
+        OURS: _ours(work),
+        f"{OURS}, torch's linear layers": _ours(work, linear=nn.Linear),
+        f"{OURS}, checkpointing": _ours(work, checkpointing=True),
+        "upstream's way": lambda: _upstreams(work),
     }
-    yield Comparison(SUITE, case, providers, memory=True, slow=True)
+    return Comparison(SUITE, case, providers, memory=True, slow=True)
+
+
+def comparisons() -> Iterator[Comparison]:
+    yield comparison(MIDDLE)

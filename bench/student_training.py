@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from transformers import CLIPTextModel
 
-from bench.measure import DEVICE, OURS, Call, environment, interleave
+from bench.measure import DEVICE, OURS, TURNS, Call, environment, interleave
 from moe_sampler import DemoScenes, HybridPipeline
 from moe_sampler.demo import experts_path
 from moe_sampler.tinyflux import (
@@ -46,10 +46,10 @@ SUITE = "student training"
 BATCH, SAMPLES, STEPS = 16, 64, 1000
 
 
-def _settings(folder: Path, cache: Path, teachers: Literal["cached", "live"]) -> StudentSettings:
+def _settings(folder: Path, cache: Path, teachers: Literal["cached", "live"], batch: int) -> StudentSettings:
     return StudentSettings(
         training=TrainingSettings(
-            output_dir=folder, max_train_steps=STEPS, train_batch_size=BATCH, report_to="none"
+            output_dir=folder, max_train_steps=STEPS, train_batch_size=batch, report_to="none"
         ),
         data=DataSettings((cache,), held_out=0),
         model=ModelSettings(preset="demo"),
@@ -67,10 +67,11 @@ def _ours(settings: StudentSettings) -> tuple[StudentTask, Call]:
 def _plain(settings: StudentSettings) -> tuple[StudentTask, Call]:
     task = new_task(settings)
     model, objective = task.model.to(DEVICE).train(), settings.objective
+    count = settings.training.train_batch_size
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, betas=(0.9, 0.99), weight_decay=0.01)
     averages = [p.detach().clone() for p in model.parameters()]
     batches = itertools.chain.from_iterable(
-        DataLoader(task.data, BATCH, shuffle=True) for _ in itertools.count()
+        DataLoader(task.data, count, shuffle=True) for _ in itertools.count()
     )
     experts = None
     if settings.teachers.features == "live":
@@ -83,25 +84,25 @@ def _plain(settings: StudentSettings) -> tuple[StudentTask, Call]:
     def taught(batch: dict[str, Any], t: torch.Tensor) -> list[torch.Tensor]:
         if experts is None:
             return [at_time(batch[name], buckets, t).float() for name in ("lune", "sol_stats", "sol_maps")]
-        seeds = torch.randint(2**31, (BATCH,))
+        seeds = torch.randint(2**31, (count,))
         found = experts(batch["latents"].float(), list(batch["caption"]), seeds=seeds, t=t[:, None])
         return [part[:, 0] for part in found if part is not None]
 
     def step() -> None:
         batch = {k: v.to(DEVICE) if torch.is_tensor(v) else v for k, v in next(batches).items()}
         x0 = batch["latents"].float()
-        t = torch.sigmoid(torch.randn(BATCH, device=DEVICE))
+        t = torch.sigmoid(torch.randn(count, device=DEVICE))
         noise = torch.randn_like(x0)
         x = torch.lerp(noise, x0, t[:, None, None, None])
         lune, stats, maps = taught(batch, t)
-        fed = torch.rand(BATCH, device=DEVICE) < objective.feature_input
+        fed = torch.rand(count, device=DEVICE) < objective.feature_input
         out = model(
             x.flatten(2).transpose(1, 2),
             batch["prompt_embeds"],
             batch["pooled_prompt_embeds"],
             t,
             encoder_attention_mask=batch["prompt_mask"],
-            drop_text=torch.rand(BATCH, device=DEVICE) < 0.1,
+            drop_text=torch.rand(count, device=DEVICE) < 0.1,
             lune_features=lune,
             lune_mask=fed,
             sol_stats=stats,
@@ -179,10 +180,10 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def _outside(task: StudentTask, step: Call) -> float:
+def _outside(task: StudentTask, step: Call, steps: int) -> float:
     """Share of a step outside all passes, the median of several steps."""
     shares = []
-    for _ in range(9):
+    for _ in range(steps):
         with _inside(task) as taken:
             start = time.perf_counter()
             step()
@@ -191,33 +192,39 @@ def _outside(task: StudentTask, step: Call) -> float:
     return float(np.median(shares))
 
 
-def rows() -> list[dict[str, object]]:
-    """A row a loop, with cached and with live teachers."""
+def rows(
+    kinds: Sequence[str] = ("cached", "live"),
+    seconds: float = 40.0,
+    turns: tuple[int, int] = TURNS,
+    batch: int = BATCH,
+    samples: int = SAMPLES,
+) -> list[dict[str, object]]:
+    """A row a loop, with cached and with live teachers. seconds, turns: of each kind."""
     found = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        pipe = HybridPipeline.from_pretrained(experts_path(), dtype=torch.float32)
+        pipe = HybridPipeline.from_pretrained(experts_path(), dtype=torch.float32).to(DEVICE)
         encoders = StudentEncoders(pipe.vae, TextEncoder(pipe.text_encoder, pipe.tokenizer))
         teachers = Teachers.from_pipeline(pipe)
-        build_cache(folder / "cache", DemoScenes(SAMPLES), encoders, teachers, height=64, width=64)
-        for kind in ("cached", "live"):
+        build_cache(folder / "cache", DemoScenes(samples), encoders, teachers, height=64, width=64)
+        for kind in kinds:
             loops = {
-                OURS: _ours(_settings(folder / kind, folder / "cache", kind)),
-                "plain loop": _plain(_settings(folder / f"plain-{kind}", folder / "cache", kind)),
+                OURS: _ours(_settings(folder / kind, folder / "cache", kind, batch)),
+                "plain loop": _plain(_settings(folder / f"plain-{kind}", folder / "cache", kind, batch)),
             }
-            seconds = interleave({name: step for name, (_, step) in loops.items()}, seconds=40.0)
+            taken = interleave({name: step for name, (_, step) in loops.items()}, seconds, turns)
             for provider, (task, step) in loops.items():
-                median = np.median(seconds[provider])
+                median = np.median(taken[provider])
                 found.append(
                     {
                         "suite": SUITE,
                         "teachers": kind,
-                        "batch": BATCH,
+                        "batch": batch,
                         "provider": provider,
                         "steps_per_s": f"{1 / median:.2f}",
-                        "times_ours": f"{median / np.median(seconds[OURS]):.2f}",
-                        "outside_passes": f"{_outside(task, step):.2%}",
-                        "rounds": len(seconds[provider]),
+                        "times_ours": f"{median / np.median(taken[OURS]):.2f}",
+                        "outside_passes": f"{_outside(task, step, turns[0] + 2):.2%}",
+                        "rounds": len(taken[provider]),
                         **environment(),
                     }
                 )

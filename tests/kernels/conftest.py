@@ -13,6 +13,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from bench.tolerance import error_and_allowance
+
 # The modules share helpers; tests are imported without packages (importmode importlib).
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -80,19 +82,12 @@ def generator():
 
 @pytest.fixture(scope="session")
 def assert_within_rule():
-    """|result − reference| < 2·|eager in that precision − reference| + 1e-6, by largest error.
-
-    A float32 result was computed in float32 whatever the precision of the inputs, so it is capped besides:
-    `cap` is 1e-6 of the largest value elementwise, and up to 1e-4 for long reductions.
-    """
+    """`bench.tolerance`'s rule, of results that hold no NaN and no infinity."""
 
     def check(result, eager, reference, cap=1e-6):
         assert result.shape == reference.shape
         assert torch.isfinite(result).all()
-        error = (result.double().cpu() - reference).abs().max().item()
-        allowed = 2 * (eager.double().cpu() - reference).abs().max().item() + 1e-6
-        if result.dtype == torch.float32:
-            allowed = min(allowed, cap + cap * reference.abs().max().item())
+        error, allowed = error_and_allowance(result, eager, reference, cap)
         assert error < allowed, f"error {error:.3g}, allowed {allowed:.3g}"
 
     return check

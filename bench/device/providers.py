@@ -1,0 +1,144 @@
+"""Who makes the images: diffusers and ours, each in the ways its users run it.
+
+A provider takes (models, batch, steps) and returns a call that makes `batch` images, from text to pixels
+[batch, 3, height, width] on the device. A new path is a new line in `PROVIDERS`, and one in `SAME_AS` if it
+makes the images that another path makes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor
+
+from bench.device.models import GUIDANCE, PROMPT, Models
+from bench.graphs import recorded
+from bench.measure import COMPILED, DEVICE, OURS
+
+__all__ = ["DIFFUSERS", "DIFFUSERS_COMPILED", "OURS_HYBRID", "PROVIDERS", "SAME_AS", "Provider"]
+
+Provider = Callable[[Models, int, int], Callable[[], Tensor]]
+DIFFUSERS, DIFFUSERS_COMPILED = "diffusers", f"diffusers, {COMPILED}, channels-last"
+OURS_HYBRID = f"{OURS}, Sol and Lune"
+_GRAPH = "whole run as one CUDA graph"
+
+
+def _diffusers(models: Models, batch: int, steps: int) -> Callable[[], Tensor]:
+    return _of_diffusers(models.theirs, models, batch, steps)
+
+
+def _of_diffusers(
+    pipe: StableDiffusionPipeline, models: Models, batch: int, steps: int
+) -> Callable[[], Tensor]:
+    def call() -> Tensor:
+        made = pipe(
+            PROMPT,
+            height=models.size.pixels,
+            width=models.size.pixels,
+            num_inference_steps=steps,
+            guidance_scale=GUIDANCE,
+            num_images_per_prompt=batch,
+            generator=torch.Generator(DEVICE).manual_seed(0),
+            output_type="pt",
+            return_dict=False,
+        )
+        return cast(Tensor, made[0])
+
+    return call
+
+
+class _Compiled:
+    """diffusers as its documentation makes it fast; compiled once for each batch size."""
+
+    def __init__(self) -> None:
+        self._pipes: dict[int, StableDiffusionPipeline] = {}
+
+    def __call__(self, models: Models, batch: int, steps: int) -> Callable[[], Tensor]:
+        if id(models) not in self._pipes:
+            unet = copy.deepcopy(models.ours.unet_sol).to(memory_format=torch.channels_last)
+            # On a CPU only the path is tried: to compile would take a minute there.
+            how: dict[str, Any] = {"mode": "reduce-overhead"} if DEVICE == "cuda" else {"backend": "eager"}
+            self._pipes[id(models)] = models.new_theirs(
+                torch.compile(unet, fullgraph=True, dynamic=False, **how)
+            )
+        return _of_diffusers(self._pipes[id(models)], models, batch, steps)
+
+
+def _ours(expert: str) -> Provider:
+    def make(models: Models, batch: int, steps: int) -> Callable[[], Tensor]:
+        def call() -> Tensor:
+            made = models.ours(
+                PROMPT,
+                height=models.size.pixels,
+                width=models.size.pixels,
+                num_inference_steps=steps,
+                guidance_scale=GUIDANCE,
+                num_images_per_prompt=batch,
+                seed=0,
+                expert=expert,
+                output_type="pt",
+                return_dict=False,
+            )
+            return cast(Tensor, made[0])
+
+        return call
+
+    return make
+
+
+def _whole_run(expert: str) -> Provider:
+    """All steps of a run captured in one CUDA graph, which is replayed for every call."""
+
+    def make(models: Models, batch: int, steps: int) -> Callable[[], Tensor]:
+        pipe = models.ours
+
+        @torch.no_grad()
+        def encoded(prompt: str) -> Tensor:
+            return pipe.encode_prompt(prompt).expand(batch, -1, -1)
+
+        cond, uncond = encoded(PROMPT).clone(), encoded("").clone()
+        run = models.new_run(expert, batch, steps, cond, uncond)
+        start = run.x.clone()
+
+        def steps_of_run() -> None:
+            run.index = 0
+            run.advance()
+
+        steps_of_run()  # the plan's table goes to the device
+        replay = recorded(steps_of_run, DEVICE)
+
+        @torch.no_grad()
+        def call() -> Tensor:
+            cond.copy_(encoded(PROMPT))
+            uncond.copy_(encoded(""))
+            run.x.copy_(start)
+            replay()
+            return pipe.decode_latents(run.x, "pt")
+
+        return call
+
+    return make
+
+
+PROVIDERS: tuple[dict[str, Provider], ...] = (
+    {
+        DIFFUSERS: _diffusers,
+        OURS: _ours("sol"),
+        f"{OURS}, {_GRAPH}": _whole_run("sol"),
+    },
+    {DIFFUSERS_COMPILED: _Compiled()},
+    {
+        OURS_HYBRID: _ours("hybrid"),
+        f"{OURS_HYBRID}, {_GRAPH}": _whole_run("hybrid"),
+    },
+)
+"""By name, in groups: each is measured at all batch sizes before the next."""
+SAME_AS: dict[str, Provider] = {
+    f"{OURS}, {_GRAPH}": _ours("sol"),
+    f"{OURS_HYBRID}, {_GRAPH}": _ours("hybrid"),
+}
+"""By name, the plainer path whose images it must make."""
