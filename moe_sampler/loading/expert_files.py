@@ -135,7 +135,7 @@ def _locate(name: str, source: ExpertSource, hub: Hub, variant: str | None, weig
     try:
         place = hub.look(source.weights, revision=source.revision)
         if place.is_file:
-            return place.local() if weights else Path(place.file)
+            return place.local() if weights or place.path is not None else Path(place.file)
         parts = ["", "unet", f"unet_{name}"]
         patterns = [pattern for part in parts for pattern in component_patterns(part, variant)]
         wanted = [*patterns, "scheduler/*.json", f"scheduler_{name}/*.json"]

@@ -8,11 +8,13 @@ import pytest
 import torch
 from transformers import CLIPTextModel
 
-from moe_sampler import HybridPipeline
+from moe_sampler import ExpertSource, HybridPipeline
 from moe_sampler.cli.models import Model
 from moe_sampler.demo import experts_path
 from moe_sampler.errors import CheckpointError
+from moe_sampler.loading.expert_files import find_training
 from moe_sampler.loading.hub import Hub, component_patterns
+from moe_sampler.loading.presets import training_config
 from moe_sampler.tinyflux import StudentEncoders, TextEncoder, TinyFlux, TinyFluxConfig
 from moe_sampler.tinyflux.sampling.fitting import default_side
 
@@ -95,6 +97,14 @@ def test_a_file_is_no_base(cache):
     for load in (lambda: HybridPipeline.from_pretrained(file), Model({"model": str(file)}).training):
         with pytest.raises(CheckpointError, match="is a file: the base is a folder or hub id"):
             load()
+
+
+def test_what_a_file_was_trained_on_is_its_sources_word(cache):
+    """Nothing is read of the file, and nothing beside it counts."""
+    file = experts_path() / "unet_sol" / "diffusion_pytorch_model.safetensors"
+    for place in (file, "owner/nowhere:sol.safetensors"):
+        found = find_training("mine", ExpertSource(place, "lune"), offline(cache))
+        assert found == training_config("lune")
 
 
 def test_what_is_asked_of_the_hub(monkeypatch):
