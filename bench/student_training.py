@@ -193,7 +193,7 @@ def _outside(task: StudentTask, step: Call, steps: int) -> float:
 
 
 def rows(
-    kinds: Sequence[str] = ("cached", "live"),
+    kinds: Sequence[Literal["cached", "live"]] = ("cached", "live"),
     seconds: float = 40.0,
     turns: tuple[int, int] = TURNS,
     batch: int = BATCH,

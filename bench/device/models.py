@@ -20,9 +20,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from bench.make_random_sd15 import TEXT_ENCODER, VAE, random_weights
 from bench.measure import DEVICE
 from moe_sampler import HybridPipeline, SamplingRun
+from moe_sampler.architectures.unet import SD15_UNET
 from moe_sampler.demo import experts_path
-from moe_sampler.loading.presets import SD15_UNET, TRAINING
-from moe_sampler.loading.weights import empty_unet
+from moe_sampler.loading.presets import TRAINING
+from moe_sampler.loading.weights import empty_model
 
 __all__ = ["FULL", "TOY", "Models", "Size"]
 
@@ -89,7 +90,7 @@ class Models:
     def __init__(self, size: Size) -> None:
         self.size = size
         unets = [
-            _filled(empty_unet(size.unet, name, size.dtype), seed, size.dtype)
+            _filled(empty_model(size.unet, name, size.dtype), seed, size.dtype)
             for seed, name in enumerate(("Sol", "Lune"))
         ]
         with init_empty_weights():

@@ -58,7 +58,7 @@ def _each(value: Tensor, like: Tensor) -> Tensor:
 
 
 def _sampler_step(a: Arguments) -> dict[str, Tensor]:
-    row = dict(zip(COLUMNS, a["table"][a["step"]].tolist(), strict=False))
+    row: dict[str, float] = dict(zip(COLUMNS, a["table"][a["step"]].tolist(), strict=False))
     x = a["x"]
     x0 = row["p"] * x
     for i in (0, 1):
