@@ -185,7 +185,7 @@ def _models(
     base = str(experts or experts_path()) if encoders is None else encoders
     if t5 is None and encoders is not None:
         t5 = find_t5(encoders)
-    length = {} if options.t5_length is None else {"t5_length": options.t5_length}
+    length: dict[str, Any] = {} if options.t5_length is None else {"t5_length": options.t5_length}
     loaded = StudentEncoders.load(vae or base, clip or base, t5, device=device, **length)
     return teaching, loaded, (side, side)
 

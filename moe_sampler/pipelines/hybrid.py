@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Self, cast
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, ModelMixin
@@ -55,6 +55,12 @@ class HybridPipelineOutput(BaseOutput):
     images: list[Image.Image] | Any
     seeds: list[int] | None
     plan: SamplingPlan
+
+    @classmethod
+    def of(cls, images: Any, seeds: list[int] | None, plan: SamplingPlan, return_dict: bool) -> Self:
+        """What a pipeline returns. With `return_dict=False` that is a tuple, diffusers' older form, which the
+        annotation leaves to who asks for it."""
+        return cls(images, seeds, plan) if return_dict else cast(Any, (images,))
 
 
 class HybridPipeline(PretrainedMixin, AdapterMixin):
@@ -278,7 +284,7 @@ class HybridPipeline(PretrainedMixin, AdapterMixin):
         solver: str | Mapping[str, str] | None = None,
         guidance_rescale: float | Mapping[str, float] | None = None,
         guidance_window: tuple[float, float] | Mapping[str, tuple[float, float]] | None = None,
-    ) -> HybridPipelineOutput | tuple:
+    ) -> HybridPipelineOutput:
         """Make images. Arguments diffusers' pipelines have mean what they mean there; settings of experts are
         one value for all, or a mapping by name. The others:
 
@@ -370,4 +376,4 @@ class HybridPipeline(PretrainedMixin, AdapterMixin):
         )
         made = run_plan(self, run, request, start, step_end)
         self.maybe_free_model_hooks()
-        return HybridPipelineOutput(made, start.seeds, compiled) if return_dict else (made,)
+        return HybridPipelineOutput.of(made, start.seeds, compiled, return_dict)

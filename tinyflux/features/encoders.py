@@ -6,6 +6,7 @@ pipeline (Flux's, Stable Diffusion's) serves as well as its parts: they are foun
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +35,7 @@ _CLIP_PARTS = ("text_encoder", "tokenizer")
 _T5_PARTS = ("text_encoder_2", "tokenizer_2")
 
 
-def _locate(source: str | Path, *parts: str, hub: Hub | None) -> tuple[Path, ...]:
+def _locate(source: str | os.PathLike, *parts: str, hub: Hub | None) -> tuple[Path, ...]:
     """Folders on this machine of a pipeline's parts, or of the component that `source` itself is.
 
     A hub id is downloaded, of a pipeline the parts alone.
@@ -51,7 +52,7 @@ def _locate(source: str | Path, *parts: str, hub: Hub | None) -> tuple[Path, ...
     return tuple(folder / part for part in components)
 
 
-def find_t5(pipeline: str | Path, hub: Hub | None = None) -> str | Path | None:
+def find_t5(pipeline: str | os.PathLike, hub: Hub | None = None) -> str | os.PathLike | None:
     """`pipeline` itself if its `text_encoder_2/` is T5, as Flux's is, else None.
 
     Raises:
@@ -62,7 +63,9 @@ def find_t5(pipeline: str | Path, hub: Hub | None = None) -> str | Path | None:
     return pipeline if T5EncoderModel.__name__ in (architectures or ()) else None
 
 
-def load_vae(source: str | Path, hub: Hub | None = None, **kwargs: Any) -> AutoencoderKL | AutoencoderTiny:
+def load_vae(
+    source: str | os.PathLike, hub: Hub | None = None, **kwargs: Any
+) -> AutoencoderKL | AutoencoderTiny:
     """A VAE from its own folder, or from a pipeline's `vae/`; or from the hub.
 
     Args:
@@ -113,7 +116,7 @@ class TextEncoder:
     def load(
         cls,
         kind: type[T5EncoderModel] | type[CLIPTextModel],
-        source: str | Path,
+        source: str | os.PathLike,
         max_length: int | None = None,
         hub: Hub | None = None,
     ) -> TextEncoder:
@@ -177,9 +180,9 @@ class StudentEncoders:
     @classmethod
     def load(
         cls,
-        vae: str | Path,
-        clip: str | Path,
-        t5: str | Path | None = None,
+        vae: str | os.PathLike,
+        clip: str | os.PathLike,
+        t5: str | os.PathLike | None = None,
         *,
         t5_length: int = 128,
         device: torch.device | str = "cpu",

@@ -110,9 +110,11 @@ class StudentPipeline:
         if encoders is None and experts is not None and (vae, clip, t5) == (None, None, None):
             made = StudentEncoders(experts.vae, TextEncoder(experts.text_encoder, experts.tokenizer))
         else:
-            base = encoders if encoders is not None or experts is None else experts.config._name_or_path
+            base = encoders if encoders is not None or experts is None else experts.config["_name_or_path"]
             t5 = find_t5(encoders, hub) if t5 is None and encoders is not None else t5
-            made = StudentEncoders.load(vae or base, clip or base, t5, t5_length=t5_length, hub=hub)
+            vae, clip = vae or base, clip or base
+            assert vae is not None and clip is not None, "one of them was given, as was checked first"
+            made = StudentEncoders.load(vae, clip, t5, t5_length=t5_length, hub=hub)
         side = None if encoders is None else default_side(encoders, hub)
         return cls(model, made, experts, side).to(device)
 
@@ -223,7 +225,7 @@ class StudentPipeline:
         shift: float | Mapping[str, float] | None = None,
         solver: str | Mapping[str, str] | None = None,
         upstream_schedule: bool = False,
-    ) -> HybridPipelineOutput | tuple:
+    ) -> HybridPipelineOutput:
         """Make images. Arguments that `HybridPipeline` has mean what they mean there; the student's name, for
         settings by name, is "tinyflux". The others:
 
@@ -276,7 +278,7 @@ class StudentPipeline:
         cond, uncond = self._conditioning(compiled, prompts, negative_prompt, request.batch_size)
         run = PlanRun(compiled, experts, shape, self.device, cond, uncond)
         made = run_plan(self, run, request, start, step_end)
-        return HybridPipelineOutput(made, start.seeds, compiled) if return_dict else (made,)
+        return HybridPipelineOutput.of(made, start.seeds, compiled, return_dict)
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
         scale = self.encoders.scale
