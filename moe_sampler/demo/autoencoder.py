@@ -62,8 +62,8 @@ def joint_loss(model: AutoencoderTiny, scenes: SceneSet) -> SceneLoss:
 
     def loss(which: Tensor, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         target = _crops(pictures.on(which.device), which, draws)
-        latents = model.encode(target).latents
-        output = model.decode(latents).sample
+        latents = model.encode(target, return_dict=False)[0]
+        output = model.decode(latents, return_dict=False)[0]
         mean, deviation = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
         spread = mean.square().mean() + (deviation - 1).square().mean()
         return reconstruction_loss(output, target) + 0.02 * spread, {"psnr": psnr(_error(output, target))}
@@ -95,7 +95,7 @@ def decoder_loss(
         target = to_model(pictures.on(which.device)[which, kind])
         z = known.on(which.device)[which, kind]
         z = z + noise * philox_normal(z.shape, draws.seeds("latents"))
-        output = model.decode(z / scale).sample
+        output = model.decode(z / scale, return_dict=False)[0]
         features = feature_distance(eye.to(which.device), output, target)
         total = reconstruction_loss(output, target) + feature_weight * features
         return total, {"psnr": psnr(_error(output, target)), "features": features.detach()}
@@ -133,7 +133,7 @@ def encode_all(
     model.to(device)  # pyright: ignore[reportArgumentType]
     flat = torch.from_numpy(np.ascontiguousarray(pictures)).flatten(0, 1)
     parts = [
-        model.encode(to_model(to_device(flat[i : i + batch], device))).latents.cpu()
+        model.encode(to_model(to_device(flat[i : i + batch], device)), return_dict=False)[0].cpu()
         for i in range(0, len(flat), batch)
     ]
     latents = torch.cat(parts)

@@ -25,18 +25,21 @@ Shade = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 def lit(colour: Sequence[float], light: Sequence[float]) -> Colour:
     """Surface colour under coloured light, both RGB; colour 0..255, light around 1."""
-    return tuple(min(255.0, c * k) for c, k in zip(colour, light, strict=True))
+    red, green, blue = (min(255.0, c * k) for c, k in zip(colour, light, strict=True))
+    return red, green, blue
 
 
 def blend(a: Sequence[float], b: Sequence[float], weight: float) -> Colour:
     """a at weight 0, b at weight 1."""
-    return tuple(x + (y - x) * weight for x, y in zip(a, b, strict=True))
+    red, green, blue = (x + (y - x) * weight for x, y in zip(a, b, strict=True))
+    return red, green, blue
 
 
 def jitter(colour: Sequence[float], rng: np.random.Generator, amount: float = 8.0) -> Colour:
     """The colour, a little brighter or darker and tinted."""
     common = rng.normal(0.0, amount)
-    return tuple(float(np.clip(c + common + rng.normal(0.0, amount / 3), 0, 255)) for c in colour)
+    red, green, blue = (float(np.clip(c + common + rng.normal(0.0, amount / 3), 0, 255)) for c in colour)
+    return red, green, blue
 
 
 @lru_cache(maxsize=16)
@@ -193,7 +196,8 @@ def product(*shades: Shade) -> Shade:
 
 
 def _rgb(colour: Colour) -> tuple[int, int, int]:
-    return tuple(int(min(255, max(0, c))) for c in colour)
+    red, green, blue = (int(min(255, max(0, c))) for c in colour)
+    return red, green, blue
 
 
 def _box(points: Sequence[Point]) -> tuple[int, int, int, int] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -46,7 +47,9 @@ def export_experts(
     temporary = output.with_name(f".{output.name}.new")
     shutil.rmtree(temporary, ignore_errors=True)
     for name, model in (("vae", vae), ("text_encoder", text), ("unet_sol", sol), ("unet_lune", lune)):
-        model.to(dtype=torch.float16, memory_format=torch.contiguous_format).save_pretrained(temporary / name)
+        half = {"dtype": torch.float16, "memory_format": torch.contiguous_format}
+        torch.nn.Module.to(model, **half)  # pyright: ignore[reportCallIssue]
+        model.save_pretrained(temporary / name)
     _use_published_names(temporary / "text_encoder" / "model.safetensors")
     # AutoencoderTiny sets block_out_channels itself, and warns when its own config file holds them.
     config = temporary / "vae" / "config.json"
@@ -57,7 +60,7 @@ def export_experts(
     write_tokenizer(temporary / "tokenizer")
     sol_scheduler().save_pretrained(temporary / "scheduler_sol")
     lune_scheduler().save_pretrained(temporary / "scheduler_lune")
-    index = {"_class_name": "HybridPipeline", "_diffusers_version": diffusers.__version__}
+    index: dict[str, Any] = {"_class_name": "HybridPipeline", "_diffusers_version": diffusers.__version__}
     index.update(SETTINGS)
     index.update({name: list(source) for name, source in COMPONENTS.items()})
     (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from diffusers import AutoencoderTiny, ModelMixin
+from diffusers import AutoencoderTiny, ConfigMixin, ModelMixin
 from torch import nn
 from transformers import CLIPTokenizer
 
@@ -22,6 +22,8 @@ from .scene_task import SceneTask, run_stage, stage_settings
 from .text import TextTrainer, new_text_encoder, text_loss
 from .tokenizer import write_tokenizer
 from .weights import fill, read_average, trained_steps
+
+M = TypeVar("M", bound=nn.Module)
 
 WAVES: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("scenes",),),
@@ -88,6 +90,11 @@ SHIPPED = Recipe(
 way then."""
 
 
+def _channels_last(model: M) -> M:
+    """The layout that convolutions are faster in."""
+    return nn.Module.to(model, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+
 @dataclass(frozen=True)
 class Workshop:
     """A work folder: scenes, latents and checkpoints of one run.
@@ -122,7 +129,7 @@ class Workshop:
     def stage_seed(self, name: str) -> int:
         return self.seed + ("autoencoder", "text", "trunk", "sol", "lune", "decoder").index(name)
 
-    def _build(self, name: str, make: Callable[[], nn.Module]) -> nn.Module:
+    def _build(self, name: str, make: Callable[[], M]) -> M:
         """Initial weights from the stage's seed, leaving the global generator alone."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.stage_seed(name))
@@ -141,8 +148,8 @@ class Workshop:
         if trained:
             self._fill(model, "autoencoder")
             if self.latents_file.exists():
-                model.register_to_config(scaling_factor=self.scaling_factor())
-        return model.to(memory_format=torch.channels_last)
+                ConfigMixin.register_to_config(model, scaling_factor=self.scaling_factor())
+        return _channels_last(model)
 
     def scaling_factor(self) -> float:
         return float(np.load(self.folder / "scale.npy"))
@@ -157,9 +164,9 @@ class Workshop:
         model = self._build(name, lambda: new_unet(self.recipe.channels))
         if trained or name != "trunk":
             self._fill(model, name if trained else "trunk")
-        return model.to(memory_format=torch.channels_last)
+        return _channels_last(model)
 
-    def _fill(self, model: nn.Module, name: str) -> nn.Module:
+    def _fill(self, model: M, name: str) -> M:
         return fill(model, self.checkpoints / f"{name}.safetensors")
 
     def finished(self, name: str) -> bool:

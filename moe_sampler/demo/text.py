@@ -31,11 +31,17 @@ def new_text_encoder(tokenizer: CLIPTokenizer, width: int = WIDTH, layers: int =
         num_hidden_layers=layers,
         num_attention_heads=4,
         max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=_id(tokenizer, "bos_token_id"),
+        eos_token_id=_id(tokenizer, "eos_token_id"),
+        pad_token_id=_id(tokenizer, "pad_token_id"),
     )
     return CLIPTextModel(config)
+
+
+def _id(tokenizer: CLIPTokenizer, name: str) -> int:
+    found = getattr(tokenizer, name)
+    assert isinstance(found, int)
+    return found
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:

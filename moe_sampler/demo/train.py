@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from .record import RunRecord
 from .stages import SHARES, SHIPPED, STAGES, TRAINED, WAVES, Recipe, Workshop
@@ -250,7 +250,7 @@ def _length(workshop: Workshop, name: str) -> int:
     return workshop.recipe.steps(name) if name in TRAINED else 1
 
 
-def _show(bars: Progress, task: int, log: Path, since: float | None) -> None:
+def _show(bars: Progress, task: TaskID, log: Path, since: float | None) -> None:
     """Steps out of the stage's log; of a timed run, the seconds of its wave."""
     if not log.exists():
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 __all__ = ["fill", "read_average", "trained_steps", "write_average"]
 
+M = TypeVar("M", bound=nn.Module)
 _PREFIX = "ema."
 
 
@@ -40,7 +42,7 @@ def trained_steps(path: Path) -> int:
         return int(file.metadata()["step"])
 
 
-def fill(model: nn.Module, path: Path) -> nn.Module:
+def fill(model: M, path: Path) -> M:
     """Give a model its averaged weights; what wasn't trained stays as it is.
 
     Raises:

@@ -30,7 +30,7 @@ class Captions:
         texts: each once, the first one empty.
     """
 
-    def __init__(self, rows: Tensor, texts: Sequence[str]) -> None:
+    def __init__(self, rows: Tensor, texts: list[str]) -> None:
         if rows.ndim != 2 or rows.dtype != torch.int64:
             raise ValueError(f"rows must be int64 [N, K], got {rows.dtype} {list(rows.shape)}")
         if not texts or texts[0]:

@@ -55,6 +55,7 @@ class Assessor(Protocol):
     def __call__(self, features: Mapping[str, Tensor], noise: Tensor, structure: Tensor) -> Assessment:
         """features: [B, channels, h, w] a block, detached, by the block's name. noise: [B], shares of noise.
         structure: int64 [B], structure classes."""
+        ...
 
 
 class BlockProbes(nn.Module):
@@ -98,12 +99,14 @@ class BlockProbes(nn.Module):
         """[B]: cross-entropies of both questions, 1 at chance."""
         level, kind = logits.split((self.settings.probe_bins, self.settings.structure_classes), -1)
         asked = ((level, bins), (kind, structure))
-        return sum(F.cross_entropy(x, y, reduction="none") / math.log(x.shape[-1]) for x, y in asked) / 2
+        errors = [F.cross_entropy(x, y, reduction="none") / math.log(x.shape[-1]) for x, y in asked]
+        return torch.stack(errors).mean(0)
 
 
 def _probe(width: int, answers: int) -> nn.Linear:
     """At chance to begin with, so that nothing is a surprise before the probe has learnt."""
     linear = nn.utils.skip_init(nn.Linear, width, answers)  # which leaves the global generator alone
+    assert isinstance(linear, nn.Linear)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
     return linear

@@ -24,8 +24,8 @@ from moe_sampler.kernels.training_pairs import TrainingPair
 
 from .._transfers import OnDevice
 from ..sampling.experts import Expert
-from ..sampling.paths import Level
-from ..sampling.predictions import x0_coefficients
+from ..sampling.paths import FlowPath, Level, VPPath
+from ..sampling.predictions import Prediction, x0_coefficients
 from ..training.draws import Draws
 from .settings import ExpertSettings, LevelSettings, density_of, scheduler_config
 
@@ -68,8 +68,9 @@ class Objective:
         self.scheduler: Mapping[str, Any] = scheduler_config(kind, expert or ExpertSettings(), self.settings)
         self.density = density_of(kind, self.settings)
         described = Expert.from_scheduler_config(kind, self.scheduler)
-        self.path, self.prediction = described.path, described.prediction
-        if self.path.discrete:
+        self.path = described.path
+        self.prediction: Prediction = described.prediction
+        if isinstance(self.path, VPPath):
             alphas, sigmas = torch.from_numpy(self.path.alphas), torch.from_numpy(self.path.sigmas)
             shares = sigmas / (alphas + sigmas)
             self._alphas, self._sigmas = OnDevice(alphas.float()), OnDevice(sigmas.float())
@@ -78,7 +79,7 @@ class Objective:
     def draw(self, draws: Draws) -> Levels:
         """Levels of a micro-batch, spread evenly over the density within the global batch."""
         u = draws.stratified("level")
-        if self.density == "uniform" and self.path.discrete:
+        if self.density == "uniform" and isinstance(self.path, VPPath):
             return self._timesteps((u * self.path.num_train_timesteps).long())
         if self.density == "shifted":
             u = shift_sigma(u, self.settings.shift)
@@ -111,6 +112,7 @@ class Objective:
             return ddpm_training_pair(
                 x0, levels.told, *tables, seeds=seeds, noise=noise, prediction=self.prediction
             )
+        assert isinstance(self.path, FlowPath)
         return flow_training_pair(
             *(x0, levels.told),
             seeds=seeds,

@@ -30,7 +30,7 @@ from ..training.checkpoints import write_tensors
 from ..training.settings import SettingsError, to_tables
 from ..training.trainer import Trainer
 from .captions import TextStates
-from .david import AssessedUNet, BlockProbes
+from .david import BlockProbes
 from .images import LatentImages, encode_source, left_to_train
 from .objectives import Objective
 from .settings import RunSettings, check_kind
@@ -124,15 +124,19 @@ def train(kind: str, settings: RunSettings, *, quiet: bool = False) -> dict[str,
         raise SettingsError(
             "give base, the folder or hub id of the pipeline whose VAE and text encoder the expert works with"
         )
-    source = DemoScenes(data.count) if data.demo else open_source(data.source)
+    source = DemoScenes(data.count) if data.source is None else open_source(data.source)
     models = load_base(base, data.unet, kind, settings.training.seed)
     options = {"disable": quiet, "dynamic_ncols": True, "leave": False, "delay": 0.5}
     with tqdm(total=len(source), desc="encoding", **options) as bar:
+
+        def advance(done: int, _total: int) -> None:
+            bar.update(done - bar.n)
+
         task = new_task(
             *(kind, source, models, settings),
             height=data.height,
             width=data.width,
-            progress=lambda done, total: bar.update(done - bar.n),
+            progress=advance,
         )
     return train_expert(task, settings, quiet=quiet)
 
@@ -219,7 +223,6 @@ def train_expert(task: ExpertTask, settings: RunSettings, *, quiet: bool = False
 
 def _finish(folder: Path, task: ExpertTask) -> None:
     """What the trainer left, as an expert's folder: the UNet alone, and what it was trained on."""
-    unet = task.model.unet if isinstance(task.model, AssessedUNet) else task.model
     path = folder / task.weights_name
     tensors = load_file(path)
     own = {name.removeprefix("unet."): t for name, t in tensors.items() if name.startswith("unet.")}
@@ -229,5 +232,5 @@ def _finish(folder: Path, task: ExpertTask) -> None:
         partial = path.with_name(f".{path.name}.partial")
         write_tensors(partial, own, {"format": "pt"})
         partial.replace(path)
-    unet.save_config(folder)
+    task.unet.save_config(folder)
     scheduler_from_config(task.objective.scheduler).save_pretrained(folder)

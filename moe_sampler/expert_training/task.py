@@ -84,7 +84,7 @@ class ExpertTask:
         self.held_out, self.vae = held_out, vae
         self._architecture = architecture_of(unet)
         self.assessed = assessor is not None
-        self.model: nn.Module = AssessedUNet(unet, assessor) if self.assessed else unet
+        self.model: nn.Module = unet if assessor is None else AssessedUNet(unet, assessor)
         self.david = DavidSettings() if david is None else david
         if self.assessed:
             self.classes = OnDevice(structure_classes(data.latents, self.david.structure_classes))
@@ -135,14 +135,15 @@ class ExpertTask:
         found: dict[str, float] = {}
         losses = []
         for level in VALIDATION_LEVELS:
-            error, x0_error = self._errors_at(model, level, device)
+            error, x0_error = self._errors_at(model, self.held_out, level, device)
             losses.append(error)
             found[f"x0_error/{level:g}"] = x0_error
         return {"loss": sum(losses) / len(losses), **found}
 
-    def _errors_at(self, model: nn.Module, level: float, device: torch.device) -> tuple[float, float]:
+    def _errors_at(
+        self, model: nn.Module, test: LatentImages, level: float, device: torch.device
+    ) -> tuple[float, float]:
         """(The objective's error, x0's error), means over the held-out images, with one noise an image."""
-        test = self.held_out
         sums = torch.zeros(2, dtype=torch.float64, device=device)
         for start in range(0, len(test), _VALIDATION_BATCH):
             indices = list(range(start, min(start + _VALIDATION_BATCH, len(test))))
@@ -164,7 +165,7 @@ class ExpertTask:
     def samples(self, model: nn.Module) -> list[Image.Image]:
         """Pictures of the first held-out captions, from fixed seeds."""
         count = min(self.settings.num_validation_images, len(self.held_out or ()))
-        if self.vae is None or not count:
+        if self.vae is None or self.held_out is None or not count:
             return []
         device = next(model.parameters()).device
         texts = self.held_out.captions.first(range(count))

@@ -6,6 +6,7 @@ import os
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, ProjectConfiguration
 from torch import nn
@@ -36,7 +37,7 @@ def new_accelerator(settings: TrainingSettings) -> Accelerator:
     try:
         accelerator = Accelerator(
             mixed_precision=settings.mixed_precision,
-            log_with=trackers or None,
+            log_with=[*trackers] or None,
             project_config=ProjectConfiguration(
                 project_dir=str(settings.output_dir), logging_dir=str(settings.output_dir / "logs")
             ),
@@ -61,7 +62,7 @@ def sharded(accelerator: Accelerator) -> bool:
 
 def prepare(
     accelerator: Accelerator, model: nn.Module, settings: TrainingSettings
-) -> tuple[nn.Module, torch.optim.Optimizer]:
+) -> tuple[nn.Module, AcceleratedOptimizer]:
     """(The model to call, its optimizer), wrapped for DDP or FSDP as the launcher asked.
 
     Raises:
@@ -74,9 +75,10 @@ def prepare(
             "mixed_precision does the work in less"
         )
     if settings.gradient_checkpointing:
-        if not hasattr(model, "enable_gradient_checkpointing"):
+        enable = getattr(model, "enable_gradient_checkpointing", None)
+        if enable is None:
             raise SettingsError(f"{type(model).__name__} has no gradient checkpointing")
-        model.enable_gradient_checkpointing()
+        enable()
     shard = sharded(accelerator)
     if shard:
         version = os.environ.get("FSDP_VERSION", "2")

@@ -32,7 +32,7 @@ def interrupts() -> Iterator[Interrupts]:
 
     def note(number: int, _frame: FrameType | None) -> None:
         noted.signal = signal.Signals(number)
-        signal.signal(number, before[number])
+        signal.signal(number, before[signal.Signals(number)])
 
     try:
         for number in before:

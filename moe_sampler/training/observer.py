@@ -108,12 +108,13 @@ class Observer:
         if not numbers:
             return
         self.validation = numbers
+        best = {"step": run.step, **numbers}
         if better:
-            run.best = {"step": run.step, **numbers}
+            run.best = best
         if run.accelerator.is_main_process:
             self.folder.log({"step": run.step, "validation": numbers})
             if better:
-                self.folder.save_best(tensors, run.best)
+                self.folder.save_best(tensors, best)
         run.accelerator.log({f"validation/{name}": value for name, value in numbers.items()}, step=run.step)
 
     def sample(self) -> None:

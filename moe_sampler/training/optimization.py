@@ -32,7 +32,7 @@ def new_optimizer(parameters: Iterable[nn.Parameter], settings: TrainingSettings
             parameters, **arguments, fused=True
         )  # in one pass: on a CPU a fifth of the time
     try:
-        import bitsandbytes
+        import bitsandbytes  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise SettingsError("use_8bit_adam needs bitsandbytes: pip install bitsandbytes") from None
     if not torch.cuda.is_available():

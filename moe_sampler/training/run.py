@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ class Run:
                 f"{settings.output_dir} has checkpoints of an earlier run: continue it "
                 "(resume_from_checkpoint latest), or choose another output_dir"
             )
-        state = None if folder is None else checkpoints.read_state(folder)
+        state = {} if folder is None else checkpoints.read_state(folder)
         trained = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
         if not trained:
             raise ValueError("the model has nothing to train: no parameter requires a gradient")
@@ -62,7 +62,7 @@ class Run:
         checkpoints.check_space(settings.output_dir, 16 * trained * (settings.checkpoints_total_limit + 1))
         self.accelerator = new_accelerator(settings)
         self.plan = BatchPlan(
-            len(task.data),
+            len(cast(Sized, task.data)),
             settings.train_batch_size,
             settings.gradient_accumulation_steps,
             self.accelerator.num_processes,
@@ -182,7 +182,9 @@ class Run:
     def _agree(self, problem: str, partial: Path) -> None:
         """Wait for all processes, and stop them all if one has a problem."""
         failed = torch.tensor(float(bool(problem)), device=self.accelerator.device)
-        if self.accelerator.reduce(failed, "sum").item():
+        failed = self.accelerator.reduce(failed, "sum")
+        assert isinstance(failed, Tensor)
+        if failed.item():
             if self.accelerator.is_main_process:
                 shutil.rmtree(partial, ignore_errors=True)
             kept = checkpoints.checkpoint_folders(self.settings.output_dir)
@@ -242,7 +244,7 @@ class Run:
             run_state.set_tensors(
                 model, optimizer, checkpoints.read_tensors(folder, name, state), moments, shapes
             )
-            if name == _AVERAGE:
+            if name == _AVERAGE and self.average is not None:
                 self.average.set(state["average_updates"])
         self.step, self.skipped, self.best = state["step"], state["skipped"], state["best"]
         self.decay_start = state.get("decay_start")

@@ -94,5 +94,6 @@ class RunFolder:
     def _write_model(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
         folder.mkdir(parents=True)
         write_tensors(folder / self.task.weights_name, tensors, {"format": "pt"})
-        if hasattr(self.task.model, "save_config"):
-            self.task.model.save_config(folder)
+        save_config = getattr(self.task.model, "save_config", None)
+        if save_config is not None:
+            save_config(folder)

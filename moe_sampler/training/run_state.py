@@ -27,11 +27,13 @@ _SEPARATOR = "|"
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer by its plain name, whole, on the CPU; {} but on process 0 under FSDP."""
-    return get_model_state_dict(model, options=_FULL)
+    found: dict[str, Any] = get_model_state_dict(model, options=_FULL)
+    return found
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's moments, `<parameter>|<moment>`; none of parameters that never had a gradient."""
+    state: dict[str, Any]
     _, state = get_state_dict(model, optimizer, options=_FULL)
     return {
         f"{name}{_SEPARATOR}{moment}": torch.as_tensor(value)
@@ -60,6 +62,7 @@ def set_tensors(
     ]
     if wrong:
         raise CheckpointError(f"the checkpoint is of another model, to begin with in {', '.join(wrong[:5])}")
+    own: dict[str, Any]
     _, own = get_state_dict(model, optimizer, options=StateDictOptions(cpu_offload=True))
     groups, state = own["param_groups"], {}
     for key, value in moments.items():
@@ -90,7 +93,8 @@ def generator_tensors() -> tuple[dict[str, Tensor], dict[str, str]]:
 
     Training draws from none of them, but a model's dropout does, and so may what a task calls.
     """
-    kind, keys, *numpy_rest = np.random.get_state()
+    numpy_state: Any = np.random.get_state()
+    kind, keys, *numpy_rest = numpy_state
     version, words, gauss = random.getstate()
     tensors = {
         "torch": torch.get_rng_state(),

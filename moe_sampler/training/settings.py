@@ -57,7 +57,7 @@ def from_tables(cls: type[T], tables: Mapping[str, Any], where: str = "") -> T:
     values = {name: _value(fields[name][0], value, _place(where, name)) for name, value in tables.items()}
     missing = [
         _place(where, field.name)
-        for field in dataclasses.fields(cls)
+        for field in dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
         if field.name not in values
         and field.default is dataclasses.MISSING
         and field.default_factory is dataclasses.MISSING
@@ -110,7 +110,7 @@ def _place(where: str, name: str) -> str:
 
 
 def _value(kind: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if isinstance(value, kind):
             return value
         if not isinstance(value, Mapping):

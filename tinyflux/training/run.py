@@ -178,14 +178,16 @@ def _painter(
         nonlocal told
         with cut_silently() if told else nullcontext():
             told = True
-            return found(
+            made = found(
                 prompts,
                 height,
                 width,
                 num_inference_steps=validation.num_inference_steps,
                 guidance_scale=validation.guidance_scale,
                 seed=list(range(len(prompts))),
-            ).images
+            )
+        assert not isinstance(made, tuple)
+        return made.images
 
     return paint
 
