@@ -49,7 +49,7 @@ class TarFiles:
     and a warning says how many of which kind. Hidden files and folders are no data.
 
     Args:
-        tars: the files, or a folder of *.tar, also in subfolders, read in the order of their names.
+        tars: the files, or a folder of `.tar` files, also in subfolders, read in the order of their names.
         max_pixels: of an image; see `pictures.pixel_limit`.
 
     Raises:

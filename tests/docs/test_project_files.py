@@ -58,6 +58,13 @@ def test_extras_are_pinned():
     assert names - {"moe-sampler"} <= pinned, names - pinned
 
 
+def test_every_page_is_in_the_sites_index():
+    listed = set(re.findall(r"^[\w./]+$", read("docs/index.md"), re.MULTILINE))
+    found = (page for page in (ROOT / "docs").rglob("*.md") if "_build" not in page.parts)
+    pages = {page.relative_to(ROOT / "docs").with_suffix("").as_posix() for page in found}
+    assert pages - {"index"} <= listed, pages - listed
+
+
 @pytest.mark.parametrize("page", sorted((ROOT / "docs" / "api").glob("*.md")), ids=lambda page: page.stem)
 def test_the_reference_has_every_public_name(page):
     """autodoc shows what has a docstring of its own; a page describes the others."""
