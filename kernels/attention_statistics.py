@@ -172,6 +172,7 @@ def _softmax_rows_kernel(
     PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """x = q·k·scale, where scale includes log2 e;  largest = max_k x;  weight = share / Σ_k 2^(x − largest).
 
@@ -193,8 +194,8 @@ def _softmax_rows_kernel(
     largest = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_Q,), tl.float32)
     q = _chunks(q_ptr, start, tokens, q_token, D, CHUNK, REST, BLOCK_Q)
-    stages: tl.constexpr = 1 if PRECISION == "tf32" and tl.target_info.cuda_capability_geq(10, 0) else None
-    for key in tl.range(0, tokens, BLOCK_K, num_stages=stages):  # see _common
+    stages: tl.constexpr = _jit.stages_ahead(STAGES, PRECISION == "tf32")
+    for key in tl.range(0, tokens, BLOCK_K, num_stages=stages):
         k = _chunks(k_ptr, key, tokens, k_token, D, CHUNK, REST, BLOCK_K)
         products = _products(q, k, PRECISION)
         logits = products * scale
@@ -251,6 +252,7 @@ def _received_kernel(
     PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """p̄ = Σ_h weight·2^(q·k·scale − largest);  received = Σ_q p̄;  sums = (Σ p̄ ln p̄, Σ p̄·distance).
 
@@ -276,7 +278,7 @@ def _received_kernel(
     received = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
     information = tl.zeros((BLOCK_Q,), tl.float32)
     moved = tl.zeros((BLOCK_Q,), tl.float32)
-    stages: tl.constexpr = 1 if PRECISION == "tf32" and tl.target_info.cuda_capability_geq(10, 0) else None
+    stages: tl.constexpr = _jit.stages_ahead(STAGES, PRECISION == "tf32")
     for first in range(0, tokens, BLOCK_Q):
         query = first + tl.arange(0, BLOCK_Q)
         p = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
@@ -305,9 +307,6 @@ def _received_kernel(
 def _common(q: Tensor, k: Tensor) -> tuple[dict[str, Any], tuple[int, ...]]:
     """What both kernels are compiled for, and the strides. Tiles were found by compiling: head sizes up to
     160 in multiples of 8 don't spill.
-
-    On Blackwell half-precision loops don't copy ahead: where the head size leaves a rest, Triton 3.7 sets no
-    fence between the end of such a copy and the tensor core's reading it (`fence.proxy.async` in the PTX).
     """
     size = q.shape[3]
     strides = (*q.stride()[:3], *k.stride()[:3])
@@ -336,7 +335,7 @@ def rows_launch_of(largest: Tensor, weight: Tensor, q: Tensor, k: Tensor, scale:
     batch, heads, tokens, _ = q.shape
     constants, strides = _common(q, k)
     block_k = 32 if q.dtype == torch.float32 else 64
-    constants |= {"RAGGED": tokens % block_k != 0, "BLOCK_K": block_k, "num_stages": 2}
+    constants |= {"RAGGED": tokens % block_k != 0, "BLOCK_K": block_k, "STAGES": 2}
     args = (largest, weight, q, k, scale * _LOG2_E, 1.0 / heads, heads, tokens, *strides)
     grid = _jit.blocks(tokens, batch * heads, constants["BLOCK_Q"])
     return _jit.Launch(_softmax_rows_kernel, grid, args, constants)
@@ -356,9 +355,8 @@ def received_launch_of(
     _jit.load_triton()
     batch, heads, tokens, size = q.shape
     constants, strides = _common(q, k)
-    constants |= {"BLOCK_K": _BLOCK_K, "num_stages": 1}
-    if q.dtype != torch.float32 and size < 96:
-        constants["num_stages"] = 2
+    stages = 2 if q.dtype != torch.float32 and size < 96 else 1
+    constants |= {"BLOCK_K": _BLOCK_K, "STAGES": stages}
     args = (received, sums, largest, weight, q, k, scale * _LOG2_E, heads, tokens, width, *strides)
     return _jit.Launch(_received_kernel, _jit.blocks(tokens, batch, _BLOCK_K), args, constants)
 
