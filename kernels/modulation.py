@@ -19,7 +19,15 @@ import torch
 from torch import Tensor
 
 from moe_sampler.kernels import _jit
-from moe_sampler.kernels._dispatch import WITH_FLOAT64, Operator, check_tensor, compute_dtype
+from moe_sampler.kernels._dispatch import (
+    FLOATS,
+    WITH_FLOAT64,
+    Operator,
+    check_tensor,
+    compute_dtype,
+    differentiated_otherwise,
+    undifferentiated,
+)
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -40,12 +48,30 @@ def _check(
         raise ValueError(f"the last dimension of x must lie in [1, {MAX_WIDTH}], got {width}")
     if not 0 <= eps < float("inf"):
         raise ValueError(f"eps must be finite and not negative, got {eps}")
-    dtypes = (torch.float32,) if x.dtype == torch.float32 else (x.dtype, torch.float32)
+    # Under autocast a float32 stream meets the 16-bit modulation of a Linear.
+    dtypes = FLOATS if x.dtype == torch.float32 else (x.dtype, torch.float32)
     if weight is not None:
         check_tensor("weight", weight, x.device, dtypes, (width,))
     for name, tensor in (("scale", scale), ("shift", shift)):
         if tensor is not None:
             check_tensor(name, tensor, x.device, dtypes, (batch, width), strided=True)
+
+
+def _formula(
+    x: Tensor, weight: Tensor | None, scale: Tensor | None, shift: Tensor | None, eps: float
+) -> Tensor:
+    """What the operator computes, as torch can differentiate it in any way."""
+    _check(*undifferentiated(x, weight, scale, shift), eps)
+    dtype = compute_dtype(x)
+    y = x.to(dtype)
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+    if weight is not None:
+        y = y * weight.to(dtype)
+    if scale is not None:
+        y = y * (1 + scale.to(dtype))[:, None]
+    if shift is not None:
+        y = y + shift.to(dtype)[:, None]
+    return y.to(x.dtype)
 
 
 def _refuse_float64(x: Tensor) -> None:
@@ -398,10 +424,14 @@ def rms_norm_modulate(
 
     x: [B, N, D], float32, float16 or bfloat16, contiguous, D at most 4096. weight: [D]. scale, shift: [B, D],
     rows of any stride, so chunks of one Linear's output are read in place. weight, scale and shift are
-    float32 or in x's dtype. Computed in float32 and returned in x's dtype, [B, N, D]; each gradient has the
-    dtype of its input. float64 is for the torch backend alone, which then computes in float64.
+    float32 or in x's dtype; beside a float32 x, as autocast makes it, float16 or bfloat16 too. Computed in
+    float32 and returned in x's dtype, [B, N, D]; each gradient has the dtype of its input. float64 is for the
+    torch backend alone, which then computes in float64. Forward-mode derivatives and torch.func are served by
+    the formula in plain torch.
     Raises TypeError for a wrong dtype; ValueError for a wrong shape, device, layout or eps.
     """
+    if differentiated_otherwise(backend, x, weight, scale, shift):
+        return _formula(x, weight, scale, shift, eps)
     wanted = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, weight, scale, shift)
     )
