@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,7 +116,7 @@ def differentiated_otherwise(backend: str | None, *tensors: Tensor | None) -> bo
     return True
 
 
-def undifferentiated(*tensors: Tensor | None) -> list[Tensor | None]:
+def undifferentiated(*tensors: Tensor | None) -> list[Any]:
     """The tensors' values alone, for the checks that an operator makes on what has no derivative."""
     return [None if t is None else forward_ad.unpack_dual(t).primal.detach() for t in tensors]
 

@@ -81,6 +81,16 @@ def _modulation_backward(make: Tensors, shape: tuple[int, ...], dtype: torch.dty
     return Built(launch, (x, grad, rstd), (dx, along, dshift), (weight, scale), loops=True)
 
 
+def _modulation_sums(make: Tensors, shape: tuple[int, ...], dtype: torch.dtype) -> Built:
+    batch, tokens, width = shape
+    dweight, dscale, dshift = make((width,), dtype), make((batch, width), dtype), make((batch, width), dtype)
+    along, along_shift = (make((batch, modulation.chunks_of(tokens), width)) for _ in range(2))
+    weight, scale = make((width,), dtype), make((batch, width), dtype)
+    launch = modulation.sums_launch_of(dweight, dscale, dshift, along, along_shift, weight, scale)
+    read, written = (along, along_shift, weight, scale), (dweight, dscale, dshift)
+    return Built(launch, read, written, loops=True)
+
+
 def _rotary(make: Tensors, shape: tuple[int, ...], dtype: torch.dtype, *, back: bool = False) -> Built:
     batch, heads, tokens, width = shape
     q, k, out_q, out_k = (make(shape, dtype) for _ in range(4))
@@ -128,6 +138,7 @@ def training_cases() -> list[Case]:
         ("weighted_mse", "map of tokens", using(_loss, mapped=True), tokens),
         ("rms_norm_modulate", "", _modulation, (TOKENS, SMALL_TOKENS)),
         ("rms_norm_modulate_backward", "", _modulation_backward, (TOKENS, SMALL_TOKENS)),
+        ("rms_norm_modulate_backward", "sums over tokens", _modulation_sums, (TOKENS, SMALL_TOKENS)),
         ("rope_qk", "modulated", _rotary, (HEADS, SMALL_HEADS)),
         ("attention_statistics", "softmax rows", using(_attention, received=False), attention),
         ("attention_statistics", "received", using(_attention, received=True), attention),
