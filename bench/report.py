@@ -161,12 +161,11 @@ Made by `python -m bench.report` with torch {torch} and Triton {triton}; nothing
 
 Accesses are counts × width in bits; 32- and 64-bit loads are rows, levels and seeds that a whole program
 shares. Instructions are those in the code, a loop's once, and loop instructions those of the longest
-innermost loop. Blocks are programs. Cache megabytes are what programs ask of the cache, where they ask for the
-same operands again and again. Bytes per element are counted in Triton's
-interpreter on a small launch, every access through its mask; `reads` is how often, on that small launch, a
-byte of a small shared operand is asked for: first from memory, then from cache. The roofline is the longest
-of memory, instruction issue, matrix products and exponentials at the stated size and the data sheet's peaks;
-launch latency comes on top.
+innermost loop. Blocks are programs. Cache megabytes are what programs ask of the cache, where they ask for
+the same operands again and again. Bytes per element are counted in Triton's interpreter on a small launch,
+every access through its mask; `reads` is how often, on that small launch, a byte of a small shared operand is
+asked for: first from memory, then from cache. The roofline is the longest of memory, instruction issue,
+matrix products and exponentials at the stated size and the data sheet's peaks; launch latency comes on top.
 
 {tables}
 """
