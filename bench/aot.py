@@ -31,6 +31,7 @@ class Compiled:
     """What one compiled kernel uses.
 
     Accesses are counted in the code, by their width in bits; so are the instructions, a loop's once.
+    loop_instructions: those of the longest loop that has no other one inside, 0 without a loop.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Compiled:
     shared_bytes: int
     warps: int
     instructions: int
+    loop_instructions: int
     local_loads: int
     local_stores: int
     global_loads: dict[int, int]
@@ -115,6 +117,7 @@ def compile_launch(launch: Launch, architecture: int = 90) -> Compiled:
         shared_bytes=kernel.metadata.shared,
         warps=kernel.metadata.num_warps,
         instructions=sum(opcode != "NOP" for opcode in opcodes),
+        loop_instructions=_longest_loop(sass),
         local_loads=sum(opcode.startswith("LDL") for opcode in opcodes),
         local_stores=sum(opcode.startswith("STL") for opcode in opcodes),
         global_loads=_widths(opcodes, "LDG"),
@@ -122,6 +125,22 @@ def compile_launch(launch: Launch, architecture: int = 90) -> Compiled:
         ptx=kernel.asm["ptx"],
         sass=sass,
     )
+
+
+def _longest_loop(sass: str) -> int:
+    code = re.findall(r"^\s+/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", sass, re.MULTILINE)
+    addresses = [int(address, 16) for address, _, _ in code]
+    loops = []
+    for here, (_, opcode, operands) in zip(addresses, code, strict=True):
+        target = re.search(r"0x([0-9a-f]+)", operands) if opcode.startswith("BRA") else None
+        if target is not None and int(target[1], 16) < here:  # a branch to itself ends every kernel
+            loops.append((int(target[1], 16), here))
+    innermost = [
+        (start, stop)
+        for start, stop in loops
+        if not any(start <= other[0] and other[1] < stop for other in loops)
+    ]
+    return max((sum(start <= a <= stop for a in addresses) for start, stop in innermost), default=0)
 
 
 def _disassembled(cubin: bytes) -> str:

@@ -39,11 +39,14 @@ COLUMNS = (
     "load_bits",
     "store_bits",
     "instructions",
+    "loop_instructions",
     "bytes_per_element",
     "minimum_bytes_per_element",
     "reads",
     "size",
+    "blocks",
     "megabytes",
+    "cache_megabytes",
     "device",
     "roofline_us",
     "limit",
@@ -101,11 +104,14 @@ def _row(case: Case, built: Built, architecture: int, counted: tuple[int, int, f
                 _widths(code.global_loads),
                 _widths(code.global_stores),
                 code.instructions,
+                code.loop_instructions or "",
                 f"{moved / elements:.3f}",
                 f"{least / elements:.3f}",
                 f"{reread:.0f}",
                 "x".join(map(str, case.shape)),
+                built.launch.grid[0],
                 f"{bytes_moved(built) / 1e6:.2f}",
+                f"{built.asked / 1e6:.0f}" if built.asked else "",
                 device.name,
                 f"{time * 1e6:.2f}",
                 limit,
@@ -154,11 +160,12 @@ PAGE = """# Kernels, as compiled
 Made by `python -m bench.report` with torch {torch} and Triton {triton}; nothing here was run on a GPU.
 
 Accesses are counts × width in bits; 32- and 64-bit loads are rows, levels and seeds that a whole program
-shares. Instructions are those in the code, a loop's once. Bytes per element are counted in Triton's
-interpreter on a small launch, every access through its mask; `reads` is how often, on that small launch, a
-byte of a small shared operand is asked for: first from memory, then from cache. The roofline is the longest
-of memory, instruction issue, matrix products and exponentials at the stated size and the data sheet's peaks;
-launch latency comes on top.
+shares. Instructions are those in the code, a loop's once, and loop instructions those of the longest
+innermost loop. Blocks are programs. Cache megabytes are what programs ask of the cache, where they ask for
+the same operands again and again. Bytes per element are counted in Triton's interpreter on a small launch,
+every access through its mask; `reads` is how often, on that small launch, a byte of a small shared operand is
+asked for: first from memory, then from cache. The roofline is the longest of memory, instruction issue,
+matrix products and exponentials at the stated size and the data sheet's peaks; launch latency comes on top.
 
 {tables}
 """

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from moe_sampler.kernels import _jit
@@ -91,6 +93,34 @@ def unobserved(x: Tensor) -> bool:
     )
 
 
+def _has_tangent(tensor: Tensor) -> bool:
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def differentiated_otherwise(backend: str | None, *tensors: Tensor | None) -> bool:
+    """Whether forward-mode differentiation or a transform of `torch.func` is at work on the tensors.
+
+    Registered operators know backward alone, once: without this, forward mode would give zeros. The formula
+    in plain torch then takes their place, unless Triton was asked for by name, which is a ValueError.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    transformed = torch._C._are_functorch_transforms_active()
+    if not transformed and not any(t is not None and _has_tangent(t) for t in tensors):
+        return False
+    if backend == "triton":
+        raise ValueError(
+            "backend='triton' serves neither forward-mode differentiation nor torch.func: leave backend at "
+            "None or 'torch', which compute the formula in plain torch there"
+        )
+    return True
+
+
+def undifferentiated(*tensors: Tensor | None) -> list[Any]:
+    """The tensors' values alone, for the checks that an operator makes on what has no derivative."""
+    return [None if t is None else forward_ad.unpack_dual(t).primal.detach() for t in tensors]
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """What a twin that takes float64 computes in."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -122,6 +152,8 @@ def check_tensor(
         raise ValueError(f"{name} must be contiguous; call .contiguous() on it")
     if tensor.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} requires grad, and this operation has no derivative: use torch.no_grad()")
+    if _has_tangent(tensor):
+        raise ValueError(f"{name} has a tangent, and this operation has no forward-mode derivative")
 
 
 def check_no_overlap(

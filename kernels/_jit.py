@@ -16,7 +16,7 @@ import torch
 if TYPE_CHECKING:
     import triton.language as tl
 
-_marked: list[tuple[Callable, dict[str, Any]]] = []
+_marked: list[tuple[Callable, dict[str, Any] | None]] = []
 
 
 def jit(fn: Callable | None = None, **options: Any) -> Callable:
@@ -27,6 +27,12 @@ def jit(fn: Callable | None = None, **options: Any) -> Callable:
         return fn
 
     return mark if fn is None else mark(fn)
+
+
+def constexpr(fn: Callable) -> Callable:
+    """Mark a Python function that kernels call while they are compiled, on constants."""
+    _marked.append((fn, None))
+    return fn
 
 
 def load_triton() -> None:
@@ -44,7 +50,8 @@ def load_triton() -> None:
     while _marked:
         fn, options = _marked.pop()
         fn.__globals__["tl"] = triton.language
-        fn.__globals__[fn.__name__] = triton.jit(fn, **options)
+        wrapped = triton.constexpr_function(fn) if options is None else triton.jit(fn, **options)
+        fn.__globals__[fn.__name__] = wrapped
 
 
 def require_triton(device: torch.device) -> None:
@@ -79,6 +86,28 @@ class Launch(NamedTuple):
 def blocks(numel: int, samples: int, size: int) -> tuple[int]:
     """The grid of `samples` runs of blocks, each run covering one sample: `sample_offsets` reads it."""
     return (-(-numel // size) * samples,)
+
+
+@constexpr
+def stages_ahead(stages, tensor_cores):
+    """`num_stages` of a loop that loads operands of products: `stages`, or 1 where copying ahead is unsafe.
+
+    From Hopper on, tensor cores read shared memory by a way of their own, and what was copied there must be
+    fenced off before. Triton below 3.7.1 leaves the fence out on Hopper; on Blackwell 3.7.1 still does, where
+    a head size has a rest. With one stage nothing is copied asynchronously. Other loops may copy freely.
+    """
+    unfenced = 9 if triton_version() < (3, 7, 1) else 10
+    return 1 if tensor_cores and tl.target_info.cuda_capability_geq(unfenced) else stages
+
+
+@constexpr
+def triton_version():
+    """The first three numbers of the version of the Triton that compiles."""
+    from re import findall
+
+    from triton import __version__
+
+    return tuple(int(number) for number in findall("[0-9]+", __version__)[:3])
 
 
 @jit

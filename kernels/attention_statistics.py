@@ -6,29 +6,27 @@ With p_h = softmax(q_h·k_hᵀ·scale) over the keys and p̄ = mean over heads o
     locality    = 1 − mean over queries of Σ_k p̄·|place of query − place of key|, over the grid's diagonal
     received[k] = Σ over queries of p̄, the attention a key receives
 
-p̄ ln p̄ needs the mean over heads first, so there are two streaming passes: the softmax's largest logit and sum
-for every head and query, then p̄ tile by tile from logits computed again. Memory is O(N); in the second pass a
-program owns keys and sees all queries, so every sum has one owner.
+Memory is O(N): `attention_kernels` streams over queries and keys, and the twin takes queries in chunks.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_sampler.kernels import _jit
 from moe_sampler.kernels._dispatch import FLOATS, Operator, check_tensor
+from moe_sampler.kernels.attention_launches import (
+    empty_parts,
+    end_launch_of,
+    received_launch_of,
+    rows_launch_of,
+)
 
-if TYPE_CHECKING:
-    import triton.language as tl
-
-_LOG2_E = math.log2(math.e)
-_BLOCK_K = 32
 _MAX_HEAD_SIZE = 160  # the largest of Stable Diffusion; larger ones spill registers
 _TWIN_ELEMENTS = 1 << 21  # logits the twin holds at a time: 8 MiB, which stays in cache
 
@@ -54,16 +52,14 @@ def _check(q: Tensor, k: Tensor, height: int, width: int, scale: float) -> None:
         raise ValueError(f"scale must be finite, got {scale}")
 
 
-def _finish(
-    negative_entropy: Tensor, distance: Tensor, received: Tensor, height: int, width: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The statistics from the sums of p̄ ln p̄ and of p̄·distance over all queries and keys."""
+def _factors(height: int, width: int) -> tuple[float, float]:
+    """What the sums of p̄ ln p̄ and of p̄·distance over all queries and keys are multiplied by: this makes the
+    entropy and, to be added to 1, the locality."""
     tokens = height * width
     # A single token: both sums are 0 (or NaN), and what they are divided by would be 0.
     uniform = math.log(tokens) if tokens > 1 else 1.0
     diagonal = math.hypot(height - 1, width - 1) if tokens > 1 else 1.0
-    entropy = negative_entropy.mul(-1.0 / (tokens * uniform))
-    return entropy.float(), (1.0 - distance / (tokens * diagonal)).float(), received
+    return -1.0 / (tokens * uniform), -1.0 / (tokens * diagonal)
 
 
 def _twin(q: Tensor, k: Tensor, height: int, width: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,284 +99,24 @@ def _twin(q: Tensor, k: Tensor, height: int, width: int, scale: float) -> tuple[
             torch.add(dy.square_(), dx.square_(), out=distance).sqrt_()
             mean.mul_(distance.view(queries, tokens))
             sums[1, sample : sample + count] += mean.sum((1, 2))
-    return _finish(sums[0], sums[1], received, height, width)
-
-
-@_jit.jit
-def _columns(
-    ptr, start, rows, stride, FROM: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr
-):
-    """[BLOCK, WIDTH]: columns FROM … FROM + WIDTH − 1 of rows start …, zero where there are none."""
-    row = tl.arange(0, BLOCK)
-    column = FROM + tl.arange(0, WIDTH)
-    offsets = row[:, None] * stride + column[None, :]
-    mask = (start + row < rows)[:, None]
-    if FROM + WIDTH > D:
-        mask = mask & (column < D)[None, :]
-    return tl.load(ptr + stride.to(tl.int64) * start + offsets, mask=mask, other=0.0)
-
-
-@_jit.jit
-def _chunks(
-    ptr, start, rows, stride, D: tl.constexpr, CHUNK: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr
-):
-    """All columns of rows start …, as a tuple of tiles [BLOCK, CHUNK] and one [BLOCK, REST] for what is left.
-
-    Chunks and rest are powers of two, so that 40 columns are 32 + 16 and not 64.
-    """
-    tiles = ()
-    # Triton unrolls it; its class has no __iter__.
-    for first in tl.static_range(0, D // CHUNK * CHUNK, CHUNK):  # pyright: ignore[reportGeneralTypeIssues]
-        tiles += (_columns(ptr, start, rows, stride, first, CHUNK, D, BLOCK),)
-    if REST:
-        tiles += (_columns(ptr, start, rows, stride, D // CHUNK * CHUNK, REST, D, BLOCK),)
-    return tiles
-
-
-@_jit.jit
-def _products(q, k, PRECISION: tl.constexpr):
-    """float32 [queries, keys]: q·kᵀ from their chunks."""
-    products = tl.dot(q[0], tl.trans(k[0]), input_precision=PRECISION)
-    for i in tl.static_range(1, len(q)):  # pyright: ignore[reportGeneralTypeIssues] - likewise
-        products = tl.dot(q[i], tl.trans(k[i]), products, input_precision=PRECISION)
-    return products
-
-
-@_jit.jit(
-    do_not_specialize=("heads", "tokens", "q_batch", "q_head", "q_token", "k_batch", "k_head", "k_token")
-)
-def _softmax_rows_kernel(
-    largest_ptr,
-    weight_ptr,
-    q_ptr,
-    k_ptr,
-    scale,
-    share,
-    heads,
-    tokens,
-    q_batch,
-    q_head,
-    q_token,
-    k_batch,
-    k_head,
-    k_token,
-    ALIGN: tl.constexpr,
-    D: tl.constexpr,
-    CHUNK: tl.constexpr,
-    REST: tl.constexpr,
-    RAGGED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """x = q·k·scale, where scale includes log2 e;  largest = max_k x;  weight = share / Σ_k 2^(x − largest).
-
-    largest, weight: float32 [B, heads, tokens]. share = 1/heads. q, k: [B, heads, tokens, D], their strides
-    in units of ALIGN elements. The head size is cut into D // CHUNK chunks and a rest, which is padded with
-    zeros to REST. A program owns BLOCK_Q queries of one head and sees all keys.
-    """
-    program = tl.program_id(0)
-    tiles = (tokens - 1) // BLOCK_Q + 1
-    sample_head = program // tiles
-    start = (program - sample_head * tiles) * BLOCK_Q
-    sample = (sample_head // heads).to(tl.int64)
-    head = (sample_head % heads).to(tl.int64)
-    q_ptr += (sample * q_batch + head * q_head) * ALIGN
-    k_ptr += (sample * k_batch + head * k_head) * ALIGN
-    q_token *= ALIGN
-    k_token *= ALIGN
-
-    largest = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_Q,), tl.float32)
-    q = _chunks(q_ptr, start, tokens, q_token, D, CHUNK, REST, BLOCK_Q)
-    stages: tl.constexpr = 1 if PRECISION == "tf32" and tl.target_info.cuda_capability_geq(10, 0) else None
-    for key in tl.range(0, tokens, BLOCK_K, num_stages=stages):  # see _common
-        k = _chunks(k_ptr, key, tokens, k_token, D, CHUNK, REST, BLOCK_K)
-        products = _products(q, k, PRECISION)
-        logits = products * scale
-        if RAGGED:
-            there = (key + tl.arange(0, BLOCK_K) < tokens)[None, :]
-            logits = tl.where(there, logits, float("-inf"))
-        larger = tl.maximum(largest, tl.max(logits, 1))
-        # Fused as in the second pass: logits may be so large that their own rounding matters.
-        terms = tl.exp2(tl.fma(products, scale, -larger[:, None]))
-        if RAGGED:
-            terms = tl.where(there, terms, 0.0)
-        total = total * tl.exp2(largest - larger) + tl.sum(terms, 1)
-        largest = larger
-    query = start + tl.arange(0, BLOCK_Q)
-    row = sample_head.to(tl.int64) * tokens + query
-    tl.store(largest_ptr + row, largest, mask=query < tokens)
-    tl.store(weight_ptr + row, share / total, mask=query < tokens)
-
-
-@_jit.jit(
-    do_not_specialize=(
-        "heads",
-        "tokens",
-        "width",
-        "q_batch",
-        "q_head",
-        "q_token",
-        "k_batch",
-        "k_head",
-        "k_token",
-    )
-)
-def _received_kernel(
-    received_ptr,
-    sums_ptr,
-    largest_ptr,
-    weight_ptr,
-    q_ptr,
-    k_ptr,
-    scale,
-    heads,
-    tokens,
-    width,
-    q_batch,
-    q_head,
-    q_token,
-    k_batch,
-    k_head,
-    k_token,
-    ALIGN: tl.constexpr,
-    D: tl.constexpr,
-    CHUNK: tl.constexpr,
-    REST: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """p̄ = Σ_h weight·2^(q·k·scale − largest);  received = Σ_q p̄;  sums = (Σ p̄ ln p̄, Σ p̄·distance).
-
-    received: float32 [B, tokens]. sums: float32 [2, B, tiles of keys].
-    largest, weight: float32 [B, heads, tokens], from the first pass, which describes q, k, scale too.
-    A program owns BLOCK_K keys of one sample and sees all queries and heads.
-    """
-    program = tl.program_id(0)
-    tiles = (tokens - 1) // BLOCK_K + 1
-    sample = program // tiles
-    start = (program - sample * tiles) * BLOCK_K
-    sample = sample.to(tl.int64)
-    q_ptr += sample * q_batch * ALIGN
-    k_ptr += sample * k_batch * ALIGN
-    largest_ptr += sample * heads * tokens
-    weight_ptr += sample * heads * tokens
-    q_step = q_head.to(tl.int64) * ALIGN
-    k_step = k_head.to(tl.int64) * ALIGN
-    q_token *= ALIGN
-    k_token *= ALIGN
-    key = start + tl.arange(0, BLOCK_K)
-
-    received = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
-    information = tl.zeros((BLOCK_Q,), tl.float32)
-    moved = tl.zeros((BLOCK_Q,), tl.float32)
-    stages: tl.constexpr = 1 if PRECISION == "tf32" and tl.target_info.cuda_capability_geq(10, 0) else None
-    for first in range(0, tokens, BLOCK_Q):
-        query = first + tl.arange(0, BLOCK_Q)
-        p = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
-        for head in tl.range(heads, num_stages=stages):
-            q = _chunks(q_ptr + head * q_step, first, tokens, q_token, D, CHUNK, REST, BLOCK_Q)
-            k = _chunks(k_ptr + head * k_step, start, tokens, k_token, D, CHUNK, REST, BLOCK_K)
-            products = _products(q, k, PRECISION)
-            row = tokens.to(tl.int64) * head + query
-            # A query past the end has no weight.
-            largest = tl.load(largest_ptr + row, mask=query < tokens, other=0.0)
-            weight = tl.load(weight_ptr + row, mask=query < tokens, other=0.0)
-            p += weight[:, None] * tl.exp2(tl.fma(products, scale, -largest[:, None]))
-        p = tl.where((key < tokens)[None, :], p, 0.0)
-        received += p
-        # The smallest normal number makes 0·log 0 = 0; multiplied by p, a NaN stays visible.
-        information += tl.sum(p * tl.log2(tl.maximum(p, 1.1754943508222875e-38)), 1)
-        dy = (query // width)[:, None] - (key // width)[None, :]
-        dx = (query % width)[:, None] - (key % width)[None, :]
-        moved += tl.sum(p * tl.sqrt((dy * dy + dx * dx).to(tl.float32)), 1)
-
-    tl.store(received_ptr + sample * tokens + key, tl.sum(received, 0), mask=key < tokens)
-    tl.store(sums_ptr + program, tl.sum(information, 0) * 0.6931471805599453)
-    tl.store(sums_ptr + tl.num_programs(0) + program, tl.sum(moved, 0))
-
-
-def _common(q: Tensor, k: Tensor) -> tuple[dict[str, Any], tuple[int, ...]]:
-    """What both kernels are compiled for, and the strides. Tiles were found by compiling: head sizes up to
-    160 in multiples of 8 don't spill.
-
-    On Blackwell half-precision loops don't copy ahead: where the head size leaves a rest, Triton 3.7 sets no
-    fence between the end of such a copy and the tensor core's reading it (`fence.proxy.async` in the PTX).
-    """
-    size = q.shape[3]
-    strides = (*q.stride()[:3], *k.stride()[:3])
-    align = math.gcd(8, *strides)
-    if q.dtype == torch.float32:
-        # Splitting float32 into three TF32 parts costs more than it saves in tiles this small.
-        precision, chunk = "ieee", 32
-    else:
-        precision, chunk = "tf32", 64 if 64 <= size <= 144 else 32
-    rest = size % chunk
-    constants = {
-        "ALIGN": align,
-        "D": size,
-        "CHUNK": chunk,
-        "REST": max(16, 1 << (rest - 1).bit_length()) if rest else 0,
-        "PRECISION": precision,
-        "BLOCK_Q": 64,
-        "num_warps": 4,
-    }
-    return constants, tuple(stride // align for stride in strides)
-
-
-def rows_launch_of(largest: Tensor, weight: Tensor, q: Tensor, k: Tensor, scale: float) -> _jit.Launch:
-    """The launch of the first pass. largest, weight: float32 [B, heads, N]."""
-    _jit.load_triton()
-    batch, heads, tokens, _ = q.shape
-    constants, strides = _common(q, k)
-    block_k = 32 if q.dtype == torch.float32 else 64
-    constants |= {"RAGGED": tokens % block_k != 0, "BLOCK_K": block_k, "num_stages": 2}
-    args = (largest, weight, q, k, scale * _LOG2_E, 1.0 / heads, heads, tokens, *strides)
-    grid = _jit.blocks(tokens, batch * heads, constants["BLOCK_Q"])
-    return _jit.Launch(_softmax_rows_kernel, grid, args, constants)
-
-
-def received_launch_of(
-    received: Tensor,
-    sums: Tensor,
-    largest: Tensor,
-    weight: Tensor,
-    q: Tensor,
-    k: Tensor,
-    width: int,
-    scale: float,
-) -> _jit.Launch:
-    """The launch of the second pass. received: float32 [B, N]. sums: as `empty_sums` makes it."""
-    _jit.load_triton()
-    batch, heads, tokens, size = q.shape
-    constants, strides = _common(q, k)
-    constants |= {"BLOCK_K": _BLOCK_K, "num_stages": 1}
-    if q.dtype != torch.float32 and size < 96:
-        constants["num_stages"] = 2
-    args = (received, sums, largest, weight, q, k, scale * _LOG2_E, heads, tokens, width, *strides)
-    return _jit.Launch(_received_kernel, _jit.blocks(tokens, batch, _BLOCK_K), args, constants)
-
-
-def empty_sums(q: Tensor) -> Tensor:
-    """float32 [2, B, tiles of keys] for the second pass: Σ p̄ ln p̄ and Σ p̄·distance of every tile."""
-    return torch.empty(2, q.shape[0], -(-q.shape[2] // _BLOCK_K), device=q.device)
+    of_entropy, of_distance = _factors(height, width)
+    return (sums[0] * of_entropy).float(), (1.0 + sums[1] * of_distance).float(), received
 
 
 def _launch(q: Tensor, k: Tensor, height: int, width: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    _check(q, k, height, width, scale)
+    """Three launches."""
+    entropy, locality, received = _fake(q, k, height, width, scale)
     if q.shape[3] > _MAX_HEAD_SIZE:
         raise ValueError(
             f"q's head size {q.shape[3]} is above {_MAX_HEAD_SIZE}, the kernel's largest: "
             "backend='torch' serves it"
         )
     largest, weight = torch.empty(2, *q.shape[:3], device=q.device)
-    received, sums = torch.empty(q.shape[::2], device=q.device), empty_sums(q)
+    parts, sums = empty_parts(q)
     rows_launch_of(largest, weight, q, k, scale).run(q.device)
-    received_launch_of(received, sums, largest, weight, q, k, width, scale).run(q.device)
-    information, distance = sums.sum(-1, dtype=torch.float64)
-    return _finish(information, distance, received, height, width)
+    received_launch_of(parts, sums, largest, weight, q, k, width, scale).run(q.device)
+    end_launch_of(entropy, locality, received, parts, sums, _factors(height, width)).run(q.device)
+    return entropy, locality, received
 
 
 def _fake(q: Tensor, k: Tensor, height: int, width: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,7 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_sampler.kernels import _jit, loss_weights
-from moe_sampler.kernels._dispatch import WITH_FLOAT64, Operator, check_tensor
+from moe_sampler.kernels._dispatch import (
+    WITH_FLOAT64,
+    Operator,
+    check_tensor,
+    differentiated_otherwise,
+    undifferentiated,
+)
 from moe_sampler.kernels.loss_weights import MinSNR, check_min_snr, min_snr_weight
 
 if TYPE_CHECKING:
@@ -124,6 +130,17 @@ def _twin(*arguments: Any) -> tuple[Tensor, Tensor]:
         residual = difference * factor
         loss = difference.mul_(residual).view(batch, numel).sum(1)
     return loss / numel, residual.to(a.prediction.dtype) if a.wanted else a.prediction.new_empty(0)
+
+
+def _formula(a: Loss) -> Tensor:
+    """What the operator computes, [B], as torch can differentiate it in any way."""
+    names = ("prediction", "target", "weight", "weight_map", "alpha", "sigma")
+    values = undifferentiated(*(getattr(a, name) for name in names))
+    _check(a._replace(**dict(zip(names, values, strict=True))))
+    precision = _precision(a)
+    square = (a.prediction.to(precision) - a.target.to(precision)).square()
+    factor = _factor(a, precision)
+    return (square if factor is None else square * factor).flatten(1).mean(1)
 
 
 @_jit.jit
@@ -352,7 +369,8 @@ def weighted_mse(
     "mean" or "none". Computed in float32; backend="torch" also takes float64.
 
     Returns a float32 scalar, or float32 [B] for "none". The residual w·M·(prediction − target), in the
-    prediction's dtype, is all that is kept for the gradient, and only if one is wanted.
+    prediction's dtype, is all that is kept for the gradient, and only if one is wanted. Forward-mode
+    derivatives and torch.func are served by the formula in plain torch.
     """
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
@@ -364,9 +382,12 @@ def weighted_mse(
             raise ValueError(f"{name} requires grad, which only prediction and target may: detach it")
     height, width = _size(prediction, size) if size is not None or weight_map is not None else (0, 0)
     wanted = torch.is_grad_enabled() and (prediction.requires_grad or target.requires_grad)
-    run = _operator.on(backend, prediction.device)
     levels = (alpha, sigma, float(gamma), kind)
-    loss, _ = run(prediction, target, weight, weight_map, height, width, size is not None, *levels, wanted)
+    a = Loss(prediction, target, weight, weight_map, height, width, size is not None, *levels, wanted)
+    if differentiated_otherwise(backend, prediction, target, weight, weight_map, alpha, sigma):
+        loss = _formula(a)
+    else:
+        loss, _ = _operator.on(backend, prediction.device)(*a)
     return loss.mean() if reduction == "mean" else loss
 
 

@@ -19,7 +19,15 @@ import torch
 from torch import Tensor
 
 from moe_sampler.kernels import _jit
-from moe_sampler.kernels._dispatch import WITH_FLOAT64, Operator, check_tensor, compute_dtype
+from moe_sampler.kernels._dispatch import (
+    FLOATS,
+    WITH_FLOAT64,
+    Operator,
+    check_tensor,
+    compute_dtype,
+    differentiated_otherwise,
+    undifferentiated,
+)
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -27,6 +35,7 @@ if TYPE_CHECKING:
 MAX_WIDTH = 4096  # a program holds whole rows; twice that spills registers on sm_100
 
 _CHUNK = 32  # rows that one program of the backward kernel sums
+_COLUMNS = 16  # those whose sums one program ends
 
 
 def _check(
@@ -40,12 +49,31 @@ def _check(
         raise ValueError(f"the last dimension of x must lie in [1, {MAX_WIDTH}], got {width}")
     if not 0 <= eps < float("inf"):
         raise ValueError(f"eps must be finite and not negative, got {eps}")
-    dtypes = (torch.float32,) if x.dtype == torch.float32 else (x.dtype, torch.float32)
+    # Under autocast a float32 stream meets the 16-bit modulation of a Linear.
+    dtypes = FLOATS if x.dtype == torch.float32 else (x.dtype, torch.float32)
     if weight is not None:
         check_tensor("weight", weight, x.device, dtypes, (width,))
     for name, tensor in (("scale", scale), ("shift", shift)):
         if tensor is not None:
             check_tensor(name, tensor, x.device, dtypes, (batch, width), strided=True)
+
+
+def _formula(
+    x: Tensor, weight: Tensor | None, scale: Tensor | None, shift: Tensor | None, eps: float
+) -> Tensor:
+    """What the operator computes, as torch can differentiate it in any way."""
+    x_value, *values = undifferentiated(x, weight, scale, shift)
+    _check(x_value, *values, eps)
+    dtype = compute_dtype(x)
+    y = x.to(dtype)
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+    if weight is not None:
+        y = y * weight.to(dtype)
+    if scale is not None:
+        y = y * (1 + scale.to(dtype))[:, None]
+    if shift is not None:
+        y = y + shift.to(dtype)[:, None]
+    return y.to(x.dtype)
 
 
 def _refuse_float64(x: Tensor) -> None:
@@ -199,40 +227,46 @@ def _check_backward(
     check_tensor("rstd", rstd, x.device, (compute_dtype(x),), x.shape[:2])
 
 
-def _from_sums(
-    along: Tensor | None, weight: Tensor | None, scale: Tensor | None, needs: Sequence[bool], like: Tensor
-) -> tuple[Tensor, Tensor]:
-    """(dweight [D], dscale [B, D]) from along: A, [B, D]; empty where they are not needed."""
-    dweight, dscale = like.new_empty(0), like.new_empty(0)
-    if along is not None and needs[1]:
-        dweight = (along if scale is None else torch.addcmul(along, along, scale.to(along.dtype))).sum(0)
-    if along is not None and needs[2]:
-        dscale = along.clone() if weight is None else along * weight
-    return dweight, dscale
-
-
 def _backward_twin(
-    grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor | None, scale: Tensor | None, needs: Sequence[bool]
+    grad: Tensor,
+    x: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    scale: Tensor | None,
+    needs: Sequence[bool],
+    shift_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_backward(grad, x, rstd, weight, scale)
     need_x, need_weight, need_scale, need_shift = needs
+    dx, dweight, dscale, dshift = (x.new_empty(0, dtype=d) for d in _dtypes(x, weight, scale, shift_dtype))
     dtype = compute_dtype(x)
-    dx, product, along, dshift = x.new_empty(0), None, None, rstd.new_empty(0)
     dy, xs = grad.to(dtype), x.to(dtype)
     if need_shift:
-        dshift = dy.sum(1)
+        dshift = dy.sum(1).to(shift_dtype)
     if need_x or need_weight or need_scale:
         product = (dy * xs).mul_(rstd[..., None])
-    if product is not None and (need_weight or need_scale):
-        along = product.sum(1)
-    if product is not None and need_x:
-        m = _multiplier(weight, scale, dtype)
-        total = product.sum(-1, keepdim=True) if m is None else torch.matmul(product, m.transpose(1, 2))
-        factor = total.mul_(rstd[..., None]).div_(-x.shape[-1])
-        # The product has served; its memory becomes dx.
-        product = product.copy_(dy) if m is None else torch.mul(dy, m, out=product)
-        dx = product.addcmul_(xs, factor).mul_(rstd[..., None]).to(x.dtype)
-    return dx, *_from_sums(along, weight, scale, needs, rstd), dshift
+        along = product.sum(1) if need_weight or need_scale else product
+        if weight is not None and need_weight:
+            summed = along if scale is None else torch.addcmul(along, along, scale.to(dtype))
+            dweight = summed.sum(0).to(weight.dtype)
+        if scale is not None and need_scale:
+            dscale = (along.clone() if weight is None else along * weight).to(scale.dtype)
+        if need_x:
+            m = _multiplier(weight, scale, dtype)
+            total = product.sum(-1, keepdim=True) if m is None else torch.matmul(product, m.transpose(1, 2))
+            factor = total.mul_(rstd[..., None]).div_(-x.shape[-1])
+            # The product has served; its memory becomes dx.
+            product = product.copy_(dy) if m is None else torch.mul(dy, m, out=product)
+            dx = product.addcmul_(xs, factor).mul_(rstd[..., None]).to(x.dtype)
+    return dx, dweight, dscale, dshift
+
+
+def _dtypes(
+    x: Tensor, weight: Tensor | None, scale: Tensor | None, shift_dtype: torch.dtype
+) -> tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype]:
+    """Those of the gradients, which are those of the inputs."""
+    of_weight, of_scale = (x.dtype if t is None else t.dtype for t in (weight, scale))
+    return x.dtype, of_weight, of_scale, shift_dtype
 
 
 @_jit.jit(do_not_specialize=("tokens",))
@@ -313,41 +347,130 @@ def backward_launch_of(
     return _jit.Launch(_rms_norm_modulate_backward_kernel, grid, args, {"CHUNK": _CHUNK, **_tile(width)})
 
 
+@_jit.jit(do_not_specialize=("batch", "chunks"))
+def _rms_norm_modulate_sums_kernel(
+    dweight_ptr,
+    dscale_ptr,
+    dshift_ptr,
+    along_ptr,
+    along_shift_ptr,
+    weight_ptr,
+    scale_ptr,
+    scale_stride,
+    batch,
+    chunks,
+    width,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A = Σ along:  dweight = Σ_b (1 + scale)·A,  dscale = weight·A;  dshift = Σ along_shift.
+
+    along, along_shift: float32 [batch, chunks, width], from the backward kernel. dweight, weight: [width].
+    dscale, dshift: [batch, width]. scale: [batch, width], rows scale_stride apart. dweight, dscale and along
+    may be None, and so may dshift and along_shift, weight and scale. A program owns BLOCK columns and adds
+    up in the order of the rows, so the same gradients have the same bits.
+    """
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    row = tl.arange(0, ROWS)[:, None]
+    dweight = tl.zeros((BLOCK,), tl.float32)
+    weight = 1.0
+    if weight_ptr is not None:
+        weight = _load_row(weight_ptr, column, width)
+    for sample in range(0, batch):
+        sample = tl.cast(sample, tl.int64)
+        first = sample * chunks
+        if along_ptr is not None:
+            total = _column_sums(along_ptr, first, row, column, chunks, width, ROWS, BLOCK)
+            if dscale_ptr is not None:
+                dscale = (weight * total).to(dscale_ptr.dtype.element_ty)
+                tl.store(dscale_ptr + sample * width + column, dscale, mask=inside)
+            if scale_ptr is not None:
+                total += total * _load_row(scale_ptr + sample * scale_stride, column, width)
+            dweight += total
+        if dshift_ptr is not None:
+            total = _column_sums(along_shift_ptr, first, row, column, chunks, width, ROWS, BLOCK)
+            dshift = total.to(dshift_ptr.dtype.element_ty)
+            tl.store(dshift_ptr + sample * width + column, dshift, mask=inside)
+    if dweight_ptr is not None:
+        tl.store(dweight_ptr + column, dweight.to(dweight_ptr.dtype.element_ty), mask=inside)
+
+
+@_jit.jit
+def _column_sums(ptr, first, row, column, chunks, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """[BLOCK]: the sums of `chunks` rows from row `first` on."""
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    for done in range(0, chunks, ROWS):
+        mask = (done + row < chunks) & (column < width)[None, :]
+        total += tl.load(ptr + ((first + done) + row) * width + column[None, :], mask=mask, other=0.0)
+    return tl.sum(total, axis=0)
+
+
+def sums_launch_of(
+    dweight: Tensor | None,
+    dscale: Tensor | None,
+    dshift: Tensor | None,
+    along: Tensor | None,
+    along_shift: Tensor | None,
+    weight: Tensor | None,
+    scale: Tensor | None,
+) -> _jit.Launch:
+    """The launch that ends the backward: dweight: [D], dscale and dshift: [B, D], from the partial sums
+    along and along_shift: float32 [B, chunks_of(N), D]; what is not wanted, and its sums, are None."""
+    _jit.load_triton()
+    batch, chunks, width = next(t for t in (along, along_shift) if t is not None).shape
+    stride = 0 if scale is None else scale.stride(0)
+    args = (dweight, dscale, dshift, along, along_shift, weight, scale, stride, batch, chunks, width)
+    grid = _jit.blocks(width, 1, _COLUMNS)
+    constants = {"ROWS": 32, "BLOCK": _COLUMNS, "maxnreg": 128}  # see _tile
+    return _jit.Launch(_rms_norm_modulate_sums_kernel, grid, args, constants)
+
+
 def _backward_launch(
-    grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor | None, scale: Tensor | None, needs: Sequence[bool]
+    grad: Tensor,
+    x: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    scale: Tensor | None,
+    needs: Sequence[bool],
+    shift_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One launch, and a second one where sums are wanted."""
     _refuse_float64(x)
     _check_backward(grad, x, rstd, weight, scale)
-    batch, tokens, width = x.shape
-    need_x, need_weight, need_scale, need_shift = needs
-    need_along = need_weight or need_scale
-    dx = torch.empty_like(x) if need_x else x.new_empty(0)
-    partials = rstd.new_empty((need_along + need_shift, batch, chunks_of(tokens), width))
-    along = partials[0] if need_along else None
-    dshift = partials[-1] if need_shift else None
-    backward_launch_of(dx if need_x else None, along, dshift, grad, x, rstd, weight, scale).run(x.device)
-    # Two sums, not one over both: an operator's outputs may not share storage.
-    along = partials[0].sum(1) if need_along else None
-    dshift = partials[-1].sum(1) if need_shift else rstd.new_empty(0)
-    return dx, *_from_sums(along, weight, scale, needs, rstd), dshift
+    gradients = _backward_fake(grad, x, rstd, weight, scale, needs, shift_dtype)
+    dx, dweight, dscale, dshift = (g if need else None for g, need in zip(gradients, needs, strict=True))
+    partial = rstd.new_empty((2, len(x), chunks_of(x.shape[1]), x.shape[2]))
+    along = None if dweight is None and dscale is None else partial[0]
+    along_shift = None if dshift is None else partial[1]
+    backward_launch_of(dx, along, along_shift, grad, x, rstd, weight, scale).run(x.device)
+    if any(needs[1:]):
+        sums_launch_of(dweight, dscale, dshift, along, along_shift, weight, scale).run(x.device)
+    return gradients
 
 
 def _backward_fake(
-    grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor | None, scale: Tensor | None, needs: Sequence[bool]
+    grad: Tensor,
+    x: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    scale: Tensor | None,
+    needs: Sequence[bool],
+    shift_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, _, width = x.shape
-    need_x, need_weight, need_scale, need_shift = needs
-    return (
-        torch.empty_like(x) if need_x else x.new_empty(0),
-        rstd.new_empty(width if need_weight else 0),
-        rstd.new_empty((batch, width) if need_scale else 0),
-        rstd.new_empty((batch, width) if need_shift else 0),
+    shapes = (x.shape, (width,), (batch, width), (batch, width))
+    dtypes = _dtypes(x, weight, scale, shift_dtype)
+    dx, dweight, dscale, dshift = (
+        x.new_empty(shape if need else (0,), dtype=dtype)
+        for shape, dtype, need in zip(shapes, dtypes, needs, strict=True)
     )
+    return dx, dweight, dscale, dshift
 
 
 _backward_operator = Operator(
     "rms_norm_modulate_backward(Tensor grad, Tensor x, Tensor rstd, Tensor? weight, Tensor? scale, "
-    "bool[4] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    "bool[4] needs, ScalarType shift_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
     twin=_backward_twin,
     launch=_backward_launch,
     fake=_backward_fake,
@@ -359,7 +482,7 @@ def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x, output[1], weight, scale)
-    ctx.dtypes = tuple(None if t is None else t.dtype for t in (x, weight, scale, shift))
+    ctx.shift_dtype = x.dtype if shift is None else shift.dtype
 
 
 def _backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple:
@@ -368,9 +491,8 @@ def _backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple:
     x, rstd, weight, scale = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:4])
     run = _backward_operator.on(ctx.backend, x.device)
-    gradients = run(grad.contiguous(), x, rstd, weight, scale, needs)
-    cast = (g.to(d) if need else None for g, d, need in zip(gradients, ctx.dtypes, needs, strict=True))
-    return *cast, None, None
+    gradients = run(grad.contiguous(), x, rstd, weight, scale, needs, ctx.shift_dtype)
+    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None
 
 
 _operator = Operator(
@@ -398,10 +520,14 @@ def rms_norm_modulate(
 
     x: [B, N, D], float32, float16 or bfloat16, contiguous, D at most 4096. weight: [D]. scale, shift: [B, D],
     rows of any stride, so chunks of one Linear's output are read in place. weight, scale and shift are
-    float32 or in x's dtype. Computed in float32 and returned in x's dtype, [B, N, D]; each gradient has the
-    dtype of its input. float64 is for the torch backend alone, which then computes in float64.
+    float32 or in x's dtype; beside a float32 x, as autocast makes it, float16 or bfloat16 too. Computed in
+    float32 and returned in x's dtype, [B, N, D]; each gradient has the dtype of its input. float64 is for the
+    torch backend alone, which then computes in float64. Forward-mode derivatives and torch.func are served by
+    the formula in plain torch.
     Raises TypeError for a wrong dtype; ValueError for a wrong shape, device, layout or eps.
     """
+    if differentiated_otherwise(backend, x, weight, scale, shift):
+        return _formula(x, weight, scale, shift, eps)
     wanted = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, weight, scale, shift)
     )

@@ -19,7 +19,15 @@ import torch
 from torch import Tensor
 
 from moe_sampler.kernels import _jit
-from moe_sampler.kernels._dispatch import FLOATS, WITH_FLOAT64, Operator, check_tensor, compute_dtype
+from moe_sampler.kernels._dispatch import (
+    FLOATS,
+    WITH_FLOAT64,
+    Operator,
+    check_tensor,
+    compute_dtype,
+    differentiated_otherwise,
+    undifferentiated,
+)
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -82,6 +90,21 @@ def _twin(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, modulation: Tensor | N
         for x in turned:
             x.mul_(modulation[..., None])
     return turned[0].to(q.dtype), turned[1].to(q.dtype)
+
+
+def _formula(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, modulation: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What the operator computes, as torch can differentiate it in any way."""
+    *others, q_value, k_value = undifferentiated(cos, sin, modulation, q, k)
+    _check(WITH_FLOAT64, *others, "q", q_value, k=k_value)
+
+    def turned(x: Tensor) -> Tensor:
+        x_0, x_1 = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+        y = torch.stack((x_0 * cos - x_1 * sin, x_0 * sin + x_1 * cos), -1).flatten(-2)
+        return (y if modulation is None else y * modulation[..., None]).to(x.dtype)
+
+    return turned(q), turned(k)
 
 
 class Backward(NamedTuple):
@@ -316,11 +339,14 @@ def rope_qk(
     q, k: [B, H, N, D], float32, float16 or bfloat16, alike, D even and at most 1024; only D must be
     contiguous, so views of a fused projection [B, N, 3, H, D] are read in place. cos, sin: float32 [N, D/2].
     modulation: float32 [B, H, N]. Computed in float32; returns (q, k), contiguous, in the dtype of q, k.
-    float64 (of everything) is for the torch backend alone.
+    float64 (of everything) is for the torch backend alone. Forward-mode derivatives and torch.func are served
+    by the formula in plain torch.
     Raises TypeError for a wrong dtype; ValueError for a wrong shape, device or layout, or a cos or sin that
     requires grad.
     """
     for name, table in (("cos", cos), ("sin", sin)):
         if table.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name} requires grad, and has no derivative here: use {name}.detach()")
+    if differentiated_otherwise(backend, q, k, cos, sin, modulation):
+        return _formula(q, k, cos, sin, modulation)
     return _operator.on(backend, q.device)(q, k, cos, sin, modulation)

@@ -185,6 +185,8 @@ def _sampler_step_kernel(
         d = tl.load(row + 3)
         used = inside < tl.where(d != 0.0, numel, 0)
         x += d * tl.load(x0_prev_ptr + here, mask=used, other=0.0)
+        # Beside half-precision outputs a thread loads eight numbers here and stores four: not the same ones.
+        tl.debug_barrier()
         tl.store(x0_prev_ptr + here, x0, mask=mask)
     if noise_ptr is not None:
         used = inside < tl.where(n != 0.0, numel, 0)

@@ -21,7 +21,8 @@ class Built(NamedTuple):
 
     `cached` are operands that many programs share: only their first reading comes from memory.
     loops: the kernel loops, so that its code does not say how often an access runs. flops: of matrix
-    products, exps: exponentials, where they could matter more than bytes.
+    products, exps: exponentials, where they could matter more than bytes. asked: bytes of the cached operands
+    that all programs together ask for, where they ask again and again.
     """
 
     launch: Launch
@@ -31,6 +32,7 @@ class Built(NamedTuple):
     loops: bool = False
     flops: int = 0
     exps: int = 0
+    asked: int = 0
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,12 @@ import torch
 
 from bench.cases.case import DTYPES, Built, Case, Tensors, using
 from moe_sampler.kernels import losses, modulation, rotary, training_pairs
-from moe_sampler.kernels.attention_statistics import empty_sums, received_launch_of, rows_launch_of
+from moe_sampler.kernels.attention_launches import (
+    empty_parts,
+    end_launch_of,
+    received_launch_of,
+    rows_launch_of,
+)
 
 TOKENS, SMALL_TOKENS = (16, 1024, 512), (2, 64, 512)
 HEADS, SMALL_HEADS = (16, 4, 1024, 128), (2, 2, 64, 128)
@@ -81,6 +86,16 @@ def _modulation_backward(make: Tensors, shape: tuple[int, ...], dtype: torch.dty
     return Built(launch, (x, grad, rstd), (dx, along, dshift), (weight, scale), loops=True)
 
 
+def _modulation_sums(make: Tensors, shape: tuple[int, ...], dtype: torch.dtype) -> Built:
+    batch, tokens, width = shape
+    dweight, dscale, dshift = make((width,), dtype), make((batch, width), dtype), make((batch, width), dtype)
+    along, along_shift = (make((batch, modulation.chunks_of(tokens), width)) for _ in range(2))
+    weight, scale = make((width,), dtype), make((batch, width), dtype)
+    launch = modulation.sums_launch_of(dweight, dscale, dshift, along, along_shift, weight, scale)
+    read, written = (along, along_shift, weight, scale), (dweight, dscale, dshift)
+    return Built(launch, read, written, loops=True)
+
+
 def _rotary(make: Tensors, shape: tuple[int, ...], dtype: torch.dtype, *, back: bool = False) -> Built:
     batch, heads, tokens, width = shape
     q, k, out_q, out_k = (make(shape, dtype) for _ in range(4))
@@ -102,11 +117,24 @@ def _attention(make: Tensors, shape: tuple[int, ...], dtype: torch.dtype, *, rec
     q, k = (make((batch, tokens, heads, size), dtype).transpose(1, 2) for _ in range(2))
     largest, weight = make((batch, heads, tokens)), make((batch, heads, tokens))
     work = {"loops": True, "flops": 2 * batch * heads * tokens**2 * size, "exps": batch * heads * tokens**2}
+    # Every tile of queries reads all keys; in the second pass every tile of keys also reads all queries.
     if not received:
-        return Built(rows_launch_of(largest, weight, q, k, 0.1), (q,), (largest, weight), (k,), **work)
-    column, sums = make((batch, tokens)), empty_sums(q)
-    launch = received_launch_of(column, sums, largest, weight, q, k, width, 0.1)
-    return Built(launch, (), (column, sums), (q, k, largest, weight), **work)
+        launch = rows_launch_of(largest, weight, q, k, 0.1)
+        again = -(-tokens // launch.constants["BLOCK_Q"]) * k.nbytes
+        return Built(launch, (q,), (largest, weight), (k,), asked=again, **work)
+    parts, sums = empty_parts(q)
+    launch = received_launch_of(parts, sums, largest, weight, q, k, width, 0.1)
+    query_tiles, key_tiles = (-(-tokens // launch.constants[name]) for name in ("BLOCK_Q", "BLOCK_K"))
+    again = query_tiles * k.nbytes + key_tiles * (q.nbytes + largest.nbytes + weight.nbytes)
+    return Built(launch, (), (parts, sums), (q, k, largest, weight), asked=again, **work)
+
+
+def _attention_end(make: Tensors, shape: tuple[int, ...], dtype: torch.dtype) -> Built:
+    batch, heads, tokens, size = shape
+    parts, sums = empty_parts(make((batch, heads, tokens, size), dtype))
+    entropy, locality, received = make((batch,)), make((batch,)), make((batch, tokens))
+    launch = end_launch_of(entropy, locality, received, parts, sums, (-0.1, -0.1))
+    return Built(launch, (parts, sums), (entropy, locality, received), loops=True)
 
 
 def training_cases() -> list[Case]:
@@ -128,9 +156,11 @@ def training_cases() -> list[Case]:
         ("weighted_mse", "map of tokens", using(_loss, mapped=True), tokens),
         ("rms_norm_modulate", "", _modulation, (TOKENS, SMALL_TOKENS)),
         ("rms_norm_modulate_backward", "", _modulation_backward, (TOKENS, SMALL_TOKENS)),
+        ("rms_norm_modulate_backward", "sums over tokens", _modulation_sums, (TOKENS, SMALL_TOKENS)),
         ("rope_qk", "modulated", _rotary, (HEADS, SMALL_HEADS)),
         ("attention_statistics", "softmax rows", using(_attention, received=False), attention),
         ("attention_statistics", "received", using(_attention, received=True), attention),
+        ("attention_statistics", "sums over parts", _attention_end, attention),
         ("rope_qk_backward", "modulated", using(_rotary, back=True), (HEADS, SMALL_HEADS)),
     ):
         found += [Case(name, variant, dtype, make, *sizes) for dtype in DTYPES]

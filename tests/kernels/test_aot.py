@@ -1,13 +1,15 @@
 """What Triton compiles, without a GPU: no spills, no stack, 128-bit accesses, once for all steps."""
 
 import math
+import re
 
 import pytest
 import torch
 from aot_helpers import aot, compilations, compiled_code
 
 from bench import cases
-from moe_sampler.kernels import ROW_WIDTH, noise, sampler_step
+from bench.ordering import accesses_in_order, unfenced_reads
+from moe_sampler.kernels import ROW_WIDTH, _jit, noise, sampler_step
 
 pytestmark = compiled_code
 
@@ -51,6 +53,7 @@ def test_compiled_code(case, built, architecture):
     code = aot.compile_launch(built.launch, architecture)
     assert code.stack_bytes == 0 and code.spills == 0, str(code)
     assert f"sm_{architecture}" in code.ptx
+    assert not unfenced_reads(code.ptx), "tensor cores may read what is still being copied"
     assert code.registers <= (255 if built.flops else 128), "fewer than 512 threads at work"
     # Whatever is streamed goes in accesses of 128 bits; the rest are numbers by row, sample or block. That no
     # element is read twice shows in the interpreter (test_traffic).
@@ -85,6 +88,33 @@ def test_clipping_lets_nan_through(architecture):
     code = aot.compile_launch(step_launch(FP16), architecture)
     assert "min.NaN.f32" in code.ptx and "max.NaN.f32" in code.ptx
     assert "min.f32" not in code.ptx and "max.f32" not in code.ptx
+
+
+@pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=str)
+@pytest.mark.parametrize("shape", [SHAPE, RAGGED], ids=["aligned", "ragged"])
+def test_history_is_read_before_it_is_overwritten(shape, dtype, architecture):
+    """By all threads: beside half-precision outputs a thread does not overwrite what it read itself."""
+    code = aot.compile_launch(step_launch(dtype, shape=shape, history=True), architecture)
+    order = accesses_in_order(code.ptx, 3)  # x, output, table, x0_prev
+    assert re.fullmatch(r"\|*l+\|+s+\|*", order), order
+
+
+def test_copying_ahead_is_decided_by_triton_and_architecture(monkeypatch):
+    import triton
+
+    _jit.load_triton()
+
+    def stages(architecture, version, tensor_cores=True):
+        monkeypatch.setattr(triton, "__version__", version)
+        with aot.pretend_device(architecture):
+            return _jit.stages_ahead(2, tensor_cores)
+
+    versions = ("3.5.1", "3.6.0", "3.7.0+git1234", "3.7.1", "3.10.0")
+    assert [stages(80, version) for version in versions] == [2] * 5, "mma.sync reads registers"
+    assert [stages(90, version) for version in versions] == [1, 1, 1, 2, 2]
+    assert [stages(100, version) for version in versions] == [1] * 5
+    assert stages(90, "3.6.0", tensor_cores=False) == stages(100, "3.7.1", tensor_cores=False) == 2
 
 
 @pytest.mark.parametrize("shape", [(3, 1), (1, 1 << 32)], ids=["one number a sample", "past 2³¹"])

@@ -30,6 +30,12 @@ def backward(width, dtype, small=None, *, batch=2, tokens=64, chunks=6):
     return modulation.backward_launch_of(x, partial, partial, x, x, rstd, weight, scale)
 
 
+def sums(width, dtype, small=None, *, batch=2, tokens=64, chunks=6):
+    weight, partial = empty(width, dtype=small or dtype), empty(batch, modulation.chunks_of(tokens), width)
+    scale = empty(batch, chunks * width, dtype=small or dtype).chunk(chunks, dim=1)[1]
+    return modulation.sums_launch_of(weight, scale, scale, partial, partial, weight, scale)
+
+
 @pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [512, 1280, 3072])
@@ -51,8 +57,8 @@ def test_compiled_code(width, dtype, architecture):
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("width", [1, 100, 256, 4096])
 def test_other_widths_do_not_spill_either(width, dtype, architecture):
-    for launch in (forward(width, dtype, torch.float32), backward(width, dtype, torch.float32)):
-        code = aot.compile_launch(launch, architecture)
+    for make in (forward, backward, sums):
+        code = aot.compile_launch(make(width, dtype, torch.float32), architecture)
         assert code.stack_bytes == 0 and code.spills == 0, str(code)
         assert 128 in code.global_loads or width < 256, str(code)
 
@@ -63,4 +69,5 @@ def test_one_compilation_for_all_batches_and_lengths():
     others = [forward(512, torch.float16, eps=eps) for eps in (0.0, 1.0, 1e-5)]
     assert compilations(make(forward) + others + [forward(512, torch.float16, chunks=3)]) == 1
     assert compilations([*make(backward), backward(512, torch.float16, chunks=3)]) == 1
+    assert compilations([*make(sums), sums(512, torch.float16, chunks=3)]) == 1
     assert compilations([*make(forward), forward(256, torch.float16)]) == 2, "the count counts"

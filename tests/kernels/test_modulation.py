@@ -19,6 +19,7 @@ SHAPES = [
     pytest.param((1, 2, 3072), id="a wide model"),
 ]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+BF16_ROW = torch.ones(2, 8, dtype=torch.bfloat16)
 NAMES = ("x", "weight", "scale", "shift")
 
 
@@ -76,6 +77,22 @@ def test_each_part_may_be_left_out(body, generator, assert_within_rule, given, s
     check_gradients(body, generator, assert_within_rule, tensors, cap=1e-4)
 
 
+def test_a_float32_stream_takes_the_modulation_of_autocast(body, generator, assert_within_rule):
+    """A Linear under autocast returns 16 bits; with float32 x the result is float32, as torch promotes."""
+    tensors = inputs(generator, (2, 19, 32), torch.float32, NAMES, torch.bfloat16)
+    check_gradients(body, generator, assert_within_rule, tensors, cap=1e-5)
+
+
+def test_under_autocast(generator):
+    x, linear = torch.randn(2, 5, 8, generator=generator), torch.nn.Linear(4, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        scale, shift = linear(torch.ones(2, 4)).chunk(2, dim=1)
+        y = rms_norm_modulate(x, None, scale, shift)
+    assert scale.dtype == torch.bfloat16 and y.dtype == torch.float32
+    y.sum().backward()
+    assert linear.weight.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gradients(body, generator, assert_within_rule, shape, dtype):
@@ -93,7 +110,7 @@ def check_gradients(body, generator, assert_within_rule, given, cap):
     def fused(*tensors):
         return rms_norm_modulate(*tensors, backend=body.backend)
 
-    low = given[0].dtype
+    low = None if given[0].dtype == torch.float32 else given[0].dtype  # None: each in its own
     y, grads = gradients(fused, to(given, body.device, grad=True), upstream)
     exact_y, exact = gradients(formula, to(given, dtype=torch.float64, grad=True), upstream)
     eager_y, eager = gradients(formula, to(given, dtype=low, grad=True), upstream)
@@ -107,7 +124,7 @@ def check_gradients(body, generator, assert_within_rule, given, cap):
 def test_only_wanted_gradients_are_made(generator, monkeypatch):
     asked = []
     original = modulation._backward_operator.twin
-    spy = lambda *arguments: asked.append(list(arguments[-1])) or original(*arguments)  # noqa: E731
+    spy = lambda *arguments: asked.append(list(arguments[-2])) or original(*arguments)  # noqa: E731
     monkeypatch.setattr(modulation._backward_operator, "twin", spy)
     monkeypatch.setattr(modulation._backward_operator, "default", spy)
     for wanted in range(1, 16):
@@ -193,7 +210,8 @@ def test_empty_is_nothing_to_do(body):
         (ValueError, "x must be contiguous", {"x": torch.ones(2, 8, 4).transpose(1, 2)}),
         (ValueError, r"must lie in \[1, 4096\], got 4097", {"x": torch.ones(1, 1, 4097)}),
         (ValueError, r"weight must have shape \[8\]", {"weight": torch.ones(4)}),
-        (TypeError, "weight must be float32", {"weight": torch.ones(8).half()}),
+        (TypeError, "weight must be float32 or float16 or bfloat16", {"weight": torch.ones(8).double()}),
+        (TypeError, "scale must be float16 or float32", {"x": torch.ones(2, 4, 8).half(), "scale": BF16_ROW}),
         (ValueError, r"scale must have shape \[2, 8\]", {"scale": torch.ones(2, 1, 8)}),
         (ValueError, "scale must be contiguous in its last", {"scale": torch.ones(8, 2).T}),
         (TypeError, "shift must be float32", {"shift": torch.ones(2, 8).double()}),
@@ -235,7 +253,7 @@ def test_opcheck(generator, device, given):
     x, weight, scale, shift = to(tensors)
     arguments = torch.randn(2, 5, 16, device=device), x, x.new_ones(2, 5), weight, scale
     for needs in ([True, weight is not None, scale is not None, shift is not None], [False] * 4):
-        opcheck(OPS.rms_norm_modulate_backward.default, (*arguments, needs))
+        opcheck(OPS.rms_norm_modulate_backward.default, (*arguments, needs, torch.float32))
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])

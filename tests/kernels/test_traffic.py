@@ -27,6 +27,8 @@ def test_a_launch_moves_no_byte_twice(case):
         assert of[id(tensor)].read == of[id(tensor)].distinct_read == tensor.nbytes
     for tensor in built.written:
         assert of[id(tensor)].written == of[id(tensor)].distinct_written == tensor.nbytes
+    if built.asked:
+        assert sum(of[id(tensor)].read for tensor in built.cached) == built.asked
     listed = {id(t) for t in (*built.read, *built.written, *built.cached)}
     assert listed == of.keys(), "every operand must be listed"
     assert all(not of[key].read for key in of.keys() - {id(t) for t in (*built.read, *built.cached)})
