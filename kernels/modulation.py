@@ -62,8 +62,8 @@ def _formula(
     x: Tensor, weight: Tensor | None, scale: Tensor | None, shift: Tensor | None, eps: float
 ) -> Tensor:
     """What the operator computes, as torch can differentiate it in any way."""
-    x_value, *values = undifferentiated(x, weight, scale, shift)
-    _check(x_value, *values, eps)
+    x_value, weight_value, scale_value, shift_value = undifferentiated(x, weight, scale, shift)
+    _check(x_value, weight_value, scale_value, shift_value, eps)
     dtype = compute_dtype(x)
     y = x.to(dtype)
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)

@@ -105,17 +105,23 @@ def load_strictly(load: Callable[..., Any], source: str | os.PathLike, model: st
     return loaded
 
 
-def load_component(cls: Any, folder: Path, **kwargs: Any) -> Any:
+def load_component(cls: Any, folder: Path, dtype: torch.dtype | None = None, **kwargs: Any) -> Any:
     """`cls.from_pretrained(folder)` from safetensors, strict, in evaluation mode.
 
     Args:
         cls: a diffusers or transformers model class.
         folder: config and weights.
+        dtype: of the weights; by default what their library chooses.
         kwargs: for `from_pretrained`.
 
     Raises:
         CheckpointError: as `load_strictly`.
     """
+    from diffusers import ModelMixin
+
+    if dtype is not None:
+        # diffusers' models take `dtype` only in newer releases; to transformers `torch_dtype` is the old name.
+        kwargs["torch_dtype" if issubclass(cls, ModelMixin) else "dtype"] = dtype
     model = load_strictly(cls.from_pretrained, folder, cls.__name__, use_safetensors=True, **kwargs)
     for parameter in model.parameters():
         parameter.data = aligned(parameter.data)
