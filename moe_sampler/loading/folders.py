@@ -120,7 +120,7 @@ def load_component(cls: Any, folder: Path, dtype: torch.dtype | None = None, **k
     from diffusers import ModelMixin
 
     if dtype is not None:
-        # diffusers' models take `dtype` only in newer releases; to transformers `torch_dtype` is the old name.
+        # Older diffusers' models know `torch_dtype` alone; to transformers that is the old name.
         kwargs["torch_dtype" if issubclass(cls, ModelMixin) else "dtype"] = dtype
     model = load_strictly(cls.from_pretrained, folder, cls.__name__, use_safetensors=True, **kwargs)
     for parameter in model.parameters():
