@@ -62,8 +62,10 @@ def _formula(
     x: Tensor, weight: Tensor | None, scale: Tensor | None, shift: Tensor | None, eps: float
 ) -> Tensor:
     """What the operator computes, as torch can differentiate it in any way."""
-    x_value, *values = undifferentiated(x, weight, scale, shift)
-    _check(x_value, *values, eps)
+    values = dict(
+        zip(("x", "weight", "scale", "shift"), undifferentiated(x, weight, scale, shift), strict=True)
+    )
+    _check(**values, eps=eps)
     dtype = compute_dtype(x)
     y = x.to(dtype)
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)

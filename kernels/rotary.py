@@ -96,8 +96,8 @@ def _formula(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, modulation: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """What the operator computes, as torch can differentiate it in any way."""
-    *others, q_value, k_value = undifferentiated(cos, sin, modulation, q, k)
-    _check(WITH_FLOAT64, *others, "q", q_value, k=k_value)
+    values = undifferentiated(cos, sin, modulation, q, k)
+    _check(WITH_FLOAT64, values[0], values[1], values[2], "q", values[3], k=values[4])
 
     def turned(x: Tensor) -> Tensor:
         x_0, x_1 = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
