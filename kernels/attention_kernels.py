@@ -216,7 +216,7 @@ def received_kernel(
     tl.store(sums_ptr + tl.num_programs(0) + program, tl.sum(moved, 0))
 
 
-@_jit.jit(do_not_specialize=("tokens", "parts", "partials"))
+@_jit.jit(do_not_specialize=("parts", "partials"))
 def end_kernel(
     entropy_ptr,
     locality_ptr,

@@ -12,7 +12,7 @@ from moe_sampler.kernels import _jit, attention_kernels
 
 _LOG2_E = math.log2(math.e)
 _PROGRAMS = 256  # that the second pass of one sample is split into, where there are queries enough
-_END_BLOCK = 256
+_END_BLOCK = 512
 
 
 def _common(q: Tensor, k: Tensor) -> tuple[dict[str, Any], tuple[int, ...]]:
