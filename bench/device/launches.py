@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections.abc import Iterator
 from typing import TypeGuard
@@ -142,7 +143,13 @@ def check(built: Built) -> Row:
         error, allowed = error_and_allowance(result, eager, reference, cap)
         unwritten = int((~torch.isfinite(result)).sum())
         verdicts.append({"worst": name, "error": error, "allowed": allowed, "unwritten": unwritten})
-    return max(verdicts, key=lambda verdict: verdict["error"] / verdict["allowed"])
+    return max(verdicts, key=_closeness)
+
+
+def _closeness(verdict: Row) -> float:
+    """Error over what is allowed; infinite where one of them is no number."""
+    share = verdict["error"] / verdict["allowed"]
+    return math.inf if math.isnan(share) else share
 
 
 def _is_float(value: object) -> TypeGuard[Tensor]:

@@ -7,6 +7,7 @@ torch in that precision.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -159,6 +160,15 @@ def _modulation_backward(a: Arguments) -> dict[str, Tensor]:
     return {"dx": dx, "along": along, "dshift": dshift}
 
 
+def _modulation_sums(a: Arguments) -> dict[str, Tensor]:
+    along = a["along"].sum(1)
+    return {
+        "dweight": (along * (1 + a["scale"])).sum(0),
+        "dscale": a["weight"] * along,
+        "dshift": a["along_shift"].sum(1),
+    }
+
+
 def _rotary(a: Arguments) -> dict[str, Tensor]:
     cos, sin = a["cos"], -a["sin"] if a["BACK"] else a["sin"]
 
@@ -186,19 +196,30 @@ def _softmax_rows(a: Arguments) -> dict[str, Tensor]:
 
 
 def _received(a: Arguments) -> dict[str, Tensor]:
-    width, tokens = a["width"], a["q"].shape[2]
+    width, tokens, parts = a["width"], a["q"].shape[2], a["parts"]
     place = torch.arange(tokens, device=a["q"].device)
     places = torch.stack([place // width, place % width], -1).to(a["weight"].dtype)
     distance = torch.cdist(places, places, compute_mode="donot_use_mm_for_euclid_dist")
+    tiles, rest = -(-tokens // a["BLOCK_Q"]), -tokens % a["BLOCK_K"]
+    ends = [min(tiles * part // parts * a["BLOCK_Q"], tokens) for part in range(parts + 1)]
     received, sums = [], []
     for q, k, largest, weight in zip(a["q"], a["k"], a["largest"], a["weight"], strict=True):
         logits = (q @ k.mT) * a["scale"]
         p = (weight[..., None] * torch.exp2(logits - largest[..., None])).sum(0)
-        of_keys = torch.stack([torch.special.xlogy(p, p).sum(0), (p * distance).sum(0)])
-        rest = -tokens % a["BLOCK_K"]
-        received.append(p.sum(0))
-        sums.append(F.pad(of_keys, (0, rest)).unflatten(1, (-1, a["BLOCK_K"])).sum(-1))
+        every = torch.stack([p, torch.special.xlogy(p, p), p * distance])
+        of_keys = torch.stack([every[:, i:j].sum(1) for i, j in itertools.pairwise(ends)], 1)
+        received.append(of_keys[0])
+        sums.append(F.pad(of_keys[1:], (0, rest)).unflatten(-1, (-1, a["BLOCK_K"])).sum(-1).flatten(1))
     return {"received": torch.stack(received), "sums": torch.stack(sums, 1)}
+
+
+def _attention_end(a: Arguments) -> dict[str, Tensor]:
+    information, moved = a["sums"].sum(-1)
+    return {
+        "received": a["received_parts"].sum(1),
+        "entropy": a["of_entropy"] * information,
+        "locality": 1 + a["of_distance"] * moved,
+    }
 
 
 FORMULAS: Mapping[str, Formula] = {
@@ -212,19 +233,38 @@ FORMULAS: Mapping[str, Formula] = {
     "_weighted_mse_backward_kernel": _loss_backward,
     "_rms_norm_modulate_kernel": _modulation,
     "_rms_norm_modulate_backward_kernel": _modulation_backward,
+    "_rms_norm_modulate_sums_kernel": _modulation_sums,
     "_rope_qk_kernel": _rotary,
-    "_softmax_rows_kernel": _softmax_rows,
-    "_received_kernel": _received,
+    "softmax_rows_kernel": _softmax_rows,
+    "received_kernel": _received,
+    "end_kernel": _attention_end,
 }
 """By kernel."""
 
-LONG_SUMS = frozenset({"partial", "along", "dshift", "dmodulation", "received", "sums", "largest", "weight"})
+LONG_SUMS = frozenset(
+    {
+        "partial",
+        "along",
+        "dshift",
+        "dweight",
+        "dscale",
+        "dmodulation",
+        "largest",
+        "weight",
+        "received",
+        "sums",
+    }
+    | {"entropy", "locality"}
+)
 """Results that are sums of many terms."""
 
 
 def prepare(kernel: str, a: Arguments) -> None:
-    """Make operands agree with each other where the kernel may rely on it."""
-    if kernel == "_received_kernel":
+    """Make operands agree with each other where the kernel may rely on it, and fill what comes empty."""
+    if kernel == "end_kernel":
+        for name in ("received_parts", "sums"):
+            a[name].normal_()
+    if kernel == "received_kernel":
         share = 1 / a["q"].shape[1]
         exact = {"q": a["q"].double(), "k": a["k"].double(), "scale": a["scale"], "share": share}
         for name, value in _softmax_rows(exact).items():
