@@ -50,10 +50,15 @@ def rows_launch_of(largest: Tensor, weight: Tensor, q: Tensor, k: Tensor, scale:
 
 
 def _tile(q: Tensor) -> tuple[int, int, int]:
-    """Queries, keys and warps of a program of the second pass. Larger tiles read q and k less often."""
+    """Queries, keys and warps of a program of the second pass: larger tiles read q and k less often.
+
+    Where rows start anywhere, each element has an address of its own, which takes registers.
+    """
     if q.dtype == torch.float32:
         return 64, 64, 8
-    return (128, 64, 8) if q.shape[3] <= 96 else (64, 32, 4)
+    if q.shape[3] > 96:
+        return 64, 32, 4
+    return (128 if math.gcd(8, *q.stride()[:3]) == 8 else 64), 64, 8
 
 
 def empty_parts(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,6 +93,8 @@ def received_launch_of(
     stages = 2 if q.dtype != torch.float32 and size <= 96 else 1
     block_q, block_k, warps = _tile(q)
     constants |= {"BLOCK_Q": block_q, "BLOCK_K": block_k, "STAGES": stages, "num_warps": warps}
+    # Without a limit the assembler makes up one of its own, and spills to keep it.
+    constants["maxnreg"] = 255
     args = (received, sums, largest, weight, q, k, scale * _LOG2_E, heads, tokens, width, parts, *strides)
     grid = _jit.blocks(tokens, batch * parts, block_k)
     return _jit.Launch(attention_kernels.received_kernel, grid, args, constants)
