@@ -377,8 +377,8 @@ def _rms_norm_modulate_sums_kernel(
     weight = 1.0
     if weight_ptr is not None:
         weight = _load_row(weight_ptr, column, width)
-    for sample in range(0, batch):
-        sample = tl.cast(sample, tl.int64)
+    for index in range(0, batch):
+        sample = tl.cast(index, tl.int64)
         first = sample * chunks
         if along_ptr is not None:
             total = _column_sums(along_ptr, first, row, column, chunks, width, ROWS, BLOCK)

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from moe_sampler.architectures.unet import UNET
 from moe_sampler.demo import experts_path
 from moe_sampler.expert_training import (
     BlockProbes,
@@ -16,7 +17,6 @@ from moe_sampler.expert_training import (
     Objective,
     images,
 )
-from moe_sampler.expert_training.david import block_channels
 from moe_sampler.expert_training.run import load_base
 from moe_sampler.training import Trainer, TrainingSettings
 from moe_sampler.training.interrupts import Interrupts
@@ -34,7 +34,7 @@ def trainer(folder, kind: str, david: bool, levels: LevelSettings) -> Trainer:
         data,
         base.text,
         ExpertSettings(structure_below=0.5),
-        assessor=BlockProbes(block_channels(base.unet), own) if david else None,
+        assessor=BlockProbes(UNET.block_channels(base.unet), own) if david else None,
         david=own,
     )
     settings = TrainingSettings(folder, max_train_steps=9, lr_warmup_steps=0, report_to="none")
