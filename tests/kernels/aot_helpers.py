@@ -16,7 +16,7 @@ compiled_code = pytest.mark.skipif(
 
 
 def skip_unless_tuned():
-    """Registers, spills and widths are promises of one compiler's code; what is safe holds for every one's."""
+    """Registers, spills and widths are promises of one compiler's code; safety is one of every compiler's."""
     if triton_version() < (3, 7, 1):
         pytest.skip(f"resources are tuned for Triton 3.7.1, this is {triton_version()}")
 

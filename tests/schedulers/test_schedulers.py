@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.schedulers import scheduling_ddim, scheduling_ddpm
+from packaging.version import Version
 
 from moe_sampler import FlowPath, FusedDDIMScheduler, FusedDDPMScheduler, FusedFlowMatchEulerScheduler, Level
 
@@ -168,6 +169,8 @@ def test_whole_loops_are_diffusers_own(mixture, noise_of_one_dtype, cls, config,
     ],
 )
 def test_whole_flows_are_diffusers_own(mixture, config, steps):
+    if config.get("stochastic_sampling") and Version(diffusers.__version__) < Version("0.39"):
+        pytest.skip("diffusers before 0.39 draws this noise from the global generator")
     fused = FusedFlowMatchEulerScheduler(**config)
     original = diffusers.FlowMatchEulerDiscreteScheduler(**config)
     sigmas = np.linspace(1.0, 1.0 / steps, steps).tolist()
