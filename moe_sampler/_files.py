@@ -1,8 +1,8 @@
 """Files that outlast a power cut, and folders that are ours by proof: a mark in them, not their name.
 
-A folder that this package writes to, and may later delete from, has a file `.moe-sampler` that says what kind of
-folder it is. That file is also what a process locks while it works there. Links are never followed out of such a
-folder: what is deleted or replaced is the link.
+A folder that this package writes to, and may later delete from, has a file `.moe-sampler` that says what kind
+of folder it is. That file is also what a process locks while it works there. Links are never followed out of
+such a folder: what is deleted or replaced is the link.
 """
 
 from __future__ import annotations
@@ -123,8 +123,8 @@ def check_ours(folder: Path, kind: str, names: Sequence[str]) -> None:
         raise CheckpointError(f"{folder / links[0]} is a link, which is not followed: remove it")
     if present and not is_ours(place, kind):
         raise CheckpointError(
-            f"{folder} has a {present[0].name} and is not the folder of a {kind}: give another folder (if it is "
-            f"one that was copied without hidden files, put an empty file named {MARK} into it)"
+            f"{folder} has a {present[0].name} and is not the folder of a {kind}: give another folder (if it "
+            f"is one, copied without hidden files, put an empty file named {MARK} into it)"
         )
 
 

@@ -175,7 +175,7 @@ def test_a_folder_by_the_name_of_ours_is_left_alone(tmp_path):
             (tmp_path / name / "manifest.json").write_text(json.dumps(manifest | {"shards": []}))
         (tmp_path / name / "building").mkdir()
         (tmp_path / name / "building" / "plans.txt").write_text("of a house")
-        with pytest.raises(CacheError, match="building was not made|not empty and not a cache"):
+        with pytest.raises(CacheError, match=r"building was not made|not empty and not a cache"):
             build_simple(tmp_path / name)
         assert (tmp_path / name / "building" / "plans.txt").read_text() == "of a house"
 
