@@ -54,8 +54,8 @@ def checkpoint_folders(output_dir: Path) -> list[Path]:
 
 
 def find_checkpoint(output_dir: Path, wanted: str | None) -> Path | None:
-    """The checkpoint to continue from: "latest" (the newest whole one; None if there is none at all), "no", or
-    a folder. A warning names the damaged ones that were passed over.
+    """The checkpoint to continue from: "latest" (the newest whole one; None where there are none), "no",
+    or a folder. A warning names the damaged one that was passed over.
 
     Raises:
         CheckpointError: a folder that isn't there; checkpoints of which none is whole.

@@ -49,7 +49,7 @@ class Run:
         self.decay_start: int | None = None
         self.resumed_total: int | None = None
         self._generators: tuple[dict[str, Tensor], str] | None = None
-        check_ours(settings.output_dir, KIND, own_names(task))
+        check_ours(settings.output_dir, KIND, own_names(task.weights_name))
         folder = checkpoints.find_checkpoint(settings.output_dir, settings.resume_from_checkpoint)
         if folder is None and checkpoints.checkpoint_folders(settings.output_dir):
             raise CheckpointError(
@@ -134,7 +134,7 @@ class Run:
         folder = self.settings.output_dir
         with contextlib.ExitStack() as held:
             if self.accelerator.is_main_process:
-                claim(folder, KIND, own_names(self.task))
+                claim(folder, KIND, own_names(self.task.weights_name))
                 held.enter_context(sole_user(folder, "trained in"))
             yield
 

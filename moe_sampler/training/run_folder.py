@@ -35,9 +35,9 @@ __all__ = ["KIND", "RunFolder", "own_names"]
 KIND = "training run"
 
 
-def own_names(task: Task) -> tuple[str, ...]:
-    """What a run writes into its folder, as patterns."""
-    names = ("README.md", "config.json", "assessor.safetensors", "scheduler_config.json", task.weights_name)
+def own_names(weights: str) -> tuple[str, ...]:
+    """What a run writes into its folder, as patterns; `weights` is the model's file."""
+    names = ("README.md", "config.json", "assessor.safetensors", "scheduler_config.json", weights)
     names += ("best", "samples", "logs", "settings.json", "log.jsonl")
     return (*names, "checkpoint-*", "nonfinite-step-*")
 
@@ -54,10 +54,10 @@ class RunFolder:
         self._logged: set[tuple[int, bool]] = set()
 
     def begin(self, step: int, settings: Mapping[str, Any]) -> None:
-        """Write settings.json, and forget what the log says of steps that are going to be made again, and lines
-        that a crash tore."""
+        """Write settings.json, and forget what the log says of steps that are going to be made again, and
+        lines that a crash tore."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        sweep(self.folder, (*own_names(self.task), "final"))
+        sweep(self.folder, (*own_names(self.task.weights_name), "final"))
         write_text(self.folder / "settings.json", json.dumps(dict(settings), indent=1) + "\n")
         if self.log_file.is_file():
             kept = {_kind(record): record for record in self.records() if step and record["step"] <= step}

@@ -103,8 +103,8 @@ class Trainer:
         Raises:
             Interrupted: after SIGTERM or Ctrl-C, with a checkpoint saved.
             NonFiniteError: a loss or gradient that isn't finite, where settings say to stop.
-            CheckpointError: another run works in the folder; a checkpoint couldn't be written: earlier ones are
-                as they were.
+            CheckpointError: another run works in the folder; a checkpoint couldn't be written, and earlier
+                ones are as they were.
         """
         run = self.run
         if self.pace is not None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from moe_sampler._readers import parse_json
 
 __all__ = ["TinyFluxConfig"]
 
@@ -189,7 +190,10 @@ class TinyFluxConfig:
 
     @classmethod
     def from_json(cls, text: str) -> TinyFluxConfig:
-        return cls.from_dict(json.loads(text))
+        config = parse_json(text, "the config", ValueError)
+        if not isinstance(config, dict):
+            raise ValueError("the config holds no JSON object")
+        return cls.from_dict(config)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as config.json holds them."""
