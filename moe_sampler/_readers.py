@@ -15,7 +15,7 @@ import tomllib
 import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from .errors import CheckpointError
 
@@ -35,10 +35,11 @@ def read_regular(path: Path, error: type[ValueError] = CheckpointError, most: in
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            os.close(descriptor)
+            raise error(f"{path} cannot be read: it is not a regular file")
         with os.fdopen(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise error(f"{path} cannot be read: it is not a regular file")
             if status.st_size > most:
                 raise error(f"{path} cannot be read: its {status.st_size:,} bytes are more than {most:,}")
             return file.read(most + 1).decode("utf-8-sig")
@@ -135,6 +136,10 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return value if isinstance(value, hint) else typed(hint, value, where)
     origin, inner = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        if value in inner:
+            return value
+        raise TypeError(f"{where} must be one of {', '.join(map(str, inner))}, got {_shown(value)}")
     if origin in (Union, types.UnionType):
         if value is None and type(None) in inner:
             return None

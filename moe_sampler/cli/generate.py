@@ -11,6 +11,7 @@ import typer
 
 from .by_name import ByExpert, over_previous
 from .commands import takes
+from .like import check_places, read_like
 from .loras import read_loras
 from .machine import Machine
 from .models import Model
@@ -63,12 +64,11 @@ def generate(
     The settings are in each PNG's metadata, so `moe-sampler generate --like castle.png -o again.png` makes it
     again. VALUE|NAME=VALUE options may be repeated: `--guidance 5 --guidance lune=3`.
     """
-    from ..viewing.images import read_settings
-
     # What is wrong with the settings, the folder or the machine shows before any weights are read.
-    previous = read_settings(out.like) if out.like is not None else {}
+    previous = read_like(out)
     if "student" in previous:
         raise ValueError(f"{out.like} was made by a student: use `moe-sampler tinyflux sample --like`")
+    check_places(out, previous, where, begin)
     pictures = Pictures(prompts, out, previous)
     plan = find_plan(out.plan, previous, run)
     if plan is not None:

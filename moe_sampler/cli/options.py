@@ -79,6 +79,12 @@ class OutputOptions:
             metavar="PATH",
         ),
     ] = None
+    trust: Annotated[
+        bool,
+        option(
+            "With --like: also read the files and hub repositories that the image names.", None, "--trust"
+        ),
+    ] = False
     plan: Annotated[
         Path | None,
         option(

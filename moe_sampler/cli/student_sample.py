@@ -10,6 +10,7 @@ import typer
 
 from .by_name import ByExpert, number, over_previous, steps_over, whole
 from .commands import takes
+from .like import check_places, read_like
 from .loras import local_place
 from .machine import Machine, quiet
 from .models import Model
@@ -111,12 +112,11 @@ def sample(
     """
     from moe_sampler.tinyflux.sampling.expert import STUDENT as NAME
 
-    from ..viewing.images import read_settings
-
     # What is wrong with the settings, the folder or the machine shows before any weights are read.
-    previous = {} if out.like is None else read_settings(out.like)
+    previous = read_like(out)
     if out.like is not None and "student" not in previous:
         raise ValueError(f"{out.like} was not made by a student: use `moe-sampler generate --like`")
+    check_places(out, previous, where, of)
     pictures = Pictures(prompts, out, previous)
     if where.offload != "none":
         raise ValueError("experts that guide a student work beside it: leave out --offload")

@@ -59,7 +59,7 @@ def check_sizes(config: Mapping[str, Any], where: object) -> None:
             elif isinstance(item, dict):
                 check_sizes(item, where)
             elif isinstance(item, int) and abs(item) > most:
-                raise CheckpointError(f"{where}: {name} is {item:.3g}, and more than {most:,} is refused")
+                raise CheckpointError(f"{where}: {name} is more than {most:,}, which is refused")
 
 
 def read_model_index(folder: Path, required: Sequence[str] | None = None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from moe_sampler._readers import parse_json
+from moe_sampler._readers import parse_json, typed
 
 __all__ = ["TinyFluxConfig"]
 
@@ -186,7 +186,14 @@ class TinyFluxConfig:
         unknown = sorted(set(given) - known)
         if unknown:
             raise ValueError(f"a TinyFlux config has no {', '.join(unknown)}")
-        return cls(**given)
+        try:
+            made = typed(cls, given, "the config")
+        except TypeError as error:
+            raise ValueError(str(error)) from None
+        layers = max(made.num_double_layers, made.num_single_layers)
+        if layers > 1000 or max(made.hidden_size, made.in_channels, made.sol_spatial_size) > 10**6:
+            raise ValueError("the config describes a model that no machine can hold")
+        return made
 
     @classmethod
     def from_json(cls, text: str) -> TinyFluxConfig:
