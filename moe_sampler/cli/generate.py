@@ -96,13 +96,13 @@ def generate(
         record, call = settings | plan_settings(plan), call_of(settings, names) | {"plan": plan}
     else:
         record, call = record_defaults(settings, defaults, names), call_of(settings, names)
-        compile_plan(configs, defaults, call)
+        plan = compile_plan(configs, defaults, call)
     computer = Machine.read(where, previous)
     sizes = model.size(settings, start)
 
     pipe = model.load(computer, loras, text_encoder)
     record |= sizes | dict(model.settings) | {"dtype": computer.dtype}
-    pictures.make(pipe, call | sizes | {"image": start}, where.batch_size, record)
+    pictures.make(pipe, plan, call | sizes | {"image": start}, where.batch_size, record)
 
 
 def _start_image(settings: dict[str, Any], previous: Mapping[str, Any], image: Path | None) -> Any:

@@ -36,9 +36,7 @@ def read_like(options: OutputOptions) -> dict[str, Any]:
 def check_types(settings: Mapping[str, Any], like: Path) -> None:
     """Raise ValueError at the first setting that has another type than it is written with, or is absurd."""
     for name, value in settings.items():
-        if name not in _CHECKS:
-            raise ValueError(f"{like}'s settings have a {name[:40]!r}, which this version doesn't know")
-        if not _CHECKS[name](value):
+        if name in _CHECKS and not _CHECKS[name](value):  # nothing uses what isn't known
             shown = repr(value)
             raise ValueError(f"{like}'s settings are damaged: {name} is {shown[:60]}")
 
@@ -61,8 +59,8 @@ def check_places(options: OutputOptions, previous: Mapping[str, Any], *groups: A
         places += [path for _, path, _ in previous.get("loras", ())]
     if places:
         raise ValueError(
-            f"{options.like} was made with {listed(places)}: give --trust to read what an image names, or name "
-            "it yourself with the options"
+            f"{options.like} was made with {listed(places)}: give --trust to read what an image names, "
+            "or name it yourself with the options"
         )
 
 
@@ -80,7 +78,7 @@ def _whole(low: int, high: int) -> _Check:
 
 
 def _text(value: Any) -> bool:
-    return isinstance(value, str) and len(value) <= 100_000 and "\0" not in value
+    return value is None or (isinstance(value, str) and len(value) <= 100_000 and "\0" not in value)
 
 
 def _flag(value: Any) -> bool:
@@ -115,7 +113,7 @@ def _source(value: Any) -> bool:
     texts = ("weights", "subfolder", "revision", "variant", "training", "config")
     return (
         isinstance(value, dict)
-        and _text(value.get("weights"))
+        and isinstance(value.get("weights"), str)
         and all(
             key in texts and (each is None or _text(each) or (key in texts[4:] and isinstance(each, dict)))
             for key, each in value.items()

@@ -81,9 +81,7 @@ class OutputOptions:
     ] = None
     trust: Annotated[
         bool,
-        option(
-            "With --like: also read the files and hub repositories that the image names.", None, "--trust"
-        ),
+        option("With --like: read the files and hub repositories that the image names.", None, "--trust"),
     ] = False
     plan: Annotated[
         Path | None,

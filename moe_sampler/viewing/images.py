@@ -85,12 +85,13 @@ def save_webp(frames: Sequence[Image.Image], durations: Sequence[int], path: Pat
     write_whole(path, lambda file: first.save(file, format="WEBP", quality=90, method=4, **options))
 
 
-def read_settings(path: Path) -> dict[str, Any]:
+def read_settings(path: str | Path) -> dict[str, Any]:
     """The settings an image was made with.
 
     Raises:
         ValueError: not an image, or not one of ours.
     """
+    path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path} cannot be read as an image: {'not a' if path.exists() else 'no such'} file")
     try:
