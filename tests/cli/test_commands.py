@@ -303,7 +303,7 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
     (tmp_path / "castle.png").write_bytes(b"precious")
 
     def fail(self, file, **_):
-        Path(file).write_bytes(b"half")
+        file.write_bytes(b"half")
         raise OSError("No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", fail)
