@@ -53,9 +53,12 @@ def takes(**groups: type) -> Callable[[Callable[..., None]], Callable[..., None]
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Wrong input ends with one clear line and exit code 2."""
+    """Wrong input ends with one clear line and exit code 2, Ctrl-C with one word and 130."""
     try:
         yield
     except (ValueError, OSError) as error:
         typer.secho(f"error: {' '.join(str(error).split())}", fg=typer.colors.RED, err=True)
         raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        raise typer.Exit(130) from None

@@ -11,6 +11,7 @@ import typer
 
 from .by_name import ByExpert, over_previous
 from .commands import takes
+from .like import check_places, read_like
 from .loras import read_loras
 from .machine import Machine
 from .models import Model
@@ -63,12 +64,11 @@ def generate(
     The settings are in each PNG's metadata, so `moe-sampler generate --like castle.png -o again.png` makes it
     again. VALUE|NAME=VALUE options may be repeated: `--guidance 5 --guidance lune=3`.
     """
-    from ..viewing.images import read_settings
-
     # What is wrong with the settings, the folder or the machine shows before any weights are read.
-    previous = read_settings(out.like) if out.like is not None else {}
+    previous = read_like(out)
     if "student" in previous:
         raise ValueError(f"{out.like} was made by a student: use `moe-sampler tinyflux sample --like`")
+    check_places(out, previous, where, begin)
     pictures = Pictures(prompts, out, previous)
     plan = find_plan(out.plan, previous, run)
     if plan is not None:
@@ -96,13 +96,13 @@ def generate(
         record, call = settings | plan_settings(plan), call_of(settings, names) | {"plan": plan}
     else:
         record, call = record_defaults(settings, defaults, names), call_of(settings, names)
-        compile_plan(configs, defaults, call)
+        plan = compile_plan(configs, defaults, call)
     computer = Machine.read(where, previous)
     sizes = model.size(settings, start)
 
     pipe = model.load(computer, loras, text_encoder)
     record |= sizes | dict(model.settings) | {"dtype": computer.dtype}
-    pictures.make(pipe, call | sizes | {"image": start}, where.batch_size, record)
+    pictures.make(pipe, plan, call | sizes | {"image": start}, where.batch_size, record)
 
 
 def _start_image(settings: dict[str, Any], previous: Mapping[str, Any], image: Path | None) -> Any:

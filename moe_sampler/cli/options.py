@@ -79,6 +79,10 @@ class OutputOptions:
             metavar="PATH",
         ),
     ] = None
+    trust: Annotated[
+        bool,
+        option("With --like: read the files and hub repositories that the image names.", None, "--trust"),
+    ] = False
     plan: Annotated[
         Path | None,
         option(

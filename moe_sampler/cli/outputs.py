@@ -6,12 +6,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from .options import OutputOptions
 from .settings import merged
+
+if TYPE_CHECKING:
+    from ..sampling.plan import SamplingPlan
 
 __all__ = ["Pictures"]
 
@@ -48,17 +51,37 @@ class Pictures:
         self._files = _Files(options.output, self._count, options.trace, options.animate)
 
     def make(
-        self, pipe: Any, call: Mapping[str, Any], batch_size: int | None, record: Mapping[str, Any]
+        self,
+        pipe: Any,
+        plan: SamplingPlan,
+        call: Mapping[str, Any],
+        batch_size: int | None,
+        record: Mapping[str, Any],
     ) -> None:
-        """Call the pipeline and write what it makes, with `record` in the metadata."""
+        """Call the pipeline and write what it makes, each batch as it ends, with `record` in the metadata.
+
+        plan: the one that the pipeline runs for this call.
+        """
         watch = _Watch(self._count, batch_size) if self._watched else None
-        told = {} if watch is None else watch.call
-        kind = "latent" if self._latents else "pil"
+        finished = 0
+
+        def on_step_end(pipe: Any, step: int, timestep: float, tensors: dict[str, Any]) -> dict[str, Any]:
+            nonlocal finished
+            if watch is not None:
+                watch(pipe, step, timestep, tensors)
+            if step == len(plan) - 1:
+                images = pipe.decode_latents(tensors["latents"], "latent" if self._latents else "pil")
+                for image in images:
+                    own = {"prompt": self.prompts[finished // self._each]}
+                    own |= {"seed": self.settings["seed"] + finished}
+                    self._files.write(pipe, plan, image, finished, {**record, **own}, watch)
+                    finished += 1
+            return {}
+
+        wanted = ["latents"] if watch is None else list(dict.fromkeys(["latents", *watch.tensor_inputs]))
+        told = {"callback_on_step_end": on_step_end, "callback_on_step_end_tensor_inputs": wanted}
         sizes = {"num_images_per_prompt": self._each, "batch_size": batch_size}
-        result = pipe(self.prompts, output_type=kind, **sizes, **call, **told)
-        for index in range(self._count):
-            own = {"prompt": self.prompts[index // self._each], "seed": result.seeds[index]}
-            self._files.write(pipe, result, index, {**record, **own}, watch)
+        pipe(self.prompts, output_type="latent", **sizes, **call, **told)
 
 
 class _Watch:
@@ -73,15 +96,14 @@ class _Watch:
         self._told: Counter[int] = Counter()
 
     @property
-    def call(self) -> dict[str, Any]:
-        """What the pipeline is given."""
-        tensors = {"callback_on_step_end_tensor_inputs": self._traces[0].tensor_inputs}
-        return {"callback_on_step_end": self, **tensors}
+    def tensor_inputs(self) -> list[str]:
+        """What it looks at."""
+        return list(self._traces[0].tensor_inputs)
 
-    def __call__(self, pipe: Any, step: int, timestep: float, tensors: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, pipe: Any, step: int, timestep: float, tensors: dict[str, Any]) -> None:
         trace = self._traces[self._told[step]]
         self._told[step] += 1
-        return trace(pipe, step, timestep, tensors)
+        trace(pipe, step, timestep, tensors)
 
     def of(self, index: int) -> tuple[Any, int]:
         """An image's trace, and its place in it."""
@@ -103,12 +125,20 @@ class _Files:
         for path in self.animations:
             check_writable(path, ".webp")
 
-    def write(self, pipe: Any, result: Any, index: int, record: dict[str, Any], watch: _Watch | None) -> None:
+    def write(
+        self,
+        pipe: Any,
+        plan: SamplingPlan,
+        made: Any,
+        index: int,
+        record: dict[str, Any],
+        watch: _Watch | None,
+    ) -> None:
         from .. import __version__
         from ..viewing.images import save_latents, save_png
         from ..viewing.images import zoom as enlarge
 
-        made, path = result.images[index], self.paths[index]
+        path = self.paths[index]
         record["version"] = __version__
         if path.suffix == ".safetensors":
             save_latents(made[None], path, record)
@@ -122,8 +152,8 @@ class _Files:
         trace, place = watch.of(index)
         title = f'"{record["prompt"]}", seed {record["seed"]}'
         if self.sheets:
-            save_png(trace.sheet(pipe, result.plan, place, title=title), self.sheets[index], record)
+            save_png(trace.sheet(pipe, plan, place, title=title), self.sheets[index], record)
             typer.echo(str(self.sheets[index]))
         if self.animations:
-            trace.animation(pipe, result.plan, place, title=title).save(self.animations[index])
+            trace.animation(pipe, plan, place, title=title).save(self.animations[index])
             typer.echo(str(self.animations[index]))

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._readers import MOST_BYTES, read_regular
 from .options import given_flags
 
 if TYPE_CHECKING:
@@ -45,15 +46,20 @@ def find_plan(path: Path | None, previous: Mapping[str, Any], *groups: Any) -> S
     if path is None:
         return SamplingPlan.from_json(json.dumps(previous["plan"]))
     try:
-        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"--plan {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"--plan {path} is not a sampling plan, which is JSON") from None
-    try:
+        text = _standard_input() if str(path) == "-" else read_regular(path)
         return SamplingPlan.from_json(text)
     except ValueError as error:
         raise ValueError(f"--plan {path}: {error}") from None
+
+
+def _standard_input() -> str:
+    try:
+        text = sys.stdin.read(MOST_BYTES + 1)
+    except UnicodeDecodeError:
+        raise ValueError("it is no UTF-8") from None
+    if len(text) > MOST_BYTES:
+        raise ValueError(f"it is longer than {MOST_BYTES:,} characters")
+    return text
 
 
 def without_plan(settings: Mapping[str, Any]) -> dict[str, Any]:

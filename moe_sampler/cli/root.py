@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from typing import Annotated
 
@@ -13,7 +14,7 @@ from .generate import generate
 from .plan import plan
 from .student import app as tinyflux_app
 
-__all__ = ["app", "main"]
+__all__ = ["app", "end_with_signals", "main"]
 
 app = typer.Typer(
     name="moe-sampler",
@@ -48,7 +49,18 @@ def _root(
     pass
 
 
+def end_with_signals() -> None:
+    """SIGTERM and SIGHUP end the process as Ctrl-C does: what is half written is removed on the way out."""
+
+    def end(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, end)
+
+
 def main() -> None:
+    end_with_signals()
     try:
         app()
     except KeyboardInterrupt:

@@ -10,6 +10,7 @@ import typer
 
 from .by_name import ByExpert, number, over_previous, steps_over, whole
 from .commands import takes
+from .like import check_places, read_like
 from .loras import local_place
 from .machine import Machine, quiet
 from .models import Model
@@ -111,12 +112,11 @@ def sample(
     """
     from moe_sampler.tinyflux.sampling.expert import STUDENT as NAME
 
-    from ..viewing.images import read_settings
-
     # What is wrong with the settings, the folder or the machine shows before any weights are read.
-    previous = {} if out.like is None else read_settings(out.like)
+    previous = read_like(out)
     if out.like is not None and "student" not in previous:
         raise ValueError(f"{out.like} was not made by a student: use `moe-sampler generate --like`")
+    check_places(out, previous, where, of)
     pictures = Pictures(prompts, out, previous)
     if where.offload != "none":
         raise ValueError("experts that guide a student work beside it: leave out --offload")
@@ -134,15 +134,15 @@ def sample(
     negative = ByExpert.read("--negative", size.negative, known=names)
     settings |= over_previous(previous, names, negative_prompt=negative)
     call = {key: settings[key] for key in _CALL if key in settings}
-    _check_plan(plan, call, configs, defaults)
     if plan is not None:
-        call |= {"plan": plan}
         settings |= plan_settings(plan)
+    compiled = _checked_plan(plan, call, configs, defaults)
+    call |= {} if plan is None else {"plan": plan}
     computer = Machine.read(where, previous)
 
     pipe = _load(student, model, settings, computer, guided)
     record = {"student": local_place(student)} | settings | dict(model.settings) | {"dtype": computer.dtype}
-    pictures.make(pipe, call, where.batch_size, record)
+    pictures.make(pipe, compiled, call, where.batch_size, record)
 
 
 _CALL = (
@@ -198,13 +198,13 @@ def _weight(option: str, text: str) -> float | list[list[float]]:
         raise ValueError(f"{option} {text}: give a number, or knots LEVEL:WEIGHT as in 1:0.6,0.8:0") from None
 
 
-def _check_plan(
+def _checked_plan(
     plan: SamplingPlan | None,
     call: Mapping[str, Any],
     configs: Mapping[str, Mapping[str, Any]],
     defaults: Mapping[str, Any],
-) -> None:
-    """Plan the run without any weights, or see whether a plan that was given fits."""
+) -> SamplingPlan:
+    """The run's plan, made without any weights; one that was given, if it fits."""
     from moe_sampler.tinyflux.sampling.guided import GuidedRouter, guided_experts, guided_plan
 
     from ..pipelines.settings import given_plan
@@ -218,12 +218,12 @@ def _check_plan(
     )
     if plan is not None:
         given_plan(plan, [student, *guides], image=False)
-        return
+        return plan
     keys = ("sol_weight", "lune_weight")
     weights = {key.removesuffix("_weight"): call[key] for key in keys if key in call}
     handoff = call.get("handoff", defaults.get("handoff"))
     router = GuidedRouter(**weights) if handoff is None else GuidedRouter(**weights, handoff=handoff)
-    guided_plan(student, guides, router, call.get("num_inference_steps"))
+    return guided_plan(student, guides, router, call.get("num_inference_steps"))
 
 
 def _load(student: str, model: Model, settings: Mapping[str, Any], machine: Machine, guided: bool) -> Any:

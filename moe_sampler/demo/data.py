@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .._files import write_whole
 from .drawing import SIZE
 from .scenes import Scene, draw_scene, render
 from .words import Words, draw_words, read_words, write_words
@@ -137,9 +138,9 @@ def _render_shard(shard: _Shard, tokenizer: Path | None) -> None:
 
 def write_array(path: Path, array: np.ndarray) -> None:
     """Save as .npy so that `path` is either absent or complete."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "wb") as file:
-        np.save(file, array)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+
+    def save(temporary: Path) -> None:
+        with open(temporary, "wb") as file:
+            np.save(file, array)
+
+    write_whole(path, save)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import AutoencoderTiny, ModelMixin
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
+from .._files import MARK, claim, is_ours, remove, replace_folder
 from ..architectures.unet import UNET
+from ..errors import CheckpointError, first_line
 from .experts import lune_scheduler, sol_scheduler
 from .tokenizer import write_tokenizer
 
@@ -26,6 +29,7 @@ COMPONENTS = {
     "scheduler_sol": ("diffusers", "DDPMScheduler"),
     "scheduler_lune": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
 }
+KIND = "demo experts"
 SETTINGS = {"handoff": 0.9, "num_inference_steps": 24, "sol_guidance": 2.5, "lune_guidance": 2.5}
 """What the pipeline does with these experts when not told otherwise."""
 
@@ -41,11 +45,44 @@ def export_experts(
 
     The folder is replaced as a whole: at any time it is the old one or the complete new one. The models are
     converted to fp16 in place.
+
+    Raises:
+        CheckpointError: `output` holds what is not from an export.
+        OSError: it can't be written.
     """
     output = Path(output)
+    check_output(output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.new")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}.", suffix=".tmp"))
+    try:
+        _write(temporary, vae, text, sol, lune)
+        for file in (temporary, *temporary.rglob("*")):
+            file.chmod(0o755 if file.is_dir() else 0o644)
+        replace_folder(temporary, output)
+    except (SafetensorError, OSError) as error:
+        raise OSError(f"{output} cannot be written: {first_line(error)}") from error
+    finally:
+        remove(temporary)
+
+
+def check_output(output: Path) -> None:
+    """Raise CheckpointError unless `output` is new, empty, or experts that were exported before and nothing
+    else."""
+    if output.is_symlink():
+        raise CheckpointError(f"{output} is a link, which is not followed: give another folder")
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not is_ours(output, KIND):
+        raise CheckpointError(f"{output} is there and not a folder of {KIND}: give another folder")
+    others = {path.name for path in output.iterdir()} - {*COMPONENTS, "model_index.json", MARK}
+    if others:
+        raise CheckpointError(f"{output} is to be replaced, but has a {min(others)} too: move it away")
+
+
+def _write(
+    temporary: Path, vae: AutoencoderTiny, text: CLIPTextModel, sol: ModelMixin, lune: ModelMixin
+) -> None:
+    claim(temporary, KIND)
     for name, model in (("vae", vae), ("text_encoder", text), ("unet_sol", sol), ("unet_lune", lune)):
         half = {"dtype": torch.float16, "memory_format": torch.contiguous_format}
         torch.nn.Module.to(model, **half)  # pyright: ignore[reportCallIssue]
@@ -64,14 +101,6 @@ def export_experts(
     index.update(SETTINGS)
     index.update({name: list(source) for name, source in COMPONENTS.items()})
     (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    old = output.with_name(f".{output.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if output.exists():
-        output.rename(old)
-    for file in temporary.rglob("*"):
-        file.chmod(0o755 if file.is_dir() else 0o644)
-    temporary.rename(output)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _use_published_names(file: Path) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
+
+from .._files import write_text
+from .._readers import read_json, typed
+from ..errors import CheckpointError
 
 __all__ = ["RunRecord"]
 
@@ -26,10 +29,13 @@ class RunRecord:
     def read(cls, folder: Path) -> RunRecord | None:
         """Of a work folder; None where no run began."""
         path = folder / "run.json"
-        return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            return typed(cls, read_json(path), "run")
+        except TypeError as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from None
 
     def write(self, folder: Path) -> None:
         """Whole or not at all."""
-        temporary = folder / f".run.json.{os.getpid()}"
-        temporary.write_text(json.dumps(dataclasses.asdict(self)) + "\n", encoding="utf-8")
-        os.replace(temporary, folder / "run.json")
+        write_text(folder / "run.json", json.dumps(dataclasses.asdict(self)) + "\n")

@@ -10,7 +10,6 @@ takes as many steps as fit (`training.pace`); so what one stage needs too much t
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import math
 import multiprocessing
@@ -25,10 +24,12 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from .._files import claim, sole_user
 from .record import RunRecord
 from .stages import SHARES, SHIPPED, STAGES, TRAINED, WAVES, Recipe, Workshop
 
 DEVICES = ("cpu", "cuda")
+_NAMES = ("checkpoints", "scenes", "tokenizer", "*.npy", "run.json")
 
 
 def train_demo(
@@ -63,16 +64,20 @@ def train_demo(
 
     Raises:
         ValueError: for an unknown stage or device, or a stage whose predecessors are not done.
-        RuntimeError: when a stage fails or another run uses the work folder.
+        CheckpointError: a folder that holds other things by our names, or that another run works in.
+        RuntimeError: when a stage fails.
     """
     if stage != "all" and stage not in STAGES:
         raise ValueError(f'unknown stage "{stage}": use "all" or one of {", ".join(STAGES)}')
     if minutes is not None and not 0 < minutes < math.inf:
         raise ValueError(f"minutes must be positive, got {minutes}")
     device = _device(device)
+    from .export import check_output  # it imports torch
+
     folder = Path(work_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    with _sole_user(folder), _bars(quiet) as bars:
+    check_output(Path(output))
+    claim(folder, "demo training", _NAMES)
+    with sole_user(folder, "trained in"), _bars(quiet) as bars:
         run = _Run(folder, seed, recipe, device, minutes)
         for wave in WAVES:
             wanted = [tuple(name for name in chain if stage in ("all", name)) for chain in wave]
@@ -165,17 +170,6 @@ def _wave_of(stage: str) -> int:
 
 
 @contextmanager
-def _sole_user(folder: Path) -> Iterator[None]:
-    """Only one run at a time may use a work folder."""
-    with open(folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RuntimeError(f"another training run is using {folder}") from None
-        yield
-
-
-@contextmanager
 def _bars(quiet: bool) -> Iterator[Progress]:
     columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.fields[note]}"), disable=quiet) as bars:
@@ -254,8 +248,8 @@ def _show(bars: Progress, task: TaskID, log: Path, since: float | None) -> None:
     """Steps out of the stage's log; of a timed run, the seconds of its wave."""
     if not log.exists():
         return
-    lines = log.read_text(encoding="utf-8").splitlines()
-    if lines:
+    lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
+    if lines and lines[-1].endswith("\n"):  # else it is being written
         record = json.loads(lines[-1])
         note = f"loss {record['loss']:.4g}" if "loss" in record else ""
         if since is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -10,6 +9,8 @@ from typing import TypeVar
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from .._files import write_whole
 
 __all__ = ["fill", "read_average", "trained_steps", "write_average"]
 
@@ -20,10 +21,8 @@ _PREFIX = "ema."
 def write_average(path: Path, tensors: Mapping[str, Tensor], steps: int) -> None:
     """Write so that `path` is either absent, the old file or the complete new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     named = {f"{_PREFIX}{name}": tensor.detach().contiguous() for name, tensor in tensors.items()}
-    save_file(named, temporary, {"step": str(steps)})
-    os.replace(temporary, path)
+    write_whole(path, lambda temporary: save_file(named, temporary, {"step": str(steps)}))
 
 
 def read_average(path: Path, part: str = "") -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .._files import write_whole
 from .captions import describe, disturb
 from .scenes import Scene
 
@@ -75,12 +76,12 @@ def _tokenizer(folder: Path):
 def write_words(path: Path, words: Words) -> None:
     """Whole or not at all."""
     text = np.frombuffer(json.dumps(words.texts).encode(), dtype=np.uint8)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "wb") as file:
-        np.savez(file, texts=text, **{name: getattr(words, name) for name in Words._fields[1:]})
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+
+    def save(temporary: Path) -> None:
+        with open(temporary, "wb") as file:
+            np.savez(file, texts=text, **{name: getattr(words, name) for name in Words._fields[1:]})
+
+    write_whole(path, save)
 
 
 def read_words(paths: list[Path]) -> Words:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -21,6 +20,7 @@ from .._transfers import OnDevice
 from ..data.captions import check_text
 from ..data.pictures import fit_image, to_rgb
 from ..data.samples import CaptionedImage, Source
+from ..errors import CheckpointError
 from ..loading.fingerprint import fingerprint
 from ..pipelines.latents import encode_images
 from ..training.checkpoints import write_tensors
@@ -177,16 +177,16 @@ def encode_source(
         "captions": DRAWN_CAPTIONS if isinstance(source, DrawnSource) else 1,
         "vae": fingerprint(vae),
     }
-    stored = {**about, "format": 2}
+    stored = {**about, "format": 3}
     digest = hashlib.sha256(json.dumps(stored, sort_keys=True).encode()).hexdigest()[:16]
     path = Path(folder) / f"latents-{digest}.safetensors"
     state = PartialState()
     with state.local_main_process_first():
         if not path.is_file():
             vae.to(state.device)
-            _write(path, _encode(source, vae, (height, width), structure, batch_size, progress))
-    with safe_open(path, framework="pt") as file:
-        read = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            found = _encode(source, vae, (height, width), structure, batch_size, progress)
+            write_tensors(path, found, {"sha256": _sum(found)})
+    read = _read(path)
     captions, names = (_unpacked(read[name]) for name in ("captions", "names"))
     return LatentImages(read["latents"], captions, about, read.get("structure"), names)
 
@@ -233,8 +233,23 @@ def _unpacked(tensor: Tensor) -> list[Any]:
     return json.loads(tensor.numpy().tobytes())
 
 
-def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    write_tensors(temporary, tensors)
-    os.replace(temporary, path)
+def _read(path: Path) -> dict[str, Tensor]:
+    """Raises CheckpointError: not as it was written."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            read = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            wanted = (file.metadata() or {}).get("sha256")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): delete it, and it is made again") from None
+    if _sum(read) != wanted:
+        raise CheckpointError(f"{path} is damaged (its SHA-256 differs): delete it, and it is made again")
+    return read
+
+
+def _sum(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

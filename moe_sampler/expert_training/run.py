@@ -12,6 +12,7 @@ from diffusers import ModelMixin
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
+from .._files import check_ours
 from ..architectures import build, shape_of, watchable
 from ..data.captions import report_cut
 from ..data.samples import Source
@@ -27,6 +28,7 @@ from ..loading.parts import check_experts_fit, load_shared, scheduler_from_confi
 from ..loading.presets import ExpertSource
 from ..loading.weights import empty_model, file_tensors
 from ..training.checkpoints import write_tensors
+from ..training.run_folder import KIND, own_names
 from ..training.settings import SettingsError, to_tables
 from ..training.trainer import Trainer
 from .captions import TextStates
@@ -119,6 +121,7 @@ def train(kind: str, settings: RunSettings, *, quiet: bool = False) -> dict[str,
     if data.source is None and not data.demo:
         raise SettingsError("give a source of images and captions, or demo")
     Objective(kind, settings.expert, settings.levels)
+    check_ours(settings.training.output_dir, KIND, own_names(ExpertTask.weights_name))
     base = experts_path() if data.base is None and data.demo else data.base
     if base is None:
         raise SettingsError(
@@ -229,8 +232,6 @@ def _finish(folder: Path, task: ExpertTask) -> None:
     if own:
         rest = {name: tensor for name, tensor in tensors.items() if not name.startswith("unet.")}
         write_tensors(folder / "assessor.safetensors", rest)
-        partial = path.with_name(f".{path.name}.partial")
-        write_tensors(partial, own, {"format": "pt"})
-        partial.replace(path)
+        write_tensors(path, own, {"format": "pt"})
     task.unet.save_config(folder)
     scheduler_from_config(task.objective.scheduler).save_pretrained(folder)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
+from .._readers import read_json
 from ..errors import CheckpointError, first_line, listed
 from .state_dicts import refuse
 
@@ -36,15 +36,30 @@ def read_config(file: Path) -> dict[str, Any]:
     """A JSON config.
 
     Raises:
-        CheckpointError: it isn't there or isn't JSON.
+        CheckpointError: it isn't there, isn't JSON, or describes a model that no machine can hold.
     """
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{file} cannot be read: it holds no JSON object")
+    config = read_json(file)
+    check_sizes(config, file)
     return config
+
+
+def check_sizes(config: Mapping[str, Any], where: object) -> None:
+    """Refuse a model that no machine can hold, before anything is made of its config.
+
+    Raises:
+        CheckpointError: more than a thousand layers, or any other whole number above a hundred million.
+    """
+    for name, value in config.items():
+        most = 1000 if "layer" in name and "norm" not in name else 10**8
+        level = [value]
+        while level:
+            item = level.pop()
+            if isinstance(item, (list, tuple)):
+                level += item
+            elif isinstance(item, dict):
+                check_sizes(item, where)
+            elif isinstance(item, int) and abs(item) > most:
+                raise CheckpointError(f"{where}: {name} is more than {most:,}, which is refused")
 
 
 def read_model_index(folder: Path, required: Sequence[str] | None = None) -> dict[str, Any]:
@@ -81,6 +96,8 @@ def expert_names(index: dict[str, Any]) -> list[str]:
     before any others."""
     found = [key.removeprefix("unet_") for key in index if key.startswith("unet_")]
     order = index.get("experts") or ["sol", "lune", *sorted(found)]
+    if not isinstance(order, list) or not all(isinstance(name, str) for name in order):
+        raise CheckpointError(f"{INDEX}: experts must be a list of names, got {order!r}")
     return [name for name in dict.fromkeys([*order, *sorted(found)]) if name in found]
 
 

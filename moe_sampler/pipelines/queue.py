@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -77,18 +79,30 @@ class PlanRun:
 
 def run_plan(host: Host, run: PlanRun, request: Request, start: Start, step_end: StepEnd) -> Any:
     """The images of a call, as `request.output_type` wants them; where it was interrupted, what they were by
-    then.
+    then. Threads that share a pipeline take turns.
 
     Args:
         host: the pipeline.
         run: the plan and what it is run with.
         request, start, step_end: the rest of the call.
     """
-    latents = _Queue(host, run, request, start, step_end).advance()
-    parts = [host.decode_latents(batch, request.output_type) for batch in latents]
+    # Experts that take turns in memory, like the pipeline's bar and interrupt, serve one call at a time.
+    with _turn_of(host if run.residency is None else run.residency):
+        latents = _Queue(host, run, request, start, step_end).advance()
+        parts = [host.decode_latents(batch, request.output_type) for batch in latents]
     if request.output_type == "pil":
         return [image for part in parts for image in part]
     return np.concatenate(parts) if request.output_type == "np" else torch.cat(parts)
+
+
+_TURNS: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()
+_TURNS_THEMSELVES = threading.Lock()
+
+
+def _turn_of(owner: Any) -> threading.RLock:
+    """The lock of whatever serves one thread's call at a time; kept beside it, so that it can be pickled."""
+    with _TURNS_THEMSELVES:
+        return _TURNS.setdefault(owner, threading.RLock())
 
 
 class _Queue:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+from moe_sampler._readers import parse_json, typed
 from moe_sampler.kernels.rows import COLUMNS, INDEX, ROW_WIDTH, check_row
 
 from .paths import Level
@@ -17,8 +19,9 @@ from .solvers import HEUN_CORRECTOR
 
 __all__ = ["ExpertCall", "PlanStep", "SamplingPlan"]
 
-_FORMAT = 3
-_READABLE_FORMATS = (1, 2, 3)  # 1 knew no guidance rescale, 2 no start from an image
+MOST_STEPS = 100_000
+_FORMAT = 4
+_READABLE_FORMATS = (1, 2, 3, 4)  # 1 knew no guidance rescale, 2 no start from an image, 3 no digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,29 +155,35 @@ class SamplingPlan:
                 name: (value if math.isfinite(value) else None)
                 for name, value in zip(COLUMNS, step["row"], strict=True)
             }
-        return json.dumps({"format": _FORMAT, **body}, **kwargs)
+        body = {"format": _FORMAT, **body}
+        return json.dumps({**body, "digest": _digest(body)}, **kwargs)
 
     @classmethod
     def from_json(cls, text: str) -> SamplingPlan:
         """The plan that `to_json` wrote.
 
         Raises:
-            ValueError: no JSON, no plan of a format this version reads, or a plan that cannot be run.
+            ValueError: no JSON, no plan of a format this version reads, one that was changed since it was
+                written, or that cannot be run.
         """
-        try:
-            body = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"this is not a sampling plan: no JSON ({error})") from None
+        body = parse_json(text, "this", ValueError)
         found = body.get("format") if isinstance(body, dict) else None
         if found not in _READABLE_FORMATS:
             raise ValueError(f"this is not a sampling plan of format {_FORMAT}: format is {found!r}")
         try:
-            steps = tuple(map(_step_from_json, body["steps"]))
-            plan = cls(steps, body["initial_scale"], body.get("from_image", False))
+            if found >= 4 and body.get("digest") != _digest(body):
+                raise ValueError("it was changed since it was compiled (its digest differs): plan anew")
+            values = {key: value for key, value in body.items() if key not in ("format", "digest")}
+            if isinstance(values.get("steps"), list):
+                if len(values["steps"]) > MOST_STEPS:
+                    raise ValueError(f"{len(values['steps'])} steps are more than {MOST_STEPS}")
+                values["steps"] = [
+                    _step_from_json(step, f"steps[{index}]") for index, step in enumerate(values["steps"])
+                ]
+            plan = typed(cls, values, "plan")
             plan.check()
-        except (KeyError, TypeError, AttributeError) as error:
-            reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-            raise ValueError(f"this sampling plan is damaged: {reason}") from None
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"this sampling plan is damaged: {error}") from None
         return plan
 
     def _display_rows(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -226,10 +235,27 @@ class SamplingPlan:
         )
 
 
-def _step_from_json(step: dict[str, Any]) -> PlanStep:
-    row = tuple(math.inf if step["row"][name] is None else step["row"][name] for name in COLUMNS)
-    calls = tuple(ExpertCall(**call) for call in step["calls"])
-    return PlanStep(calls, Level(**step["level"]), Level(**step["target"]), step["solver"], row)
+def _digest(body: dict[str, Any]) -> str:
+    """SHA-256 of a plan's JSON but for the digest itself, whatever the order and spacing."""
+    plain = json.dumps({key: body[key] for key in body if key != "digest"}, sort_keys=True)
+    return hashlib.sha256(plain.encode()).hexdigest()
+
+
+def _step_from_json(step: Any, where: str) -> PlanStep:
+    """A step whose row is an object by column, where null is "no clip"."""
+    row = step.get("row") if isinstance(step, dict) else None
+    if not isinstance(row, dict) or set(row) != set(COLUMNS):
+        raise TypeError(f"{where} must be an object whose row has {', '.join(COLUMNS)}")
+    clips = tuple(name for name in COLUMNS if row[name] is None)
+    plain = [0.0 if row[name] is None else row[name] for name in COLUMNS]
+    made = typed(PlanStep, {**step, "row": plain}, where)
+    for value in (made.level, made.target):
+        if min(value.alpha, value.sigma) < 0 or not 0 < value.alpha + value.sigma < 1e6:
+            raise ValueError(f"{where} has a level that is none: {value}")
+    own = {name: math.inf for name in clips}
+    return dataclasses.replace(
+        made, row=tuple(own.get(name, value) for name, value in zip(COLUMNS, made.row, strict=True))
+    )
 
 
 def _guidance(call: ExpertCall) -> str:

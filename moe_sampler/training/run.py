@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Iterator, Sized
 from pathlib import Path
 from typing import Any, cast
@@ -14,11 +13,13 @@ from torch.distributed.fsdp import FSDPModule
 
 from moe_sampler import __version__
 
+from .._files import check_ours, claim, remove, sole_user
 from ..errors import CheckpointError
 from . import checkpoints, run_state
 from .averages import WeightAverage
 from .batches import BatchPlan
 from .distribution import new_accelerator, prepare, sharded
+from .run_folder import KIND, own_names
 from .settings import to_tables
 from .task import Task
 from .training_settings import TrainingSettings
@@ -48,6 +49,7 @@ class Run:
         self.decay_start: int | None = None
         self.resumed_total: int | None = None
         self._generators: tuple[dict[str, Tensor], str] | None = None
+        check_ours(settings.output_dir, KIND, own_names(task.weights_name))
         folder = checkpoints.find_checkpoint(settings.output_dir, settings.resume_from_checkpoint)
         if folder is None and checkpoints.checkpoint_folders(settings.output_dir):
             raise CheckpointError(
@@ -126,6 +128,16 @@ class Run:
         found = run_state.model_tensors(self.task.model)
         return {name: tensor.reshape(self._shapes[name]).clone() for name, tensor in found.items()}
 
+    @contextlib.contextmanager
+    def sole_use(self) -> Iterator[None]:
+        """Within the context no other run works in this one's folder, which has its mark."""
+        folder = self.settings.output_dir
+        with contextlib.ExitStack() as held:
+            if self.accelerator.is_main_process:
+                claim(folder, KIND, own_names(self.task.weights_name))
+                held.enter_context(sole_user(folder, "trained in"))
+            yield
+
     def close(self) -> None:
         """Close the trackers and leave the other processes; weights and numbers can still be read."""
         # The last to hold a process group destroys it. DDP's reducer would do so while it keeps the
@@ -148,7 +160,7 @@ class Run:
         problem = ""
         try:
             if accelerator.is_main_process:
-                shutil.rmtree(partial, ignore_errors=True)
+                remove(partial)
                 partial.mkdir(parents=True)
         except OSError as error:
             problem = str(error)
@@ -186,7 +198,7 @@ class Run:
         assert isinstance(failed, Tensor)
         if failed.item():
             if self.accelerator.is_main_process:
-                shutil.rmtree(partial, ignore_errors=True)
+                remove(partial)
             kept = checkpoints.checkpoint_folders(self.settings.output_dir)
             rest = f"; {kept[-1]} is whole" if kept else ""
             raise CheckpointError(
@@ -239,11 +251,10 @@ class Run:
     def _load(self, folder: Path, state: dict[str, Any]) -> None:
         model, optimizer = self.task.model, self.optimizer.optimizer
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        moments = checkpoints.read_tensors(folder, _OPTIMIZER, state)
+        moments, _ = checkpoints.read_tensors(folder, _OPTIMIZER, state)
         for name in [_AVERAGE, _MODEL] if self.average is not None else [_MODEL]:
-            run_state.set_tensors(
-                model, optimizer, checkpoints.read_tensors(folder, name, state), moments, shapes
-            )
+            weights, _ = checkpoints.read_tensors(folder, name, state)
+            run_state.set_tensors(model, optimizer, weights, moments, shapes)
             if name == _AVERAGE and self.average is not None:
                 self.average.set(state["average_updates"])
         self.step, self.skipped, self.best = state["step"], state["skipped"], state["best"]
@@ -254,5 +265,5 @@ class Run:
         # A run that goes on with more processes has no generators for the new ones: they begin with the seed.
         random = self._random(self.accelerator.process_index)
         if random in state["files"]:
-            rest = checkpoints.read_metadata(folder / random)
-            self._generators = checkpoints.read_tensors(folder, random, state), rest
+            tensors, metadata = checkpoints.read_tensors(folder, random, state)
+            self._generators = tensors, metadata["rest"]

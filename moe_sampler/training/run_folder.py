@@ -14,8 +14,8 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,23 @@ from diffusers.utils import make_image_grid
 from PIL import Image
 from torch import Tensor
 
+from .._files import remove, replace_folder, sweep, write_text, write_whole
+from .._readers import parse_json
+from ..errors import CheckpointError
 from .checkpoints import write_tensors
 from .task import Task
 
-__all__ = ["RunFolder"]
+__all__ = ["KIND", "RunFolder", "own_names"]
+
+
+KIND = "training run"
+
+
+def own_names(weights: str) -> tuple[str, ...]:
+    """What a run writes into its folder, as patterns; `weights` is the model's file."""
+    names = ("README.md", "config.json", "assessor.safetensors", "scheduler_config.json", weights)
+    names += ("best", "samples", "logs", "settings.json", "log.jsonl")
+    return (*names, "checkpoint-*", "nonfinite-step-*")
 
 
 class RunFolder:
@@ -38,28 +51,34 @@ class RunFolder:
     def __init__(self, folder: Path, task: Task) -> None:
         self.folder, self.task = folder, task
         self.log_file = folder / "log.jsonl"
+        self._logged: set[tuple[int, bool]] = set()
 
     def begin(self, step: int, settings: Mapping[str, Any]) -> None:
-        """Write settings.json, and forget what the log says of steps that are going to be made again."""
+        """Write settings.json, and forget what the log says of steps that are going to be made again, and
+        lines that a crash tore."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(dict(settings), indent=1) + "\n"
-        (self.folder / "settings.json").write_text(text, encoding="utf-8")
+        sweep(self.folder, (*own_names(self.task.weights_name), "final"))
+        write_text(self.folder / "settings.json", json.dumps(dict(settings), indent=1) + "\n")
         if self.log_file.is_file():
-            lines = self.log_file.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if step and json.loads(line)["step"] <= step]
-            partial = self.log_file.with_suffix(".partial")
-            partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-            partial.replace(self.log_file)
+            kept = {_kind(record): record for record in self.records() if step and record["step"] <= step}
+            self._logged = set(kept)
+            write_text(self.log_file, "".join(json.dumps(record) + "\n" for record in kept.values()))
 
     def log(self, record: Mapping[str, Any]) -> None:
-        with open(self.log_file, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        """Add a line; none where the log has it from before the run was continued."""
+        if _kind(record) in self._logged:
+            return
+        try:
+            with open(self.log_file, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise OSError(f"{self.log_file} cannot be written: {error.strerror or error}") from error
 
     def records(self) -> list[dict[str, Any]]:
-        """The log so far."""
+        """The log so far, without lines that a crash tore."""
         if not self.log_file.is_file():
             return []
-        return [json.loads(line) for line in self.log_file.read_text(encoding="utf-8").splitlines()]
+        return list(_records(self.log_file.read_bytes().decode("utf-8", "replace")))
 
     def save_samples(self, images: list[Image.Image], step: int) -> Image.Image:
         """One sheet, about square."""
@@ -69,27 +88,32 @@ class RunFolder:
         sheet = make_image_grid([*images, *[blank] * (rows * columns - len(images))], rows, columns)
         path = self.folder / "samples" / f"step-{step:06d}.png"
         path.parent.mkdir(exist_ok=True)
-        sheet.save(path)
+        write_whole(path, lambda temporary: sheet.save(temporary, format="PNG"))
         return sheet
 
     def save_best(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         """Replace best/ as a whole."""
-        best, partial = self.folder / "best", self.folder / ".best.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        self._write_model(partial, tensors)
-        (partial / "validation.json").write_text(json.dumps(dict(numbers), indent=1) + "\n", encoding="utf-8")
-        shutil.rmtree(best, ignore_errors=True)
-        partial.rename(best)
+        with self._written("best", tensors) as partial:
+            write_text(partial / "validation.json", json.dumps(dict(numbers), indent=1) + "\n")
+            replace_folder(partial, self.folder / "best")
 
     def save_final(self, tensors: Mapping[str, Tensor], card: str) -> None:
         """The model in the run's own folder, file by file, each whole or not there."""
-        partial = self.folder / ".final.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        self._write_model(partial, tensors)
-        (partial / "README.md").write_text(card, encoding="utf-8")
-        for path in partial.iterdir():
-            os.replace(path, self.folder / path.name)
-        partial.rmdir()
+        with self._written("final", tensors) as partial:
+            write_text(partial / "README.md", card)
+            for path in partial.iterdir():
+                os.replace(path, self.folder / path.name)
+
+    @contextmanager
+    def _written(self, name: str, tensors: Mapping[str, Tensor]) -> Iterator[Path]:
+        """A hidden folder with the model, which is gone afterwards, or has another name."""
+        partial = self.folder / f".{name}.partial"
+        remove(partial)
+        try:
+            self._write_model(partial, tensors)
+            yield partial
+        finally:
+            remove(partial)
 
     def _write_model(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
         folder.mkdir(parents=True)
@@ -97,3 +121,18 @@ class RunFolder:
         save_config = getattr(self.task.model, "save_config", None)
         if save_config is not None:
             save_config(folder)
+
+
+def _records(text: str) -> Iterator[dict[str, Any]]:
+    for line in text.split("\n"):
+        try:
+            record = parse_json(line, "a line")
+        except CheckpointError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            yield record
+
+
+def _kind(record: Mapping[str, Any]) -> tuple[int, bool]:
+    """A step has one line of training and one of validation."""
+    return record["step"], "validation" in record

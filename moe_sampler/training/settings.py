@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import tomllib
 import types
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from .. import _readers
 
 __all__ = ["SettingsError", "flat", "from_tables", "help_of", "nearest", "read_toml", "to_tables"]
 
@@ -25,13 +26,7 @@ class SettingsError(ValueError):
 
 def read_toml(path: str | Path) -> dict[str, Any]:
     """The tables of a TOML file."""
-    path = Path(path)
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SettingsError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path} is not TOML: {error}") from None
+    return _readers.read_toml(Path(path), SettingsError)
 
 
 def help_of(cls: type) -> dict[str, tuple[Any, str]]:

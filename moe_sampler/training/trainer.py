@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, default_collate
 from tqdm.auto import tqdm
 
+from .._files import write_text
 from ..errors import CheckpointError
 from .agreement import StopAgreement
 from .draws import Draws
@@ -102,14 +103,15 @@ class Trainer:
         Raises:
             Interrupted: after SIGTERM or Ctrl-C, with a checkpoint saved.
             NonFiniteError: a loss or gradient that isn't finite, where settings say to stop.
-            CheckpointError: a checkpoint couldn't be written; earlier ones are as they were.
+            CheckpointError: another run works in the folder; a checkpoint couldn't be written, and earlier
+                ones are as they were.
         """
         run = self.run
         if self.pace is not None:
             self._go_on_with(self.pace.begin(run.step, run.resumed_total, run.decay_start))
-        self.observer.begin()
         # Dropout draws from the global generators, which are the caller's again afterwards.
-        with run.forked_generators(), interrupts() as noted:
+        with run.sole_use(), run.forked_generators(), interrupts() as noted:
+            self.observer.begin()
             set_seed(self.settings.seed, device_specific=True)
             run.restore_generators()
             try:
@@ -243,7 +245,7 @@ class Trainer:
             "micro_batches": micro,
         }
         path = self.settings.output_dir / f"nonfinite-step-{numbers.step}-process-{rank}.json"
-        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(record, indent=1) + "\n")
         self._skipped_in_a_row += 1
         if self.settings.on_nonfinite == "stop" or self._skipped_in_a_row >= self.settings.max_skipped:
             raise NonFiniteError(

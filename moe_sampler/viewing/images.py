@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+
+from .._files import write_whole
+from .._readers import parse_json
+from ..errors import first_line
 
 __all__ = [
     "check_writable",
@@ -35,8 +38,10 @@ def check_writable(path: Path, suffix: str = ".png") -> None:
     later."""
     if path.suffix.lower() != suffix:
         raise ValueError(f"{path}: {_KINDS[suffix]}, so give a name that ends in {suffix}")
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder: give the name of a file")
+    if path.is_symlink():
+        raise ValueError(f"{path} is a link, which is not written through: remove it, or give another name")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is not a file: give another name")
     folder = path.parent
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder: create it first")
@@ -44,39 +49,22 @@ def check_writable(path: Path, suffix: str = ".png") -> None:
         raise ValueError(f"{path} is not writable")
 
 
-@contextlib.contextmanager
-def _whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` once everything is written to it, and else leaves no trace."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
 def save_png(image: Image.Image, path: Path, settings: Mapping[str, Any] | None = None) -> None:
     """Write the whole file or nothing. `settings` go into the metadata as JSON, for `read_settings`."""
     info = PngInfo()
     if settings is not None:
         info.add_itxt(_KEY, json.dumps(dict(settings), ensure_ascii=False))
-    with _whole_file(path) as file:
-        image.save(file, format="PNG", pnginfo=info)
+    write_whole(path, lambda file: image.save(file, format="PNG", pnginfo=info))
 
 
 def save_latents(latents: Any, path: Path, settings: Mapping[str, Any]) -> None:
     """Write latents [B, C, h, w] under that name into a .safetensors file, the whole file or nothing, with
     `settings` in the metadata."""
-    from safetensors.torch import save
+    from safetensors.torch import save_file
 
     metadata = {_KEY: json.dumps(dict(settings), ensure_ascii=False)}
-    with _whole_file(path) as file:
-        file.write(save({"latents": latents.cpu().contiguous()}, metadata))
+    own = {"latents": latents.cpu().contiguous()}
+    write_whole(path, lambda file: save_file(own, file, metadata))
 
 
 def save_webp(frames: Sequence[Image.Image], durations: Sequence[int], path: Path) -> None:
@@ -93,25 +81,31 @@ def save_webp(frames: Sequence[Image.Image], durations: Sequence[int], path: Pat
         )
     first, *others = frames
     options = dict(save_all=True, append_images=others, duration=list(durations), loop=0)
-    with _whole_file(path) as file:
-        # The texture of the first previews is noise, which compresses badly without loss.
-        first.save(file, format="WEBP", quality=90, method=4, **options)
+    # The texture of the first previews is noise, which compresses badly without loss.
+    write_whole(path, lambda file: first.save(file, format="WEBP", quality=90, method=4, **options))
 
 
-def read_settings(path: Path) -> dict[str, Any]:
+def read_settings(path: str | Path) -> dict[str, Any]:
     """The settings an image was made with.
 
     Raises:
         ValueError: not an image, or not one of ours.
     """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} cannot be read as an image: {'not a' if path.exists() else 'no such'} file")
     try:
-        with Image.open(path) as image:
+        # Too many pixels are an error; what else Pillow would warn of, the settings do not depend on.
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             text = image.info.get(_KEY)
-    except (OSError, UnidentifiedImageError) as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from None
-    if text is None:
+    except Exception as error:  # Pillow's readers raise a dozen kinds for damaged files
+        raise ValueError(f"{path} cannot be read as an image: {first_line(error)}") from None
+    if not isinstance(text, str):
         raise ValueError(f"{path} has no moe-sampler settings in its metadata")
-    return json.loads(text)
+    settings = parse_json(text, f"{path}'s settings", ValueError)
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}'s settings are damaged: no JSON object")
+    return settings
 
 
 def zoom(image: Image.Image, factor: int) -> Image.Image:

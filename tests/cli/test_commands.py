@@ -162,8 +162,12 @@ def test_a_plan_from_an_image(tmp_path, demo_pipeline):
     )
     assert (pixels("a.png") == pixels("b.png")).all()
     assert "strength" not in read_settings(tmp_path / "a.png")
-    run("generate", "--like", "a.png", "-o", "c.png")
+    refused = run("generate", "--like", "a.png", "-o", "c.png", code=2).stderr
+    assert "blue.png: give --trust" in refused and not (tmp_path / "c.png").exists()
+    run("generate", "--like", "a.png", "--trust", "-o", "c.png")
     assert (pixels("a.png") == pixels("c.png")).all()
+    run("generate", "--like", "a.png", "--image", "blue.png", "-o", "d.png")
+    assert (pixels("a.png") == pixels("d.png")).all()
 
 
 def test_help_lists_what_the_code_knows():
@@ -299,7 +303,7 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
     (tmp_path / "castle.png").write_bytes(b"precious")
 
     def fail(self, file, **_):
-        file.write(b"half")
+        file.write_bytes(b"half")
         raise OSError("No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", fail)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import multiprocessing
+import shutil
 import time
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bench.demo.evaluator import new_evaluator, train_evaluator
+from moe_sampler._files import claim
 from moe_sampler.demo.attributes import labels
 from moe_sampler.demo.captions import describe
 from moe_sampler.demo.record import RunRecord
@@ -278,9 +280,9 @@ def test_what_began_on_cuda_goes_on_on_a_cpu(trained, tmp_path, name):
 def test_a_stage_in_a_process_of_its_own(trained, tmp_path):
     """As `train_demo` runs them, with its progress read from the log."""
     work = tmp_path / "work"
-    work.mkdir()
+    claim(work, "demo training")
     for source in ("scenes", "tokenizer"):
-        (work / source).symlink_to(trained.folder / source)
+        shutil.copytree(trained.folder / source, work / source)
     made = train_demo(tmp_path / "out", work_dir=work, stage="autoencoder", seed=3, recipe=TINY, quiet=True)
     assert made == tmp_path / "out"
     theirs, ours = (

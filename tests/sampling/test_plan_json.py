@@ -15,7 +15,9 @@ WHOLE = plan(EXPERTS, Boundary("sol", "lune", 0.7), steps=5)
 
 
 def changed(change) -> str:
-    body = json.loads(WHOLE.to_json())
+    """As someone may write a plan by hand: without a digest."""
+    body = json.loads(WHOLE.to_json()) | {"format": 3}
+    body.pop("digest")
     change(body)
     return json.dumps(body)
 
@@ -27,16 +29,24 @@ def changed(change) -> str:
         ("[1, 2]", "format is None"),
         ("3", "format is None"),
         (changed(lambda b: b.update(format=9)), "format is 9"),
-        (changed(lambda b: b.pop("steps")), "'steps' is missing"),
-        (changed(lambda b: b.pop("initial_scale")), "'initial_scale' is missing"),
+        (changed(lambda b: b.pop("steps")), "steps is missing"),
+        (changed(lambda b: b.pop("initial_scale")), "initial_scale is missing"),
         (changed(lambda b: b.update(steps=[])), "no steps"),
         (changed(lambda b: b.update(steps=4)), "damaged"),
-        (changed(lambda b: b["steps"][2]["row"].pop("q_cond_0")), "'q_cond_0' is missing"),
+        (changed(lambda b: b["steps"][2]["row"].pop("q_cond_0")), "whose row has .*q_cond_0"),
         (changed(lambda b: b["steps"][2]["row"].update(p="one")), "damaged"),
         (changed(lambda b: b["steps"][2]["row"].update(p=None)), "finite"),
         (changed(lambda b: b["steps"][2].update(calls=[])), "calls 0 experts"),
         (changed(lambda b: b["steps"][2]["calls"][0].update(speed=2)), "damaged"),
         (changed(lambda b: b["steps"].pop(0)), "its beginning was cut off"),
+        (changed(lambda b: b["steps"][0]["level"].update(alpha=0, sigma=0)), r"steps\[0\] has a level"),
+        (changed(lambda b: b["steps"][0]["level"].update(sigma=10**400)), r"level.sigma must be a float"),
+        (changed(lambda b: b["steps"][1]["calls"][0].update(weight=float("nan"))), "weight must be a float"),
+        (changed(lambda b: b["steps"][1]["calls"][0].update(name=["sol"])), "name must be a str"),
+        (changed(lambda b: b.update(steps=b["steps"] * 100_000)), "steps are more than"),
+        (WHOLE.to_json().replace('"sol"', '"lune"', 1), "changed since it was compiled"),
+        ("[" * 100_000, "nested more than|no JSON"),
+        ('{"a":' * 90 + "1" + "}" * 90, "nested more than"),
     ],
 )
 def test_what_is_no_plan(text, message):
@@ -54,6 +64,7 @@ def test_where_a_run_begins_is_part_of_its_plan():
     # "leading" begins below the top of its axis, from noise all the same.
     assert not plan(Expert.sol(spacing="leading"), steps=4).from_image
     older = json.loads(WHOLE.to_json()) | {"format": 2}
+    older.pop("digest")
     older.pop("from_image")
     assert SamplingPlan.from_json(json.dumps(older)) == WHOLE
 

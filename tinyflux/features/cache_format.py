@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moe_sampler._files import to_disk
+from moe_sampler._files import write_text, write_whole
+from moe_sampler._readers import parse_json, read_json, read_regular, typed
 
 __all__ = ["SCHEMA", "TENSORS", "CacheError", "Manifest", "ShardRecord", "read_manifest"]
 
@@ -95,8 +95,18 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        values = json.loads(text)
-        return cls(**{**values, "shards": tuple(ShardRecord(**row) for row in values["shards"])})
+        """Raises TypeError or ValueError: no manifest; it says what of it."""
+        manifest = typed(cls, parse_json(text, "the manifest", ValueError), "manifest")
+        for name, kinds in (("t_buckets", (int, float)), ("shard_size", int)):
+            values = manifest.settings.get(name, [])
+            for value in values if isinstance(values, list) else [values]:
+                if not isinstance(value, kinds) or isinstance(value, bool) or not math.isfinite(value):
+                    raise TypeError(f"manifest.settings.{name} is {value!r}")
+        if not isinstance(manifest.settings.get("t_buckets"), list):
+            raise TypeError("manifest.settings.t_buckets must be a list")
+        if not 1 <= manifest.settings.get("shard_size", 0) < 2**31 or not 1 <= manifest.length < 2**40:
+            raise ValueError("manifest.length and settings.shard_size must be positive, and not absurd")
+        return manifest
 
     def differences(self, other: Manifest) -> list[str]:
         """Where `other` asks for something else, as 'settings.seed: 0, now 1'."""
@@ -122,48 +132,20 @@ def _short(value: Any) -> str:
 def read_manifest(folder: str | Path) -> Manifest:
     """Raises CacheError: not a cache, or one of another schema version."""
     file = Path(folder) / MANIFEST
+    if not file.exists():
+        raise CacheError(f"{folder} is not a cache: {file} cannot be read (no such file)")
+    text = read_regular(file, CacheError)
+    schema = read_json(file, CacheError).get("schema")
+    if schema != SCHEMA:
+        raise CacheError(f"{file} has schema version {schema!r}, this package reads {SCHEMA}")
     try:
-        text = file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise CacheError(f"{folder} is not a cache: {file} cannot be read ({error.strerror})") from None
-    try:
-        schema = json.loads(text)["schema"]
-        if schema != SCHEMA:
-            raise CacheError(f"{file} has schema version {schema}, this package reads {SCHEMA}")
         return Manifest.from_json(text)
-    except CacheError:
-        raise
-    except (ValueError, KeyError, TypeError) as error:
-        raise CacheError(f"{file} is damaged: {error!r}") from None
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """`write` beside `path`, bring that to the disk and give it its name; a kill leaves all or nothing."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        to_disk(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    to_disk(path.parent)
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Delete what a killed build had begun to write."""
-    for place in (folder, folder / BUILDING):
-        for file in place.glob(".*.tmp"):
-            file.unlink()
+    except (ValueError, TypeError) as error:
+        raise CacheError(f"{file} is damaged: {error}") from None
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    write_whole(folder / MANIFEST, lambda path: path.write_text(manifest.to_json(), encoding="utf-8"))
+    write_text(folder / MANIFEST, manifest.to_json())
 
 
 def shard_name(index: int) -> str:
@@ -232,9 +214,9 @@ def open_shard(folder: Path, record: ShardRecord, *, whole: bool) -> dict[str, T
         raise CacheError(f"{file} has changed since it was written (its SHA-256 differs): {advice}")
     try:
         with safe_open(file, framework="pt") as opened:
-            about = json.loads((opened.metadata() or {}).get(_KEY, "{}"))
+            about = parse_json((opened.metadata() or {}).get(_KEY, "{}"), file, CacheError)
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError) as error:
         raise CacheError(f"{file} cannot be read ({error}): {advice}") from None
     expected = {"schema": SCHEMA, "first": record.first, "length": record.length}
     if about != expected:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
+import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 
+from moe_sampler._files import claim, is_ours, remove, sole_user, sweep, write_text
+from moe_sampler._readers import read_json, typed
+from moe_sampler.errors import CheckpointError
 from moe_sampler.tinyflux.features.cache_format import (
     BUILDING,
     MANIFEST,
@@ -24,15 +27,15 @@ from moe_sampler.tinyflux.features.cache_format import (
     open_shard,
     pack_captions,
     read_manifest,
-    remove_unfinished,
     shard_name,
     write_manifest,
     write_shard,
-    write_whole,
 )
 
 __all__ = ["build_shards"]
 
+KIND = "cache being built"
+OWN_NAMES = (MANIFEST, "shard-*", BUILDING)
 Span = tuple[int, int, int]  # a shard's index, its first sample, its length
 
 
@@ -52,12 +55,14 @@ def build_shards(
         _check_same(folder, read_manifest(folder), wanted)
     elif folder.exists() and (not folder.is_dir() or any(_not_ours(folder))):
         raise CacheError(f"{folder} is not empty and not a cache: give a new folder")
+    _check_building(folder)
     processes.wait_for_everyone()
     with ExitStack() as held:
         if processes.is_main_process:
-            (folder / BUILDING).mkdir(parents=True, exist_ok=True)
+            _begin_building(folder)
             held.enter_context(_lock(folder))
-            remove_unfinished(folder)
+            sweep(folder, OWN_NAMES)
+            sweep(folder / BUILDING, OWN_NAMES)
             if not (folder / MANIFEST).is_file():
                 write_manifest(folder, wanted)
         processes.wait_for_everyone()
@@ -69,7 +74,7 @@ def build_shards(
                 open_shard(folder, record, whole=True)
             processes.wait_for_everyone()
         if processes.is_main_process:
-            _clear(folder)
+            remove(folder / BUILDING)
     return read_manifest(folder)
 
 
@@ -122,19 +127,39 @@ def _check_same(folder: Path, begun: Manifest, wanted: Manifest) -> None:
 def _not_ours(folder: Path) -> Iterator[Path]:
     """What a killed build that had not yet written its manifest would not have left."""
     for path in folder.iterdir():
-        if path.name != BUILDING and not (path.name.startswith(f".{MANIFEST}.") and path.suffix == ".tmp"):
+        begun = path.name == BUILDING and is_ours(path, KIND)
+        unfinished = path.suffix == ".tmp" and path.name.startswith((f".{MANIFEST}.", f".{BUILDING}."))
+        if not begun and not unfinished:
             yield path
 
 
-def _lock(folder: Path) -> TextIO:
-    """Held until the returned file is closed, or the process ends."""
-    file = open(folder / BUILDING / "lock", "w")  # noqa: SIM115
+def _check_building(folder: Path) -> None:
+    """What stands where records are going to be must be ours."""
+    building = folder / BUILDING
+    if (building.exists() or building.is_symlink()) and not is_ours(building, KIND):
+        raise CacheError(
+            f"{building} was not made by a build of a cache: move it away, or give another folder"
+        )
+
+
+def _begin_building(folder: Path) -> None:
+    """The folder of records, which has its mark before it has its name."""
+    building = folder / BUILDING
+    if not building.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(dir=folder, prefix=f".{BUILDING}.", suffix=".tmp"))
+        made.chmod(0o755)
+        claim(made, KIND)
+        made.rename(building)
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise CacheError(f"{folder} is being built by another process") from None
-    return file
+        with sole_user(folder / BUILDING, "built"):
+            yield
+    except CheckpointError as error:
+        raise CacheError(str(error)) from None
 
 
 def _record_file(folder: Path, index: int) -> Path:
@@ -143,7 +168,7 @@ def _record_file(folder: Path, index: int) -> Path:
 
 def _write_record(folder: Path, record: ShardRecord) -> None:
     file = folder / BUILDING / Path(record.file).with_suffix(".json").name
-    write_whole(file, lambda path: path.write_text(json.dumps(asdict(record)), encoding="utf-8"))
+    write_text(file, json.dumps(asdict(record)))
 
 
 def _read_record(folder: Path, span: Span) -> ShardRecord | None:
@@ -151,20 +176,12 @@ def _read_record(folder: Path, span: Span) -> ShardRecord | None:
     if not file.is_file():
         return None
     try:
-        record = ShardRecord(**json.loads(file.read_text(encoding="utf-8")))
+        record = typed(ShardRecord, read_json(file), "record")
     except (ValueError, TypeError) as error:
         raise CacheError(f"{file} is damaged ({error}): delete it, and its shard is built again") from None
     if (record.file, record.first, record.length) != (shard_name(span[0]), *span[1:]):
         raise CacheError(f"{file} describes another shard: delete it, and its shard is built again")
     return record
-
-
-def _clear(folder: Path) -> None:
-    """Remove what is only needed while building."""
-    if (folder / BUILDING).is_dir():
-        for file in (folder / BUILDING).iterdir():
-            file.unlink()
-        (folder / BUILDING).rmdir()
 
 
 def _joined(parts: list[dict[str, Any]]) -> dict[str, Tensor]:

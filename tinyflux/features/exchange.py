@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from moe_sampler import __version__
+from moe_sampler._files import write_whole
 from moe_sampler.data.captions import check_text
-from moe_sampler.tinyflux.features.cache_format import CacheError, Manifest, checksum, write_whole
+from moe_sampler.tinyflux.features.cache_format import CacheError, Manifest, checksum
 from moe_sampler.tinyflux.features.cache_read import FeatureCache
 from moe_sampler.tinyflux.features.cache_shards import build_shards
 from moe_sampler.tinyflux.features.extraction import CONVENTIONS, Convention, check_buckets

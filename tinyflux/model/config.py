@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from moe_sampler._readers import parse_json, typed
 
 __all__ = ["TinyFluxConfig"]
 
@@ -185,11 +186,21 @@ class TinyFluxConfig:
         unknown = sorted(set(given) - known)
         if unknown:
             raise ValueError(f"a TinyFlux config has no {', '.join(unknown)}")
-        return cls(**given)
+        try:
+            made = typed(cls, given, "the config")
+        except TypeError as error:
+            raise ValueError(str(error)) from None
+        layers = max(made.num_double_layers, made.num_single_layers)
+        if layers > 1000 or max(made.hidden_size, made.in_channels, made.sol_spatial_size) > 10**6:
+            raise ValueError("the config describes a model that no machine can hold")
+        return made
 
     @classmethod
     def from_json(cls, text: str) -> TinyFluxConfig:
-        return cls.from_dict(json.loads(text))
+        config = parse_json(text, "the config", ValueError)
+        if not isinstance(config, dict):
+            raise ValueError("the config holds no JSON object")
+        return cls.from_dict(config)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as config.json holds them."""

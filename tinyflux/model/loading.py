@@ -6,7 +6,6 @@ read with `weights_only=True`.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_sampler._readers import parse_json
 from moe_sampler.errors import CheckpointError, listed
 from moe_sampler.loading.folders import load_strictly, read_config
 from moe_sampler.loading.hub import Hub, Place
@@ -163,10 +163,7 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | N
     state, metadata = read_safetensors(file)
     if not state:
         raise CheckpointError(f"{file} holds no tensors")
-    try:
-        return state, json.loads(metadata["config"]) if "config" in metadata else None
-    except ValueError as error:
-        raise CheckpointError(f"{file} cannot be read: its config is no JSON: {error}") from None
+    return state, parse_json(metadata["config"], f"{file}'s config") if "config" in metadata else None
 
 
 def _read_torch(file: Path, ema: bool) -> tuple[dict[str, Tensor], dict[str, Any] | None]:

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import CLIPTextModel, T5Config, T5EncoderModel
 from typer.testing import CliRunner
 
+from moe_sampler._files import MARK, claim
 from moe_sampler.cli.student import app
 from moe_sampler.data.folders import ImageFolder
 from moe_sampler.data.scenes import DemoScenes
@@ -31,7 +32,7 @@ from moe_sampler.tinyflux.features import cache_format
 from moe_sampler.tinyflux.features.cache_build import Teachers, build_cache
 from moe_sampler.tinyflux.features.cache_format import CacheError, Manifest
 from moe_sampler.tinyflux.features.cache_read import FeatureCache, MultiSource, at_time
-from moe_sampler.tinyflux.features.cache_shards import build_shards
+from moe_sampler.tinyflux.features.cache_shards import KIND, build_shards
 from moe_sampler.tinyflux.features.encoders import StudentEncoders, TextEncoder, find_t5
 from moe_sampler.tinyflux.features.extraction import ExpertFeatures
 
@@ -164,6 +165,45 @@ def test_a_cache_is_built_by_one_build_at_a_time(tmp_path):
     build_simple(folder)  # free again
 
 
+def test_a_folder_by_the_name_of_ours_is_left_alone(tmp_path):
+    for name in ("begun", "finished", "new"):
+        (tmp_path / name).mkdir()
+        if name != "new":
+            build_simple(tmp_path / name)
+        if name == "begun":
+            manifest = json.loads((tmp_path / name / "manifest.json").read_text())
+            (tmp_path / name / "manifest.json").write_text(json.dumps(manifest | {"shards": []}))
+        (tmp_path / name / "building").mkdir()
+        (tmp_path / name / "building" / "plans.txt").write_text("of a house")
+        with pytest.raises(CacheError, match=r"building was not made|not empty and not a cache"):
+            build_simple(tmp_path / name)
+        assert (tmp_path / name / "building" / "plans.txt").read_text() == "of a house"
+
+
+def test_links_are_not_followed_out_of_a_cache(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    claim(elsewhere, KIND)
+    (elsewhere / "shard-00000.json").write_text("mine")
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    (folder / "building").symlink_to(elsewhere)
+    with pytest.raises(CacheError, match="not a cache"):
+        build_simple(folder)
+    (folder / "building").unlink()
+    build_simple(folder)
+    (folder / "building").symlink_to(elsewhere)
+    with pytest.raises(CacheError, match="building was not made"):
+        build_simple(folder)
+    (folder / "building").unlink()
+    (folder / "building").mkdir()
+    (tmp_path / "letter").write_text("dear reader")
+    (folder / "building" / MARK).symlink_to(tmp_path / "letter")
+    with pytest.raises(CacheError, match="building was not made"):
+        build_simple(folder)
+    assert (tmp_path / "letter").read_text() == "dear reader"
+    assert (elsewhere / "shard-00000.json").read_text() == "mine"
+
+
 def _build_until(step: int, folder: Path) -> None:
     """In a child: build, and die without any clean-up at the given call that changes the disk."""
     counter = [0]
@@ -179,7 +219,7 @@ def _build_until(step: int, folder: Path) -> None:
 
         return call
 
-    for name in ("replace", "fsync", "mkdir", "chmod", "unlink", "rmdir"):
+    for name in ("replace", "rename", "fsync", "mkdir", "chmod", "unlink", "rmdir"):
         setattr(os, name, dying(name))
     build_simple(folder)
     os._exit(0)
@@ -215,7 +255,7 @@ def test_a_kill_at_any_point_and_another_run_give_the_same_bytes(tmp_path):
 def test_what_was_finished_before_a_kill_is_not_computed_again(copy, encoders, teachers):
     manifest = json.loads((copy / "manifest.json").read_text())
     wanted = contents(copy)
-    (copy / "building").mkdir()
+    claim(copy / "building", KIND)
     for record in manifest["shards"][:2]:
         (copy / "building" / record["file"]).with_suffix(".json").write_text(json.dumps(record))
     (copy / "manifest.json").write_text(json.dumps(manifest | {"shards": []}))
@@ -341,7 +381,7 @@ def test_exchanged_shards_are_found_without_reading_them(tmp_path, encoders):
 
 def test_a_shard_damaged_while_building_is_named(copy, encoders, teachers):
     manifest = json.loads((copy / "manifest.json").read_text())
-    (copy / "building").mkdir()
+    claim(copy / "building", KIND)
     for record in manifest["shards"]:
         (copy / "building" / record["file"]).with_suffix(".json").write_text(json.dumps(record))
     (copy / "manifest.json").write_text(json.dumps(manifest | {"shards": []}))
