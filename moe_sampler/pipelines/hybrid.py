@@ -23,6 +23,7 @@ from ..sampling.plan import SamplingPlan
 from ..sampling.routers import PerStep, Router
 from .adapters import AdapterMixin
 from .checks import Request, Start, StepEnd, check_size, check_strength
+from .finite import check_finite, naming_weights
 from .latents import decode_latents, encode_pixels
 from .pretrained import PretrainedMixin
 from .prompts import Negative, check_prompts, encode_prompts, negative_embeds, prompt_count
@@ -318,6 +319,7 @@ class HybridPipeline(PretrainedMixin, AdapterMixin):
 
         Raises:
             ValueError: for inputs that don't fit, before any work.
+            NonFiniteError: NaN or an infinity, which no image is made of; says what it is from.
         """
         names = self.expert_names
         settings = {
@@ -361,6 +363,8 @@ class HybridPipeline(PretrainedMixin, AdapterMixin):
         cond = encode([] if prompt is None else prompt) if prompt_embeds is None else prompt_embeds.to(device)
         guided = list(dict.fromkeys(c.name for s in compiled.steps for c in s.calls if c.guided))
         uncond = negative_embeds(negative_prompt, negative_prompt_embeds, guided, names, prompts, encode)
+        for embeds in (cond, *uncond.values()):
+            check_finite("the prompts' features", embeds, "the text encoder", self.text_encoder)
         from_image = (
             None if pictures is None else self._image_latents(pictures, height, width, request, device)
         )
@@ -374,6 +378,7 @@ class HybridPipeline(PretrainedMixin, AdapterMixin):
             image_latents=from_image,
             residency=self._offload,
         )
-        made = run_plan(self, run, request, start, step_end)
+        with naming_weights(self.expert_unet, self._with_expert):
+            made = run_plan(self, run, request, start, step_end)
         self.maybe_free_model_hooks()
         return HybridPipelineOutput.of(made, start.seeds, compiled, return_dict)
