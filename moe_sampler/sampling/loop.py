@@ -296,8 +296,8 @@ class SamplingRun:
             next_inputs=buffers,
             seeds=self._seed_tensor if noisy else None,
             noise=self._noise(index) if noisy and self._noise is not None else None,
+            nonfinite=self._finite.by_step,
         )
-        self._finite.see_step(index)
         self.index += 1
         if self._callback is None:
             return buffers
