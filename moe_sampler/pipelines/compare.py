@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 from PIL import Image
@@ -101,7 +102,7 @@ def compare(
     if unknown:
         raise TypeError(f"compare takes no {', '.join(sorted(unknown))}")
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    seeds = [seed] if isinstance(seed, int) else list(seed)
+    seeds = [seed] if isinstance(seed, Integral) else list(seed)
     if not prompts or not seeds:
         raise ValueError("give at least one prompt and one seed")
     experts = pipe.experts(**settings)

@@ -211,8 +211,7 @@ class HybridPipeline(PretrainedMixin, AdapterMixin):
             size = (own[0] if height is None else height, own[1] if width is None else width)
         else:
             raise ValueError("the experts' configs name no size: give height and width")
-        check_size(*size, multiple)
-        return size
+        return check_size(*size, multiple)
 
     def encode_prompt(
         self, prompt: str | list[str], batch_size: int | None = None, device: torch.device | None = None
@@ -300,7 +299,7 @@ class HybridPipeline(PretrainedMixin, AdapterMixin):
             strength: with image, the share of the steps that are run, 0.8 by default: the run enters the plan
                 where that many steps are left, at the expert who works there. 1 leaves little of the image.
             seed: one integer (counted up over the batch) or one an image. An image depends on its own seed
-                alone. Without seed, generator and latents a random seed is drawn and returned.
+                alone. Without seed and generator one is drawn, as `torch.manual_seed` decides, and returned.
             batch_size: how many images are sampled at once; by default all.
             expert: "hybrid", or one of them alone.
             handoff: noise level in (0, 1) where an expert hands over to the next; 1 is pure noise, 0 the

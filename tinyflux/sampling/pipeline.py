@@ -294,8 +294,7 @@ class StudentPipeline:
             raise ValueError("nothing says how large the student's images are: give height and width")
         side = (self.sample_size or 0) * scale
         height, width = side if height is None else height, side if width is None else width
-        check_size(height, width, scale if self.hybrid is None else self.hybrid._size_multiple())
-        return height, width
+        return check_size(height, width, scale if self.hybrid is None else self.hybrid._size_multiple())
 
     def _conditioning(
         self, compiled: SamplingPlan, prompts: list[str], negative: Negative | None, batch_size: int

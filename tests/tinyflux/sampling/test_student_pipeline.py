@@ -264,7 +264,7 @@ def test_the_command(pipe, folder, tmp_path, monkeypatch):
         (("a castle", "--offload", "expert"), "leave out --offload"),
         (("a castle", "-o", "x.safetensors", "--trace"), "go with images"),
         (("a castle", "--steps", "2", "--steps", "sol=3"), "not both"),
-        (("a castle", "-n", "0"), "at least 1"),
+        (("a castle", "-n", "0"), "a whole number from 1 to 10000, got 0"),
     ],
 )
 def test_the_command_refuses_before_it_loads(tmp_path, monkeypatch, arguments, message):
