@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+import shutil
 
 import pytest
 import torch
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 
 from moe_sampler import HybridPipeline
+from moe_sampler.demo import experts_path
 from moe_sampler.errors import NonFiniteError
 
 PROMPT = "a castle with two towers, at dusk"
@@ -83,3 +87,25 @@ def test_what_a_caller_brings_is_named(pipe):
     embeds = pipe.encode_prompt(PROMPT) * torch.nan
     with pytest.raises(NonFiniteError, match="the prompts' features"):
         pipe(prompt_embeds=embeds, num_inference_steps=2)
+
+
+def test_weights_are_named_where_one_expert_is_in_memory_at_a_time(tmp_path):
+    folder = shutil.copytree(experts_path(), tmp_path / "model")
+    (path,) = (folder / "unet_lune").glob("*.safetensors")
+    tensors = load_file(path)
+    tensors["conv_in.weight"].view(-1)[0] = torch.nan
+    save_file(tensors, path, {"format": "pt"})
+    made = HybridPipeline.from_pretrained(folder, offload="expert")
+    made.set_progress_bar_config(disable=True)
+    cause = r"^lune gave .* at step 2 .*: lune has NaN or infinite weights, conv_in\.weight first"
+    with pytest.raises(NonFiniteError, match=cause):
+        made([PROMPT, PROMPT], seed=0, batch_size=1, sol_steps=2, lune_steps=2)
+
+
+def test_a_loras_weights_are_named(pipe):
+    unet = pipe.unet_sol
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), "style")
+    bad = next(p for name, p in unet.named_parameters() if "lora_B" in name)
+    torch.nn.init.constant_(bad, torch.inf)
+    with pytest.raises(NonFiniteError, match=r"sol gave .* weights, .*\.lora_B\.style\.weight first"):
+        pipe(PROMPT, seed=0, num_inference_steps=2)
