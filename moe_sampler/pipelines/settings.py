@@ -158,8 +158,10 @@ def _plan(
 
 def _default_router(names: Sequence[str], handoff: float | Sequence[float]) -> Router:
     """Each expert in its turn, from noise to data, between the handoffs."""
-    several = isinstance(handoff, Iterable) and not isinstance(handoff, str) and getattr(handoff, "ndim", 1)
-    levels = [inner_level("the handoff", level) for level in (handoff if several else [handoff])]
+    given: list[Any] = [handoff]
+    if isinstance(handoff, Iterable) and not isinstance(handoff, str) and getattr(handoff, "ndim", 1):
+        given = list(handoff)
+    levels = [inner_level("the handoff", level) for level in given]
     if len(levels) != len(names) - 1:
         raise ValueError(
             f"{len(names)} experts need {len(names) - 1} handoffs, from noise to data, or a router; "

@@ -7,7 +7,6 @@ import shutil
 
 import pytest
 import torch
-from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from moe_sampler import HybridPipeline
@@ -103,8 +102,9 @@ def test_weights_are_named_where_one_expert_is_in_memory_at_a_time(tmp_path):
 
 
 def test_a_loras_weights_are_named(pipe):
+    peft = pytest.importorskip("peft")
     unet = pipe.unet_sol
-    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), "style")
+    unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"]), "style")
     bad = next(p for name, p in unet.named_parameters() if "lora_B" in name)
     torch.nn.init.constant_(bad, torch.inf)
     with pytest.raises(NonFiniteError, match=r"sol gave .* weights, .*\.lora_B\.style\.weight first"):
