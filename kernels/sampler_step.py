@@ -35,6 +35,7 @@ class Step(NamedTuple):
     seeds: Tensor | None = None
     noise: Tensor | None = None
     stream: int = 0
+    nonfinite: Tensor | None = None
 
 
 def _check(s: Step) -> None:
@@ -64,6 +65,8 @@ def _check(s: Step) -> None:
         check_counter(s.step, s.stream)
     if s.noise is not None:
         check_tensor("noise", s.noise, device, _FLOAT32, shape)
+    if s.nonfinite is not None:
+        check_tensor("nonfinite", s.nonfinite, device, (torch.int32,), s.table.shape[:1])
 
 
 def _check_memory(s: Step) -> None:
@@ -130,6 +133,9 @@ def _twin(*arguments: Any) -> None:
         x.add_(s.noise, alpha=n)
     elif n != 0.0 and s.seeds is not None:
         x.add_(fill_normal(torch.empty_like(x), s.seeds, s.step, s.stream), alpha=n)
+    # NaN and infinities survive a sum, which is a fraction of the work of asking every element.
+    if s.nonfinite is not None and not math.isfinite(x.sum().item()):
+        s.nonfinite[s.step] = 1
     _write_next(s.next_0, x, scale_0)
     _write_next(s.next_1, x, scale_1)
 
@@ -145,6 +151,7 @@ def _sampler_step_kernel(
     next_1_ptr,
     seeds_ptr,
     noise_ptr,
+    nonfinite_ptr,
     numel,
     batch,
     step,
@@ -159,7 +166,8 @@ def _sampler_step_kernel(
     """x0 = clamp(p·x + Σ_e q_cond_e·cond_e + q_uncond_e·uncond_e);  x ← a·x + b·x0 + d·x0_prev + n·z.
 
     x, x0_prev, noise: float32 [batch, numel]. output_e, next_e: [batch, numel], or [2·batch, numel] where
-    GUIDED or TWICE. table: float32 [steps, ROW_WIDTH]. seeds: int64 [batch]. Absent pointers are None.
+    GUIDED or TWICE. table: float32 [steps, ROW_WIDTH]. seeds: int64 [batch]. nonfinite: int32 [steps]. Absent
+    pointers are None.
     A program owns BLOCK consecutive elements of one sample.
     """
     sample, base, start, inside, mask = _jit.sample_offsets(numel, BLOCK)
@@ -195,6 +203,10 @@ def _sampler_step_kernel(
         if n != 0.0:
             x += n * _jit.normal(tl.load(seeds_ptr + sample), step, stream, start, BLOCK)
     tl.store(x_ptr + here, x, mask=mask)
+    if nonfinite_ptr is not None:
+        # Whoever finds one writes the same; nobody writes in a run that stays finite.
+        bad = mask & ((x != x) | (tl.abs(x) == float("inf")))
+        tl.store(nonfinite_ptr + (inside * 0 + step), 1, mask=bad)
     if next_0_ptr is not None:
         _store_next(next_0_ptr, x, row + 10, here, half, mask, NEXT_0_TWICE)
     if next_1_ptr is not None:
@@ -229,7 +241,18 @@ def launch_of(s: Step) -> _jit.Launch:
     def doubled(tensor: Tensor | None) -> bool:
         return tensor is not None and tensor.shape[0] != batch
 
-    pointers = (s.x, s.output_0, s.output_1, s.table, s.x0_prev, s.next_0, s.next_1, s.seeds, s.noise)
+    pointers = (
+        s.x,
+        s.output_0,
+        s.output_1,
+        s.table,
+        s.x0_prev,
+        s.next_0,
+        s.next_1,
+        s.seeds,
+        s.noise,
+        s.nonfinite,
+    )
     constants = {
         "OUTPUT_0_GUIDED": doubled(s.output_0),
         "OUTPUT_1_GUIDED": doubled(s.output_1),
@@ -252,7 +275,7 @@ def _launch(*arguments: Any) -> None:
 _operator = Operator(
     "sampler_step_(Tensor(a!) x, Tensor output_0, Tensor? output_1, Tensor table, SymInt step, "
     "Tensor(b!)? x0_prev, Tensor(c!)? next_0, Tensor(d!)? next_1, "
-    "Tensor? seeds, Tensor? noise, SymInt stream) -> ()",
+    "Tensor? seeds, Tensor? noise, SymInt stream, Tensor(e!)? nonfinite=None) -> ()",
     twin=_twin,
     launch=_launch,
     fake=lambda *arguments: _check(Step(*arguments)),
@@ -270,6 +293,7 @@ def sampler_step_(
     seeds: Tensor | None = None,
     noise: Tensor | None = None,
     stream: int = 0,
+    nonfinite: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Advance the state by row `step` of the table, in place, and return it.
@@ -289,6 +313,8 @@ def sampler_step_(
     noise: float32 [B, ...]; where n = 0 neither is touched. Without both the noise term is absent: for a row
     with n ≠ 0 this is an error on the CPU, and goes unnoticed on CUDA, where the row cannot be read without
     waiting for the device; so it is with a coefficient that is not finite, which `make_row` refuses to write.
+    nonfinite: int32 [steps], whose element `step` becomes 1 if x holds NaN or an infinity afterwards, and is
+    left alone otherwise.
     backend: None picks Triton for CUDA tensors and torch for CPU tensors.
     """
     if isinstance(outputs, Tensor) or not 1 <= len(outputs) <= 2:
@@ -299,5 +325,5 @@ def sampler_step_(
     next_0 = next_inputs[0] if next_inputs else None
     next_1 = next_inputs[1] if len(next_inputs) == 2 else None
     run = _twin if backend is None and unobserved(x) else _operator.on(backend, x.device)
-    run(x, outputs[0], second, table, step, x0_prev, next_0, next_1, seeds, noise, stream)
+    run(x, outputs[0], second, table, step, x0_prev, next_0, next_1, seeds, noise, stream, nonfinite)
     return x

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
-__all__ = ["CheckpointError", "first_line", "listed"]
+__all__ = ["CheckpointError", "NonFiniteError", "first_line", "listed"]
 
 
 class CheckpointError(ValueError):
     """A model, file or checkpoint that can't be found, read, written, used or continued; the message names it
     and the reason."""
+
+
+class NonFiniteError(ValueError):
+    """NaN or an infinity where a number belongs; the message names what made it.
+
+    Args:
+        message: what is said.
+        experts: one of which made it, if that is known.
+    """
+
+    def __init__(self, message: str, experts: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.experts = tuple(experts)
 
 
 def listed(names: Collection[object]) -> str:

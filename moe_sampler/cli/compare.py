@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from .._numbers import whole
 from .by_name import ByExpert, over_previous
 from .commands import takes
 from .loras import read_loras
@@ -47,8 +48,7 @@ def compare(
     from ..viewing.images import check_writable
 
     check_writable(output)
-    if tile < 64:
-        raise ValueError(f"--tile must be at least 64, got {tile}")
+    whole("--tile", tile, 4096, least=64)
     model = Model.read(where, {})
     configs, defaults = model.training()
     names = list(configs)

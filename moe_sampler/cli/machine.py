@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..pipelines.choices import DTYPES, OFFLOADS, Offload, check_choice
+from .._numbers import whole
+from ..pipelines.choices import DTYPES, MAX_IMAGES, OFFLOADS, Offload, check_choice
 from .options import MachineOptions
 
 __all__ = ["Machine", "check_device", "quiet"]
@@ -51,8 +52,8 @@ class Machine:
         wanted = check_device(device)
         if options.offload == "model" and wanted.type == "cpu":
             raise ValueError("--offload model moves components to a GPU: on a CPU use --offload expert")
-        if options.batch_size is not None and options.batch_size < 1:
-            raise ValueError(f"--batch-size must be at least 1, got {options.batch_size}")
+        if options.batch_size is not None:
+            whole("--batch-size", options.batch_size, MAX_IMAGES)
         own = "float16" if wanted.type == "cuda" else "float32"
         given = options.dtype or previous.get("dtype") or own
         dtype = check_choice("dtype", _SHORT.get(given, given), DTYPES)

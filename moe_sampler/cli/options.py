@@ -150,7 +150,7 @@ class ScaleOptions:
     guidance: Annotated[
         list[str] | None,
         option(
-            "Guidance scale; 1 turns guidance off. Default: each expert's own.",
+            "Guidance scale; 1 or less turns guidance off. Default: each expert's own.",
             GUIDANCE,
             metavar="SCALE|NAME=SCALE",
         ),

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from .._numbers import whole
+from ..pipelines.choices import MAX_IMAGES
 from .options import OutputOptions
 from .settings import merged
 
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from ..sampling.plan import SamplingPlan
 
 __all__ = ["Pictures"]
+
+_MAX_ZOOM = 64
 
 
 class Pictures:
@@ -38,11 +42,10 @@ class Pictures:
         if not self.prompts:
             nothing = ", which this image has none of" if options.like else ", or --like IMAGE"
             raise ValueError("give a prompt" + nothing)
-        if options.images < 1:
-            raise ValueError(f"images per prompt must be at least 1, got {options.images}")
+        most = MAX_IMAGES // len(self.prompts)
+        whole("images per prompt", options.images, most)
         self.settings = {"seed": 0} | merged(previous, {"seed": options.seed, "zoom": options.zoom})
-        if self.settings.get("zoom", 1) < 1:
-            raise ValueError(f"zoom must be at least 1, got {self.settings['zoom']}")
+        whole("zoom", self.settings.get("zoom", 1), _MAX_ZOOM)
         self._each, self._count = options.images, len(self.prompts) * options.images
         self._latents = options.output.suffix == ".safetensors"
         self._watched = options.trace or options.animate

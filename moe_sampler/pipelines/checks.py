@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import index
 from typing import TYPE_CHECKING, Any
 
-from .choices import OUTPUT_TYPES, check_choice
+from .._numbers import number, whole
+from ..data.pictures import MAX_PIXELS, pixel_limit
+from .choices import MAX_IMAGES, MAX_SIDE, OUTPUT_TYPES, check_choice
 
 if TYPE_CHECKING:
     import torch
@@ -16,20 +17,28 @@ if TYPE_CHECKING:
 __all__ = ["Request", "Start", "StepEnd", "check_size", "check_strength"]
 
 
-def check_size(height: Any, width: Any, multiple: int) -> None:
-    """Both must be positive multiples: of what one latent is in pixels, times what the UNet halves."""
-    for name, value in (("height", height), ("width", width)):
-        if isinstance(value, bool) or value < multiple or value % multiple:
-            lower = max(multiple, int(value // multiple) * multiple)
-            raise ValueError(
-                f"{name} must be a positive multiple of {multiple}, got {value}: use {lower}"
-                + (f" or {lower + multiple}" if value > multiple else "")
-            )
+def check_size(height: Any, width: Any, multiple: int) -> tuple[int, int]:
+    """Both, as ints. They must be positive multiples: of what one latent is in pixels, times what the UNet
+    halves."""
+    sides = {name: _side(name, value, multiple) for name, value in (("height", height), ("width", width))}
+    limit = pixel_limit()
+    if sides["height"] * sides["width"] > limit:
+        raise ValueError(
+            f"{sides['height']} x {sides['width']} pixels are more than the limit of {limit:.0f}: make it "
+            f"smaller, or raise the limit with {MAX_PIXELS}"
+        )
+    return sides["height"], sides["width"]
 
 
-def _check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be at least 1, and whole, got {value!r}")
+def _side(name: str, value: Any, multiple: int) -> int:
+    side = whole(name, value, MAX_SIDE)
+    if side < multiple or side % multiple:
+        lower = max(multiple, side // multiple * multiple)
+        raise ValueError(
+            f"{name} must be a positive multiple of {multiple}, got {side}: use {lower}"
+            + (f" or {lower + multiple}" if side > multiple else "")
+        )
+    return side
 
 
 @dataclass(frozen=True)
@@ -53,9 +62,14 @@ class Request:
 
     @classmethod
     def read(cls, prompts: int, images_per_prompt: int, batch_size: int | None, output_type: str) -> Request:
-        _check_count("num_images_per_prompt", images_per_prompt)
+        images_per_prompt = whole("num_images_per_prompt", images_per_prompt, MAX_IMAGES)
+        if prompts * images_per_prompt > MAX_IMAGES:
+            raise ValueError(
+                f"{prompts} prompts with {images_per_prompt} images each are more than the {MAX_IMAGES} "
+                "images that one call makes: call several times"
+            )
         if batch_size is not None:
-            _check_count("batch_size", batch_size)
+            batch_size = whole("batch_size", batch_size, MAX_IMAGES)
         check_choice("output_type", output_type, OUTPUT_TYPES)
         return cls(prompts, images_per_prompt, batch_size or prompts * images_per_prompt, output_type)
 
@@ -127,21 +141,27 @@ def check_strength(strength: Any, image: Any, latents: Any) -> float | None:
         return None
     if latents is not None:
         raise ValueError("give either image, to start from it, or latents, not both")
-    strength = 0.8 if strength is None else strength
-    if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0.0 < strength <= 1.0:
+    strength = 0.8 if strength is None else number("strength", strength)
+    if not 0.0 < strength <= 1.0:
         raise ValueError(f"strength must lie above 0 and at most at 1, got {strength!r}")
     return strength
 
 
 def seeds_of(seed: Any, batch: int) -> list[int]:
-    """One seed an image: a single `seed` counts up over the batch, so that each can be made alone."""
+    """One seed an image: a single `seed` counts up over the batch, so that each can be made alone. None draws
+    one from torch's global generator, so that `torch.manual_seed` decides, as in diffusers."""
     if seed is None:
-        seed = secrets.randbelow(2**31)
+        import torch
+
+        seed = int(torch.randint(2**31, ()))
     try:
         if isinstance(seed, bool | str):
             raise TypeError
-        count_up = not isinstance(seed, Iterable)
-        seeds = [index(seed) + i for i in range(batch)] if count_up else [index(one) for one in seed]
+        if getattr(seed, "ndim", 1) == 0 or not isinstance(seed, Iterable):
+            first = index(seed)
+            seeds = [first + i for i in range(batch)]
+        else:
+            seeds = [index(one) for one in seed]
     except TypeError:
         raise ValueError(f"seed must be an integer or a sequence of them, got {seed!r}") from None
     if len(seeds) != batch:

@@ -5,13 +5,26 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from typing import Literal, TypeVar, get_args
 
-__all__ = ["DTYPES", "OFFLOADS", "OUTPUT_TYPES", "Offload", "any_of", "check_choice"]
+__all__ = [
+    "DTYPES",
+    "MAX_IMAGES",
+    "MAX_SIDE",
+    "OFFLOADS",
+    "OUTPUT_TYPES",
+    "Offload",
+    "any_of",
+    "check_choice",
+]
 
 T = TypeVar("T")
 
 Offload = Literal["none", "expert", "model"]
 OFFLOADS: tuple[Offload, ...] = get_args(Offload)
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+MAX_IMAGES = 10_000
+"""Of one call, which holds the latents of them all."""
+MAX_SIDE = 16_384
+"""Of an image that is made, in pixels: attention's work grows with the fourth power of it."""
 DTYPES = ("float32", "float16", "bfloat16")
 """Number formats of models, as torch calls them."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,7 +101,7 @@ def compare(
     if unknown:
         raise TypeError(f"compare takes no {', '.join(sorted(unknown))}")
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    seeds = [seed] if isinstance(seed, int) else list(seed)
+    seeds = list(seed) if isinstance(seed, Iterable) else [seed]
     if not prompts or not seeds:
         raise ValueError("give at least one prompt and one seed")
     experts = pipe.experts(**settings)

@@ -23,6 +23,7 @@ from ..sampling.plan import SamplingPlan
 from ..sampling.routers import PerStep, Router
 from .adapters import AdapterMixin
 from .checks import Request, Start, StepEnd, check_size, check_strength
+from .finite import check_finite, naming_weights
 from .latents import decode_latents, encode_pixels
 from .pretrained import PretrainedMixin
 from .prompts import Negative, check_prompts, encode_prompts, negative_embeds, prompt_count
@@ -210,8 +211,7 @@ class HybridPipeline(PretrainedMixin, AdapterMixin):
             size = (own[0] if height is None else height, own[1] if width is None else width)
         else:
             raise ValueError("the experts' configs name no size: give height and width")
-        check_size(*size, multiple)
-        return size
+        return check_size(*size, multiple)
 
     def encode_prompt(
         self, prompt: str | list[str], batch_size: int | None = None, device: torch.device | None = None
@@ -299,7 +299,7 @@ class HybridPipeline(PretrainedMixin, AdapterMixin):
             strength: with image, the share of the steps that are run, 0.8 by default: the run enters the plan
                 where that many steps are left, at the expert who works there. 1 leaves little of the image.
             seed: one integer (counted up over the batch) or one an image. An image depends on its own seed
-                alone. Without seed, generator and latents a random seed is drawn and returned.
+                alone. Without seed and generator one is drawn, as `torch.manual_seed` decides, and returned.
             batch_size: how many images are sampled at once; by default all.
             expert: "hybrid", or one of them alone.
             handoff: noise level in (0, 1) where an expert hands over to the next; 1 is pure noise, 0 the
@@ -318,6 +318,7 @@ class HybridPipeline(PretrainedMixin, AdapterMixin):
 
         Raises:
             ValueError: for inputs that don't fit, before any work.
+            NonFiniteError: NaN or an infinity, which no image is made of; says what it is from.
         """
         names = self.expert_names
         settings = {
@@ -361,6 +362,8 @@ class HybridPipeline(PretrainedMixin, AdapterMixin):
         cond = encode([] if prompt is None else prompt) if prompt_embeds is None else prompt_embeds.to(device)
         guided = list(dict.fromkeys(c.name for s in compiled.steps for c in s.calls if c.guided))
         uncond = negative_embeds(negative_prompt, negative_prompt_embeds, guided, names, prompts, encode)
+        for embeds in (cond, *uncond.values()):
+            check_finite("the prompts' features", embeds, "the text encoder", self.text_encoder)
         from_image = (
             None if pictures is None else self._image_latents(pictures, height, width, request, device)
         )
@@ -374,6 +377,7 @@ class HybridPipeline(PretrainedMixin, AdapterMixin):
             image_latents=from_image,
             residency=self._offload,
         )
-        made = run_plan(self, run, request, start, step_end)
+        with naming_weights(self.expert_unet, self._with_expert):
+            made = run_plan(self, run, request, start, step_end)
         self.maybe_free_model_hooks()
         return HybridPipelineOutput.of(made, start.seeds, compiled, return_dict)

@@ -9,6 +9,8 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
+from ..errors import NonFiniteError
+from .finite import check_finite, finite
 from .start_images import pixels_of
 
 __all__ = ["decode_latents", "encode_images", "encode_pixels"]
@@ -28,11 +30,18 @@ def decode_latents(
     """Images from float32 latents [B, C, h, w]; "latent" gives them back as they are.
 
     dtype: what the VAE computes in, from a caller that knows; the VAE looks through all its modules for it.
+
+    Raises:
+        NonFiniteError: NaN or an infinity in the images, or in the latents.
     """
     if output_type == "latent":
         return latents
-    latents = latents.to(dtype or vae.dtype) / vae.config.scaling_factor + _shift(vae)
-    return processor.postprocess(vae.decode(latents, return_dict=False)[0].float(), output_type=output_type)
+    scaled = latents.to(dtype or vae.dtype) / vae.config.scaling_factor + _shift(vae)
+    decoded = vae.decode(scaled, return_dict=False)[0].float()
+    if not finite(decoded) and not finite(latents):
+        raise NonFiniteError("NaN or an infinity in the latents that were to be decoded")
+    check_finite("the decoded images", decoded, "the VAE", vae)
+    return processor.postprocess(decoded, output_type=output_type)
 
 
 def encode_pixels(pixels: torch.Tensor, vae: Any) -> torch.Tensor:
@@ -40,6 +49,7 @@ def encode_pixels(pixels: torch.Tensor, vae: Any) -> torch.Tensor:
     that an image's latents depend on nothing but the image."""
     encoded = vae.encode(pixels.to(vae.dtype))
     latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+    check_finite("the latents of the images", latents, "the VAE", vae)
     return (latents.float() - _shift(vae)) * vae.config.scaling_factor
 
 

@@ -85,11 +85,16 @@ def run_plan(host: Host, run: PlanRun, request: Request, start: Start, step_end:
         host: the pipeline.
         run: the plan and what it is run with.
         request, start, step_end: the rest of the call.
+
+    Raises:
+        NonFiniteError: NaN or an infinity, with where it is from.
     """
     # Experts that take turns in memory, like the pipeline's bar and interrupt, serve one call at a time.
     with _turn_of(host if run.residency is None else run.residency):
-        latents = _Queue(host, run, request, start, step_end).advance()
-        parts = [host.decode_latents(batch, request.output_type) for batch in latents]
+        parts = []
+        for batch in _Queue(host, run, request, start, step_end).advance():
+            batch.check()
+            parts.append(host.decode_latents(batch.x, request.output_type))
     if request.output_type == "pil":
         return [image for part in parts for image in part]
     return np.concatenate(parts) if request.output_type == "np" else torch.cat(parts)
@@ -134,8 +139,8 @@ class _Queue:
             keep_x0=self._step_end.wants("pred_original_sample"),
         )
 
-    def advance(self) -> list[torch.Tensor]:
-        """Every batch's latents at the end of the plan, or where the run was interrupted."""
+    def advance(self) -> list[SamplingRun]:
+        """Every batch at the end of the plan, or where the run was interrupted."""
         plan, residency = self._run.plan, self._run.residency
         with self._host.progress_bar(total=len(plan) * len(self._batches)) as bar:
             self._bar, every = bar, stages(plan)
@@ -150,7 +155,7 @@ class _Queue:
             finally:
                 if residency is not None:
                     residency.use(())
-        return [batch.x for batch in self._batches]
+        return self._batches
 
     def _through(self, stage: Stage, following: Stage | None) -> None:
         self._bar.set_description(_names(self._run.plan, stage))

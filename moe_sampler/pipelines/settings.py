@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, TypedDict, Unpack
 
+from .._numbers import number
 from ..sampling.calls import check_fits
 from ..sampling.experts import Expert
 from ..sampling.plan import SamplingPlan
-from ..sampling.planner import check_steps, plan
-from ..sampling.routers import Boundary, PerStep, Router, Spans
+from ..sampling.planner import plan, read_steps
+from ..sampling.routers import Boundary, PerStep, Router, Spans, inner_level
 
 __all__ = [
     "DEFAULTS",
@@ -116,9 +116,7 @@ def hybrid_experts(
         ValueError: a setting that is out of range or names an expert there isn't.
     """
     names = list(scheduler_configs)
-    for name, scale in guidance.items():
-        if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
-            raise ValueError(f"{name}: the guidance scale must be a finite number, got {scale!r}")
+    guidance = {name: number(f"{name}: the guidance scale", scale) for name, scale in guidance.items()}
     given = {"guidance_scale": guidance, **settings}
     named = {key: by_expert(key, value, names) for key, value in given.items()}
     return tuple(
@@ -145,7 +143,7 @@ def _planned(
 ) -> SamplingPlan:
     """`plan`, but what was asked for before, as by a pipeline that makes one image after another, is at hand.
     Not for a user's own routers, which may change."""
-    check_steps(steps)
+    steps = read_steps(steps)
     # Without their models, which what is kept would keep in memory.
     known = tuple(replace(expert, model=None) for expert in experts)
     return _plan(known, router, tuple(steps.items()) if isinstance(steps, Mapping) else steps)
@@ -160,10 +158,10 @@ def _plan(
 
 def _default_router(names: Sequence[str], handoff: float | Sequence[float]) -> Router:
     """Each expert in its turn, from noise to data, between the handoffs."""
-    levels = list(handoff) if isinstance(handoff, Sequence) else [handoff]
-    for level in levels:
-        if isinstance(level, bool) or not isinstance(level, int | float):
-            raise ValueError(f"a handoff is a noise level between 0 and 1, got {level!r}")
+    given: list[Any] = [handoff]
+    if isinstance(handoff, Iterable) and not isinstance(handoff, str) and getattr(handoff, "ndim", 1):
+        given = list(handoff)
+    levels = [inner_level("the handoff", level) for level in given]
     if len(levels) != len(names) - 1:
         raise ValueError(
             f"{len(names)} experts need {len(names) - 1} handoffs, from noise to data, or a router; "
@@ -224,6 +222,20 @@ def hybrid_plan(
     return _planned(experts, router, own or total)
 
 
+def _steps_run(steps: int, strength: float) -> int:
+    """As diffusers' image-to-image pipelines count them."""
+    return min(int(steps * strength), steps)
+
+
+def _least_strength(steps: int) -> str:
+    """The smallest strength of so many digits that leaves a step to run."""
+    digits = max(3, len(str(steps)))
+    units = -(-(10**digits) // steps)
+    while not _steps_run(steps, units / 10**digits):  # where the product is rounded down
+        units += 1
+    return f"{units / 10**digits:.{digits}f}"
+
+
 def enter_plan(experts: Sequence[Expert], whole: SamplingPlan, strength: float) -> SamplingPlan:
     """The last part of a plan, for a start from an image: whichever expert works there works.
 
@@ -236,11 +248,11 @@ def enter_plan(experts: Sequence[Expert], whole: SamplingPlan, strength: float) 
         ValueError: no step would be run.
     """
     nodes = [step for step in whole.steps if not step.corrects]
-    count = min(int(len(nodes) * strength), len(nodes))
+    count = _steps_run(len(nodes), strength)
     if count < 1:
         raise ValueError(
-            f"strength {strength} leaves none of {len(nodes)} steps to run: "
-            f"give at least {1 / len(nodes):.3f}"
+            f"strength {strength} leaves none of {len(nodes)} steps to run: give at least "
+            f"{_least_strength(len(nodes))}"
         )
     # Planned anew rather than cut: a multistep solver has no history where the run begins.
     late = nodes[len(nodes) - count :]

@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .._numbers import whole
 from ..data.arrays import Picture, array_picture, fit_pixels
 from ..data.pictures import to_rgb
+from .choices import MAX_SIDE
 
 __all__ = ["fitted_size", "picture_size", "pixels_of", "start_pictures"]
 
@@ -78,7 +80,12 @@ def fitted_size(
         side: of the square that the model was made for.
         multiple: what heights and widths are multiples of.
         height, width: where they were asked for.
+
+    Raises:
+        ValueError: one of these that isn't a number of pixels.
     """
+    height = None if height is None else whole("height", height, MAX_SIDE)
+    width = None if width is None else whole("width", width, MAX_SIDE)
     own_height, own_width = side, side
     if pictures is not None:
         own_height, own_width = picture_size(pictures[0])

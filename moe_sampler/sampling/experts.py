@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from .._numbers import number
 from .paths import FlowPath, Path, VPPath, path_from_scheduler_config
 from .predictions import Prediction, check_prediction
 from .solvers import Solver, check_solver
 
-__all__ = ["Expert"]
+__all__ = ["SHIFTS", "Expert"]
+
+SHIFTS = (0.001, 1000.0)
+"""The smallest and the largest k of shifted sigmas: beyond them nearly all steps are at one end of a run."""
 
 _SOLVER_OF_SCHEDULER: dict[str, Solver] = {
     "DDPMScheduler": "ddpm",
@@ -52,10 +55,10 @@ class Expert:
         dtype: what the model eats.
         solver: "ddpm", "ddim", "euler", "heun" (two model evaluations a step), "dpmpp_2m" or "dpmpp_2m_sde".
         eta: DDIM's share of noise, 0 to 1.
-        shift: k of the shifted sigmas, on flow paths.
+        shift: k of the shifted sigmas, on flow paths, in `SHIFTS`.
         spacing: timestep spacing on discrete paths, "trailing", "leading" or "linspace".
-        guidance_scale: classifier-free guidance; 1 means one model pass without guidance, whatever the
-            other experts do.
+        guidance_scale: classifier-free guidance; 1 or less means one model pass without guidance, as
+            everywhere in diffusers, whatever the other experts do.
         guidance_window: (high, low), the noise levels between which guidance is on, both included; outside
             the scale is 1 and the model is called once (arXiv:2404.07724). None is everywhere.
         guidance_rescale: phi in [0, 1] of arXiv:2305.08891, section 3.4: the share of the guided prediction
@@ -85,20 +88,27 @@ class Expert:
             raise TypeError(
                 f"{self.name}: path must be a VPPath, a FlowPath or implement moe_sampler.sampling.paths.Path"
             )
-        if not 0 < self.shift < math.inf:
-            raise ValueError(f"{self.name}: shift must be positive, got {self.shift}")
+        for setting in ("shift", "eta", "guidance_scale", "guidance_rescale"):
+            value = number(f"{self.name}: {setting}", getattr(self, setting))
+            object.__setattr__(self, setting, value)
+        low, high = SHIFTS
+        if not low <= self.shift <= high:
+            raise ValueError(f"{self.name}: shift must lie between {low:g} and {high:g}, got {self.shift:g}")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"{self.name}: eta must lie between 0 and 1, got {self.eta}")
-        if self.clip_sample_range is not None and not self.clip_sample_range > 0:
-            raise ValueError(f"{self.name}: clip_sample_range must be positive, got {self.clip_sample_range}")
-        if not math.isfinite(self.guidance_scale):
-            raise ValueError(f"{self.name}: guidance_scale must be finite, got {self.guidance_scale}")
+        if self.clip_sample_range is not None:
+            clip = number(f"{self.name}: clip_sample_range", self.clip_sample_range)
+            object.__setattr__(self, "clip_sample_range", clip)
+            if not clip > 0:
+                raise ValueError(f"{self.name}: clip_sample_range must be positive, got {clip}")
         if not 0 <= self.guidance_rescale <= 1:
             raise ValueError(
                 f"{self.name}: guidance_rescale must lie between 0 and 1, got {self.guidance_rescale}"
             )
         if self.guidance_window is not None:
-            window = tuple(map(float, self.guidance_window))
+            what = f"{self.name}: a level of guidance_window"
+            given = self.guidance_window
+            window = () if isinstance(given, str) else tuple(number(what, level) for level in given)
             if len(window) != 2 or not 0 <= window[1] < window[0] <= 1:
                 raise ValueError(
                     f"{self.name}: guidance_window is (high, low) with 0 <= low < high <= 1, from noise (1) "
@@ -108,12 +118,13 @@ class Expert:
 
     @property
     def guided(self) -> bool:
-        return self.guidance_scale != 1.0
+        """Whether there is guidance anywhere. As in diffusers, a scale of 1 or less switches it off."""
+        return self.guidance_scale > 1.0
 
     def guidance_at(self, noise: float) -> float:
-        """The guidance scale at a share of noise: 1 outside the guidance window."""
+        """The guidance scale at a share of noise: 1 without guidance, and outside the guidance window."""
         high, low = self.guidance_window or (1.0, 0.0)
-        return self.guidance_scale if low <= noise <= high else 1.0
+        return self.guidance_scale if self.guided and low <= noise <= high else 1.0
 
     @classmethod
     def sol(cls, model: Callable[..., Any] | None = None, name: str = "sol", **settings) -> Expert:

@@ -11,6 +11,7 @@ from moe_sampler.kernels import philox_normal, sampler_step_
 from moe_sampler.kernels.noise import normal_of_steps, seeds_tensor
 
 from .experts import Expert
+from .finite import FiniteWatch
 from .guidance import Conditioning, GuidanceInputs, rescaled_guidance
 from .plan import ExpertCall, SamplingPlan
 from .predictions import add_noise
@@ -219,6 +220,7 @@ class SamplingRun:
         reads = [step.reads_history for step in self.plan.steps]
         self._keeps = [self._keep_x0 or any(pair) for pair in zip(reads, [*reads[1:], False], strict=True)]
         self._history = torch.zeros_like(self.x) if any(self._keeps) else None
+        self._finite = FiniteWatch(self.plan, self.x)
         self._on_device = True
 
     @torch.no_grad()
@@ -248,6 +250,15 @@ class SamplingRun:
         while self.index < until and not self.interrupted:
             current = self._step(inputs, current, conditioning, self.index + 1 == until)
         return self.x
+
+    def check(self) -> None:
+        """Whether every step so far left a finite state. It waits for the device: ask when the run is over.
+
+        Raises:
+            NonFiniteError: NaN or an infinity, with the step and the expert or callback that it is from.
+        """
+        if self._on_device:
+            self._finite.check()
 
     def _predict(
         self, call: ExpertCall, x: torch.Tensor, timestep: torch.Tensor, conditioning: dict[str, torch.Tensor]
@@ -285,6 +296,7 @@ class SamplingRun:
             next_inputs=buffers,
             seeds=self._seed_tensor if noisy else None,
             noise=self._noise(index) if noisy and self._noise is not None else None,
+            nonfinite=self._finite.by_step,
         )
         self.index += 1
         if self._callback is None:
@@ -297,6 +309,7 @@ class SamplingRun:
                 f"a callback's state must have shape {list(self.x.shape)}, got {list(replaced.shape)}"
             )
         self.x.copy_(replaced)
+        self._finite.see_callback(index)
         return inputs.write(following, index + 1)
 
 
@@ -336,6 +349,7 @@ def sample(
 
     Raises:
         ValueError: missing experts, models, seeds or conditioning, before any model call.
+        NonFiniteError: NaN or an infinity came of a step, found when the run is over.
     """
     run = SamplingRun(
         plan,
@@ -349,4 +363,6 @@ def sample(
         device=device,
         callback=callback,
     )
-    return run.advance()
+    run.advance()
+    run.check()
+    return run.x

@@ -6,12 +6,14 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from moe_sampler.kernels.conversions import shift_sigma
 from moe_sampler.kernels.rows import COLUMNS
 
+from .._numbers import number, whole
 from .calls import expert_call
 from .experts import Expert
 from .paths import Level
@@ -22,6 +24,8 @@ from .solvers import HEUN_CORRECTOR, SolverRow, heun_corrector_row, solver_row
 __all__ = ["ExpertCall", "PlanStep", "SamplingPlan", "plan"]
 
 _DEFAULT_STEPS = 20
+MAX_STEPS = 10_000
+"""Ten times the timesteps that models are trained on: more steps than that are a slip of the hand."""
 _LARGEST = torch.finfo(torch.float32).max
 
 
@@ -77,11 +81,34 @@ def _counts_by_name(
     return counts
 
 
+def _check_reach(expert: Expert, high: float, low: float, start: float) -> None:
+    """An expert with integer timesteps can't work beyond the noisiest of them, nor below the cleanest."""
+    if not expert.path.discrete:
+        return
+    noisiest, cleanest = (
+        expert.path.level(round(expert.path.timestep(expert.path.at(noise)))).noise for noise in (1.0, 0.0)
+    )
+    if low >= noisiest:
+        raise ValueError(
+            f"{expert.name}'s noisiest timestep is noise level {noisiest:.6f}, not above {low:g}, where it "
+            f"is to hand over: hand over at {math.floor(noisiest * 1000) / 1000:g} or further down, or plan "
+            f"without {expert.name}"
+        )
+    if high <= cleanest and high < start:
+        raise ValueError(
+            f"{expert.name}'s cleanest timestep is noise level {cleanest:.6f}, not below {high:g}, where it "
+            f"is to take over: do so at {math.ceil(cleanest * 1000) / 1000:g} or further up, or plan without "
+            f"{expert.name}"
+        )
+
+
 def _noise_levels(
     experts: Mapping[str, Expert], router: Router, steps: int | Mapping[str, int], start: float, end: float
 ) -> list[float]:
     """Nodes for every span, each on its leading expert's own grid."""
     spans = lead_spans(router, list(experts), start, end)
+    for name, high, low in spans if len(spans) > 1 else ():
+        _check_reach(experts[name], high, low, start)
     if isinstance(steps, Mapping):
         counts = _counts_by_name(spans, steps, list(experts))
     else:
@@ -135,10 +162,17 @@ def _routed(experts: Mapping[str, Expert], router: Router, noise: float) -> _Nod
 
 def _check_descending(nodes: Sequence[_Node]) -> None:
     for earlier, later in itertools.pairwise(nodes):
-        if not later.noise < earlier.noise:
+        if later.noise < earlier.noise:
+            continue
+        if earlier.lead is later.lead:
             raise ValueError(
                 f"two steps fall on noise level {later.noise:.4f} of the integer timesteps: use fewer steps"
             )
+        raise ValueError(
+            f"{earlier.lead.name}'s last step is at noise level {earlier.noise:.4f}, and the first one of "
+            f"{later.lead.name} at {later.noise:.4f}, not below: the nearest integer timestep lies on "
+            f"the wrong side of the handoff. Hand over elsewhere, or give {earlier.lead.name} fewer steps"
+        )
 
 
 def _corrector_at(experts: Mapping[str, Expert], last: _Node, end: float) -> _Node | None:
@@ -208,17 +242,21 @@ def _compile(experts: Mapping[str, Expert], evaluations: Sequence[_Evaluation]) 
     )
 
 
-def check_steps(steps: int | Mapping[str, int]) -> None:
-    """Raise ValueError unless all counts are whole numbers of at least 1."""
-    for count in steps.values() if isinstance(steps, Mapping) else [steps]:
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"steps must be whole numbers of at least 1, got {count!r}")
+def read_steps(steps: Any) -> int | dict[str, int]:
+    """Step counts, in all or by name, as ints.
+
+    Raises:
+        ValueError: one that isn't a whole number from 1 to `MAX_STEPS`.
+    """
+    if isinstance(steps, Mapping):
+        return {name: whole(f"steps of {name}", count, MAX_STEPS) for name, count in steps.items()}
+    return whole("steps", steps, MAX_STEPS)
 
 
 def _steps(steps: int | Mapping[str, int] | None, router: Router | PerStep) -> int | Mapping[str, int]:
-    if steps is not None:
-        check_steps(steps)
+    steps = None if steps is None else read_steps(steps)
     if isinstance(router, PerStep):
+        whole("steps of the router", len(router.steps), MAX_STEPS)
         if steps is not None and steps != len(router.steps):
             raise ValueError(
                 f"the router decides {len(router.steps)} steps one by one, but steps is {steps!r}: "
@@ -229,7 +267,8 @@ def _steps(steps: int | Mapping[str, int] | None, router: Router | PerStep) -> i
 
 
 def _check_noise_levels(noise_levels: Sequence[float], end: float) -> list[float]:
-    levels = [float(noise) for noise in noise_levels]
+    levels = [number("a noise level", noise) for noise in noise_levels]
+    whole("the count of noise levels", len(levels), MAX_STEPS, least=0)
     if (
         not levels
         or not all(end < later < earlier for earlier, later in itertools.pairwise([math.inf, *levels]))
@@ -280,6 +319,7 @@ def plan(
         router = Spans(((next(iter(known)), 0.0),))
     if not (callable(router) or isinstance(router, PerStep)):
         raise TypeError(f"a router is a callable from noise level to weights, or a PerStep, got {router!r}")
+    start, end = number("start", start), number("end", end)
     if not 0.0 <= end < start <= 1.0:
         raise ValueError(f"a run goes from start to end with 0 <= end < start <= 1, got {start} to {end}")
     steps, spaced = _steps(steps, router), noise_levels is None

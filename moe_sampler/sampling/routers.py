@@ -11,11 +11,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+from .._numbers import number
 from .paths import FlowPath
 
-__all__ = ["Boundary", "Crossfade", "PerStep", "Router", "Spans", "active_experts", "lead_spans"]
+__all__ = [
+    "Boundary",
+    "Crossfade",
+    "PerStep",
+    "Router",
+    "Spans",
+    "active_experts",
+    "inner_level",
+    "lead_spans",
+]
 
 _SCAN = 4096  # spans narrower than 1 / _SCAN of the noise axis are not resolved
 
@@ -33,9 +43,16 @@ class Router(Protocol):
         ...
 
 
-def _check_noise(name: str, value: float) -> None:
-    if not 0.0 < value < 1.0:
+def inner_level(name: str, value: Any) -> float:
+    """A noise level between data and noise.
+
+    Raises:
+        ValueError: something else.
+    """
+    level = number(name, value)
+    if not 0.0 < level < 1.0:
         raise ValueError(f"{name} is a noise level strictly between 0 (data) and 1 (noise), got {value}")
+    return level
 
 
 @dataclass(frozen=True)
@@ -47,7 +64,7 @@ class Boundary:
     at: float
 
     def __post_init__(self) -> None:
-        _check_noise("the handoff", self.at)
+        object.__setattr__(self, "at", inner_level("the handoff", self.at))
 
     @property
     def knots(self) -> tuple[float, ...]:
@@ -67,8 +84,8 @@ class Crossfade:
     end: float
 
     def __post_init__(self) -> None:
-        _check_noise("a crossfade's start", self.start)
-        _check_noise("a crossfade's end", self.end)
+        object.__setattr__(self, "start", inner_level("a crossfade's start", self.start))
+        object.__setattr__(self, "end", inner_level("a crossfade's end", self.end))
         if self.end >= self.start:
             raise ValueError(
                 f"a crossfade runs from noise to data: its end {self.end} must be below {self.start}"
@@ -97,7 +114,9 @@ class Spans:
     spans: Sequence[tuple[str, float]]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "spans", tuple((name, float(end)) for name, end in self.spans))
+        object.__setattr__(
+            self, "spans", tuple((name, number("a span's end", end)) for name, end in self.spans)
+        )
         ends = [end for _, end in self.spans]
         if not ends or ends[-1] != 0.0:
             raise ValueError("the last span must end at noise level 0 (data)")
@@ -150,8 +169,9 @@ class PerStep:
 
 
 def _active(weights: str | Mapping[str, float], where: str, known: Sequence[str]) -> dict[str, float]:
-    if not isinstance(weights, Mapping) or not all(isinstance(w, int | float) for w in weights.values()):
+    if not isinstance(weights, Mapping):
         raise ValueError(f"a router gives a mapping from expert names to weights, got {weights!r} at {where}")
+    weights = {name: number(f"{name}'s weight at {where}", weight) for name, weight in weights.items()}
     unknown = [name for name in weights if name not in known]
     if unknown:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
+from ..errors import NonFiniteError
 from .model_card import model_card
 from .noise_bins import NoiseBins
 from .run import Run
@@ -95,18 +97,23 @@ class Observer:
 
     # Looking at what was learned
 
-    def validate(self) -> None:
-        """Numbers on held-out data with the averaged weights; the best step's model is kept. Once a step."""
+    def validate(self) -> bool:
+        """Numbers on held-out data with the averaged weights; the best step's model is kept. Once a step.
+
+        Returns:
+            Whether the loss is finite, or there is none: one that isn't is never the best.
+        """
         run = self.run
         if self._validated_at == run.step:
-            return
+            return math.isfinite(self.validation.get("loss", 0.0))
         self._validated_at = run.step
         with run.evaluating():
             numbers = run.task.validate(run.task.model)
-            better = "loss" in numbers and (run.best is None or numbers["loss"] < run.best["loss"])
+            finite = math.isfinite(numbers.get("loss", 0.0))
+            better = "loss" in numbers and finite and (run.best is None or numbers["loss"] < run.best["loss"])
             tensors = run.tensors() if better else {}
         if not numbers:
-            return
+            return True
         self.validation = numbers
         best = {"step": run.step, **numbers}
         if better:
@@ -116,12 +123,17 @@ class Observer:
             if better:
                 self.folder.save_best(tensors, best)
         run.accelerator.log({f"validation/{name}": value for name, value in numbers.items()}, step=run.step)
+        return finite
 
     def sample(self) -> None:
         """A sheet of pictures from the averaged weights."""
         run = self.run
-        with run.evaluating():
-            images = run.task.samples(run.task.model)
+        try:
+            with run.evaluating():
+                images = run.task.samples(run.task.model)
+        except NonFiniteError as error:  # the pictures are lost, not the run
+            logging.getLogger(__name__).warning("no samples of step %d: %s", run.step, error)
+            return
         if not images or not run.accelerator.is_main_process:
             return
         sheet = np.asarray(self.folder.save_samples(images, run.step))

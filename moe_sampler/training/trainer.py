@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, default_collate
 from tqdm.auto import tqdm
 
 from .._files import write_text
-from ..errors import CheckpointError
+from ..errors import CheckpointError, NonFiniteError
 from .agreement import StopAgreement
 from .draws import Draws
 from .interrupts import Interrupts, interrupts
@@ -42,10 +42,6 @@ class Interrupted(Exception):
     def __init__(self, number: signal.Signals, step: int) -> None:
         super().__init__(f"stopped by {number.name} after step {step}; the same command continues")
         self.signal, self.step = number, step
-
-
-class NonFiniteError(ArithmeticError):
-    """A loss or gradient that is NaN or infinite; the message names the file with the step's samples."""
 
 
 class Trainer:
@@ -147,17 +143,16 @@ class Trainer:
             last = run.step >= settings.max_train_steps
             logs = run.step % settings.logging_steps == 0 or last or stop
             saves = run.step % settings.checkpointing_steps == 0 or last or stop
-            if logs or saves:
-                self.read_window()
+            finite = not (logs or saves) or self.read_window()
             if logs:
                 bar.set_postfix(loss=f"{observer.log(rate):.4f}", lr=f"{rate:.2g}", refresh=False)
             observer.pause()
             if settings.validation_steps and run.step % settings.validation_steps == 0:
-                observer.validate()
+                finite &= observer.validate()
             if settings.sample_steps and run.step % settings.sample_steps == 0 and not last:
                 observer.sample()
-            if saves:
-                run.save()
+            if saves and (finite or stop):
+                run.save()  # a step that came to nothing is no place to go on from, unless the run ends there
             observer.resume()
             if stop and not last:
                 raise Interrupted(noted.signal or signal.SIGTERM, run.step)
@@ -207,14 +202,18 @@ class Trainer:
         run.step += 1
         return self._agreement.ask(noted.signal is not None)
 
-    def read_window(self) -> None:
+    def read_window(self) -> bool:
         """Read what the steps since the last time came to, which waits for the device.
+
+        Returns:
+            Whether the last of them had a finite loss.
 
         Raises:
             NonFiniteError: one of them wasn't finite, and settings say to stop, or too many weren't.
         """
-        run = self.run
+        run, finite = self.run, True
         for numbers in self.window.read(run.accelerator):
+            finite = numbers.losses_finite
             if numbers.finite:
                 self._skipped_in_a_row = 0
                 self.observer.add(numbers)
@@ -225,6 +224,7 @@ class Trainer:
                 self._skipped_in_a_row = 0
             else:
                 self._not_finite(numbers)
+        return finite
 
     def _not_finite(self, numbers: StepNumbers) -> None:
         """Keep what the step was made of, and stop the run unless it may be skipped."""

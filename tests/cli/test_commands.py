@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from moe_sampler import Boundary, Expert, SamplingPlan, __version__, plan
@@ -207,6 +209,15 @@ def plan_files() -> dict[str, str]:
         ("x", "--steps", "0"),
         ("x", "--steps", "-3"),
         ("x", "--steps", "100000"),
+        ("x", "--steps", "1000000000"),
+        ("x", "--steps", "sol=1000000000", "--steps", "lune=4"),
+        ("x", "--handoff", "0.999", "--steps", "2"),
+        ("x", "-n", "1000000000"),
+        ("x", "--batch-size", "1000000000"),
+        ("x", "--height", "1000000"),
+        ("x", "--width", "16384", "--height", "16384"),
+        ("x", "--shift", "1e308"),
+        ("x", "--zoom", "1000000"),
         ("x", "--height", "60"),
         ("x", "-n", "0"),
         ("x", "--zoom", "0"),
@@ -311,6 +322,27 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
     assert "No space left" in result.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["castle.png"]
     assert (tmp_path / "castle.png").read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("part", ["unet_sol", "unet_lune", "vae", "text_encoder"])
+def test_weights_that_are_nan_end_with_a_line_that_names_them(tmp_path, part):
+    folder = shutil.copytree(experts_path(), tmp_path / "model")
+    (path,) = (folder / part).glob("*.safetensors")
+    tensors = load_file(path)
+    used = [key for key, tensor in tensors.items() if tensor.is_floating_point() and "encoder" not in key]
+    name = max(used or tensors)
+    tensors[name].view(-1)[0] = math.nan
+    save_file(tensors, path, {"format": "pt"})
+    result = run("generate", PROMPT, "--model", folder, "-n", 2, "--steps", 4, "-o", "image.png", code=2)
+    (line,) = (line for line in result.stderr.splitlines() if line.startswith("error: "))
+    assert (
+        "NaN or an infinity" in line
+        and f"{name.removeprefix('text_model.')} first" in line
+        and "Traceback" not in result.output
+    )
+    if part.startswith("unet"):
+        assert f"error: {part.removeprefix('unet_')} gave NaN or an infinity at step" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_settings_are_json_in_the_metadata():

@@ -23,7 +23,17 @@ def empty(shape, dtype=FP32):
 
 
 def step_launch(
-    dtype, *, shape=SHAPE, guided=False, experts=1, history=False, seeds=False, noise=False, nexts=0, step=3
+    dtype,
+    *,
+    shape=SHAPE,
+    guided=False,
+    experts=1,
+    history=False,
+    seeds=False,
+    noise=False,
+    nexts=0,
+    step=3,
+    flags=False,
 ):
     twice = (2 * shape[0], *shape[1:])
     outputs = [empty(twice if guided else shape, dtype) for _ in range(experts)] + [None]
@@ -39,6 +49,7 @@ def step_launch(
         next_inputs[1],
         empty(shape[:1], torch.int64) if seeds else None,
         empty(shape) if noise else None,
+        nonfinite=empty((50,), torch.int32) if flags else None,
     )
     return sampler_step.launch_of(arguments)
 
@@ -81,6 +92,18 @@ def test_ragged_sizes_do_not_spill_either(launch):
     code = aot.compile_launch(launch, 80)
     assert code.stack_bytes == 0 and code.spills == 0, str(code)
     assert 128 not in code.global_loads, "a sample of odd length starts anywhere"
+
+
+@pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
+def test_a_flag_for_nan_is_a_store_that_a_finite_step_skips(architecture):
+    """Whatever else a step does: no more loads, no stack, the same wide accesses."""
+    plain, flagged = (
+        aot.compile_launch(step_launch(FP16, flags=flags, **EVERYTHING), architecture)
+        for flags in (False, True)
+    )
+    assert flagged.stack_bytes == 0 and flagged.spills == 0 and flagged.registers <= 128, str(flagged)
+    assert flagged.global_loads == plain.global_loads
+    assert flagged.global_stores[128] == plain.global_stores[128]
 
 
 @pytest.mark.parametrize("architecture", aot.ARCHITECTURES)

@@ -50,6 +50,7 @@ def step_arguments(guided=True, everything=True):
         torch.tensor([3, 4]),
         None,
         5,
+        torch.zeros(2, dtype=torch.int32),
     )
 
 

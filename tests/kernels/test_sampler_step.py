@@ -276,3 +276,27 @@ def test_twin_with_and_without_x0_agrees(generator):
     folded = sampler_step_(x.clone(), [output], table, 0)
     kept = sampler_step_(x.clone(), [output], table, 0, x0_prev=torch.zeros_like(x))
     torch.testing.assert_close(folded, kept, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("shape", [EVEN, ODD], ids=str)
+def test_a_step_that_leaves_nan_or_an_infinity_is_flagged(body, generator, shape, value):
+    """Wherever it is, once or everywhere; a step that stays finite writes nothing."""
+    x, output = randn(generator, *shape), randn(generator, *shape)
+    table = table_of(body, *[make_row(p=1.0, q_cond_0=-0.5, a=0.5, b=0.5)] * 4)
+    (flags,) = on(body, torch.tensor([0, 0, 0, 7], dtype=torch.int32))
+    numel = x.numel()
+    places = [[], [0], [numel - 1], [numel // 2, numel // 3]]
+    for step, bad in enumerate(places):
+        state, prediction = on(body, x, output)
+        prediction.view(-1)[bad] = value
+        before = flags.clone()
+        sampler_step_(state, [prediction], table, step % 3, nonfinite=flags, backend=body.backend)
+        if bad:
+            before[step % 3] = 1
+        assert flags.tolist() == before.tolist(), (step, bad)
+    assert flags.tolist() == [1, 1, 1, 7]
+    state, prediction = on(body, torch.full(shape, 1e38), output)
+    everywhere = torch.full_like(prediction, value)
+    sampler_step_(state, [everywhere], table, 3, nonfinite=flags, backend=body.backend)
+    assert flags.tolist() == [1, 1, 1, 1]

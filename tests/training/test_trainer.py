@@ -443,3 +443,56 @@ def test_tensorboard_gets_losses_and_sheets(tmp_path):
     assert [event.step for event in events.Scalars("train/loss")] == [2, 4, 6, 8, 10, 12]
     assert [event.step for event in events.Scalars("validation/loss")] == [3, 6, 9, 12]
     assert events.Tags()["images"] == ["samples"]
+
+
+class NoLossAt(Points):
+    """Whose validation is NaN at these of its calls."""
+
+    def __init__(self, *calls: int, **settings) -> None:
+        super().__init__(**settings)
+        self.calls, self.count = calls, -1
+
+    def validate(self, model) -> dict[str, float]:
+        self.count += 1
+        return {"loss": math.nan} if self.count in self.calls else super().validate(model)
+
+
+def test_a_nan_validation_is_never_the_best(tmp_path):
+    task = NoLossAt(0, 2)
+    result = train(tmp_path / "run", task)  # validates at 3, 6, 9 and 12
+    assert result["best"]["step"] in (6, 12) and math.isfinite(result["best"]["loss"])
+    assert json.loads((tmp_path / "run" / "best" / "validation.json").read_text()) == result["best"]
+    assert train(tmp_path / "none", NoLossAt(0, 1, 2, 3))["best"] is None
+    assert not (tmp_path / "none" / "best").exists()
+
+
+def test_no_checkpoint_of_a_step_whose_validation_is_nan(tmp_path):
+    train(tmp_path / "run", NoLossAt(1), validation_steps=4, checkpointing_steps=4)
+    assert [path.name for path in disk.checkpoint_folders(tmp_path / "run")] == [
+        "checkpoint-4",
+        "checkpoint-12",
+    ]
+
+
+def test_no_checkpoint_of_a_step_whose_loss_is_nan(tmp_path):
+    def after(step):  # the eighth step's samples alone
+        task.poison = set(range(50)) if step == 7 else set()
+
+    task = Points(hook=after)
+    result = train(tmp_path / "run", task, on_nonfinite="skip", checkpointing_steps=4)
+    assert result["skipped"] == 1
+    assert [path.name for path in disk.checkpoint_folders(tmp_path / "run")] == [
+        "checkpoint-4",
+        "checkpoint-12",
+    ]
+
+
+def test_samples_that_are_nan_cost_the_sheet_and_not_the_run(tmp_path, caplog):
+    task = Points()
+
+    def samples(model):
+        raise NonFiniteError("points gave NaN or an infinity")
+
+    task.samples = samples
+    assert train(tmp_path / "run", task)["step"] == 12
+    assert "no samples of step 5: points gave NaN" in caplog.text

@@ -21,6 +21,7 @@ from moe_sampler.loading.fingerprint import fingerprint
 from moe_sampler.loading.folders import INDEX, load_component, load_tokenizer, read_config
 from moe_sampler.loading.hub import Hub, component_patterns
 from moe_sampler.loading.parts import VAES
+from moe_sampler.pipelines.finite import check_finite
 from moe_sampler.pipelines.prompts import tokenize, warn_of_cuts
 
 __all__ = [
@@ -152,6 +153,8 @@ class TextEncoder:
         # CLIP in Stable Diffusion and Flux attends to its padding; T5 doesn't where the mask is given.
         t5 = isinstance(self.model, T5EncoderModel)
         output = self.model(tokens.input_ids, attention_mask=tokens.attention_mask if t5 else None)
+        name = f"the text encoder ({type(self.model).__name__})"
+        check_finite("the texts' features", output.last_hidden_state, name, self.model)
         pooled = None if t5 else output.pooler_output.float()
         return EncodedText(output.last_hidden_state.float(), tokens.attention_mask.bool(), pooled)
 

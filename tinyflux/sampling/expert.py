@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from moe_sampler import Expert, FlowPath
+from moe_sampler._numbers import number
 from moe_sampler.tinyflux.model.tinyflux import TinyFlux
 
 __all__ = ["STUDENT", "StudentModel", "tinyflux_expert"]
@@ -79,11 +80,12 @@ def tinyflux_expert(
     settings = {"solver": "euler", "shift": 3.0, **settings}
     if model is not None:
         settings = {"dtype": model.dtype, **settings}
-    if not settings["shift"] > 0:
-        raise ValueError(f"shift must be positive, got {settings['shift']}")
     if upstream_schedule:
+        shift = number("shift", settings["shift"])
+        if not shift > 0:
+            raise ValueError(f"shift must be positive, got {shift}")
         # The map of shift k on t is the map of shift 1/k on 1 - t.
-        settings["shift"] = 1.0 / settings["shift"]
+        settings["shift"] = 1.0 / shift
     path = FlowPath(timestep_scale=1.0, data_at_one=True)
     works = None if model is None else StudentModel(model, features)
     return Expert(name, path, "reversed_flow_prediction", works, **settings)

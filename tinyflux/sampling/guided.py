@@ -6,12 +6,15 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import numpy as np
 
 from moe_sampler import Expert, SamplingPlan, plan
+from moe_sampler._numbers import number
 from moe_sampler.pipelines.settings import by_expert
+from moe_sampler.sampling.routers import inner_level
 from moe_sampler.tinyflux.model.tinyflux import TinyFlux
 from moe_sampler.tinyflux.sampling.expert import STUDENT, tinyflux_expert
 
@@ -29,23 +32,25 @@ Knots = tuple[tuple[float, float], ...]
 
 def _checked(name: str, weight: Weight) -> float | Knots:
     """A weight, checked; knots in the order of their levels."""
-    if isinstance(weight, int | float) and not isinstance(weight, bool):
-        _check_unit(f"{name}'s weight", weight)
-        return float(weight)
+    if isinstance(weight, Real) or getattr(weight, "ndim", None) == 0:
+        return _unit(f"{name}'s weight", weight)
     if not isinstance(weight, Sequence) or isinstance(weight, str) or not weight:
         raise ValueError(f"{name}'s weight is a number from 0 to 1, or knots (level, weight), got {weight!r}")
+    found = []
     for level, share in weight:
-        _check_unit(f"a noise level of {name}'s weight", level)
-        _check_unit(f"{name}'s weight at noise level {level:g}", share)
-    knots = tuple(sorted((float(level), float(share)) for level, share in weight))
+        at = _unit(f"a noise level of {name}'s weight", level)
+        found.append((at, _unit(f"{name}'s weight at noise level {at:g}", share)))
+    knots = tuple(sorted(found))
     if len(dict(knots)) < len(knots):
         raise ValueError(f"{name} has two weights at one noise level: {knots}")
     return knots
 
 
-def _check_unit(what: str, value: float) -> None:
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"{what} lies between 0 and 1, got {value:g}")
+def _unit(what: str, value: Any) -> float:
+    found = number(what, value)
+    if not 0.0 <= found <= 1.0:
+        raise ValueError(f"{what} lies between 0 and 1, got {found:g}")
+    return found
 
 
 @dataclass(frozen=True)
@@ -74,10 +79,7 @@ class GuidedRouter:
         shares = {"sol": _checked("Sol", self.sol), "lune": _checked("Lune", self.lune)}
         for name, value in (*shares.items(), ("_shares", shares)):
             object.__setattr__(self, name, value)
-        if not 0.0 < self.handoff < 1.0:
-            raise ValueError(
-                f"the handoff is a noise level strictly between 0 (data) and 1 (noise), got {self.handoff}"
-            )
+        object.__setattr__(self, "handoff", inner_level("the handoff", self.handoff))
         # Between two knots both weights are straight: if they overlap anywhere there, then in the middle.
         edges = sorted({0.0, 1.0, *self.knots})
         for level in sorted({*edges, *(0.5 * (a + b) for a, b in itertools.pairwise(edges))}, reverse=True):

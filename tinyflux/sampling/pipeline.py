@@ -16,6 +16,7 @@ from moe_sampler import Expert, SamplingPlan
 from moe_sampler.architectures import shape_of
 from moe_sampler.loading.hub import Hub
 from moe_sampler.pipelines.checks import Request, Start, StepEnd, check_size
+from moe_sampler.pipelines.finite import check_finite, naming_weights
 from moe_sampler.pipelines.hybrid import HybridPipeline, HybridPipelineOutput
 from moe_sampler.pipelines.latents import decode_latents
 from moe_sampler.pipelines.prompts import Negative, check_prompts, negative_embeds
@@ -246,6 +247,7 @@ class StudentPipeline:
 
         Raises:
             ValueError: for inputs that don't fit, before any work.
+            NonFiniteError: NaN or an infinity, which no image is made of; says what it is from.
         """
         check_prompts(prompt, None, negative_prompt, None, self.expert_names, 0)
         prompts = [prompt] if isinstance(prompt, str) else prompt
@@ -277,8 +279,14 @@ class StudentPipeline:
         self._interrupt = False
         cond, uncond = self._conditioning(compiled, prompts, negative_prompt, request.batch_size)
         run = PlanRun(compiled, experts, shape, self.device, cond, uncond)
-        made = run_plan(self, run, request, start, step_end)
+        with naming_weights(self._model_of):
+            made = run_plan(self, run, request, start, step_end)
         return HybridPipelineOutput.of(made, start.seeds, compiled, return_dict)
+
+    def _model_of(self, expert: str) -> Any:
+        if expert == STUDENT or self.hybrid is None:
+            return self.student
+        return self.hybrid.expert_unet(expert)
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
         scale = self.encoders.scale
@@ -286,8 +294,7 @@ class StudentPipeline:
             raise ValueError("nothing says how large the student's images are: give height and width")
         side = (self.sample_size or 0) * scale
         height, width = side if height is None else height, side if width is None else width
-        check_size(height, width, scale if self.hybrid is None else self.hybrid._size_multiple())
-        return height, width
+        return check_size(height, width, scale if self.hybrid is None else self.hybrid._size_multiple())
 
     def _conditioning(
         self, compiled: SamplingPlan, prompts: list[str], negative: Negative | None, batch_size: int
@@ -306,6 +313,8 @@ class StudentPipeline:
             cond |= {name: {"prompt_embeds": states} for name in guides}
             wanted = [name for name in guides if name in guided]
             embeds = negative_embeds(negative, None, wanted, self.expert_names, len(prompts), encode)
+            for features in (states, *embeds.values()):
+                check_finite("the prompts' features", features, "the text encoder", self.hybrid.text_encoder)
             uncond |= {name: {"prompt_embeds": value} for name, value in embeds.items()}
         return cond, uncond
 

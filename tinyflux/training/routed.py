@@ -44,7 +44,7 @@ class RoutedTeachers:
             those of a pipeline. Their own guidance settings are for sampling and not used.
         router: from a share of noise to weights by the experts' names.
         encode_prompt: captions to the experts' text states; without it the batch's `prompt_embeds` are these.
-        guidance_scale: of classifier-free guidance, 1 is none.
+        guidance_scale: of classifier-free guidance, 1 or less is none.
         null_embeds: [1, tokens, channels], what guidance leads away from; by default the empty prompt.
         offload: by expert, the module to bring to the batch's device for the call alone, and back.
 
@@ -68,7 +68,7 @@ class RoutedTeachers:
         self._models = {expert.name: expert.model for expert in experts if expert.model is not None}
         if missing := [name for name in self._experts if name not in self._models]:
             raise ValueError(f"{', '.join(missing)} came without a model")
-        if guidance_scale != 1 and encode_prompt is None and null_embeds is None:
+        if guidance_scale > 1 and encode_prompt is None and null_embeds is None:
             raise ValueError("guidance needs null_embeds where there is no encode_prompt")
         self._router, self._encode_prompt, self._scale = router, encode_prompt, guidance_scale
         self._null_embeds, self._offload = null_embeds, offload or {}
@@ -125,7 +125,7 @@ class RoutedTeachers:
     def _predict(self, expert: Expert, sample: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
         """The expert's output with guidance, float32."""
         model = self._models[expert.name]
-        if self._scale == 1:
+        if self._scale <= 1:
             return _output(model, sample, timestep, text)
         if self._null_embeds is None:
             assert self._encode_prompt is not None  # the constructor sees to it

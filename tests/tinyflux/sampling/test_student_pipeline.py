@@ -1,5 +1,6 @@
 """Images of a student, alone and guided: the pipeline and the command."""
 
+import copy
 import json
 
 import numpy as np
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 from moe_sampler import SamplingPlan, plan, sample
 from moe_sampler.cli import app
 from moe_sampler.demo import experts_path
+from moe_sampler.errors import NonFiniteError
 from moe_sampler.tinyflux import StudentEncoders, StudentPipeline, TinyFluxConfig, tinyflux_expert
 from moe_sampler.tinyflux.sampling.fitting import default_side, same_latents
 from moe_sampler.viewing.images import read_settings
@@ -264,10 +266,44 @@ def test_the_command(pipe, folder, tmp_path, monkeypatch):
         (("a castle", "--offload", "expert"), "leave out --offload"),
         (("a castle", "-o", "x.safetensors", "--trace"), "go with images"),
         (("a castle", "--steps", "2", "--steps", "sol=3"), "not both"),
-        (("a castle", "-n", "0"), "at least 1"),
+        (("a castle", "-n", "0"), "a whole number from 1 to 10000, got 0"),
     ],
 )
 def test_the_command_refuses_before_it_loads(tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     result = run("no-such-student", *arguments, code=2)
     assert message in " ".join(result.output.split()) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("bad", ["tinyflux", "lune", "CLIPTextModel", "the VAE"])
+def test_nan_is_named_and_never_painted(pipe, bad):
+    spoilt = copy.deepcopy(pipe.student), copy.deepcopy(pipe.hybrid), copy.deepcopy(pipe.encoders)
+    own = StudentPipeline(spoilt[0], spoilt[2], spoilt[1])
+    own.set_progress_bar_config(disable=True)
+    model = {
+        "tinyflux": own.student,
+        "lune": own.hybrid.expert_unet("lune"),
+        "CLIPTextModel": own.encoders.clip.model,
+        "the VAE": own.encoders.vae.decoder,
+    }[bad]
+    with torch.no_grad():
+        list(model.parameters())[-1].fill_(torch.nan)
+    with pytest.raises(NonFiniteError, match=f"{bad}.* has NaN or infinite weights"):
+        own(PROMPTS[0], num_inference_steps=2, lune_weight=0.4, seed=1)
+
+
+def test_torchs_seed_decides_where_none_is_given(pipe):
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        first = pipe(PROMPTS[0], num_inference_steps=2, output_type="latent")
+        torch.manual_seed(4)
+        again = pipe(PROMPTS[0], num_inference_steps=2, output_type="latent")
+    assert torch.equal(first.images, again.images) and first.seeds == again.seeds
+
+
+def test_guidance_of_one_or_less_is_none(pipe):
+    keys = {"num_inference_steps": 2, "seed": 1, "output_type": "latent", "lune_weight": 0.4}
+    none = pipe(PROMPTS[0], guidance_scale=1.0, **keys)
+    assert not none.plan.guided
+    for scale in (0, 0.5):
+        assert torch.equal(none.images, pipe(PROMPTS[0], guidance_scale=scale, **keys).images)
