@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.utils import is_peft_available, recurse_remove_peft_layers
-from safetensors import SafetensorError
 
 from ..architectures import architecture_of
 from ..architectures.unet import UNET
-from ..errors import CheckpointError, first_line, listed
+from ..errors import listed
+from ..loading.lora_files import read_lora
 from .base import ExpertPipeline
 
 __all__ = ["AdapterMixin"]
@@ -22,6 +22,33 @@ __all__ = ["AdapterMixin"]
 def _check_peft() -> None:
     if not is_peft_available():
         raise ValueError("LoRA adapters need the package peft: pip install peft")
+
+
+def _adapters(model: torch.nn.Module) -> set[str]:
+    return set(getattr(model, "peft_config", {}))
+
+
+def _remove_all(model: Any) -> None:
+    """Take every adapter out of a model of diffusers or transformers."""
+    if not _adapters(model):
+        return
+    if hasattr(model, "unload_lora"):
+        model.unload_lora()
+        return
+    recurse_remove_peft_layers(model)
+    del model.peft_config
+    model._hf_peft_config_loaded = False
+
+
+def _forget(model: Any, names: set[str]) -> None:
+    """Take out adapters that were loaded in part, and put the layers back if there are no others."""
+    if _adapters(model) <= names:
+        _remove_all(model)
+    elif hasattr(model, "delete_adapters"):
+        model.delete_adapters(list(names))
+    else:
+        for name in names:
+            model.delete_adapter(name)
 
 
 class AdapterMixin(ExpertPipeline):
@@ -48,48 +75,41 @@ class AdapterMixin(ExpertPipeline):
 
         Raises:
             ValueError: without peft; an unknown expert, or one that isn't a UNet; an unanswered text encoder
-                part; no LoRA.
+                part; anything but a plain LoRA every tensor of which is of a layer of this model. Nothing of
+                it is loaded then.
         """
         _check_peft()
         unet = self.expert_unet(expert)
         if architecture_of(unet) is not UNET:
             raise ValueError(f"LoRAs are loaded into a {UNET.class_name}, and {expert} is none")
-        source = pretrained_model_name_or_path_or_dict
-        source = dict(source) if isinstance(source, Mapping) else str(source)
-        try:
-            found = StableDiffusionLoraLoaderMixin.lora_state_dict(
-                source, use_safetensors=True, return_lora_metadata=True, unet_config=unet.config, **kwargs
-            )
-        except (OSError, ValueError, SafetensorError) as error:
-            what = source if isinstance(source, str) else "LoRA"
-            raise CheckpointError(f"{what}: {first_line(error)}") from error
-        state, alphas, metadata = cast("tuple[dict[str, Any], Any, Any]", found)
-        foreign = [key for key in state if not key.startswith(("unet.", "text_encoder."))]
-        if foreign or not any(key.startswith("unet.") for key in state):
-            raise CheckpointError(f"this is no LoRA of a UNet: it holds {listed(foreign or list(state))}")
-        if text_encoder is None and any(key.startswith("text_encoder.") for key in state):
+        file = read_lora(pretrained_model_name_or_path_or_dict, unet.config, **kwargs)
+        if text_encoder is None and file.has("text_encoder"):
             raise ValueError(
                 "this LoRA has a part for the text encoder, which all experts share: say text_encoder=True "
                 "to load it too, or text_encoder=False to leave it out"
             )
-        with self._with_expert(expert):
-            StableDiffusionLoraLoaderMixin.load_lora_into_unet(
-                state,
-                network_alphas=alphas,
-                unet=unet,
-                adapter_name=adapter_name,
-                metadata=metadata,
-                _pipeline=self,
-            )
-        if text_encoder:
-            StableDiffusionLoraLoaderMixin.load_lora_into_text_encoder(
-                state,
-                network_alphas=alphas,
-                text_encoder=self.text_encoder,
-                adapter_name=adapter_name,
-                metadata=metadata,
-                _pipeline=self,
-            )
+        models = {"unet": unet}
+        if text_encoder and file.has("text_encoder"):
+            models["text_encoder"] = self.text_encoder
+        for part, model in models.items():
+            file.check_fit(part, model)
+            if adapter_name in getattr(model, "peft_config", {}):
+                raise ValueError(f"there is an adapter {adapter_name!r} already: choose another adapter_name")
+        before = {part: _adapters(model) for part, model in models.items()}
+        settings = dict(
+            network_alphas=file.alphas, adapter_name=adapter_name, metadata=file.metadata, _pipeline=self
+        )
+        try:
+            with self._with_expert(expert):
+                StableDiffusionLoraLoaderMixin.load_lora_into_unet(file.tensors, unet=unet, **settings)
+            if "text_encoder" in models:
+                StableDiffusionLoraLoaderMixin.load_lora_into_text_encoder(
+                    file.tensors, text_encoder=self.text_encoder, **settings
+                )
+        except BaseException:
+            for part, model in models.items():
+                _forget(model, _adapters(model) - before[part])
+            raise
 
     def set_adapters(
         self,
@@ -123,10 +143,6 @@ class AdapterMixin(ExpertPipeline):
         """Take one expert's adapters out again, or all there are; fused ones stay in the weights."""
         _check_peft()
         for name in self.expert_names if expert is None else [expert]:
-            unet = self.expert_unet(name)
-            if getattr(unet, "peft_config", None):
-                unet.unload_lora()
-        if expert is None and getattr(self.text_encoder, "peft_config", None):
-            recurse_remove_peft_layers(self.text_encoder)
-            del self.text_encoder.peft_config
-            self.text_encoder._hf_peft_config_loaded = False
+            _remove_all(self.expert_unet(name))
+        if expert is None:
+            _remove_all(self.text_encoder)

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from .paths import FlowPath, Path, VPPath, path_from_scheduler_config
+from .paths import FlowPath, Path, VPPath
 from .predictions import Prediction, check_prediction
+from .scheduler_configs import check_scheduler_config, path_from_scheduler_config
 from .solvers import Solver, check_solver
 
 __all__ = ["Expert"]
@@ -25,15 +26,6 @@ _SOLVER_OF_SCHEDULER: dict[str, Solver] = {
     "FusedDDPMScheduler": "ddpm",
     "FusedDDIMScheduler": "ddim",
     "FusedFlowMatchEulerScheduler": "euler",
-}
-# What a run would silently do differently, and the setting that makes it harmless when given.
-_UNSUPPORTED_OPTIONS = {
-    "thresholding": None,
-    "use_karras_sigmas": None,
-    "use_exponential_sigmas": None,
-    "use_beta_sigmas": None,
-    "use_lu_lambdas": None,
-    "use_dynamic_shifting": "shift",
 }
 _SOLVER_OF_ALGORITHM: dict[str, Solver] = {"dpmsolver++": "dpmpp_2m", "sde-dpmsolver++": "dpmpp_2m_sde"}
 
@@ -142,18 +134,19 @@ class Expert:
         clipping are the expert's own.
 
         Raises:
-            ValueError: a scheduler class, beta schedule or prediction type this package doesn't know, or an
-                option that changes how the scheduler samples and has no counterpart here.
+            ValueError: a scheduler class, beta schedule or prediction type this package doesn't know, or any
+                key that would change the images and isn't honoured (see `scheduler_configs`).
         """
         scheduler = config.get("_class_name", "")
         if scheduler not in _SOLVER_OF_SCHEDULER:
             known = ", ".join(_SOLVER_OF_SCHEDULER)
             raise ValueError(f'{name}: scheduler "{scheduler}" is not supported: use one of {known}')
         given = {key: value for key, value in settings.items() if value is not None}
-        path = path_from_scheduler_config(config)
-        for option, remedy in _UNSUPPORTED_OPTIONS.items():
-            if config.get(option) and remedy not in given:
-                raise ValueError(f"{name}: {scheduler}'s {option} is not supported: set it to false")
+        try:
+            check_scheduler_config(config, given)
+            path = path_from_scheduler_config(config)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
         read = {
             "shift": config.get("shift", config.get("flow_shift", 1.0)),
             "spacing": config.get("timestep_spacing", "trailing"),
