@@ -31,7 +31,9 @@ _OTHER_KINDS = (
     ("a LoRA of Flux", r"(double|single)_blocks_?\d|[._]single_transformer_blocks[._]|double_blocks\."),
     ("a LoRA of a diffusion transformer", r"^(transformer\.|lora_transformer_|diffusion_model\.|lora_te3_)"),
 )
-_TEXT_LAYER = re.compile(r"attn2[._].*to_[kv]\b.*(lora_down|down|lora_A)\.weight$|attn2[._](processor\.)?to_[kv]_lora.*down")
+_TEXT_LAYER = re.compile(
+    r"attn2[._].*to_[kv]\b.*(lora_down|down|lora_A)\.weight$|attn2[._](processor\.)?to_[kv]_lora.*down"
+)
 _BASE_OF_TEXT = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}
 _LORA_KEY = re.compile(r"(?P<layer>.+)\.lora_(?P<side>[AB])\.(?P<what>weight|bias)")
 
@@ -101,11 +103,15 @@ class LoraFile:
             elif match["what"] == "weight":
                 pairs.setdefault(match["layer"], {})[match["side"]] = tensor
         alone = [layer for layer, pair in pairs.items() if len(pair) < 2]
-        wrong = [f"{layer} ({_shapes(pair)})" for layer, pair in pairs.items() if not _fits(pair, layers[layer])]
+        wrong = [
+            f"{layer} ({_shapes(pair)})" for layer, pair in pairs.items() if not _fits(pair, layers[layer])
+        ]
         problems = {"of no layer": foreign, "half of a pair": alone, "misshapen": wrong}
         found = [f"{problem}: {listed(names)}" for problem, names in problems.items() if names]
         if found:
-            raise CheckpointError(f"{self.where} is no LoRA of this {type(model).__name__}; {'; '.join(found)}")
+            raise CheckpointError(
+                f"{self.where} is no LoRA of this {type(model).__name__}; {'; '.join(found)}"
+            )
 
 
 def _under_peft_names(part: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -184,13 +190,13 @@ def read_lora(
         )
         check_kind(raw, name)
         _check_base(raw, unet_config["cross_attention_dim"], name)
-        tensors, alphas = StableDiffusionLoraLoaderMixin.lora_state_dict(dict(raw), unet_config=unet_config)
+        found = StableDiffusionLoraLoaderMixin.lora_state_dict(dict(raw), unet_config=unet_config)
     except CheckpointError:
         raise
     except (OSError, ValueError, KeyError, IndexError, SafetensorError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise CheckpointError(f"{name}: {reason[:400] or first_line(error)}") from error
-    tensors = cast("dict[str, Any]", tensors)
+    tensors, alphas = cast("tuple[dict[str, Any], Any]", found)
     foreign = [key for key in tensors if not key.startswith(tuple(f"{part}." for part in PARTS))]
     if foreign or not any(key.startswith("unet.") for key in tensors):
         raise CheckpointError(f"{name} is no LoRA of a UNet: it holds {listed(foreign or list(tensors))}")

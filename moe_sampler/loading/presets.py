@@ -124,12 +124,16 @@ def training_config(training: str | Mapping[str, Any]) -> dict[str, Any]:
                 f'unknown kind of expert "{training}": use {", ".join(TRAINING)}, or give a scheduler config'
             )
         return dict(TRAINING[training])
-    config = dict(training)
-    if config.get("_class_name") not in _BETA_SCHEDULERS:
-        return config
-    from ..sampling.scheduler_configs import check_scheduler_config  # brings torch
+    from ..sampling import scheduler_configs  # brings torch
 
-    check_scheduler_config(config)
+    config = dict(training)
+    scheduler = config.get("_class_name")
+    if scheduler in scheduler_configs.SOLVER_OF_SCHEDULER:
+        # What a setting of the expert may still replace is checked when it is planned.
+        scheduler_configs.check_scheduler_config(config, scheduler_configs.SETTINGS_INSTEAD)
+    if scheduler not in _BETA_SCHEDULERS:
+        return config
+    scheduler_configs.check_scheduler_config(config)
     facts = {key: config[key] for key in _TRAINING_FACTS if config.get(key) is not None}
     return {
         "_class_name": "DPMSolverMultistepScheduler",

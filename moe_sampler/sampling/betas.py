@@ -22,8 +22,8 @@ def scaled_linear(start: float, end: float, total: int) -> np.ndarray:
 
 
 def cosine(start: float, end: float, total: int, largest: float = 0.999) -> np.ndarray:
-    """[T] with abar(u) = cos^2(pi/2 (u + 0.008) / 1.008), u = t / T (arXiv:2102.09672, eq. 17); it has ends of
-    its own."""
+    """[T] with abar(u) = cos^2(pi/2 (u + 0.008) / 1.008), u = t / T (arXiv:2102.09672, eq. 17), which has its
+    own ends."""
     u = np.arange(total + 1) / total
     abar = np.cos((u + 0.008) / 1.008 * math.pi / 2.0) ** 2
     return np.minimum(1.0 - abar[1:] / abar[:-1], largest)

@@ -11,22 +11,11 @@ import torch
 
 from .paths import FlowPath, Path, VPPath
 from .predictions import Prediction, check_prediction
-from .scheduler_configs import check_scheduler_config, path_from_scheduler_config
+from .scheduler_configs import SOLVER_OF_SCHEDULER, check_scheduler_config, path_from_scheduler_config
 from .solvers import Solver, check_solver
 
 __all__ = ["Expert"]
 
-_SOLVER_OF_SCHEDULER: dict[str, Solver] = {
-    "DDPMScheduler": "ddpm",
-    "DDIMScheduler": "ddim",
-    "FlowMatchEulerDiscreteScheduler": "euler",
-    "FlowMatchHeunDiscreteScheduler": "heun",
-    "HeunDiscreteScheduler": "heun",
-    "DPMSolverMultistepScheduler": "dpmpp_2m",
-    "FusedDDPMScheduler": "ddpm",
-    "FusedDDIMScheduler": "ddim",
-    "FusedFlowMatchEulerScheduler": "euler",
-}
 _SOLVER_OF_ALGORITHM: dict[str, Solver] = {"dpmsolver++": "dpmpp_2m", "sde-dpmsolver++": "dpmpp_2m_sde"}
 
 
@@ -138,8 +127,8 @@ class Expert:
                 key that would change the images and isn't honoured (see `scheduler_configs`).
         """
         scheduler = config.get("_class_name", "")
-        if scheduler not in _SOLVER_OF_SCHEDULER:
-            known = ", ".join(_SOLVER_OF_SCHEDULER)
+        if scheduler not in SOLVER_OF_SCHEDULER:
+            known = ", ".join(SOLVER_OF_SCHEDULER)
             raise ValueError(f'{name}: scheduler "{scheduler}" is not supported: use one of {known}')
         given = {key: value for key, value in settings.items() if value is not None}
         try:
@@ -160,7 +149,7 @@ class Expert:
 
 def _solver_of(name: str, scheduler: str, config: Mapping[str, Any]) -> Solver:
     if scheduler != "DPMSolverMultistepScheduler":
-        return _SOLVER_OF_SCHEDULER[scheduler]
+        return SOLVER_OF_SCHEDULER[scheduler]
     algorithm = config.get("algorithm_type", "dpmsolver++")
     order, kind = config.get("solver_order", 2), config.get("solver_type", "midpoint")
     if algorithm not in _SOLVER_OF_ALGORITHM or (order, kind) != (2, "midpoint"):

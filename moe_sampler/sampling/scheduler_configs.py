@@ -13,8 +13,28 @@ from typing import Any
 
 from .betas import betas_from_config
 from .paths import SPACINGS, FlowPath, VPPath
+from .solvers import Solver
 
-__all__ = ["check_scheduler_config", "is_flow", "path_from_scheduler_config", "vp_path_from_config"]
+__all__ = [
+    "SOLVER_OF_SCHEDULER",
+    "check_scheduler_config",
+    "is_flow",
+    "path_from_scheduler_config",
+    "vp_path_from_config",
+]
+
+SOLVER_OF_SCHEDULER: Mapping[str, Solver] = {
+    "DDPMScheduler": "ddpm",
+    "DDIMScheduler": "ddim",
+    "FlowMatchEulerDiscreteScheduler": "euler",
+    "FlowMatchHeunDiscreteScheduler": "heun",
+    "HeunDiscreteScheduler": "heun",
+    "DPMSolverMultistepScheduler": "dpmpp_2m",
+    "FusedDDPMScheduler": "ddpm",
+    "FusedDDIMScheduler": "ddim",
+    "FusedFlowMatchEulerScheduler": "euler",
+}
+"""The schedulers an expert may be sampled as, and by which of the solvers."""
 
 # Read by `Expert.from_scheduler_config`, here or in `betas`.
 _READ = frozenset(
@@ -66,6 +86,7 @@ _INSTEAD = {
     "final_sigmas_type": "solver",
     "set_alpha_to_one": "solver",
 }
+SETTINGS_INSTEAD = frozenset(_INSTEAD.values())
 _ENDS_BEFORE_DATA = ("DDIMScheduler", "FusedDDIMScheduler")
 
 

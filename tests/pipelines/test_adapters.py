@@ -161,7 +161,10 @@ LAYER = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda update: renamed(update, 4), "is no LoRA of this UNet2DConditionModel; of no layer: .*attention1"),
+        (
+            lambda update: renamed(update, 4),
+            "is no LoRA of this UNet2DConditionModel; of no layer: .*attention1",
+        ),
         (lambda update: renamed(update, 24), "of no layer: .* and 19 more"),
         (with_key("unet.conv_norm_out.lora_A.weight"), "of no layer: conv_norm_out.lora_A"),
         (without_first, "half of a pair: mid_block.attentions.0"),
@@ -201,7 +204,7 @@ def test_a_load_that_fails_half_way_leaves_nothing_behind(update, monkeypatch):
     both = {**update, **text_part((2, 128))}
     pipe = load()
     plain = pipe(**QUICK).images
-    with pytest.raises(CheckpointError, match="CLIPTextModel; misshapen: .*encoder"):
+    with pytest.raises(CheckpointError, match=r"CLIPTextModel; misshapen: .*encoder"):
         pipe.load_lora_weights({**update, **text_part((2, 64))}, expert="sol", text_encoder=True)
 
     def fail(*args, **kwargs):

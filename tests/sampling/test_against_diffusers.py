@@ -293,7 +293,7 @@ def test_solvers_are_read_from_diffusers_configs():
         multistep(solver_order=3),
         multistep(solver_type="heun"),
     ):
-        with pytest.raises(ValueError, match="solver_order 2|final_sigmas_type"):
+        with pytest.raises(ValueError, match=r"solver_order 2|final_sigmas_type"):
             solver(unknown)
         assert solver(unknown, solver="ddim") == "ddim"
     for option in ("use_karras_sigmas", "use_exponential_sigmas", "thresholding"):

@@ -40,7 +40,11 @@ def test_what_published_folders_carry_is_read(name):
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("EulerDiscreteScheduler", dict(use_karras_sigmas=True), "use_karras_sigmas = True .* set it to false"),
+        (
+            "EulerDiscreteScheduler",
+            dict(use_karras_sigmas=True),
+            "use_karras_sigmas = True .* set it to false",
+        ),
         ("EulerDiscreteScheduler", dict(timestep_type="continuous"), "timestep_type .* set it to discrete"),
         ("EulerDiscreteScheduler", dict(final_sigmas_type="sigma_min"), "final_sigmas_type .* zero, or give"),
         ("UniPCMultistepScheduler", dict(use_exponential_sigmas=True), "use_exponential_sigmas"),
@@ -108,7 +112,10 @@ def test_a_replaced_solver_keeps_what_the_model_was_trained_on():
 @pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler"])
 def test_a_run_from_zero_terminal_snr_is_diffusers_own(gentle_mixture, name, prediction):
     scheduler = getattr(diffusers, name)(
-        rescale_betas_zero_snr=True, timestep_spacing="trailing", prediction_type=prediction, clip_sample=False
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        prediction_type=prediction,
+        clip_sample=False,
     )
     path = read({**scheduler.config, "_class_name": name}).path
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import json
 
@@ -512,7 +511,9 @@ def test_zero_terminal_snr_and_epsilon(cls):
     fused, original = cls(**config), ORIGINALS[cls](**config)
     for scheduler in (fused, original):
         scheduler.set_timesteps(10)  # "leading" begins at 900
-    mine, theirs = (s.step(0.1 * x, 900, x, generator=torch.Generator()).prev_sample for s in (fused, original))
+    mine, theirs = (
+        s.step(0.1 * x, 900, x, generator=torch.Generator()).prev_sample for s in (fused, original)
+    )
     torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=0)
     message = "timestep 999 no signal is left, and an epsilon model says nothing"
     with pytest.raises(ValueError, match=message):
