@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .paths import FlowPath, Path, VPPath
+from .paths import FlowPath, Level, Path, VPPath
 from .predictions import Prediction, check_prediction
 from .scheduler_configs import SOLVER_OF_SCHEDULER, check_scheduler_config, path_from_scheduler_config
 from .solvers import Solver, check_solver
@@ -43,6 +43,8 @@ class Expert:
             that is scaled back to the conditional one's standard deviation, sample by sample.
         clip_sample_range: clip x0 to plus-minus this before the solver; None leaves it alone. Clipping harms
             latents and is meant for pixel-space models.
+        set_alpha_to_one: whether a run's last step goes to the data or, on a discrete path, to the level of
+            timestep 0, which keeps a little noise: diffusers' name, of its DDIM.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Expert:
     clip_sample_range: float | None = None
     guidance_window: tuple[float, float] | None = None
     guidance_rescale: float = 0.0
+    set_alpha_to_one: bool = True
 
     def __post_init__(self) -> None:
         check_prediction(self.prediction)
@@ -90,6 +93,12 @@ class Expert:
     @property
     def guided(self) -> bool:
         return self.guidance_scale != 1.0
+
+    @property
+    def last_level(self) -> Level:
+        """Where the last step of a run to the data goes."""
+        to_data = self.set_alpha_to_one or not self.path.discrete
+        return Level(1.0, 0.0) if to_data else self.path.level(0)
 
     def guidance_at(self, noise: float) -> float:
         """The guidance scale at a share of noise: 1 outside the guidance window."""
@@ -141,8 +150,9 @@ class Expert:
             "spacing": config.get("timestep_spacing", "trailing"),
             "clip_sample_range": config.get("clip_sample_range", 1.0) if config.get("clip_sample") else None,
         }
-        if "solver" not in given:
-            read["solver"] = _solver_of(name, scheduler, config)
+        read["solver"] = given.get("solver") or _solver_of(name, scheduler, config)
+        if read["solver"] == SOLVER_OF_SCHEDULER[scheduler] == "ddim":
+            read["set_alpha_to_one"] = config.get("set_alpha_to_one") is not False
         prediction = config.get("prediction_type", "epsilon") if path.discrete else "flow_prediction"
         return cls(name, path, prediction, model, **{**read, **given})
 

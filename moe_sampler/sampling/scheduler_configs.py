@@ -41,7 +41,7 @@ _READ = frozenset(
     {
         *("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas"),
         *("rescale_betas_zero_snr", "prediction_type", "steps_offset", "clip_sample", "clip_sample_range"),
-        *("shift", "flow_shift", "algorithm_type", "solver_order", "solver_type"),
+        *("set_alpha_to_one", "shift", "flow_shift", "algorithm_type", "solver_order", "solver_type"),
     }
 )
 HARMLESS = frozenset(
@@ -84,10 +84,8 @@ _INSTEAD = {
     "timestep_spacing": "spacing",
     "variance_type": "solver",
     "final_sigmas_type": "solver",
-    "set_alpha_to_one": "solver",
 }
 SETTINGS_INSTEAD = frozenset(_INSTEAD.values())
-_ENDS_BEFORE_DATA = ("DDIMScheduler", "FusedDDIMScheduler")
 
 
 def is_flow(config: Mapping[str, Any]) -> bool:
@@ -106,7 +104,7 @@ def check_scheduler_config(config: Mapping[str, Any], given: Collection[str] = (
         ValueError: such a key, its value, and the values that would be fine.
     """
     scheduler = config.get("_class_name") or "the scheduler config"
-    fine = {**FINE, "set_alpha_to_one": (True,) if scheduler in _ENDS_BEFORE_DATA else (True, False)}
+    fine = dict(FINE)
     if is_flow(config):
         fine |= {"prediction_type": ("flow_prediction",), "rescale_betas_zero_snr": (False,)}
         fine["use_flow_sigmas"] = (True,)

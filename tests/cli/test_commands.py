@@ -9,7 +9,9 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from moe_sampler import Boundary, Expert, SamplingPlan, __version__, plan

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import diffusers
 import pytest
 import torch
@@ -57,7 +59,6 @@ def test_what_published_folders_carry_is_read(name):
         ("DDPMScheduler", dict(variance_type="fixed_large"), "variance_type .* fixed_small"),
         ("DDIMScheduler", dict(timestep_spacing="traling"), "timestep_spacing = 'traling' .* trailing or"),
         ("PNDMScheduler", dict(timestep_spacing="traling"), "timestep_spacing = 'traling'"),
-        ("DDIMScheduler", dict(set_alpha_to_one=False), "set_alpha_to_one = False .* true, or give solver"),
         ("FlowMatchEulerDiscreteScheduler", dict(shift_terminal=0.1), "shift_terminal = 0.1 .* null"),
         ("FlowMatchEulerDiscreteScheduler", dict(stochastic_sampling=True), "stochastic_sampling"),
         ("FlowMatchEulerDiscreteScheduler", dict(invert_sigmas=True), "invert_sigmas"),
@@ -135,3 +136,33 @@ def test_a_run_from_zero_terminal_snr_is_diffusers_own(gentle_mixture, name, pre
     for t in scheduler.timesteps:
         x = scheduler.step(model(x, t), t, x).prev_sample
     torch.testing.assert_close(sample(plan(expert, steps=10), expert, noise), x, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("spacing", "offset"), [("leading", 0), ("leading", 1), ("trailing", 0), ("linspace", 0)]
+)
+def test_ddim_may_end_at_timestep_0(gentle_mixture, spacing, offset):
+    """Stable Diffusion 2's folders say `set_alpha_to_one: false`."""
+    scheduler = diffusers.DDIMScheduler(
+        set_alpha_to_one=False, timestep_spacing=spacing, steps_offset=offset, clip_sample=False
+    )
+    config = {**scheduler.config, "_class_name": "DDIMScheduler"}
+    expert = Expert.from_scheduler_config("x", training_config(config))
+
+    def model(x, timestep, **_):
+        return gentle_mixture.predict("epsilon", x, expert.path.level(int(timestep)))
+
+    expert = dataclasses.replace(expert, model=model)
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    schedule = plan(expert, steps=10)
+    scheduler.set_timesteps(10)
+    assert [step.calls[0].timestep for step in schedule.steps] == scheduler.timesteps.tolist()
+    assert schedule.steps[-1].target == expert.path.level(0)
+    if spacing == "linspace":
+        return  # diffusers' steps are shorter there than the way to the next node
+    x = noise
+    for t in scheduler.timesteps:
+        x = scheduler.step(model(x, t), t, x).prev_sample
+    torch.testing.assert_close(sample(schedule, expert, noise), x, atol=2e-5, rtol=0)
+    assert plan(dataclasses.replace(expert, solver="dpmpp_2m"), steps=4).steps[-1].target.sigma > 0
+    assert Expert.from_scheduler_config("x", config, solver="dpmpp_2m").last_level.sigma == 0
