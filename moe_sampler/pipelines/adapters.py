@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
-from diffusers.utils import is_peft_available, recurse_remove_peft_layers
+from diffusers.utils import get_adapter_name, is_peft_available
 
 from ..architectures import architecture_of
 from ..architectures.unet import UNET
 from ..errors import listed
 from ..loading.lora_files import read_lora
 from .base import ExpertPipeline
+from .text_adapters import activate, active, adapters, fuse, remove, remove_all, text_name
 
 __all__ = ["AdapterMixin"]
 
@@ -22,33 +23,6 @@ __all__ = ["AdapterMixin"]
 def _check_peft() -> None:
     if not is_peft_available():
         raise ValueError("LoRA adapters need the package peft: pip install peft")
-
-
-def _adapters(model: torch.nn.Module) -> set[str]:
-    return set(getattr(model, "peft_config", {}))
-
-
-def _remove_all(model: Any) -> None:
-    """Take every adapter out of a model of diffusers or transformers."""
-    if not _adapters(model):
-        return
-    if hasattr(model, "unload_lora"):
-        model.unload_lora()
-        return
-    recurse_remove_peft_layers(model)
-    del model.peft_config
-    model._hf_peft_config_loaded = False
-
-
-def _forget(model: Any, names: set[str]) -> None:
-    """Take out adapters that were loaded in part, and put the layers back if there are no others."""
-    if _adapters(model) <= names:
-        _remove_all(model)
-    elif hasattr(model, "delete_adapters"):
-        model.delete_adapters(list(names))
-    else:
-        for name in names:
-            model.delete_adapter(name)
 
 
 class AdapterMixin(ExpertPipeline):
@@ -91,24 +65,29 @@ class AdapterMixin(ExpertPipeline):
         models = {"unet": unet}
         if text_encoder and file.has("text_encoder"):
             models["text_encoder"] = self.text_encoder
+        name = adapter_name or get_adapter_name(unet)
+        names = {"unet": name, "text_encoder": text_name(expert, name)}
         for part, model in models.items():
             file.check_fit(part, model)
-            if adapter_name in getattr(model, "peft_config", {}):
-                raise ValueError(f"there is an adapter {adapter_name!r} already: choose another adapter_name")
-        before = {part: _adapters(model) for part, model in models.items()}
-        settings = dict(
-            network_alphas=file.alphas, adapter_name=adapter_name, metadata=file.metadata, _pipeline=self
-        )
+            if names[part] in adapters(model):
+                raise ValueError(f"{expert} has an adapter {name!r} already: choose another adapter_name")
+        others = active(self.text_encoder)
+        settings = dict(network_alphas=file.alphas, metadata=file.metadata, _pipeline=self)
+        load = StableDiffusionLoraLoaderMixin
         try:
             with self._with_expert(expert):
-                StableDiffusionLoraLoaderMixin.load_lora_into_unet(file.tensors, unet=unet, **settings)
+                load.load_lora_into_unet(file.tensors, unet=unet, adapter_name=name, **settings)
             if "text_encoder" in models:
-                StableDiffusionLoraLoaderMixin.load_lora_into_text_encoder(
-                    file.tensors, text_encoder=self.text_encoder, **settings
+                load.load_lora_into_text_encoder(
+                    file.tensors,
+                    text_encoder=self.text_encoder,
+                    adapter_name=names["text_encoder"],
+                    **settings,
                 )
+                activate(self.text_encoder, expert, others, {name: 1.0})
         except BaseException:
             for part, model in models.items():
-                _forget(model, _adapters(model) - before[part])
+                remove(model, {names[part]} & adapters(model))
             raise
 
     def set_adapters(
@@ -118,7 +97,7 @@ class AdapterMixin(ExpertPipeline):
         *,
         expert: str,
     ) -> None:
-        """Which of an expert's adapters act, and how strongly.
+        """Which of an expert's adapters act, and how strongly, with their halves in the text encoder.
 
         Args:
             adapter_names: as given to `load_lora_weights`.
@@ -132,17 +111,25 @@ class AdapterMixin(ExpertPipeline):
         if unknown:
             raise ValueError(f"{expert} has no adapter {unknown[0]!r}; it has {listed(known) or 'none'}")
         self.expert_unet(expert).set_adapters(chosen, adapter_weights)
+        weights = (
+            list(adapter_weights)
+            if isinstance(adapter_weights, Sequence)
+            else [adapter_weights] * len(chosen)
+        )
+        scales = {name: 1.0 if w is None else w for name, w in zip(chosen, weights, strict=True)}
+        activate(self.text_encoder, expert, active(self.text_encoder), scales)
 
     def fuse_lora(self, *, expert: str, lora_scale: float = 1.0) -> None:
-        """Add an expert's active adapters to its weights."""
+        """Add an expert's active adapters to its weights, and their halves to the text encoder's."""
         _check_peft()
         with self._with_expert(expert):
             self.expert_unet(expert).fuse_lora(lora_scale=lora_scale)
+        fuse(self.text_encoder, expert, lora_scale)
 
     def unload_lora_weights(self, *, expert: str | None = None) -> None:
         """Take one expert's adapters out again, or all there are; fused ones stay in the weights."""
         _check_peft()
         for name in self.expert_names if expert is None else [expert]:
-            _remove_all(self.expert_unet(name))
-        if expert is None:
-            _remove_all(self.text_encoder)
+            remove_all(self.expert_unet(name))
+            own = {each for each in adapters(self.text_encoder) if each.startswith(text_name(name, ""))}
+            remove(self.text_encoder, own)

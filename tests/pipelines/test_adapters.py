@@ -118,6 +118,55 @@ def test_the_shared_text_encoder_is_asked_about(update, demo_pipeline):
 
 
 @needs_peft
+def test_the_text_encoders_half_is_a_part_of_its_adapter(update, tmp_path):
+    """Scaled, several at once, fused, unloaded and saved with it; against weights changed by hand."""
+    layer = "encoder.layers.0.self_attn.q_proj"
+    halves = {
+        expert: {k: 0.3 * torch.randn(v.shape, generator=torch.Generator().manual_seed(i)) for k, v in text}
+        for i, (expert, text) in enumerate((e, text_part((2, 128)).items()) for e in ("sol", "lune"))
+    }
+
+    def weights(text_encoder):
+        return next(m.weight for n, m in text_encoder.named_modules() if n.endswith(layer))
+
+    def by_hand(**scales):
+        plain = load()
+        for expert, scale in scales.items():
+            a, b = halves[expert].values()
+            weights(plain.text_encoder).data += scale * b @ a
+        return plain.encode_prompt("a castle")
+
+    def check(pipe, **scales):
+        torch.testing.assert_close(pipe.encode_prompt("a castle"), by_hand(**scales), atol=1e-4, rtol=0)
+
+    assert not torch.allclose(by_hand(sol=1.0), by_hand(), atol=1e-3)
+    pipe = load()
+    for expert, half in halves.items():
+        pipe.load_lora_weights({**update, **half}, expert=expert, adapter_name="bold", text_encoder=True)
+    check(pipe, sol=1.0, lune=1.0)
+    pipe.set_adapters("bold", 0.5, expert="sol")
+    check(pipe, sol=0.5, lune=1.0)
+    pipe.set_adapters("bold", [0.25], expert="lune")
+    check(pipe, sol=0.5, lune=0.25)
+    with pytest.raises(ValueError, match=r"has LoRA adapters: fuse them"):
+        pipe.save_pretrained(tmp_path)
+    pipe.fuse_lora(expert="sol")
+    check(pipe, sol=0.5, lune=0.25)
+    pipe.unload_lora_weights(expert="lune")
+    check(pipe, sol=0.5)
+    pipe.unload_lora_weights()
+    pipe.save_pretrained(tmp_path)
+    check(HybridPipeline.from_pretrained(tmp_path), sol=0.5)
+    pipe = load()
+    for expert, half in halves.items():
+        pipe.load_lora_weights({**update, **half}, expert=expert, text_encoder=True)
+    pipe.unload_lora_weights(expert="sol")
+    check(pipe, lune=1.0)
+    pipe.unload_lora_weights()
+    assert torch.equal(pipe.encode_prompt("a castle"), by_hand())
+
+
+@needs_peft
 def test_what_is_no_lora_or_not_there(tmp_path, update):
     pipe = load()
     with pytest.raises(ValueError, match='unknown expert "luna": use sol or lune'):
@@ -219,7 +268,7 @@ def test_a_load_that_fails_half_way_leaves_nothing_behind(update, monkeypatch):
             pipe.load_lora_weights(both, expert="sol", adapter_name="second", text_encoder=True)
         assert set(getattr(pipe.unet_sol, "peft_config", {})) == ({"first"} if first else set())
         assert torch.equal(pipe(**QUICK).images, adapted if first else plain)
-    with pytest.raises(ValueError, match="there is an adapter 'first' already"):
+    with pytest.raises(ValueError, match="sol has an adapter 'first' already"):
         pipe.load_lora_weights(update, expert="sol", adapter_name="first")
     with pytest.raises(TypeError, match="takes no weight_nam"):
         pipe.load_lora_weights(update, expert="sol", weight_nam="x")
