@@ -50,21 +50,28 @@ class Lora:
             if path.suffix or self.path.count("/") != 1:
                 raise ValueError(f"--lora {self.expert}: there is no {self.path}")
             return
-        if path.is_file() and text_encoder is None and _has_text_encoder(path):
-            raise ValueError(
-                f"{path} has a part for the text encoder, which all experts share: say --lora-text-encoder "
-                "to use it too, or --no-lora-text-encoder to leave it out"
-            )
+        if path.is_file():
+            keys = _keys(path)
+            if text_encoder is None and any(key.startswith(("text_encoder.", "lora_te")) for key in keys):
+                raise ValueError(
+                    f"{path} has a part for the text encoder, which all experts share: say "
+                    "--lora-text-encoder to use it too, or --no-lora-text-encoder to leave it out"
+                )
 
 
-def _has_text_encoder(path: Path) -> bool:
+def _keys(path: Path) -> list[str]:
+    """Of a file's tensors, if it is a LoRA."""
     from safetensors import SafetensorError, safe_open
+
+    from ..loading.lora_files import check_kind
 
     try:
         with safe_open(path, "pt") as file:
-            return any(key.startswith(("text_encoder.", "lora_te")) for key in file.keys())  # noqa: SIM118
+            keys = list(file.keys())
     except SafetensorError as error:
         raise ValueError(f"{path} cannot be read as safetensors: {error}") from None
+    check_kind(keys, str(path))
+    return keys
 
 
 def read_loras(

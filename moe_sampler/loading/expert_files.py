@@ -12,6 +12,7 @@ from ..architectures import DEFAULT_CONFIG, Architecture, named_architecture
 from ..errors import CheckpointError, listed
 from .folders import INDEX, SHARED, expert_names, read_config, read_model_index
 from .hub import WEIGHTS, Hub, Place, component_patterns, component_variant
+from .marks import read_marks, with_marks
 from .presets import TRAINING, ExpertSource, training_config
 
 __all__ = ["ExpertFiles", "find_base", "find_expert", "find_training", "read_base_index"]
@@ -144,18 +145,24 @@ def _locate(name: str, source: ExpertSource, hub: Hub, variant: str | None, weig
         raise CheckpointError(f"{name}: {error}") from error
 
 
-def _training(name: str, source: ExpertSource, beside: Path | None) -> dict[str, Any]:
-    """What an expert was trained on: what its source says, else the config beside it, else its name."""
-    training = source.training
-    if training is None:
-        training = read_config(beside) if beside is not None else (name if name in TRAINING else None)
+def _training(name: str, source: ExpertSource, beside: Path | None, files: Sequence[Path]) -> dict[str, Any]:
+    """What an expert was trained on: what its source says, else the config beside it, else its name, and
+    nothing but what its files say of themselves, too."""
+    training, said_by = source.training, f"the training given for {name}"
+    if training is None and beside is not None:
+        training, said_by = read_config(beside), str(beside)
+    elif training is None and name in TRAINING:
+        training, said_by = name, f"the name {name}"
+    config = training if training is None else training_config(training)
+    marks = read_marks(files)
+    training = with_marks(config, marks, files[0] if files else source.weights, said_by, TRAINING)
     if training is None:
         raise CheckpointError(
             f"{name}: nothing says what it was trained on; give ExpertSource(..., training=), or "
             f"--expert-training {name}= on the command line, either one of "
             f"{', '.join(TRAINING)} or a diffusers scheduler config"
         )
-    return training_config(training)
+    return dict(training)
 
 
 def find_training(name: str, source: ExpertSource | str | Path, hub: Hub) -> dict[str, Any]:
@@ -168,7 +175,7 @@ def find_training(name: str, source: ExpertSource | str | Path, hub: Hub) -> dic
         source = ExpertSource(source)
     path = _locate(name, source, hub, None, weights=False)
     beside = _model_folder(path, name)[1] if path.is_dir() else None
-    return _training(name, source, beside)
+    return _training(name, source, beside, [path] if path.is_file() else [])
 
 
 def find_expert(
@@ -196,4 +203,4 @@ def find_expert(
     except CheckpointError as error:
         raise CheckpointError(f"{name}: {source.weights} {error}") from None
     weights = _folder_weights(folder, variant, model) if path.is_dir() else (path,)
-    return ExpertFiles(name, folder, weights, config, _training(name, source, beside))
+    return ExpertFiles(name, folder, weights, config, _training(name, source, beside, weights))

@@ -50,7 +50,8 @@ _BETA_SCHEDULERS = (
 )
 _TRAINING_FACTS = (
     *("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas"),
-    *("prediction_type", "rescale_betas_zero_snr"),
+    *("prediction_type", "rescale_betas_zero_snr", "clip_sample", "clip_sample_range"),
+    *("use_flow_sigmas", "flow_shift"),
 )
 # diffusers' own defaults for these schedulers differ from DPMSolverMultistepScheduler's in nothing but this.
 _BETAS_OF_PNDM = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}
@@ -115,7 +116,7 @@ def training_config(training: str | Mapping[str, Any]) -> dict[str, Any]:
     the betas and prediction type it names; how it spaces timesteps is not taken over.
 
     Raises:
-        ValueError: an unknown kind of expert.
+        ValueError: an unknown kind of expert, or a config that asks for more than that.
     """
     if isinstance(training, str):
         if training not in TRAINING:
@@ -123,9 +124,16 @@ def training_config(training: str | Mapping[str, Any]) -> dict[str, Any]:
                 f'unknown kind of expert "{training}": use {", ".join(TRAINING)}, or give a scheduler config'
             )
         return dict(TRAINING[training])
+    from ..sampling import scheduler_configs  # brings torch
+
     config = dict(training)
-    if config.get("_class_name") not in _BETA_SCHEDULERS:
+    scheduler = config.get("_class_name")
+    if scheduler in scheduler_configs.SOLVER_OF_SCHEDULER:
+        # What a setting of the expert may still replace is checked when it is planned.
+        scheduler_configs.check_scheduler_config(config, scheduler_configs.SETTINGS_INSTEAD)
+    if scheduler not in _BETA_SCHEDULERS:
         return config
+    scheduler_configs.check_scheduler_config(config)
     facts = {key: config[key] for key in _TRAINING_FACTS if config.get(key) is not None}
     return {
         "_class_name": "DPMSolverMultistepScheduler",

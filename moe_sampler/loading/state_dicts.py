@@ -16,7 +16,15 @@ from safetensors import SafetensorError, safe_open
 from ..errors import CheckpointError, first_line, listed
 from .hub import SUFFIXES
 
-__all__ = ["check_fit", "read_safetensors", "read_tensors", "read_torch", "refuse", "without_wrappers"]
+__all__ = [
+    "check_fit",
+    "header",
+    "read_safetensors",
+    "read_tensors",
+    "read_torch",
+    "refuse",
+    "without_wrappers",
+]
 
 _STATE_DICTS = ("student", "model", "state_dict")
 """Where trainers put the weights among everything else they save."""
@@ -36,8 +44,25 @@ def read_safetensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
             return tensors, opened.metadata() or {}
     except (OSError, SafetensorError) as error:
-        kind = "; it looks like a pickle" if _looks_pickled(file) else ""
-        raise CheckpointError(f"{file} cannot be read as safetensors: {first_line(error)}{kind}") from None
+        raise _no_safetensors(file, error) from None
+
+
+def header(file: Path) -> tuple[dict[str, str], list[str]]:
+    """(A safetensors file's metadata; its tensors' keys), without its tensors.
+
+    Raises:
+        CheckpointError: damaged, truncated or of another format.
+    """
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return opened.metadata() or {}, list(opened.keys())
+    except (OSError, SafetensorError) as error:
+        raise _no_safetensors(file, error) from None
+
+
+def _no_safetensors(file: Path, error: Exception) -> CheckpointError:
+    kind = "; it looks like a pickle" if _looks_pickled(file) else ""
+    return CheckpointError(f"{file} cannot be read as safetensors: {first_line(error)}{kind}")
 
 
 def read_torch(file: Path) -> Any:
@@ -46,6 +71,7 @@ def read_torch(file: Path) -> Any:
     Raises:
         CheckpointError: damaged, of another format, or with anything in it but data.
     """
+    _refuse_disguised(file)
     try:
         # Only the zip format, torch's since 1.6, can be mapped.
         return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
@@ -87,6 +113,7 @@ def read_tensors(files: Sequence[Path]) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     for file in files:
         if file.suffix not in SUFFIXES:
+            _refuse_disguised(file)
             raise CheckpointError(f"{file} is none of {', '.join(SUFFIXES)}")
         if file.suffix == ".safetensors":
             tensors |= read_safetensors(file)[0]
@@ -203,6 +230,18 @@ def _refused(error: pickle.UnpicklingError) -> str:
     """What torch refused to build, out of its long message."""
     found = re.search(r"GLOBAL (\S+)|WeightsUnpickler error: (.+)", str(error))
     return next(filter(None, found.groups())) if found else first_line(error)
+
+
+def _refuse_disguised(file: Path) -> None:
+    """Raise if it is a safetensors file: its header's length in 8 bytes, then that header, a JSON object."""
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(9)
+        size = file.stat().st_size
+    except OSError:
+        return  # whoever reads it says why it can't be read
+    if start[8:] == b"{" and int.from_bytes(start[:8], "little") <= size - 8:
+        raise CheckpointError(f"{file} is a safetensors file: rename it to {file.stem}.safetensors")
 
 
 def _looks_pickled(file: Path) -> bool:

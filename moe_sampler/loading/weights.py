@@ -11,6 +11,7 @@ from ..architectures import build, named_architecture
 from ..errors import CheckpointError
 from .expert_files import ExpertFiles
 from .folders import aligned
+from .marks import MARK_TENSORS
 from .state_dicts import check_fit, read_tensors, without_wrappers
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ def file_tensors(files: ExpertFiles, expected: Mapping[str, torch.Tensor]) -> Te
     own = files.architecture
     try:
         read = without_wrappers(read_tensors(files.weights), own.prefixes, str(files.weights[0]))
-        tensors = own.own_names(read, files.config)
+        weights = {key: tensor for key, tensor in read.items() if key not in MARK_TENSORS}
+        tensors = own.own_names(weights, files.config)
     except CheckpointError as error:
         raise CheckpointError(f"{files.where} cannot be loaded as {own.class_name}: {error}") from None
     check_fit(tensors, expected, files.where, own.class_name, own.guess)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
-from diffusers.utils import is_peft_available, recurse_remove_peft_layers
-from safetensors import SafetensorError
+from diffusers.utils import get_adapter_name, is_peft_available
 
 from ..architectures import architecture_of
 from ..architectures.unet import UNET
-from ..errors import CheckpointError, first_line, listed
+from ..errors import listed
+from ..loading.lora_files import read_lora
 from .base import ExpertPipeline
+from .text_adapters import activate, active, adapters, fuse, remove, remove_all, text_name
 
 __all__ = ["AdapterMixin"]
 
@@ -48,48 +49,46 @@ class AdapterMixin(ExpertPipeline):
 
         Raises:
             ValueError: without peft; an unknown expert, or one that isn't a UNet; an unanswered text encoder
-                part; no LoRA.
+                part; anything but a plain LoRA every tensor of which is of a layer of this model. Nothing of
+                it is loaded then.
         """
         _check_peft()
         unet = self.expert_unet(expert)
         if architecture_of(unet) is not UNET:
             raise ValueError(f"LoRAs are loaded into a {UNET.class_name}, and {expert} is none")
-        source = pretrained_model_name_or_path_or_dict
-        source = dict(source) if isinstance(source, Mapping) else str(source)
-        try:
-            found = StableDiffusionLoraLoaderMixin.lora_state_dict(
-                source, use_safetensors=True, return_lora_metadata=True, unet_config=unet.config, **kwargs
-            )
-        except (OSError, ValueError, SafetensorError) as error:
-            what = source if isinstance(source, str) else "LoRA"
-            raise CheckpointError(f"{what}: {first_line(error)}") from error
-        state, alphas, metadata = cast("tuple[dict[str, Any], Any, Any]", found)
-        foreign = [key for key in state if not key.startswith(("unet.", "text_encoder."))]
-        if foreign or not any(key.startswith("unet.") for key in state):
-            raise CheckpointError(f"this is no LoRA of a UNet: it holds {listed(foreign or list(state))}")
-        if text_encoder is None and any(key.startswith("text_encoder.") for key in state):
+        file = read_lora(pretrained_model_name_or_path_or_dict, unet.config, **kwargs)
+        if text_encoder is None and file.has("text_encoder"):
             raise ValueError(
                 "this LoRA has a part for the text encoder, which all experts share: say text_encoder=True "
                 "to load it too, or text_encoder=False to leave it out"
             )
-        with self._with_expert(expert):
-            StableDiffusionLoraLoaderMixin.load_lora_into_unet(
-                state,
-                network_alphas=alphas,
-                unet=unet,
-                adapter_name=adapter_name,
-                metadata=metadata,
-                _pipeline=self,
-            )
-        if text_encoder:
-            StableDiffusionLoraLoaderMixin.load_lora_into_text_encoder(
-                state,
-                network_alphas=alphas,
-                text_encoder=self.text_encoder,
-                adapter_name=adapter_name,
-                metadata=metadata,
-                _pipeline=self,
-            )
+        models = {"unet": unet}
+        if text_encoder and file.has("text_encoder"):
+            models["text_encoder"] = self.text_encoder
+        name = adapter_name or get_adapter_name(unet)
+        names = {"unet": name, "text_encoder": text_name(expert, name)}
+        for part, model in models.items():
+            file.check_fit(part, model)
+            if names[part] in adapters(model):
+                raise ValueError(f"{expert} has an adapter {name!r} already: choose another adapter_name")
+        others = active(self.text_encoder)
+        settings = dict(network_alphas=file.alphas, metadata=file.metadata, _pipeline=self)
+        load = StableDiffusionLoraLoaderMixin
+        try:
+            with self._with_expert(expert):
+                load.load_lora_into_unet(file.tensors, unet=unet, adapter_name=name, **settings)
+            if "text_encoder" in models:
+                load.load_lora_into_text_encoder(
+                    file.tensors,
+                    text_encoder=self.text_encoder,
+                    adapter_name=names["text_encoder"],
+                    **settings,
+                )
+                activate(self.text_encoder, expert, others, {name: 1.0})
+        except BaseException:
+            for part, model in models.items():
+                remove(model, {names[part]} & adapters(model))
+            raise
 
     def set_adapters(
         self,
@@ -98,7 +97,7 @@ class AdapterMixin(ExpertPipeline):
         *,
         expert: str,
     ) -> None:
-        """Which of an expert's adapters act, and how strongly.
+        """Which of an expert's adapters act, and how strongly, with their halves in the text encoder.
 
         Args:
             adapter_names: as given to `load_lora_weights`.
@@ -112,21 +111,25 @@ class AdapterMixin(ExpertPipeline):
         if unknown:
             raise ValueError(f"{expert} has no adapter {unknown[0]!r}; it has {listed(known) or 'none'}")
         self.expert_unet(expert).set_adapters(chosen, adapter_weights)
+        weights = (
+            list(adapter_weights)
+            if isinstance(adapter_weights, Sequence)
+            else [adapter_weights] * len(chosen)
+        )
+        scales = {name: 1.0 if w is None else w for name, w in zip(chosen, weights, strict=True)}
+        activate(self.text_encoder, expert, active(self.text_encoder), scales)
 
     def fuse_lora(self, *, expert: str, lora_scale: float = 1.0) -> None:
-        """Add an expert's active adapters to its weights."""
+        """Add an expert's active adapters to its weights, and their halves to the text encoder's."""
         _check_peft()
         with self._with_expert(expert):
             self.expert_unet(expert).fuse_lora(lora_scale=lora_scale)
+        fuse(self.text_encoder, expert, lora_scale)
 
     def unload_lora_weights(self, *, expert: str | None = None) -> None:
         """Take one expert's adapters out again, or all there are; fused ones stay in the weights."""
         _check_peft()
         for name in self.expert_names if expert is None else [expert]:
-            unet = self.expert_unet(name)
-            if getattr(unet, "peft_config", None):
-                unet.unload_lora()
-        if expert is None and getattr(self.text_encoder, "peft_config", None):
-            recurse_remove_peft_layers(self.text_encoder)
-            del self.text_encoder.peft_config
-            self.text_encoder._hf_peft_config_loaded = False
+            remove_all(self.expert_unet(name))
+            own = {each for each in adapters(self.text_encoder) if each.startswith(text_name(name, ""))}
+            remove(self.text_encoder, own)

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from .._numbers import number
-from .paths import FlowPath, Path, VPPath, path_from_scheduler_config
+from .paths import FlowPath, Level, Path, VPPath
 from .predictions import Prediction, check_prediction
+from .scheduler_configs import SOLVER_OF_SCHEDULER, check_scheduler_config, path_from_scheduler_config
 from .solvers import Solver, check_solver
 
 __all__ = ["SHIFTS", "Expert"]
@@ -18,26 +19,6 @@ __all__ = ["SHIFTS", "Expert"]
 SHIFTS = (0.001, 1000.0)
 """The smallest and the largest k of shifted sigmas: beyond them nearly all steps are at one end of a run."""
 
-_SOLVER_OF_SCHEDULER: dict[str, Solver] = {
-    "DDPMScheduler": "ddpm",
-    "DDIMScheduler": "ddim",
-    "FlowMatchEulerDiscreteScheduler": "euler",
-    "FlowMatchHeunDiscreteScheduler": "heun",
-    "HeunDiscreteScheduler": "heun",
-    "DPMSolverMultistepScheduler": "dpmpp_2m",
-    "FusedDDPMScheduler": "ddpm",
-    "FusedDDIMScheduler": "ddim",
-    "FusedFlowMatchEulerScheduler": "euler",
-}
-# What a run would silently do differently, and the setting that makes it harmless when given.
-_UNSUPPORTED_OPTIONS = {
-    "thresholding": None,
-    "use_karras_sigmas": None,
-    "use_exponential_sigmas": None,
-    "use_beta_sigmas": None,
-    "use_lu_lambdas": None,
-    "use_dynamic_shifting": "shift",
-}
 _SOLVER_OF_ALGORITHM: dict[str, Solver] = {"dpmsolver++": "dpmpp_2m", "sde-dpmsolver++": "dpmpp_2m_sde"}
 
 
@@ -65,6 +46,8 @@ class Expert:
             that is scaled back to the conditional one's standard deviation, sample by sample.
         clip_sample_range: clip x0 to plus-minus this before the solver; None leaves it alone. Clipping harms
             latents and is meant for pixel-space models.
+        set_alpha_to_one: whether a run's last step goes to the data or, on a discrete path, to the level of
+            timestep 0, which keeps a little noise: diffusers' name, of its DDIM.
     """
 
     name: str
@@ -80,6 +63,7 @@ class Expert:
     clip_sample_range: float | None = None
     guidance_window: tuple[float, float] | None = None
     guidance_rescale: float = 0.0
+    set_alpha_to_one: bool = True
 
     def __post_init__(self) -> None:
         check_prediction(self.prediction)
@@ -121,6 +105,12 @@ class Expert:
         """Whether there is guidance anywhere. As in diffusers, a scale of 1 or less switches it off."""
         return self.guidance_scale > 1.0
 
+    @property
+    def last_level(self) -> Level:
+        """Where the last step of a run to the data goes."""
+        to_data = self.set_alpha_to_one or not self.path.discrete
+        return Level(1.0, 0.0) if to_data else self.path.level(0)
+
     def guidance_at(self, noise: float) -> float:
         """The guidance scale at a share of noise: 1 without guidance, and outside the guidance window."""
         high, low = self.guidance_window or (1.0, 0.0)
@@ -153,32 +143,34 @@ class Expert:
         clipping are the expert's own.
 
         Raises:
-            ValueError: a scheduler class, beta schedule or prediction type this package doesn't know, or an
-                option that changes how the scheduler samples and has no counterpart here.
+            ValueError: a scheduler class, beta schedule or prediction type this package doesn't know, or any
+                key that would change the images and isn't honoured (see `scheduler_configs`).
         """
         scheduler = config.get("_class_name", "")
-        if scheduler not in _SOLVER_OF_SCHEDULER:
-            known = ", ".join(_SOLVER_OF_SCHEDULER)
+        if scheduler not in SOLVER_OF_SCHEDULER:
+            known = ", ".join(SOLVER_OF_SCHEDULER)
             raise ValueError(f'{name}: scheduler "{scheduler}" is not supported: use one of {known}')
         given = {key: value for key, value in settings.items() if value is not None}
-        path = path_from_scheduler_config(config)
-        for option, remedy in _UNSUPPORTED_OPTIONS.items():
-            if config.get(option) and remedy not in given:
-                raise ValueError(f"{name}: {scheduler}'s {option} is not supported: set it to false")
+        try:
+            check_scheduler_config(config, given)
+            path = path_from_scheduler_config(config)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
         read = {
             "shift": config.get("shift", config.get("flow_shift", 1.0)),
             "spacing": config.get("timestep_spacing", "trailing"),
             "clip_sample_range": config.get("clip_sample_range", 1.0) if config.get("clip_sample") else None,
         }
-        if "solver" not in given:
-            read["solver"] = _solver_of(name, scheduler, config)
+        read["solver"] = given.get("solver") or _solver_of(name, scheduler, config)
+        if read["solver"] == SOLVER_OF_SCHEDULER[scheduler] == "ddim":
+            read["set_alpha_to_one"] = config.get("set_alpha_to_one") is not False
         prediction = config.get("prediction_type", "epsilon") if path.discrete else "flow_prediction"
         return cls(name, path, prediction, model, **{**read, **given})
 
 
 def _solver_of(name: str, scheduler: str, config: Mapping[str, Any]) -> Solver:
     if scheduler != "DPMSolverMultistepScheduler":
-        return _SOLVER_OF_SCHEDULER[scheduler]
+        return SOLVER_OF_SCHEDULER[scheduler]
     algorithm = config.get("algorithm_type", "dpmsolver++")
     order, kind = config.get("solver_order", 2), config.get("solver_type", "midpoint")
     if algorithm not in _SOLVER_OF_ALGORITHM or (order, kind) != (2, "midpoint"):

@@ -8,16 +8,18 @@ positive factor only, which is what makes an exact handoff between experts possi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from moe_sampler.kernels.conversions import shift_sigma
 
-__all__ = ["FlowPath", "Level", "Path", "VPPath", "path_from_scheduler_config"]
+from .betas import linear, scaled_linear
+
+__all__ = ["SPACINGS", "FlowPath", "Level", "Path", "VPPath"]
 
 
 SPACINGS = ("trailing", "leading", "linspace")
@@ -75,8 +77,10 @@ class Path(Protocol):
 
 def _check_betas(given: Sequence[float] | np.ndarray) -> np.ndarray:
     betas = np.asarray(given, dtype=np.float64)
-    if betas.ndim != 1 or betas.size < 2 or not ((betas > 0) & (betas < 1)).all():
-        raise ValueError("betas must be a one-dimensional sequence of at least two values in (0, 1)")
+    if betas.ndim != 1 or not betas.size or not ((betas > 0) & (betas < 1))[:-1].all():
+        raise ValueError("betas must be a one-dimensional sequence of values in (0, 1)")
+    if not 0 < betas[-1] <= 1:
+        raise ValueError(f"the last beta must lie in (0, 1], 1 for no signal at all, got {betas[-1]}")
     return betas
 
 
@@ -84,7 +88,8 @@ def _check_betas(given: Sequence[float] | np.ndarray) -> np.ndarray:
 class VPPath:
     """Variance-preserving (DDPM) path on integer timesteps: alpha = sqrt(abar_t), sigma = sqrt(1 - abar_t).
 
-    Ho et al. 2020 (arXiv:2006.11239). Sol uses linear betas, Stable Diffusion 1.5 scaled-linear ones.
+    Ho et al. 2020 (arXiv:2006.11239). Sol uses linear betas, Stable Diffusion 1.5 scaled-linear ones. A last
+    beta of 1 means that nothing of the data is left at the last timestep: zero terminal SNR.
     """
 
     betas: tuple[float, ...] = field(repr=False)
@@ -100,7 +105,7 @@ class VPPath:
         cls, start: float = 1e-4, end: float = 0.02, num_train_timesteps: int = 1000, **kwargs
     ) -> VPPath:
         """Betas linear in t: diffusers' `beta_schedule="linear"`, the DDPM default and Sol's training."""
-        return cls(tuple(np.linspace(start, end, num_train_timesteps)), **kwargs)
+        return cls(tuple(linear(start, end, num_train_timesteps)), **kwargs)
 
     @classmethod
     @lru_cache(maxsize=16)
@@ -108,7 +113,7 @@ class VPPath:
         cls, start: float = 0.00085, end: float = 0.012, num_train_timesteps: int = 1000, **kwargs
     ) -> VPPath:
         """Betas linear in their square root: diffusers' `"scaled_linear"`, as Stable Diffusion 1.5."""
-        return cls(tuple(np.linspace(start**0.5, end**0.5, num_train_timesteps) ** 2), **kwargs)
+        return cls(tuple(scaled_linear(start, end, num_train_timesteps)), **kwargs)
 
     @property
     def num_train_timesteps(self) -> int:
@@ -122,11 +127,22 @@ class VPPath:
     @cached_property
     def sigmas(self) -> np.ndarray:
         """[T] float64: sqrt(1 - abar_t)."""
-        return np.sqrt(-np.expm1(np.cumsum(np.log1p(-np.asarray(self.betas)))))
+        with np.errstate(divide="ignore"):  # log(0) at a last beta of 1
+            return np.sqrt(-np.expm1(np.cumsum(np.log1p(-np.asarray(self.betas)))))
+
+    @cached_property
+    def zero_terminal_snr(self) -> bool:
+        """Whether the last timestep is pure noise."""
+        return self.betas[-1] == 1.0
 
     @cached_property
     def _half_log_snrs(self) -> np.ndarray:
-        return np.log(self.alphas / self.sigmas)
+        """[T] for interpolation between timesteps, so finite."""
+        ratios = self.alphas / self.sigmas
+        if self.zero_terminal_snr:
+            # Half way to pure noise alpha / sigma is then half as large, as where it goes to 0 linearly.
+            ratios[-1] = ratios[-2] / 4.0 if len(ratios) > 1 else 1.0
+        return np.log(ratios)
 
     @cached_property
     def _rising(self) -> tuple[np.ndarray, np.ndarray]:
@@ -263,40 +279,3 @@ class FlowPath:
         nodes = [shift_sigma(first + (last - first) * i / steps, shift) for i in range(steps)]
         nodes[0] = start
         return nodes
-
-
-def path_from_scheduler_config(config: Mapping[str, Any]) -> FlowPath | VPPath:
-    """The path a diffusers scheduler config describes.
-
-    Flow-matching schedulers give a `FlowPath`; the others a `VPPath` from their betas.
-
-    Raises:
-        ValueError: for a beta schedule this package does not know.
-    """
-    if "FlowMatch" in config.get("_class_name", "") or config.get("prediction_type") == "flow_prediction":
-        return FlowPath(timestep_scale=float(config.get("num_train_timesteps", 1000)))
-    return vp_path_from_config(config)
-
-
-def vp_path_from_config(config: Mapping[str, Any]) -> VPPath:
-    """The path that the betas of a diffusers scheduler config describe.
-
-    Raises:
-        ValueError: for a beta schedule this package does not know.
-    """
-    if config.get("rescale_betas_zero_snr"):
-        raise ValueError(
-            "rescale_betas_zero_snr is not supported: the last level would have no signal at all"
-        )
-    offset = config.get("steps_offset", 0)
-    if config.get("trained_betas") is not None:
-        return VPPath(tuple(config["trained_betas"]), steps_offset=offset)
-    schedules = {"linear": VPPath.linear, "scaled_linear": VPPath.scaled_linear}
-    name = config.get("beta_schedule", "linear")
-    if name not in schedules:
-        raise ValueError(
-            f'beta_schedule "{name}" is not supported: use "linear", "scaled_linear" or trained_betas'
-        )
-    start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
-    total = config.get("num_train_timesteps", 1000)
-    return schedules[name](start, end, total, steps_offset=offset)

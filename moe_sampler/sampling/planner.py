@@ -196,8 +196,11 @@ def _evaluations(experts: Mapping[str, Expert], nodes: Sequence[_Node], end: flo
         if following is not None:
             target = following.level
         else:
-            target = Level(1.0, 0.0) if end == 0.0 else node.lead.path.at(end)
-        update = solver_row(node.lead.solver, node.level, target, previous, node.lead.eta)
+            target = node.lead.last_level if end == 0.0 else node.lead.path.at(end)
+        if following is None and target == node.level:
+            update = SolverRow(1.0, 0.0)  # the last node is where the run ends
+        else:
+            update = solver_row(node.lead.solver, node.level, target, previous, node.lead.eta)
         yield _Evaluation(node, target, node.lead.solver, update)
         previous = node.level
         if heun and following is not None:

@@ -23,14 +23,15 @@ class FusedDDIMScheduler(VPScheduler):
 
     Args:
         num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas: the noise path; schedules
-            "linear", "scaled_linear", "squaredcos_cap_v2".
+            "linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid".
         clip_sample, clip_sample_range: clip x0 to plus-minus the range; on by default, as in the original,
             and harmful to latents.
         set_alpha_to_one: whether the last step goes to the data or to the level of timestep 0.
         steps_offset, timestep_spacing: as `set_timesteps` spaces a step count.
         prediction_type: "epsilon", "v_prediction" or "sample".
-        thresholding, dynamic_thresholding_ratio, sample_max_value, rescale_betas_zero_snr: only at values
-            that switch them off.
+        rescale_betas_zero_snr: betas whose last level has no signal left (arXiv:2305.08891); an epsilon model
+            can't begin there.
+        thresholding, dynamic_thresholding_ratio, sample_max_value: only at values that switch them off.
 
     Raises:
         ValueError: a value that isn't supported, by name.
@@ -65,14 +66,17 @@ class FusedDDIMScheduler(VPScheduler):
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Choose the nodes by a step count, spaced as the config says."""
         self._follow_config()
-        chosen = self._spaced(num_inference_steps)
-        self.num_inference_steps = len(chosen)
-        self._schedule(chosen, device)
+        self._set(self._spaced(num_inference_steps), device)
 
     def _target(self, timestep: int) -> Level:
         if timestep >= 0:
             return self._path.level(timestep)
         return Level(1.0, 0.0) if self.config["set_alpha_to_one"] else self._path.level(0)
+
+    def _get_variance(self, timestep: int, prev_timestep: int) -> torch.Tensor:
+        """Squared deviation of a step's fresh noise at eta = 1: diffusers' name, which pipelines use."""
+        row = solver_step("ddim", self._path.level(timestep), self._target(prev_timestep), 1.0)
+        return torch.tensor(row.n**2, dtype=torch.float32)
 
     def _row(self, t: int, *options: Any) -> list[float]:
         eta, use_clipped_model_output = options

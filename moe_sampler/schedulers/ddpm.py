@@ -12,7 +12,8 @@ from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 
 from .._config import register_to_config
 from ..sampling.paths import Level
-from .fused_step import solver_step, table_row
+from ..sampling.solvers import SolverRow
+from .fused_step import table_row
 from .vp import VPScheduler
 
 __all__ = ["FusedDDPMScheduler"]
@@ -25,14 +26,15 @@ class FusedDDPMScheduler(VPScheduler):
 
     Args:
         num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas: the noise path; schedules
-            "linear", "scaled_linear", "squaredcos_cap_v2".
+            "linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid".
         variance_type: "fixed_small", "fixed_small_log" (the same) or "fixed_large".
         clip_sample, clip_sample_range: clip x0 to plus-minus the range; on by default, as in the original,
             and harmful to latents.
         prediction_type: "epsilon", "v_prediction" or "sample".
         timestep_spacing, steps_offset: as `set_timesteps` spaces a step count.
-        thresholding, dynamic_thresholding_ratio, sample_max_value, rescale_betas_zero_snr: only at values
-            that switch them off.
+        rescale_betas_zero_snr: betas whose last level has no signal left (arXiv:2305.08891); an epsilon model
+            can't begin there.
+        thresholding, dynamic_thresholding_ratio, sample_max_value: only at values that switch them off.
 
     Raises:
         ValueError: a value that isn't supported, by name.
@@ -88,28 +90,41 @@ class FusedDDPMScheduler(VPScheduler):
         else:
             raise ValueError("give either num_inference_steps or timesteps")
         self.custom_timesteps = timesteps is not None
-        self.num_inference_steps = len(chosen)
-        self._schedule(chosen, device)
+        self._set(chosen, device)
 
-    def previous_timestep(self, timestep: int | torch.Tensor) -> int:
+    def _previous(self, t: int) -> int:
         """The next timestep of the schedule below this one; -1, the data, below the last."""
-        t = self._timestep(timestep)
         index = self._indices.get(t)
         if index is not None:
             return self._steps[index + 1] if index + 1 < len(self._steps) else -1
         return max((each for each in self._steps if each < t), default=-1)
 
-    def _row(self, t: int, *options: Any) -> list[float]:
-        previous = self.previous_timestep(t)
+    def previous_timestep(self, timestep: int | torch.Tensor) -> torch.Tensor:
+        """The next timestep of the schedule below this one, 0-d int64; -1, the data, below the last."""
+        return torch.tensor(self._previous(self._timestep(timestep)))
+
+    def _get_variance(self, t: int | torch.Tensor) -> torch.Tensor:
+        """Squared deviation of the step's fresh noise: diffusers' name, which pipelines use."""
+        return torch.tensor(self._update(self._timestep(t)).n ** 2, dtype=torch.float32)
+
+    def _update(self, t: int) -> SolverRow:
+        """The posterior's mean and the fresh noise's deviation (arXiv:2006.11239, eq. 7)."""
+        previous = self._previous(t)
         level = self._path.level(t)
         target = self._path.level(previous) if previous >= 0 else Level(1.0, 0.0)
-        row = solver_step("ddpm", level, target)
-        if t == 0:
-            row = row._replace(n=0.0)
-        elif self.config["variance_type"] == "fixed_large":
-            # The posterior's mean with the forward step's deviation, sqrt(1 - abar / abar').
-            row = row._replace(n=math.sqrt(1.0 - (level.alpha / target.alpha) ** 2))
-        return table_row(row, *self._x0(level), clip=self._clip)
+        # The original's ratio of float32 numbers: near the data 1 minus it has four digits, and these are
+        # the ones its users' images were made with.
+        kept = float(np.float32(level.alpha**2) / np.float32(target.alpha**2))
+        share = target.sigma**2 / level.sigma**2
+        variance = (1.0 - kept) * (1.0 if self.config["variance_type"] == "fixed_large" else share)
+        return SolverRow(
+            a=math.sqrt(kept) * share,
+            b=target.alpha * (1.0 - kept) / level.sigma**2,
+            n=math.sqrt(variance) if t > 0 else 0.0,
+        )
+
+    def _row(self, t: int, *options: Any) -> list[float]:
+        return table_row(self._update(t), *self._x0(self._path.level(t)), clip=self._clip)
 
     def step(
         self,

@@ -14,6 +14,7 @@ from moe_sampler.kernels import make_row, sampler_step_
 from moe_sampler.kernels._dispatch import FLOATS
 
 from ..sampling.paths import Level
+from ..sampling.scheduler_configs import FINE
 from ..sampling.solvers import Solver, SolverRow, solver_row
 
 __all__ = ["FusedScheduler", "make_table", "solver_step", "view_index"]
@@ -75,6 +76,7 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):
         own = cls._get_init_keys(cls)
         for name, value in {**config, **kwargs}.items():
             harmless = name in own or name.startswith("_") or name in cls._other_solvers_fields
+            harmless = harmless or value in FINE.get(name, ())
             if not harmless and value is not None and value is not False:
                 raise ValueError(
                     f"{cls.__name__} has no {name} (the config says {value!r}): leave it out of the config "

@@ -11,21 +11,18 @@ import torch
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..sampling.paths import SPACINGS, Level, VPPath, vp_path_from_config
+from moe_sampler.kernels import ROW_WIDTH
+
+from ..sampling.betas import BETA_SCHEDULES, betas_from_config
+from ..sampling.paths import SPACINGS, Level, VPPath
 from ..sampling.predictions import add_noise, x0_coefficients
 from .fused_step import FusedScheduler, make_table, view_index
 
-__all__ = ["VPScheduler", "cosine_betas"]
+__all__ = ["VPScheduler"]
 
-_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 _PREDICTIONS = ("epsilon", "v_prediction", "sample")
-
-
-def cosine_betas(num_train_timesteps: int, largest: float = 0.999) -> np.ndarray:
-    """[T] float64 with abar(u) = cos^2(pi/2 (u + 0.008) / 1.008), u = t / T (arXiv:2102.09672, eq. 17)."""
-    u = np.arange(num_train_timesteps + 1) / num_train_timesteps
-    abar = np.cos((u + 0.008) / 1.008 * math.pi / 2.0) ** 2
-    return np.minimum(1.0 - abar[1:] / abar[:-1], largest)
+_NO_ROW = [math.nan] * ROW_WIDTH
+"""Of the one training timestep that says nothing of x0: it is refused before it is used."""
 
 
 class VPScheduler(FusedScheduler):
@@ -36,7 +33,7 @@ class VPScheduler(FusedScheduler):
         {
             *("variance_type", "set_alpha_to_one", "skip_prk_steps", "solver_order", "solver_type"),
             *("algorithm_type", "lower_order_final", "euler_at_final", "final_sigmas_type", "predict_x0"),
-            *("solver_p", "disable_corrector", "lambda_min_clipped", "interpolation_type", "timestep_type"),
+            *("solver_p", "disable_corrector", "lambda_min_clipped", "interpolation_type"),
             *("noise_sampler_seed", "flow_shift", "time_shift_type"),
         }
     )
@@ -46,26 +43,21 @@ class VPScheduler(FusedScheduler):
         self._check_choice("prediction_type", _PREDICTIONS)
         self._check_choice("timestep_spacing", SPACINGS)
         if config["trained_betas"] is None:
-            self._check_choice("beta_schedule", _BETA_SCHEDULES)
-        elif len(config["trained_betas"]) != config["num_train_timesteps"]:
-            self._refuse("num_train_timesteps", f"trained_betas has {len(config['trained_betas'])} values")
+            self._check_choice("beta_schedule", BETA_SCHEDULES)
         if config["thresholding"]:
             self._refuse("thresholding", "use clip_sample with a clip_sample_range, or diffusers' scheduler")
-        if config["rescale_betas_zero_snr"]:
-            self._refuse("rescale_betas_zero_snr", "the first level would have no signal to divide by")
         if config["clip_sample"] and not config["clip_sample_range"] > 0:
             self._refuse("clip_sample_range", "use a positive range, or clip_sample=False")
 
     def _compile_config(self) -> None:
-        config = self.config
-        if config["trained_betas"] is None and config["beta_schedule"] == "squaredcos_cap_v2":
-            betas = cosine_betas(config["num_train_timesteps"])
-            self._path = VPPath(tuple(betas), steps_offset=config["steps_offset"])
-        else:
-            self._path = vp_path_from_config(config)
-        self.betas = torch.tensor(self._path.betas, dtype=torch.float32)
+        # In float32, as the originals: near the data 1 - abar has few digits, and a model that was trained
+        # with those of diffusers is to be sampled with them. From alphas_cumprod on everything is float64.
+        self.betas = torch.from_numpy(betas_from_config(self.config, np.float32))
         self.alphas = 1.0 - self.betas
-        self.alphas_cumprod = torch.from_numpy(self._path.alphas**2).float()
+        self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)
+        abar = self.alphas_cumprod.double().numpy()
+        betas = 1.0 - abar / np.concatenate([[1.0], abar[:-1]])
+        self._path = VPPath(tuple(betas), steps_offset=self.config["steps_offset"])
         self._forward_levels = torch.from_numpy(np.stack([self._path.alphas, self._path.sigmas])).float()
         self._tables: dict[tuple, torch.Tensor] = {}
 
@@ -74,6 +66,12 @@ class VPScheduler(FusedScheduler):
         self._follow_config()
         self.num_inference_steps: int | None = None
         self._schedule(range(self.config["num_train_timesteps"] - 1, -1, -1), None)
+
+    def _set(self, timesteps: Sequence[int], device: torch.device | str | None) -> None:
+        """The state after `set_timesteps`."""
+        self._check_timestep(max(timesteps))
+        self.num_inference_steps = len(timesteps)
+        self._schedule(timesteps, device)
 
     def _schedule(self, timesteps: Sequence[int], device: torch.device | str | None) -> None:
         self._steps = list(timesteps)
@@ -85,6 +83,7 @@ class VPScheduler(FusedScheduler):
 
     def _spaced(self, num_inference_steps: int) -> list[int]:
         """diffusers' timesteps for the config's spacing."""
+        self._check_count()
         total = self.config["num_train_timesteps"]
         if not 1 <= num_inference_steps <= total:
             raise ValueError(
@@ -111,6 +110,24 @@ class VPScheduler(FusedScheduler):
             raise ValueError(f"timestep {t} is outside 0..{len(self) - 1}")
         return t
 
+    def _defined(self, t: int) -> bool:
+        """Whether the model's output at a timestep says anything about x0."""
+        return self.config["prediction_type"] != "epsilon" or bool(self._path.alphas[t] > 0)
+
+    def _check_count(self) -> None:
+        if self._path.num_train_timesteps != len(self):
+            self._refuse("num_train_timesteps", f"trained_betas has {self._path.num_train_timesteps} values")
+
+    def _check_timestep(self, t: int) -> None:
+        """Raise a ValueError if nothing can be known of the step from `t`."""
+        self._check_count()
+        if not self._defined(t):
+            self._refuse(
+                "rescale_betas_zero_snr",
+                f"at timestep {t} no signal is left, and an epsilon model says nothing about the sample "
+                "there; begin at a lower timestep, or name the prediction_type the model was trained on",
+            )
+
     @property
     def _clip(self) -> float:
         return self.config["clip_sample_range"] if self.config["clip_sample"] else math.inf
@@ -124,11 +141,13 @@ class VPScheduler(FusedScheduler):
 
     def _table(self, t: int, device: torch.device, *options: Any) -> tuple[torch.Tensor, int]:
         """A table on the device with the row of `t`, and where in it: the schedule's, or one of its own."""
+        self._check_timestep(t)
         index = self._indices.get(t)
         key = (None if index is not None else t, device, *options)
         if key not in self._tables:
             timesteps = self._steps if index is not None else [t]
-            self._tables[key] = make_table((self._row(each, *options) for each in timesteps), device)
+            rows = (self._row(each, *options) if self._defined(each) else _NO_ROW for each in timesteps)
+            self._tables[key] = make_table(rows, device)
         return self._tables[key], index or 0
 
     def _levels(self, timesteps: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

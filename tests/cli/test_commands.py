@@ -10,6 +10,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -269,6 +270,7 @@ def plan_files() -> dict[str, str]:
         ("x", "--lora", "style.safetensors"),
         ("x", "--lora", "sol=style.safetensors"),
         ("x", "--lora", "luna=blue.png"),
+        ("x", "--lora", "sol=loha.safetensors"),
         ("x", "--trace", "-o", "latents.safetensors"),
         ("x", "--like", "blue.png"),
         ("x", "--plan", "nowhere.json"),
@@ -291,6 +293,7 @@ def test_wrong_input_ends_with_one_line_and_nothing_read_or_written(tmp_path, mo
     monkeypatch.setattr("moe_sampler.loading.parts.load_component", read)
     monkeypatch.setattr("moe_sampler.loading.weights.ExpertWeights.take", read)
     Image.new("RGB", (72, 72), "blue").save("blue.png")
+    save_file({"lora_unet_mid_block.hada_w1_a": torch.ones(2, 2)}, "loha.safetensors")
     for name, text in plan_files().items():
         (tmp_path / name).write_text(text)
     shutil.copytree(experts_path(), tmp_path / "incomplete", ignore=shutil.ignore_patterns("unet_sol"))

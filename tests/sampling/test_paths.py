@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from moe_sampler import Expert, FlowPath, Level, VPPath
-from moe_sampler.sampling.paths import path_from_scheduler_config
 from moe_sampler.sampling.predictions import PREDICTIONS, x0_coefficients
+from moe_sampler.sampling.scheduler_configs import path_from_scheduler_config, vp_path_from_config
 
 PATHS = [VPPath.linear(), VPPath.scaled_linear(), FlowPath(), FlowPath(1.0, data_at_one=True)]
 
@@ -80,12 +80,34 @@ def test_paths_from_scheduler_configs():
     assert read(diffusers.DDPMScheduler(trained_betas=[0.1, 0.2, 0.3])) == VPPath((0.1, 0.2, 0.3))
     assert read(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)) == FlowPath()
     assert read(diffusers.DDIMScheduler(steps_offset=1)).steps_offset == 1
-    with pytest.raises(ValueError, match="squaredcos_cap_v2"):
-        read(diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2"))
-    with pytest.raises(ValueError, match="zero_snr"):
-        read(diffusers.DDPMScheduler(rescale_betas_zero_snr=True))
-    with pytest.raises(ValueError, match="betas"):
-        VPPath((0.1, 1.2))
+    for config in (
+        dict(beta_schedule="squaredcos_cap_v2"),
+        dict(beta_schedule="sigmoid"),
+        dict(rescale_betas_zero_snr=True),
+        dict(rescale_betas_zero_snr=True, trained_betas=[0.1, 0.2, 0.3]),
+    ):
+        scheduler = diffusers.DDPMScheduler(**config)
+        expected = scheduler.alphas_cumprod.double().numpy()
+        assert read(scheduler).alphas ** 2 == pytest.approx(expected, abs=1e-6)
+    with pytest.raises(ValueError, match="beta_schedule"):
+        read(diffusers.DDPMScheduler(beta_schedule="laplace"))
+    for betas in ((0.1, 1.2), (1.0, 0.5), (0.0, 0.1), ()):
+        with pytest.raises(ValueError, match="beta"):
+            VPPath(betas)
+
+
+def test_a_path_without_signal_at_its_end():
+    path = vp_path_from_config({"rescale_betas_zero_snr": True})
+    assert path.level(999) == Level(0.0, 1.0) and path.betas[-1] == 1.0
+    # The first level stays, the others lose signal in proportion (arXiv:2305.08891, algorithm 1).
+    before = VPPath.linear().alphas
+    wanted = before[0] * (before - before[-1]) / (before[0] - before[-1])
+    assert path.alphas == pytest.approx(wanted, abs=1e-12)
+    assert path.timestep(Level(0.0, 1.0)) == 999
+    noises = [path.level(t).noise for t in (997.0, 998.0, 998.3, 998.6, 998.9, 999.0)]
+    assert noises == sorted(noises) and len(set(noises)) == 6
+    for t in (0, 3.5, 700.2, 998.5, 999):
+        assert path.timestep(path.level(t)) == pytest.approx(t, abs=1e-9)
 
 
 def test_experts_from_scheduler_configs():
