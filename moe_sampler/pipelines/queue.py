@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..errors import NonFiniteError
 from ..sampling.experts import Expert
 from ..sampling.loop import SamplingRun, noised
 from ..sampling.plan import SamplingPlan
@@ -173,7 +174,11 @@ class _Queue:
         self._bar.update()
         tensors = {"latents": info["x"], "pred_original_sample": info["x0"]}
         timestep = info["plan_step"].calls[0].timestep
-        replaced = self._step_end(self._host, info["step"], timestep, tensors)
+        try:
+            replaced = self._step_end(self._host, info["step"], timestep, tensors)
+        except NonFiniteError:
+            info["run"].check()  # who looks at the latents finds less than the run knows of them
+            raise
         info["run"].interrupted = self._host.interrupt
         return replaced
 
