@@ -163,7 +163,7 @@ def test_imports_go_one_way():
     cli, kernels, tinyflux = (f"moe_sampler.{name}" for name in ("cli", "kernels", "tinyflux"))
     for module, names in found.items():
         ours = {name for name in names if under(name, "moe_sampler")}
-        if not under(module, cli):
+        if not under(module, cli) and module != "moe_sampler.__main__":  # which is the command
             assert not [name for name in ours if under(name, cli)], module
             if not under(module, tinyflux):
                 assert not [name for name in ours if under(name, tinyflux)], module

@@ -102,8 +102,8 @@ def _naive(pipe: HybridPipeline, prompts: list[str], seeds: list[int], steps: in
         sol, noise_levels=[step.level.noise for step in right.steps[:first]], end=vp.level(timestep).noise
     )
     late = plan(lune, steps=steps - first, start=timestep / 1000)
-    cond = {"prompt_embeds": pipe.encode_prompt(prompts)}
-    uncond = {"prompt_embeds": pipe.encode_prompt([""] * len(prompts))}
+    cond = {"prompt_embeds": pipe.encode_texts(prompts)}
+    uncond = {"prompt_embeds": pipe.encode_texts([""] * len(prompts))}
     side = pipe.unet_sol.config.sample_size
     shape = (len(prompts), pipe.unet_sol.config.in_channels, side, side)
     x = sample(early, sol, shape=shape, seeds=seeds, cond=cond, uncond=uncond)
@@ -123,7 +123,7 @@ def x0_errors(
     latents = torch.from_numpy(encode_all(vae, test.scenes.pictures[:count])) * vae.config.scaling_factor
     rng = np.random.default_rng(6)
     texts = [_fitting_caption(test.scenes.scene(i), rng)[0] for i in range(count)]
-    states = torch.cat([pipe.encode_prompt(texts[i : i + 100]) for i in range(0, count, 100)])
+    states = torch.cat([pipe.encode_texts(texts[i : i + 100]) for i in range(0, count, 100)])
     rows = []
     for s in levels:
         timestep = vp.nearest_timestep(s)

@@ -10,6 +10,7 @@ import typer
 from .._numbers import whole
 from .by_name import ByExpert, over_previous
 from .commands import takes
+from .demo_words import warn_of_strange_words
 from .loras import read_loras
 from .machine import Machine
 from .models import Model
@@ -22,7 +23,7 @@ __all__ = ["compare"]
 @takes(size=SizeOptions, stepping=SteppingOptions, where=PipelineOptions)
 def compare(
     prompts: Annotated[list[str], typer.Argument(help="One or several prompts.", show_default=False)],
-    output: Annotated[Path, typer.Option("--output", "-o", help="PNG to write.", metavar="PATH.png")] = Path(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Image to write.", metavar="PATH")] = Path(
         "compare.png"
     ),
     seed: Annotated[
@@ -33,6 +34,7 @@ def compare(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps in all, of every column.", metavar="N")] = None,
     tile: Annotated[int, typer.Option(help="Width of each image in the sheet.", metavar="N")] = 256,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
     *,
     size: SizeOptions,
     stepping: SteppingOptions,
@@ -45,9 +47,9 @@ def compare(
 
     `moe-sampler compare "a castle by a lake" "a portrait" --handoff 0.7 -o compare.png`
     """
-    from ..viewing.images import check_writable
+    from ..viewing.images import check_image_name, check_room
 
-    check_writable(output)
+    check_image_name(output)
     whole("--tile", tile, 4096, least=64)
     model = Model.read(where, {})
     configs, defaults = model.training()
@@ -61,16 +63,23 @@ def compare(
     loras, text_encoder = read_loras({}, where, names)
     computer = Machine.read(where, {})
     model.size(settings)
+    seeds = seed or [0]
+    record = record_defaults(settings, defaults, names) | dict(model.settings) | {"dtype": computer.dtype}
+    record |= {"prompts": prompts, "seeds": seeds}
+    check_room(output, record)
+    if not quiet:
+        warn_of_strange_words(model, prompts, settings.get("negative_prompt"))
 
     pipe = model.load(computer, loras, text_encoder)
     from ..pipelines.compare import compare as run_comparison
-    from ..viewing.images import save_png
+    from ..viewing.images import save_image
 
-    seeds = seed or [0]
+    if quiet:
+        pipe.set_progress_bar_config(disable=True)
     comparison = run_comparison(pipe, prompts, seeds, batch_size=where.batch_size, **call)
-    record = record_defaults(settings, defaults, names) | dict(model.settings) | {"dtype": computer.dtype}
-    save_png(comparison.sheet(tile), output, record | {"prompts": prompts, "seeds": seeds})
-    typer.echo(str(output))
+    save_image(comparison.sheet(tile), output, record)
+    if not quiet:
+        typer.echo(str(output))
 
 
 def _check(configs: dict, defaults: dict, call: dict) -> None:

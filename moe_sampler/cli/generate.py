@@ -11,6 +11,7 @@ import typer
 
 from .by_name import ByExpert, over_previous
 from .commands import takes
+from .demo_words import warn_of_strange_words
 from .like import check_places, read_like
 from .loras import read_loras
 from .machine import Machine
@@ -61,8 +62,8 @@ def generate(
 
     `moe-sampler generate "a portrait" "a city street at night" -n 3 --seed 7 -o pictures.png`
 
-    The settings are in each PNG's metadata, so `moe-sampler generate --like castle.png -o again.png` makes it
-    again. VALUE|NAME=VALUE options may be repeated: `--guidance 5 --guidance lune=3`.
+    The settings are in each image's metadata, so `moe-sampler generate --like castle.png -o again.png` makes
+    it again. VALUE|NAME=VALUE options may be repeated: `--guidance 5 --guidance lune=3`.
     """
     # What is wrong with the settings, the folder or the machine shows before any weights are read.
     previous = read_like(out)
@@ -99,6 +100,8 @@ def generate(
         plan = compile_plan(configs, defaults, call)
     computer = Machine.read(where, previous)
     sizes = model.size(settings, start)
+    if not out.quiet:
+        warn_of_strange_words(model, pictures.prompts, settings.get("negative_prompt"))
 
     pipe = model.load(computer, loras, text_encoder)
     record |= sizes | dict(model.settings) | {"dtype": computer.dtype}

@@ -21,8 +21,18 @@ def check_device(name: str) -> Any:
 
     try:
         device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f'"{name}" is not a device: use cpu, cuda or cuda:N') from None
+    except (RuntimeError, ValueError, OverflowError):
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps", "xpu"):
+        raise ValueError(f'"{name}" is not a device: use cpu, cuda or cuda:N')
+    if device.type in ("mps", "xpu") and not getattr(torch, device.type).is_available():
+        raise ValueError(f"{device.type} is not available here: use --device cpu")
+    if (
+        device.type == "cuda"
+        and torch.cuda.is_available()
+        and (device.index or 0) >= torch.cuda.device_count()
+    ):
+        raise ValueError(f"there is no {device}: this machine has {torch.cuda.device_count()} CUDA devices")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("CUDA is not available here: use --device cpu")
     return device
@@ -48,7 +58,8 @@ class Machine:
         import torch
 
         offload = check_choice("offload", options.offload, OFFLOADS)
-        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        own_device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = own_device if options.device is None else options.device
         wanted = check_device(device)
         if options.offload == "model" and wanted.type == "cpu":
             raise ValueError("--offload model moves components to a GPU: on a CPU use --offload expert")

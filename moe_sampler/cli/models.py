@@ -104,6 +104,13 @@ class Model:
         return str(experts_path()) if base is None and self.preset is None else base
 
     @property
+    def is_demo(self) -> bool:
+        """Whether these are the experts in the package, and no others."""
+        from ..demo import experts_path
+
+        return self.base == str(experts_path()) and not self.settings.get("sources")
+
+    @property
     def preset(self) -> str | None:
         return self.settings.get("preset")
 

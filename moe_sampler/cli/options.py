@@ -49,7 +49,8 @@ class OutputOptions:
     output: Annotated[
         Path,
         option(
-            "PNG to write; several images are numbered. A name that ends in .safetensors gets latents.",
+            "Image to write, .png, .jpg or .webp; several are numbered. A name that ends in .safetensors "
+            "gets latents.",
             None,
             "--output",
             "-o",
@@ -71,6 +72,7 @@ class OutputOptions:
     animate: Annotated[
         bool, option("Also write the steps as an animation, NAME.webp.", None, "--animate")
     ] = False
+    quiet: Annotated[bool, option("Print nothing but errors.", None, "--quiet", "-q")] = False
     like: Annotated[
         Path | None,
         option(

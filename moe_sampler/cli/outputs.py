@@ -51,7 +51,8 @@ class Pictures:
         self._watched = options.trace or options.animate
         if self._latents and self._watched:
             raise ValueError("--trace and --animate go with images: give a name that ends in .png")
-        self._files = _Files(options.output, self._count, options.trace, options.animate)
+        self.quiet = options.quiet
+        self._files = _Files(options.output, self._count, options.trace, options.animate, options.quiet)
 
     def make(
         self,
@@ -65,6 +66,9 @@ class Pictures:
 
         plan: the one that the pipeline runs for this call.
         """
+        self._files.check_room({**record, "prompt": max(self.prompts, key=len), "seed": 0})
+        if self.quiet:
+            pipe.set_progress_bar_config(disable=True)
         watch = _Watch(self._count, batch_size) if self._watched else None
         finished = 0
 
@@ -116,17 +120,34 @@ class _Watch:
 class _Files:
     """What will be written, checked now: one name as it is given, several numbered from 1."""
 
-    def __init__(self, output: Path, count: int, trace: bool, animate: bool) -> None:
-        from ..viewing.images import check_writable
+    def __init__(self, output: Path, count: int, trace: bool, animate: bool, quiet: bool = False) -> None:
+        from ..viewing.images import check_image_name, check_writable
 
+        self._quiet = quiet
+        if animate and output.suffix.lower() == ".webp":
+            raise ValueError(f"--animate writes {output}: give the image another ending, .png or .jpg")
         stems = [output] if count == 1 else [output.with_stem(f"{output.stem}-{i + 1}") for i in range(count)]
         self.paths = stems
         self.sheets = [path.with_suffix(".trace.png") for path in stems] if trace else []
         self.animations = [path.with_suffix(".webp") for path in stems] if animate else []
         for path in self.paths + self.sheets:
-            check_writable(path, ".safetensors" if output.suffix == ".safetensors" else ".png")
+            if output.suffix == ".safetensors":
+                check_writable(path, ".safetensors")
+            else:
+                check_image_name(path)
         for path in self.animations:
             check_writable(path, ".webp")
+
+    def check_room(self, record: Mapping[str, Any]) -> None:
+        """Whether the images' format holds these settings."""
+        from .. import __version__
+        from ..viewing.images import check_room
+
+        check_room(self.paths[0], {**record, "version": __version__, "zoom": 1})
+
+    def _say(self, path: Path) -> None:
+        if not self._quiet:
+            typer.echo(str(path))
 
     def write(
         self,
@@ -138,25 +159,25 @@ class _Files:
         watch: _Watch | None,
     ) -> None:
         from .. import __version__
-        from ..viewing.images import save_latents, save_png
+        from ..viewing.images import save_image, save_latents, save_png
         from ..viewing.images import zoom as enlarge
 
         path = self.paths[index]
         record["version"] = __version__
         if path.suffix == ".safetensors":
             save_latents(made[None], path, record)
-            typer.echo(str(path))
+            self._say(path)
             return
         record["zoom"] = record.get("zoom") or max(1, round(512 / max(made.size)))
-        save_png(enlarge(made, record["zoom"]), path, record)
-        typer.echo(str(path))
+        save_image(enlarge(made, record["zoom"]), path, record)
+        self._say(path)
         if watch is None:
             return
         trace, place = watch.of(index)
         title = f'"{record["prompt"]}", seed {record["seed"]}'
         if self.sheets:
             save_png(trace.sheet(pipe, plan, place, title=title), self.sheets[index], record)
-            typer.echo(str(self.sheets[index]))
+            self._say(self.sheets[index])
         if self.animations:
             trace.animation(pipe, plan, place, title=title).save(self.animations[index])
-            typer.echo(str(self.animations[index]))
+            self._say(self.animations[index])

@@ -20,6 +20,7 @@ app = typer.Typer(
     name="moe-sampler",
     no_args_is_help=True,
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="markdown",
     help="""Diffusion experts of different parametrizations make one image together.
 
@@ -62,7 +63,7 @@ def end_with_signals() -> None:
 def main() -> None:
     end_with_signals()
     try:
-        app()
+        app(prog_name="moe-sampler")
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)
         sys.exit(130)

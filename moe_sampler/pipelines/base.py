@@ -8,13 +8,21 @@ from itertools import islice
 from typing import Any, Self
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import AutoencoderTiny, DiffusionPipeline, ModelMixin
+from diffusers.utils import logging
 
 from ..architectures import ModelShape, shape_of
+from ..loading.dtypes import read_dtypes
+from ..loading.folders import SHARED
+from ..loading.parts import scheduler_from_config
+from ..loading.presets import training_config
 from ..loading.weights import ExpertWeights
 from .offload import ExpertOffload, Offload, check_offload
 
-__all__ = ["ExpertPipeline"]
+__all__ = ["ExpertPipeline", "config_of"]
+
+_OF_EACH_EXPERT = ("unet", "scheduler")
+"""Components that diffusers' pipelines have one of, and these one an expert."""
 
 
 class ExpertPipeline(DiffusionPipeline):
@@ -36,6 +44,60 @@ class ExpertPipeline(DiffusionPipeline):
         self.model_cpu_offload_seq = "->".join(
             ["text_encoder", *(f"unet_{name}" for name in self.expert_names), "vae"]
         )
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """What a pipeline like this one is made of: `HybridPipeline(**pipe.components)`. Beside components it
+        has the `defaults`, as the constructor takes them."""
+        return {**super().components, "defaults": {name: self.config[name] for name in self._setting_names}}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _OF_EACH_EXPERT:
+            raise AttributeError(self._where(name))
+        super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _OF_EACH_EXPERT:
+            raise AttributeError(self._where(name))
+        return super().__getattr__(name)
+
+    def _where(self, component: str) -> str:
+        own = " and ".join(f"{component}_{name}" for name in self.__dict__.get("expert_names", ()))
+        told = "; a call's solver= chooses how it is sampled" if component == "scheduler" else ""
+        return f"every expert has a {component} of its own: use {own}{told}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles hold the weights themselves, so they have no use for where these came from.
+        if self._offload is not None:
+            raise ValueError('this pipeline\'s weights are in files: call set_offload("none") to copy it')
+        return {**self.__dict__, "_weights": {}, "_findings": {}}
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, *, expert: str = "base", **parts: Any) -> Self:
+        """A pipeline of another one's components, which both then share.
+
+        Args:
+            pipeline: one like this; or Stable Diffusion's, of which an expert is made that works alone, or
+                with others among the parts.
+            expert: that expert's name.
+            parts: components and default settings in place of the pipeline's. `torch_dtype` or `dtype` casts
+                all of them, in both pipelines; without it nothing is cast.
+
+        Raises:
+            ValueError: a pipeline without the components of Stable Diffusion, or whose experts are in files.
+        """
+        dtype = read_dtypes(parts.pop("dtype", None), parts.pop("torch_dtype", None))
+        if getattr(pipeline, "offload", "none") == "expert":
+            raise ValueError('this pipeline\'s weights are in files: call set_offload("none") to share them')
+        own = isinstance(pipeline, ExpertPipeline)
+        found = pipeline.components if own else _as_expert(pipeline, expert)
+        make: Any = cls
+        made: Self = make(**{**found, **parts})
+        if isinstance(pipeline, ExpertPipeline):
+            made._weights.update(pipeline._weights)
+        if dtype is not None:
+            made.to(dtype=dtype)
+        return made
 
     @classmethod
     def _get_signature_keys(cls, obj: Any) -> tuple[list[str], list[str]]:
@@ -189,7 +251,35 @@ class ExpertPipeline(DiffusionPipeline):
 
     def enable_vae_tiling(self) -> None:
         """Decode large images in overlapping tiles."""
+        if isinstance(self.vae, AutoencoderTiny):
+            # It takes its scale for 8, whatever its config says (2 to the power of the image's channels).
+            scale = 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+            self.vae.spatial_scale_factor = scale
+            self.vae.tile_latent_min_size = self.vae.tile_sample_min_size // scale
         self.vae.enable_tiling()
 
     def disable_vae_tiling(self) -> None:
         self.vae.disable_tiling()
+
+
+def _as_expert(pipeline: DiffusionPipeline, name: str) -> dict[str, Any]:
+    """The components of a pipeline of Stable Diffusion, its UNet and scheduler as an expert's."""
+    found = pipeline.components
+    absent = [part for part in (*SHARED, *_OF_EACH_EXPERT) if found.get(part) is None]
+    if absent:
+        raise ValueError(
+            f"an expert is made of Stable Diffusion's components, and a {type(pipeline).__name__} has no "
+            + " and no ".join(absent)
+        )
+    # How Stable Diffusion's pipeline happens to sample says how the model was trained, not how to sample it.
+    scheduler = scheduler_from_config(training_config(config_of(found["scheduler"])))
+    renamed = {f"unet_{name}": found["unet"], f"scheduler_{name}": scheduler}
+    left = [k for k, v in found.items() if v is not None and k not in (*SHARED, *_OF_EACH_EXPERT)]
+    if left:
+        logging.get_logger(__name__).warning(f"left out, as they have no place here: {', '.join(left)}")
+    return {part: found[part] for part in SHARED} | renamed
+
+
+def config_of(scheduler: Any) -> dict[str, Any]:
+    """A scheduler's config, with its class."""
+    return {**scheduler.config, "_class_name": type(scheduler).__name__}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import index
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from .choices import MAX_IMAGES, MAX_SIDE, OUTPUT_TYPES, check_choice
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Request", "Start", "StepEnd", "check_size", "check_strength"]
+__all__ = ["Request", "Start", "check_size", "check_strength"]
 
 
 def check_size(height: Any, width: Any, multiple: int) -> tuple[int, int]:
@@ -99,38 +99,11 @@ class Start:
         Raises:
             ValueError: what doesn't fit it, or both a seed and a generator.
         """
+        generator = list(generator) if isinstance(generator, tuple) else generator
         _check_generator(generator, seed, shape[0])
         if latents is not None and tuple(latents.shape) != tuple(shape):
             raise ValueError(f"latents must have shape {tuple(shape)}, got {tuple(latents.shape)}")
         return cls(seeds_of(seed, shape[0]) if generator is None else None, generator, latents)
-
-
-class StepEnd:
-    """`callback_on_step_end` and the tensors it wants, as in diffusers.
-
-    Raises:
-        ValueError: it wants tensors that no step has.
-    """
-
-    TENSORS = ("latents", "pred_original_sample")
-
-    def __init__(self, callback: Callable[..., Any] | None, inputs: Sequence[str]) -> None:
-        unknown = [name for name in inputs if name not in self.TENSORS]
-        if unknown:
-            raise ValueError(f"callback_on_step_end_tensor_inputs may name {self.TENSORS}, not {unknown}")
-        self._callback, self._inputs = callback, tuple(inputs)
-
-    def wants(self, name: str) -> bool:
-        return self._callback is not None and name in self._inputs
-
-    def __call__(
-        self, pipe: Any, step: int, timestep: float, tensors: Mapping[str, Any]
-    ) -> torch.Tensor | None:
-        """Tell the callback; the latents that it puts in the place of the step's, if it does."""
-        if self._callback is None:
-            return None
-        wanted = {name: tensors[name] for name in self._inputs}
-        return (self._callback(pipe, step, timestep, wanted) or {}).get("latents")
 
 
 def check_strength(strength: Any, image: Any, latents: Any) -> float | None:

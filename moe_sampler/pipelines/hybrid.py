@@ -22,13 +22,26 @@ from ..sampling.experts import Expert
 from ..sampling.plan import SamplingPlan
 from ..sampling.routers import PerStep, Router
 from .adapters import AdapterMixin
-from .checks import Request, Start, StepEnd, check_size, check_strength
+from .base import config_of
+from .callbacks import GuidanceMixin, StepEnd
+from .checks import Request, Start, check_size, check_strength
+from .encoding import EncodingMixin
 from .finite import check_finite, naming_weights
-from .latents import decode_latents, encode_pixels
+from .latents import encode_pixels
 from .pretrained import PretrainedMixin
-from .prompts import Negative, check_prompts, encode_prompts, negative_embeds, prompt_count
+from .prompts import (
+    Negative,
+    Texts,
+    as_list,
+    check_clip_skip,
+    check_prompts,
+    negative_embeds,
+    prompt_count,
+)
 from .queue import PlanRun, run_plan
+from .schedules import Schedule, scheduled_plan
 from .settings import (
+    check_defaults,
     default_settings,
     enter_plan,
     given_plan,
@@ -38,7 +51,7 @@ from .settings import (
     own_steps,
     with_own,
 )
-from .start_images import fitted_size, picture_size, pixels_of, start_pictures
+from .start_images import fitted_size, picture_size, pixels_of, start_latents, start_pictures
 
 __all__ = ["HybridPipeline", "HybridPipelineOutput"]
 
@@ -64,7 +77,7 @@ class HybridPipelineOutput(BaseOutput):
         return cls(images, seeds, plan) if return_dict else cast(Any, (images,))
 
 
-class HybridPipeline(PretrainedMixin, AdapterMixin):
+class HybridPipeline(PretrainedMixin, EncodingMixin, AdapterMixin, GuidanceMixin):
     """Text to image with several experts: Sol lays the image out, Lune paints it; or others, by any names.
 
     Args:
@@ -74,6 +87,8 @@ class HybridPipeline(PretrainedMixin, AdapterMixin):
         handoff: default noise level, between 0 (data) and 1 (noise), where one expert hands over to the next;
             of more than two experts, a list of them, descending.
         num_inference_steps: default steps in all.
+        defaults: default settings by name, as another pipeline's `components` have them; what is given beside
+            them comes first.
         parts: `unet_<name>` and `scheduler_<name>` of every expert. The schedulers are not run; their configs
             say what each expert was trained on (betas, prediction type, shift, spacing, clipping) and their
             class which solver is its default. `<name>_guidance` is an expert's default guidance scale.
@@ -83,7 +98,7 @@ class HybridPipeline(PretrainedMixin, AdapterMixin):
         ValueError: experts that don't fit the VAE or the text encoder.
     """
 
-    _callback_tensor_inputs = StepEnd.TENSORS  # as diffusers' pipelines call it
+    _callback_tensor_inputs = (*StepEnd.STATE, *StepEnd.TEXT)  # as diffusers' pipelines call it
 
     def __init__(
         self,
@@ -93,11 +108,15 @@ class HybridPipeline(PretrainedMixin, AdapterMixin):
         experts: Sequence[str] | None = None,
         handoff: float | Sequence[float] | None = None,
         num_inference_steps: int | None = None,
+        defaults: Mapping[str, Any] | None = None,
         **parts: Any,
     ) -> None:
         super().__init__()
+        before = check_defaults(defaults or {})
         given = [key.removeprefix("unet_") for key in parts if key.startswith("unet_")]
-        names = check_names(given if experts is None else experts)
+        if experts is None:  # in the order they had before, then the others
+            experts = [name for name in dict.fromkeys([*before.get("experts", ()), *given]) if name in given]
+        names = check_names(experts)
         wanted = {f"{part}_{name}" for name in names for part in ("unet", "scheduler")}
         unknown = parts.keys() - wanted - {f"{name}_guidance" for name in names}
         if unknown or wanted - parts.keys():
@@ -107,7 +126,7 @@ class HybridPipeline(PretrainedMixin, AdapterMixin):
         shapes = {name: shape_of(unet) for name, unet in unets.items()}
         check_experts_fit(shapes, vae.config, text_encoder.config.to_dict())
         settings = {"handoff": handoff, "num_inference_steps": num_inference_steps, **parts}
-        settings = {key: value for key, value in settings.items() if value is not None}
+        settings = before | {key: value for key, value in settings.items() if value is not None}
         self._register_experts(
             {
                 **{"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer},
@@ -134,8 +153,7 @@ class HybridPipeline(PretrainedMixin, AdapterMixin):
     ) -> tuple[Expert, ...]:
         """The experts as the planner sees them, from noise to data; None leaves a setting at this model's
         default, a mapping sets it by expert."""
-        schedulers = {name: getattr(self, f"scheduler_{name}") for name in self.expert_names}
-        configs = {name: {**s.config, "_class_name": type(s).__name__} for name, s in schedulers.items()}
+        configs = {name: config_of(getattr(self, f"scheduler_{name}")) for name in self.expert_names}
         names = self.expert_names
         guidance = with_own("guidance_scale", guidance_scale, names, sol=sol_guidance, lune=lune_guidance)
         experts = hybrid_experts(
@@ -167,19 +185,17 @@ class HybridPipeline(PretrainedMixin, AdapterMixin):
         router: Router | PerStep | None = None,
         experts: Sequence[Expert] | None = None,
         strength: float | None = None,
+        timesteps: Schedule | None = None,
+        sigmas: Schedule | None = None,
     ) -> SamplingPlan:
         """The plan `__call__` runs with the same arguments; `experts` from `HybridPipeline.experts`."""
         experts = self.experts() if experts is None else experts
-        whole = hybrid_plan(
-            experts,
-            self.config,
-            expert=expert,
-            num_inference_steps=own_steps(
-                num_inference_steps, self.expert_names, sol=sol_steps, lune=lune_steps
-            ),
-            handoff=handoff,
-            router=router,
-        )
+        steps = own_steps(num_inference_steps, self.expert_names, sol=sol_steps, lune=lune_steps)
+        route = {"num_inference_steps": steps, "handoff": handoff, "router": router}
+        if timesteps is None and sigmas is None:
+            whole = hybrid_plan(experts, self.config, expert=expert, **route)
+        else:
+            whole = scheduled_plan(experts, timesteps, sigmas, expert=expert, **route)
         return whole if strength is None else enter_plan(experts, whole, strength)
 
     @property
@@ -194,15 +210,22 @@ class HybridPipeline(PretrainedMixin, AdapterMixin):
         return self.vae_scale_factor * math.lcm(*(shape.size_multiple for shape in shapes))
 
     def _size(
-        self, height: int | None, width: int | None, pictures: Sequence[Picture] | None
+        self,
+        height: int | None,
+        width: int | None,
+        pictures: Sequence[Picture] | None,
+        latents: torch.Tensor | None = None,
     ) -> tuple[int, int]:
-        """In pixels: as given, or what the experts were made for, in a start picture's proportions.
+        """In pixels: as given, or what the experts were made for, in a start picture's proportions, or a
+        start's latents' size.
 
         Raises:
             ValueError: not a size they can make, or none at all.
         """
         side, multiple = self._any_shape().sample_size, self._size_multiple()
-        if side is not None:
+        if latents is not None:
+            size = self._size_of(latents, height, width)
+        elif side is not None:
             size = fitted_size(pictures, side * self.vae_scale_factor, multiple, height, width)
         elif height is not None and width is not None:
             size = (height, width)
@@ -213,26 +236,14 @@ class HybridPipeline(PretrainedMixin, AdapterMixin):
             raise ValueError("the experts' configs name no size: give height and width")
         return check_size(*size, multiple)
 
-    def encode_prompt(
-        self, prompt: str | list[str], batch_size: int | None = None, device: torch.device | None = None
-    ) -> torch.Tensor:
-        """[B, tokens, channels]: CLIP's hidden states, of `batch_size` prompts at once. Too long a prompt is
-        cut, with a warning. device: where the pipeline computes, by default."""
-        prompts = [prompt] if isinstance(prompt, str) else prompt
-        device, size = device or self._execution_device, batch_size or len(prompts)
-        with self._at_work("text_encoder"):
-            parts = [
-                encode_prompts(prompts[i : i + size], self.tokenizer, self.text_encoder, device)
-                for i in range(0, len(prompts), size)
-            ]
-        return torch.cat(parts)
-
-    def decode_latents(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
-        """Images from float32 latents [B, C, h, w]."""
-        with self._at_work("vae"):
-            return decode_latents(
-                latents, self.vae, self.image_processor, output_type, self._dtype_of(self.vae)
+    def _size_of(self, latents: torch.Tensor, height: int | None, width: int | None) -> tuple[int, int]:
+        own = latents.shape[-2] * self.vae_scale_factor, latents.shape[-1] * self.vae_scale_factor
+        if (own[0] if height is None else height, own[1] if width is None else width) != own:
+            raise ValueError(
+                f"latents {list(latents.shape)} are an image of {own[0]} x {own[1]} pixels: leave out height "
+                "and width, or give these"
             )
+        return own
 
     def _image_latents(
         self,
@@ -242,16 +253,16 @@ class HybridPipeline(PretrainedMixin, AdapterMixin):
         request: Request,
         device: torch.device,
     ) -> torch.Tensor:
-        """float32 latents [images, C, h, w] of the images that images start from."""
+        """float32 latents [pictures, C, h, w] of the images that images start from."""
         pixels = pixels_of(pictures, height, width)
         with self._at_work("vae"):
             parts = [encode_pixels(part.to(device), self.vae) for part in pixels.split(request.batch_size)]
-        return torch.cat(parts).repeat_interleave(request.images // len(pixels), 0)
+        return torch.cat(parts)
 
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | list[str] | None = None,
+        prompt: Texts | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | Mapping[str, int] | None = None,
@@ -259,7 +270,7 @@ class HybridPipeline(PretrainedMixin, AdapterMixin):
         negative_prompt: Negative | None = None,
         num_images_per_prompt: int = 1,
         eta: float | Mapping[str, float] | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | Mapping[str, torch.Tensor] | None = None,
@@ -278,10 +289,13 @@ class HybridPipeline(PretrainedMixin, AdapterMixin):
         router: Router | PerStep | None = None,
         sol_steps: int | None = None,
         lune_steps: int | None = None,
+        timesteps: Schedule | None = None,
+        sigmas: Schedule | None = None,
         sol_guidance: float | None = None,
         lune_guidance: float | None = None,
         shift: float | Mapping[str, float] | None = None,
         solver: str | Mapping[str, str] | None = None,
+        clip_skip: int | None = None,
         guidance_rescale: float | Mapping[str, float] | None = None,
         guidance_window: tuple[float, float] | Mapping[str, tuple[float, float]] | None = None,
     ) -> HybridPipelineOutput:
@@ -293,7 +307,8 @@ class HybridPipeline(PretrainedMixin, AdapterMixin):
             plan: run this one, from `plan` or `SamplingPlan.from_json`. It decides experts, steps, handoff,
                 solvers and guidance, so none of these may be given with it.
             image: to start from: PIL of any mode, NumPy [H, W, 3] or a tensor [3, H, W], uint8 from 0 to 255
-                or floats from 0 to 1; one for all prompts, or a batch or list, one each. Without height and
+                or floats from 0 to 1; or latents, a tensor [B, C, h, w] as output_type="latent" gives it; one
+                for all prompts, or a batch or list, one each. Without height and
                 width, what is made has about the size the model was made for, in the image's proportions; the
                 image is resized to cover that and cut at the centre.
             strength: with image, the share of the steps that are run, 0.8 by default: the run enters the plan
@@ -306,12 +321,18 @@ class HybridPipeline(PretrainedMixin, AdapterMixin):
                 data. Of more than two experts, a list of levels, descending.
             router: over the experts' names, instead of a handoff; e.g. `Crossfade("sol", "lune", 0.8, 0.6)`.
             sol_steps, lune_steps: steps of each expert, instead of `num_inference_steps` in all.
+            timesteps, sigmas: the steps themselves, descending, as diffusers' schedulers take them: timesteps
+                of a discrete-time expert, sigmas of a flow expert, before its shift. Of one expert alone, or
+                by name: `timesteps={"sol": [999, 800]}, sigmas={"lune": [0.6, 0.3]}`.
             sol_guidance, lune_guidance: guidance scales, before `guidance_scale`.
             shift: k of the shifted sigmas of flow experts.
             solver: as `Expert` takes it.
             guidance_rescale, guidance_window: as `Expert` takes them.
+            clip_skip: last layers of CLIP that are left out, for the prompt.
             callback_on_step_end: diffusers' signature (pipeline, step, timestep, kwargs), called for every
-                batch; it may return a dict with new `latents`. `pred_original_sample` gives the step's x0.
+                batch; it may return a dict with new `latents`, `prompt_embeds` ([2B, ...], the negative ones
+                first, where the step is guided) or `negative_prompt_embeds`, and may set
+                `pipe._guidance_scale`. `pred_original_sample` gives the step's x0.
 
         Returns:
             `HybridPipelineOutput`, or with `return_dict=False` the tuple (images,).
@@ -335,14 +356,23 @@ class HybridPipeline(PretrainedMixin, AdapterMixin):
             "num_inference_steps": own_steps(num_inference_steps, names, sol=sol_steps, lune=lune_steps),
             "handoff": handoff,
             "router": router,
+            "timesteps": timesteps,
+            "sigmas": sigmas,
         }
+        prompt, negative_prompt = as_list(prompt), as_list(negative_prompt)
         channels = self.text_encoder.config.hidden_size
         check_prompts(prompt, prompt_embeds, negative_prompt, negative_prompt_embeds, names, channels)
         prompts = prompt_count(prompt, prompt_embeds)
+        check_clip_skip(clip_skip, self.text_encoder)
+        if clip_skip is not None and prompt_embeds is not None:
+            raise ValueError("clip_skip acts on how a prompt is encoded: leave it out with prompt_embeds")
         request = Request.read(prompts, num_images_per_prompt, batch_size, output_type)
-        step_end = StepEnd(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        pictures = None if image is None else start_pictures(image, prompts)
-        height, width = self._size(height, width, pictures)
+        step_end = StepEnd(
+            callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
+        )
+        given = start_latents(image, self._any_shape().in_channels, prompts)
+        pictures = None if image is None or given is not None else start_pictures(image, prompts)
+        height, width = self._size(height, width, pictures, given)
         entered = check_strength(strength, image, latents)
         experts = self.experts(**settings)
         if plan is None:
@@ -358,15 +388,17 @@ class HybridPipeline(PretrainedMixin, AdapterMixin):
 
         self._interrupt = False
         device = self._execution_device  # found by looking through all modules, so once
-        encode = partial(self.encode_prompt, batch_size=request.batch_size, device=device)
-        cond = encode([] if prompt is None else prompt) if prompt_embeds is None else prompt_embeds.to(device)
+        encode = partial(self.encode_texts, batch_size=request.batch_size, device=device)
+        if prompt_embeds is None:
+            cond = encode([] if prompt is None else prompt, clip_skip=clip_skip)
+        else:
+            cond = prompt_embeds.to(device)
         guided = list(dict.fromkeys(c.name for s in compiled.steps for c in s.calls if c.guided))
         uncond = negative_embeds(negative_prompt, negative_prompt_embeds, guided, names, prompts, encode)
         for embeds in (cond, *uncond.values()):
             check_finite("the prompts' features", embeds, "the text encoder", self.text_encoder)
-        from_image = (
-            None if pictures is None else self._image_latents(pictures, height, width, request, device)
-        )
+        if pictures is not None:
+            given = self._image_latents(pictures, height, width, request, device)
         run = PlanRun(
             compiled,
             experts,
@@ -374,10 +406,15 @@ class HybridPipeline(PretrainedMixin, AdapterMixin):
             device,
             cond={"prompt_embeds": cond},
             uncond={name: {"prompt_embeds": embeds.to(device)} for name, embeds in uncond.items()},
-            image_latents=from_image,
+            image_latents=None if given is None else _one_an_image(given, request.images),
             residency=self._offload,
         )
         with naming_weights(self.expert_unet, self._with_expert):
             made = run_plan(self, run, request, start, step_end)
         self.maybe_free_model_hooks()
         return HybridPipelineOutput.of(made, start.seeds, compiled, return_dict)
+
+
+def _one_an_image(latents: torch.Tensor, images: int) -> torch.Tensor:
+    """[images, C, h, w] of latents that are one a prompt, or one for all."""
+    return latents.repeat_interleave(images // len(latents), 0)

@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from huggingface_hub import create_repo
 
+from ..loading.dtypes import Dtypes, read_dtypes
 from ..loading.folders import SHARED
 from ..loading.hub import Hub
-from ..loading.parts import Dtypes, load_parts
+from ..loading.loader_keywords import device_of_map, without_loader_keywords
+from ..loading.parts import load_parts
 from ..loading.presets import ExpertSource
 from ..loading.presets import preset as find_preset
 from .base import ExpertPipeline
+from .generic import write_code_reference
 from .offload import Offload, check_offload
 from .settings import DEFAULTS
 
@@ -60,17 +64,19 @@ class PretrainedMixin(ExpertPipeline):
                 beside it: a diffusers folder, a hub id `owner/name`, a hub file `owner/name:file`, or a file
                 (see `ExpertSource`, which also takes a revision and other training settings).
             experts: experts by any name, in the order they work in; they follow those above.
-            dtype, torch_dtype: of all models, or by component with "default" for the others. float32.
+            dtype, torch_dtype: of all models, or by component with "default" for the others; torch's, or by
+                name. float32.
             variant: prefer `*.<variant>.safetensors`, such as "fp16".
             revision: of the base on the hub.
             offload, device: see `set_offload`.
             cache_dir, local_files_only, token, force_download: for the hub.
-            parts: components to use instead of loading them, and default settings (`handoff`,
-                `num_inference_steps`, `<name>_guidance`).
+            parts: components to use instead of loading them, default settings (`handoff`,
+                `num_inference_steps`, `<name>_guidance`), and keywords of diffusers' loaders, of which those
+                that can't be followed are refused.
 
         Raises:
             CheckpointError: anything missing, unreadable, unexpected or misshapen, by name.
-            ValueError: parts that don't fit each other.
+            ValueError: parts that don't fit each other, or a loader's keyword that can't be followed.
         """
         check_offload(offload)
         named = {"sol": sol, "lune": lune, "sd15": sd15}
@@ -81,14 +87,13 @@ class PretrainedMixin(ExpertPipeline):
             base, given = known.base if base is None else base, {**known.experts, **given}
         if base is None:
             raise ValueError("give the folder or hub id of the base, or preset=")
-        if dtype is not None and torch_dtype is not None:
-            raise ValueError("dtype and torch_dtype are the same: give one of them")
-        dtype = torch_dtype if dtype is None else dtype
-        modules, settings = _split(parts)
+        dtypes = read_dtypes(dtype, torch_dtype)
+        device_map, device = device_of_map(parts.pop("device_map", None), device)
+        modules, settings = _split(without_loader_keywords({**parts, "device_map": device_map}))
         loaded = load_parts(
             base,
             given,
-            dtypes=torch.float32 if dtype is None else dtype,
+            dtypes=torch.float32 if dtypes is None else dtypes,
             hub=Hub(cache_dir, local_files_only, token, force_download),
             revision=revision,
             variant=variant,
@@ -119,16 +124,22 @@ class PretrainedMixin(ExpertPipeline):
         use_flashpack: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Write one folder, as diffusers does, that `from_pretrained` reads back to the same bits.
+        """Write one folder, as diffusers does, that `from_pretrained` reads back to the same bits. With its
+        `pipeline.py` and moe-sampler installed, `DiffusionPipeline.from_pretrained` reads it too.
 
         Args:
             save_directory: created if need be.
             safe_serialization, use_flashpack: safetensors always; there is no other format here.
-            variant, max_shard_size, push_to_hub, kwargs: as diffusers takes them.
+            variant, max_shard_size: as diffusers takes them.
+            push_to_hub: upload the folder; kwargs are diffusers': `repo_id`, the folder's name by default,
+                `private`, `token`, `commit_message`, `create_pr`.
 
         Raises:
             ValueError: an expert has LoRA adapters, which a folder of this layout doesn't hold.
         """
+        unknown = kwargs.keys() - {"repo_id", "private", "token", "commit_message", "create_pr"}
+        if unknown:
+            raise TypeError(f"save_pretrained takes no {', '.join(sorted(unknown))}")
         if not safe_serialization or use_flashpack:
             other = "use_flashpack" if use_flashpack else "safe_serialization=False"
             raise ValueError(f"weights are written as safetensors only: leave out {other}")
@@ -140,15 +151,32 @@ class PretrainedMixin(ExpertPipeline):
                 f"{', '.join(adapted)} has LoRA adapters: fuse them or call unload_lora_weights() first"
             )
         options = {"variant": variant, "max_shard_size": max_shard_size}
+        folder = Path(save_directory)
         if self._offload is None:
-            super().save_pretrained(save_directory, push_to_hub=push_to_hub, **options, **kwargs)
-        elif push_to_hub:
-            raise ValueError('pushing needs all experts in memory: call set_offload("none") first')
+            super().save_pretrained(folder, **options)
         else:
-            self._save_one_by_one(Path(save_directory), {k: v for k, v in options.items() if v is not None})
+            self._save_one_by_one(folder, {k: v for k, v in options.items() if v is not None})
+        write_code_reference(
+            folder, self.expert_names, {name: self.config[name] for name in self._setting_names}
+        )
+        if push_to_hub:
+            self._push(folder, **kwargs)
+
+    def _push(
+        self,
+        folder: Path,
+        repo_id: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+    ) -> None:
+        repo_id = create_repo(repo_id or folder.name, exist_ok=True, private=private, token=token).repo_id
+        self._upload_folder(folder, repo_id, token=token, commit_message=commit_message, create_pr=create_pr)
 
     def _save_one_by_one(self, folder: Path, options: Mapping[str, Any]) -> None:
-        for name, part in self.components.items():
+        for name in self._component_names:
+            part = getattr(self, name)
             expert = name.removeprefix("unet_") if name.startswith("unet_") else None
             with nullcontext() if expert is None else self._with_expert(expert):
                 part.save_pretrained(folder / name, **(options if isinstance(part, torch.nn.Module) else {}))

@@ -16,6 +16,8 @@ from ..data.captions import check_text
 from .settings import by_expert
 
 __all__ = [
+    "as_list",
+    "check_clip_skip",
     "check_prompts",
     "cut_silently",
     "encode_prompts",
@@ -27,10 +29,18 @@ __all__ = [
 
 _SILENT: ContextVar[bool] = ContextVar("_SILENT", default=False)
 
-Negative = str | list[str] | Mapping[str, str | list[str]]
+Texts = str | Sequence[str]
+Negative = Texts | Mapping[str, Texts]
 
 
-def prompt_count(prompt: str | list[str] | None, prompt_embeds: torch.Tensor | None) -> int:
+def as_list(value: Any) -> Any:
+    """A tuple as a list, also those in a mapping; anything else as it is."""
+    if isinstance(value, Mapping):
+        return {name: as_list(one) for name, one in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def prompt_count(prompt: Texts | None, prompt_embeds: torch.Tensor | None) -> int:
     if prompt_embeds is not None:
         return len(prompt_embeds)
     return 1 if isinstance(prompt, str) else len(prompt or ())
@@ -126,18 +136,42 @@ def warn_of_cuts(cut: Sequence[str], length: int) -> None:
         )
 
 
+def check_clip_skip(clip_skip: Any, text_encoder: Any) -> None:
+    """Raise ValueError unless so many layers may be left out; None is none."""
+    if clip_skip is None:
+        return
+    layers = text_encoder.config.num_hidden_layers
+    if isinstance(clip_skip, bool) or not isinstance(clip_skip, int) or not 0 <= clip_skip < layers:
+        raise ValueError(
+            f"clip_skip is how many of the text encoder's {layers} layers are left out, 0 to {layers - 1}, "
+            f"got {clip_skip!r}"
+        )
+
+
 def encode_prompts(
-    prompts: Sequence[str], tokenizer: Any, text_encoder: Any, device: torch.device
+    prompts: Sequence[str],
+    tokenizer: Any,
+    text_encoder: Any,
+    device: torch.device,
+    clip_skip: int | None = None,
 ) -> torch.Tensor:
     """[B, tokens, channels] in the encoder's dtype: CLIP's hidden states. Too long a prompt is cut, with a
-    warning that says what was cut."""
+    warning that says what was cut.
+
+    clip_skip: how many of the last layers are left out, as diffusers counts them; the final norm stays.
+    """
     length = tokenizer.model_max_length
     tokens, cut = tokenize(prompts, tokenizer, length)
     warn_of_cuts(cut, length)
     mask = None
     if getattr(text_encoder.config, "use_attention_mask", False):
         mask = to_device(tokens.attention_mask, device)
-    return text_encoder(to_device(tokens.input_ids, device), attention_mask=mask)[0]
+    ids = to_device(tokens.input_ids, device)
+    if not clip_skip:
+        return text_encoder(ids, attention_mask=mask)[0]
+    states = text_encoder(ids, attention_mask=mask, output_hidden_states=True).hidden_states
+    # Older transformers keep the layers in a module of their own.
+    return getattr(text_encoder, "text_model", text_encoder).final_layer_norm(states[-(clip_skip + 1)])
 
 
 def negative_embeds(

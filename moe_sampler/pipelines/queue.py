@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -16,7 +17,8 @@ from ..errors import NonFiniteError
 from ..sampling.experts import Expert
 from ..sampling.loop import SamplingRun, noised
 from ..sampling.plan import SamplingPlan
-from .checks import Request, Start, StepEnd
+from .callbacks import StepEnd, StepWatch
+from .checks import Request, Start
 from .offload import Stage, stages
 
 __all__ = ["Host", "PlanRun", "Residency", "run_plan"]
@@ -26,6 +28,9 @@ Features = Mapping[str, torch.Tensor]
 
 class Host(Protocol):
     """What a pipeline is to a run: it may stop it, shows how far it is, and decodes what it made."""
+
+    _guidance_scale: float | None
+    _num_timesteps: int | None
 
     @property
     def interrupt(self) -> bool:
@@ -116,6 +121,7 @@ class _Queue:
 
     def __init__(self, host: Host, run: PlanRun, request: Request, start: Start, step_end: StepEnd) -> None:
         self._host, self._run, self._step_end = host, run, step_end
+        host._num_timesteps, host._guidance_scale = len(run.plan), run.plan.steps[0].calls[0].guidance_scale
         self._batches = [
             self._batch(slice(first, min(first + request.batch_size, request.images)), request, start)
             for first in range(0, request.images, request.batch_size)
@@ -126,6 +132,8 @@ class _Queue:
         local = (own.stop - own.start, *run.shape[1:])
         of_prompts = torch.arange(own.start, own.stop, device=device) // request.images_per_prompt
         noise = None if start.generator is None else _Noise(start.generator, own, local, device)
+        cond, uncond = _rows(run.cond, of_prompts), _rows(run.uncond, of_prompts)
+        watch = StepWatch(self._step_end, self._host, run.experts, cond, uncond)
         return SamplingRun(
             run.plan,
             run.experts,
@@ -133,10 +141,10 @@ class _Queue:
             shape=local,
             seeds=None if start.seeds is None else start.seeds[own],
             noise=noise,
-            cond=_rows(run.cond, of_prompts),
-            uncond=_rows(run.uncond, of_prompts),
+            cond=cond,
+            uncond=uncond,
             device=device,
-            callback=self._on_step_end,
+            callback=partial(self._on_step_end, watch),
             keep_x0=self._step_end.wants("pred_original_sample"),
         )
 
@@ -170,12 +178,10 @@ class _Queue:
                 residency.prefetch(following.experts)
             batch.advance(stage.until)
 
-    def _on_step_end(self, info: dict[str, Any]) -> torch.Tensor | None:
+    def _on_step_end(self, watch: StepWatch, info: dict[str, Any]) -> torch.Tensor | None:
         self._bar.update()
-        tensors = {"latents": info["x"], "pred_original_sample": info["x0"]}
-        timestep = info["plan_step"].calls[0].timestep
         try:
-            replaced = self._step_end(self._host, info["step"], timestep, tensors)
+            replaced = watch(info)
         except NonFiniteError:
             info["run"].check()  # who looks at the latents finds less than the run knows of them
             raise

@@ -19,6 +19,7 @@ __all__ = [
     "EXPERTS",
     "ExpertSettings",
     "by_expert",
+    "check_defaults",
     "default_settings",
     "enter_plan",
     "given_plan",
@@ -42,6 +43,14 @@ def default_settings(experts: Sequence[str], given: Mapping[str, Any] | None = N
     own = {f"{name}_guidance": DEFAULTS.get(f"{name}_guidance", _GUIDANCE) for name in experts}
     defaults = {key: DEFAULTS[key] for key in ("handoff", "num_inference_steps")} | own
     return {key: (given or {}).get(key, value) for key, value in defaults.items()}
+
+
+def check_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Default settings, checked by name."""
+    unknown = [key for key in given if key not in ("experts", *DEFAULTS) and not key.endswith("_guidance")]
+    if unknown:
+        raise TypeError(f"a pipeline has no default {', '.join(unknown)}")
+    return dict(given)
 
 
 def by_expert(what: str, value: Any, names: Sequence[str]) -> dict[str, Any]:

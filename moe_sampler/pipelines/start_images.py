@@ -15,7 +15,27 @@ from ..data.arrays import Picture, array_picture, fit_pixels
 from ..data.pictures import to_rgb
 from .choices import MAX_SIDE
 
-__all__ = ["fitted_size", "picture_size", "pixels_of", "start_pictures"]
+__all__ = ["fitted_size", "picture_size", "pixels_of", "start_latents", "start_pictures"]
+
+
+def start_latents(image: Any, channels: int, prompts: int) -> torch.Tensor | None:
+    """The latents that an image is given as, float32 [B, C, h, w], or None where it is a picture.
+
+    Args:
+        image: latents are a tensor [B, C, h, w], scaled, as `output_type="latent"` gives them.
+        channels: C; 3 are a picture's.
+        prompts: how many there are; one image serves all.
+
+    Raises:
+        ValueError: latents that aren't one or one a prompt, or that aren't finite.
+    """
+    if not isinstance(image, torch.Tensor) or image.ndim != 4 or image.shape[1] != channels or channels == 3:
+        return None
+    if len(image) not in (1, prompts):
+        raise ValueError(f"{prompts} prompts need one image or as many, got {len(image)}")
+    if not image.is_floating_point() or not image.isfinite().all():
+        raise ValueError(f"image is taken for latents, and these must be finite floats, got {image.dtype}")
+    return image.detach().float()
 
 
 def start_pictures(image: Any, prompts: int) -> list[Picture]:

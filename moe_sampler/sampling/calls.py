@@ -6,12 +6,14 @@ import dataclasses
 import math
 from collections.abc import Iterable
 
+from moe_sampler.kernels.rows import COLUMNS
+
 from .experts import Expert
 from .paths import Level
 from .plan import ExpertCall, PlanStep, SamplingPlan
 from .predictions import x0_coefficients
 
-__all__ = ["check_fits", "expert_call"]
+__all__ = ["check_fits", "expert_call", "with_guidance"]
 
 
 def expert_call(expert: Expert, weight: float, state: Level) -> tuple[ExpertCall, float, tuple[float, float]]:
@@ -72,3 +74,30 @@ def _misread(step: PlanStep, experts: dict[str, Expert]) -> str | None:
         if not all(math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9) for a, b in pairs):
             return planned.name
     return None if math.isclose(found["p"], p, rel_tol=1e-6, abs_tol=1e-9) else step.calls[0].name
+
+
+def with_guidance(
+    plan: SamplingPlan, experts: Iterable[Expert], scale: float, *, since: int = 0
+) -> SamplingPlan:
+    """The same plan with another guidance scale of all experts, from step `since` on. Windows don't count any
+    more; 1 or less is no guidance.
+
+    Args:
+        plan: for these experts.
+        experts: with or without their models.
+    """
+    known = {expert.name: expert for expert in experts}
+    scale = max(float(scale), 1.0)
+    steps = [_guided(step, known, scale) for step in plan.steps[since:]]
+    return dataclasses.replace(plan, steps=(*plan.steps[:since], *steps))
+
+
+def _guided(step: PlanStep, experts: dict[str, Expert], scale: float) -> PlanStep:
+    row, calls = step.coefficients, []
+    for slot, planned in enumerate(step.calls):
+        expert = dataclasses.replace(experts[planned.name], guidance_scale=scale, guidance_window=None)
+        call, _, (row[f"q_cond_{slot}"], row[f"q_uncond_{slot}"]) = expert_call(
+            expert, planned.weight, step.level
+        )
+        calls.append(call)
+    return dataclasses.replace(step, calls=tuple(calls), row=tuple(row[name] for name in COLUMNS))

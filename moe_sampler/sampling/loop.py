@@ -196,10 +196,32 @@ class SamplingRun:
             raise ValueError("the plan adds fresh noise: give seeds (one a sample) or a noise function")
         if seeds is not None and len(seeds) != batch:
             raise ValueError(f"{batch} samples need as many seeds, got {len(seeds)}")
+        self._told = cond, uncond
         self._guidance = GuidanceInputs(plan, list(self._experts), batch, cond, uncond)
         self._seeds, self._noise, self._callback = seeds, noise, callback
         self._keep_x0 = keep_x0 and callback is not None
-        self._on_device = False
+        self._on_device = self._changed = False
+
+    def follow(self, plan: SamplingPlan) -> None:
+        """Go on with another plan: one that differs in the guidance of the steps that are left.
+
+        Raises:
+            ValueError: other steps.
+        """
+        plan.check()
+        if [s.level for s in plan.steps] != [s.level for s in self.plan.steps]:
+            raise ValueError("a run can only follow a plan with its own noise levels")
+        self._change(plan, *self._told)
+        if self._on_device:
+            self._table = plan.table(self.x.device)
+
+    def tell(self, cond: Conditioning | None, uncond: Conditioning | None) -> None:
+        """Go on with other conditioning, as `sample` takes it."""
+        self._change(self.plan, cond, uncond)
+
+    def _change(self, plan: SamplingPlan, cond: Conditioning | None, uncond: Conditioning | None) -> None:
+        self._guidance = GuidanceInputs(plan, list(self._experts), self.x.shape[0], cond, uncond)
+        self.plan, self._told, self._changed = plan, (cond, uncond), True
 
     @property
     def done(self) -> bool:
@@ -243,12 +265,13 @@ class SamplingRun:
         if not self._on_device:
             self._move_to_device()
         steps = self.plan.steps[self.index : until]
-        conditioning = self._guidance.of(call for step in steps for call in step.calls)
+        self._conditioning = self._guidance.of(call for step in steps for call in step.calls)
         inputs = _Inputs(self.x, self._experts)
         # The launch that ended the last stretch wrote no inputs: the state says the same.
         current = inputs.write(self.plan.steps[self.index].calls, self.index)
         while self.index < until and not self.interrupted:
-            current = self._step(inputs, current, conditioning, self.index + 1 == until)
+            current = self._step(inputs, current, until)
+        self._conditioning = {}
         return self.x
 
     def check(self) -> None:
@@ -273,16 +296,15 @@ class SamplingRun:
         self,
         inputs: _Inputs,
         current: list[torch.Tensor],
-        conditioning: Mapping[tuple[str, bool], dict[str, torch.Tensor]],
-        last: bool,
+        until: int,
     ) -> list[torch.Tensor]:
         """One model evaluation and one launch; returns the next step's model inputs."""
         index, step = self.index, self.plan.steps[self.index]
         outputs = [
-            self._predict(call, model_input, timestep, conditioning[call.name, call.guided])
+            self._predict(call, model_input, timestep, self._conditioning[call.name, call.guided])
             for call, model_input, timestep in zip(step.calls, current, self._timesteps[index], strict=True)
         ]
-        following = () if last else self.plan.steps[index + 1].calls
+        following = () if index + 1 == until else self.plan.steps[index + 1].calls
         buffers = inputs.buffers(following, index + 1)
         # Noise exists only where the row asks for it, so a deterministic step never touches the generator.
         noisy = step.adds_noise
@@ -302,14 +324,19 @@ class SamplingRun:
         if self._callback is None:
             return buffers
         replaced = self._callback({"step": index, "plan_step": step, "x": self.x, "x0": self.x0, "run": self})
-        if replaced is None:
+        if self._changed:
+            left = self.plan.steps[self.index : until]
+            self._conditioning = self._guidance.of(call for step in left for call in step.calls)
+            self._changed, following = False, left[0].calls if left else ()
+        elif replaced is None:
             return buffers
-        if replaced.shape != self.x.shape:
+        if replaced is not None and replaced.shape != self.x.shape:
             raise ValueError(
                 f"a callback's state must have shape {list(self.x.shape)}, got {list(replaced.shape)}"
             )
-        self.x.copy_(replaced)
-        self._finite.see_callback(index)
+        if replaced is not None:
+            self.x.copy_(replaced)
+            self._finite.see_callback(index)
         return inputs.write(following, index + 1)
 
 

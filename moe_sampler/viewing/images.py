@@ -1,4 +1,4 @@
-"""Writing images: settings in the PNG's metadata, whole files or none."""
+"""Writing images: settings in their metadata, whole files or none."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ from .._readers import parse_json
 from ..errors import first_line
 
 __all__ = [
+    "check_image_name",
+    "check_room",
     "check_writable",
     "read_settings",
+    "save_image",
     "save_latents",
     "save_png",
     "save_webp",
@@ -26,6 +29,16 @@ __all__ = [
 ]
 
 _KEY = "moe-sampler"
+_FORMATS = {
+    ".png": {"format": "PNG"},
+    ".jpg": {"format": "JPEG", "quality": 95, "subsampling": 0},
+    ".jpeg": {"format": "JPEG", "quality": 95, "subsampling": 0},
+    ".webp": {"format": "WEBP", "quality": 95, "method": 4},
+}
+# Exif 2.32: the comment's first eight bytes name its encoding.
+_EXIF_IFD, _USER_COMMENT, _ASCII = 0x8769, 0x9286, b"ASCII\0\0\0"
+_JPEG_ROOM = 65_000
+"""Bytes of EXIF that a JPEG file holds in its one segment of 65,533, some of which the format takes."""
 _KINDS = {
     ".png": "images are written as PNG",
     ".webp": "animations are written as WebP",
@@ -49,12 +62,56 @@ def check_writable(path: Path, suffix: str = ".png") -> None:
         raise ValueError(f"{path} is not writable")
 
 
+def check_image_name(path: Path) -> None:
+    """Raise now if an image could not be written to `path` later, as its ending says."""
+    if path.suffix.lower() not in _FORMATS:
+        raise ValueError(
+            f"{path}: images are written as PNG, JPEG or WebP, so give a name that ends in .png, .jpg or "
+            ".webp"
+        )
+    check_writable(path, path.suffix.lower())
+
+
+def check_room(path: Path, settings: Mapping[str, Any]) -> None:
+    """Raise now if the format of `path` is JPEG and these settings are more than it holds."""
+    if path.suffix.lower() in (".jpg", ".jpeg") and len(_comment(settings)) > _JPEG_ROOM:
+        raise ValueError(f"{path}: a JPEG holds 64 kB of settings, and these are more: use .png or .webp")
+
+
 def save_png(image: Image.Image, path: Path, settings: Mapping[str, Any] | None = None) -> None:
     """Write the whole file or nothing. `settings` go into the metadata as JSON, for `read_settings`."""
     info = PngInfo()
     if settings is not None:
         info.add_itxt(_KEY, json.dumps(dict(settings), ensure_ascii=False))
     write_whole(path, lambda file: image.save(file, format="PNG", pnginfo=info))
+
+
+def _comment(settings: Mapping[str, Any]) -> bytes:
+    return _ASCII + json.dumps({_KEY: dict(settings)}).encode("ascii")
+
+
+def save_image(image: Image.Image, path: Path, settings: Mapping[str, Any]) -> None:
+    """Write the whole file or nothing, in the format that its ending names. `settings` go into a PNG's text,
+    or into the EXIF user comment of a JPEG or WebP file, for `read_settings`."""
+    options = _FORMATS[path.suffix.lower()]
+    if options["format"] == "PNG":
+        save_png(image, path, settings)
+        return
+    check_room(path, settings)
+    exif = Image.Exif()
+    exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = _comment(settings)
+    write_whole(path, lambda temporary: image.convert("RGB").save(temporary, exif=exif, **options))
+
+
+def _settings_text(image: Image.Image) -> str | None:
+    """The JSON of an image's settings; None where it has none."""
+    if _KEY in image.info:
+        return image.info[_KEY]
+    comment = image.getexif().get_ifd(_EXIF_IFD).get(_USER_COMMENT)
+    if not isinstance(comment, bytes) or not comment.startswith(_ASCII + b'{"' + _KEY.encode()):
+        return None
+    found = json.loads(comment.removeprefix(_ASCII))
+    return json.dumps(found[_KEY])
 
 
 def save_latents(latents: Any, path: Path, settings: Mapping[str, Any]) -> None:
@@ -97,7 +154,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     try:
         # Too many pixels are an error; what else Pillow would warn of, the settings do not depend on.
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
-            text = image.info.get(_KEY)
+            text = _settings_text(image)
     except Exception as error:  # Pillow's readers raise a dozen kinds for damaged files
         raise ValueError(f"{path} cannot be read as an image: {first_line(error)}") from None
     if not isinstance(text, str):

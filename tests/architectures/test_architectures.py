@@ -117,7 +117,7 @@ def test_another_architecture_is_sampled(folder, toy):
         made = toy(tokens, level=level, context=prompt_embeds)["tokens"]
         return made.transpose(1, 2).reshape(x.shape)
 
-    prompt_embeds = pipe.encode_prompt("a castle")
+    prompt_embeds = pipe.encode_texts("a castle")
     with torch.no_grad():
         expected = sample(
             alone.plan,

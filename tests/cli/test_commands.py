@@ -228,7 +228,7 @@ def plan_files() -> dict[str, str]:
         ("x", "--model", "incomplete"),
         ("x", "--model", "unreadable"),
         ("x", "-o", "nowhere/image.png"),
-        ("x", "-o", "image.jpg"),
+        ("x", "-o", "image.gif"),
         ("x", "-o", "."),
         ("x", "--device", "tpu"),
         ("x", "--like", "nowhere.png"),

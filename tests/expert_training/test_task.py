@@ -194,7 +194,7 @@ def test_validation_is_that_of_a_perfect_and_of_an_ignorant_model():
 def test_text_states_are_the_pipelines(demo_pipeline):
     texts = ["a castle", "", "a city street at night"]
     states = TextStates(demo_pipeline.text_encoder, demo_pipeline.tokenizer)(texts)
-    torch.testing.assert_close(states, demo_pipeline.encode_prompt(texts))
+    torch.testing.assert_close(states, demo_pipeline.encode_texts(texts))
 
 
 def test_what_does_not_fit_is_refused(base):

@@ -108,13 +108,13 @@ def test_the_shared_text_encoder_is_asked_about(update, demo_pipeline):
     with pytest.raises(ValueError, match="say text_encoder=True to load it too, or text_encoder=False"):
         pipe.load_lora_weights(both, expert="sol")
     pipe.load_lora_weights(both, expert="sol", text_encoder=False)
-    plain = demo_pipeline.encode_prompt("a castle")
-    assert torch.equal(pipe.encode_prompt("a castle"), plain)
+    plain = demo_pipeline.encode_texts("a castle")
+    assert torch.equal(pipe.encode_texts("a castle"), plain)
     pipe.unload_lora_weights()
     pipe.load_lora_weights(both, expert="sol", text_encoder=True)
-    assert not torch.equal(pipe.encode_prompt("a castle"), plain)
+    assert not torch.equal(pipe.encode_texts("a castle"), plain)
     pipe.unload_lora_weights()
-    assert torch.equal(pipe.encode_prompt("a castle"), plain)
+    assert torch.equal(pipe.encode_texts("a castle"), plain)
 
 
 @needs_peft

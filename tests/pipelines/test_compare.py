@@ -100,7 +100,7 @@ def test_columns_are_the_pipelines_images(demo_pipeline):
     # The naive column by hand: pixels of two runs on the pipeline's own experts.
     experts = demo_pipeline.experts(**settings)
     compiled = demo_pipeline.plan(num_inference_steps=6, handoff=0.8, experts=experts)
-    cond, uncond = ({"prompt_embeds": demo_pipeline.encode_prompt(text)} for text in ("a castle", "night"))
+    cond, uncond = ({"prompt_embeds": demo_pipeline.encode_texts(text)} for text in ("a castle", "night"))
     latents = sample(
         naive_plan(experts, compiled), experts, shape=(1, 4, 16, 16), seeds=[3], cond=cond, uncond=uncond
     )

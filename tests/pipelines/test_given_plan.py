@@ -74,7 +74,7 @@ def cut(count: int) -> SamplingPlan:
     ],
 )
 def test_what_does_not_fit_is_refused_before_any_work(demo_pipeline, monkeypatch, call, message):
-    monkeypatch.setattr(type(demo_pipeline), "encode_prompt", None)
+    monkeypatch.setattr(type(demo_pipeline), "encode_texts", None)
     monkeypatch.setattr(type(demo_pipeline), "_image_latents", None)
     with pytest.raises(ValueError, match=message):
         demo_pipeline(PROMPT, **call)

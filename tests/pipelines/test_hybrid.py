@@ -94,7 +94,7 @@ def test_generators_latents_and_embeds(demo_pipeline):
     assert first.seeds is None
     assert torch.equal(first.images, demo_pipeline(PROMPT, generator=seeded(), **QUICK).images)
     latents = torch.randn(1, 4, 16, 16, generator=seeded())
-    embeds, empty = demo_pipeline.encode_prompt(PROMPT), demo_pipeline.encode_prompt("")
+    embeds, empty = demo_pipeline.encode_texts(PROMPT), demo_pipeline.encode_texts("")
     by_embeds = demo_pipeline(
         prompt_embeds=embeds, negative_prompt_embeds=empty, latents=latents, seed=2, **QUICK
     ).images
@@ -179,7 +179,7 @@ def test_guidance_and_its_negative_prompt_are_each_experts_own(demo_pipeline):
         sols, lunes = run(**settings)
         assert not torch.equal(sols, handed) and not torch.equal(lunes, finished), settings
     assert torch.equal(run(negative_prompt=night)[1], run(negative_prompt={"sol": night, "lune": night})[1])
-    embeds = demo_pipeline.encode_prompt(night)
+    embeds = demo_pipeline.encode_texts(night)
     by_embeds = run(negative_prompt_embeds={"sol": embeds, "lune": embeds})[1]
     assert torch.equal(by_embeds, run(negative_prompt=night)[1])
     # Whoever isn't guided is called once a step, whatever the others do.
@@ -231,7 +231,7 @@ def test_image_to_image_enters_the_plan_at_the_right_expert(demo_pipeline):
         clean = pipe.vae.encode(pixels).latents * pipe.vae.config.scaling_factor
         noise = philox_normal(tuple(clean.shape), torch.tensor([5]), 0, stream=1)
         sigmas = [*(step.level.sigma for step in made.plan.steps), 0.0]
-        x, embeds = (1 - sigmas[0]) * clean + sigmas[0] * noise, pipe.encode_prompt("a portrait")
+        x, embeds = (1 - sigmas[0]) * clean + sigmas[0] * noise, pipe.encode_texts("a portrait")
         for sigma, following in pairwise(sigmas):
             x = x - (sigma - following) * pipe.unet_lune(x, torch.tensor(1000 * sigma), embeds).sample
     torch.testing.assert_close(made.images, x, atol=1e-4, rtol=0)
@@ -567,14 +567,14 @@ def test_the_folder_is_plain_json_and_safetensors():
     ],
 )
 def test_wrong_input_is_refused_before_any_work(demo_pipeline, monkeypatch, arguments, message):
-    monkeypatch.setattr(demo_pipeline, "encode_prompt", lambda *_: pytest.fail("work was begun"))
+    monkeypatch.setattr(demo_pipeline, "encode_texts", lambda *_: pytest.fail("work was begun"))
     with pytest.raises(ValueError, match=message):
         demo_pipeline(**{"prompt": PROMPT, **arguments})
 
 
 def test_a_long_prompt_is_cut_with_a_warning(demo_pipeline, caplog):
     diffusers.utils.logging.enable_propagation()
-    embeds = demo_pipeline.encode_prompt("castle " * 60 + "street")
+    embeds = demo_pipeline.encode_texts("castle " * 60 + "street")
     diffusers.utils.logging.disable_propagation()
     assert embeds.shape[1] == demo_pipeline.tokenizer.model_max_length
     assert "street" in caplog.text and "cut off" in caplog.text

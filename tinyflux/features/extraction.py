@@ -156,7 +156,7 @@ class ExpertFeatures:
             raise ValueError(f"teachers may be sol and lune, not {', '.join(unknown)}")
         models = {name: pipe.expert_unet(name) for name in teachers}
         paths = {f"{expert.name}_path": expert.path for expert in pipe.experts()}
-        return cls(**models, **paths, encode_prompt=pipe.encode_prompt, **settings)
+        return cls(**models, **paths, encode_prompt=pipe.encode_texts, **settings)
 
     @property
     def teachers(self) -> tuple[str, ...]:

@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 from moe_sampler import Expert, SamplingPlan
 from moe_sampler.architectures import shape_of
 from moe_sampler.loading.hub import Hub
-from moe_sampler.pipelines.checks import Request, Start, StepEnd, check_size
+from moe_sampler.pipelines.callbacks import GuidanceMixin, StepEnd
+from moe_sampler.pipelines.checks import Request, Start, check_size
 from moe_sampler.pipelines.finite import check_finite, naming_weights
 from moe_sampler.pipelines.hybrid import HybridPipeline, HybridPipelineOutput
 from moe_sampler.pipelines.latents import decode_latents
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["StudentPipeline"]
 
 
-class StudentPipeline:
+class StudentPipeline(GuidanceMixin):
     """A student with its encoders and, to be guided, a pipeline of experts on the same latents.
 
     Args:
@@ -308,7 +309,7 @@ class StudentPipeline:
         if STUDENT in guided:
             uncond[STUDENT] = self._unconditional(prompts, negative, cond[STUDENT], batch_size)
         if guides and self.hybrid is not None:
-            encode = partial(self.hybrid.encode_prompt, batch_size=batch_size, device=self.device)
+            encode = partial(self.hybrid.encode_texts, batch_size=batch_size, device=self.device)
             states = encode(prompts)
             cond |= {name: {"prompt_embeds": states} for name in guides}
             wanted = [name for name in guides if name in guided]

@@ -82,7 +82,7 @@ class RoutedTeachers:
         return cls(
             experts,
             router,
-            encode_prompt=pipe.encode_prompt,
+            encode_prompt=pipe.encode_texts,
             guidance_scale=guidance_scale,
             offload={e.name: pipe.expert_unet(e.name) for e in experts} if offload else None,
         )

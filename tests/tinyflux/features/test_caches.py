@@ -435,7 +435,7 @@ def test_features_that_are_not_finite_name_the_sample(tmp_path, encoders, teache
             return super().__getitem__(index)._replace(caption="bad" if index == 1 else "good")
 
     def encode(prompts):
-        embeds = demo_pipeline.encode_prompt(prompts)
+        embeds = demo_pipeline.encode_texts(prompts)
         embeds[[p == "bad" for p in prompts]] = torch.nan
         return embeds
 
@@ -473,7 +473,7 @@ def test_captions_that_are_cut_are_counted_in_one_line(tmp_path, encoders, teach
 
 def test_a_prompt_that_is_cut_is_told_unless_it_is_counted(encoders, demo_pipeline, caplog):
     long = "castle " * 60 + "street"
-    for encode in (encoders.text, demo_pipeline.encode_prompt):
+    for encode in (encoders.text, demo_pipeline.encode_texts):
         caplog.clear()
         encode(["a castle", long])
         (record,) = caplog.records

@@ -106,7 +106,7 @@ def test_features_are_those_of_each_experts_own_path(demo, demo_pipeline, latent
     assert {f.dtype for f in features} == {torch.float32}
     noise = philox_normal(latents.shape, [5, 6, 7, 8])
     with torch.no_grad():
-        embeds = demo_pipeline.encode_prompt(PROMPTS)
+        embeds = demo_pipeline.encode_texts(PROMPTS)
     scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
     # Signal to noise of every timestep, beside the flow's (1 - s) / s = t / (1 - t).
     snr = (scheduler.alphas_cumprod.double() / (1 - scheduler.alphas_cumprod.double())).sqrt().log()
@@ -149,7 +149,7 @@ def test_upstreams_convention_is_reproduced_and_sees_no_image(demo_pipeline, lat
     times = (0.25, 0.75)
     features = old(latents, PROMPTS, seeds=[5, 6, 7, 8], t=times)
     with torch.no_grad():
-        embeds = demo_pipeline.encode_prompt(PROMPTS)
+        embeds = demo_pipeline.encode_texts(PROMPTS)
     for i, t in enumerate(times):
         noise = philox_normal(latents.shape, [5, 6, 7, 8], step=i)
         lune = expected_lune(demo_pipeline.unet_lune, noise, 1000 * t, embeds)

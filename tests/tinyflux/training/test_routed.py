@@ -157,7 +157,7 @@ def test_a_pipelines_experts(demo_pipeline):
     timestep = int((((1 - abar) / abar).sqrt() - 0.8 / 0.2).abs().argmin())
     alpha, sigma = abar[timestep].sqrt().item(), (1 - abar[timestep]).sqrt().item()
     with torch.no_grad():
-        text = demo_pipeline.encode_prompt(captions)
+        text = demo_pipeline.encode_texts(captions)
         seen = x[:1] * (alpha + sigma)
         v = demo_pipeline.unet_sol(seen, torch.tensor(timestep), text[:1]).sample
         lune = demo_pipeline.unet_lune(x[1:], torch.tensor(200.0), text[1:]).sample
