@@ -98,7 +98,7 @@ def _whole_run(expert: str) -> Provider:
 
         @torch.no_grad()
         def encoded(prompt: str) -> Tensor:
-            return pipe.encode_prompt(prompt).expand(batch, -1, -1)
+            return pipe.encode_texts(prompt).expand(batch, -1, -1)
 
         cond, uncond = encoded(PROMPT).clone(), encoded("").clone()
         run = models.new_run(expert, batch, steps, cond, uncond)

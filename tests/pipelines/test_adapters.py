@@ -134,10 +134,10 @@ def test_the_text_encoders_half_is_a_part_of_its_adapter(update, tmp_path):
         for expert, scale in scales.items():
             a, b = halves[expert].values()
             weights(plain.text_encoder).data += scale * b @ a
-        return plain.encode_prompt("a castle")
+        return plain.encode_texts("a castle")
 
     def check(pipe, **scales):
-        torch.testing.assert_close(pipe.encode_prompt("a castle"), by_hand(**scales), atol=1e-4, rtol=0)
+        torch.testing.assert_close(pipe.encode_texts("a castle"), by_hand(**scales), atol=1e-4, rtol=0)
 
     assert not torch.allclose(by_hand(sol=1.0), by_hand(), atol=1e-3)
     pipe = load()
@@ -163,7 +163,7 @@ def test_the_text_encoders_half_is_a_part_of_its_adapter(update, tmp_path):
     pipe.unload_lora_weights(expert="sol")
     check(pipe, lune=1.0)
     pipe.unload_lora_weights()
-    assert torch.equal(pipe.encode_prompt("a castle"), by_hand())
+    assert torch.equal(pipe.encode_texts("a castle"), by_hand())
 
 
 @needs_peft

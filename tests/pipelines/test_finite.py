@@ -83,7 +83,7 @@ def test_what_a_caller_brings_is_named(pipe):
         pipe(PROMPT, latents=torch.full(shape, torch.inf), num_inference_steps=2)
     with pytest.raises(NonFiniteError, match="the latents that were to be decoded"):
         pipe.decode_latents(torch.full(shape, torch.nan))
-    embeds = pipe.encode_prompt(PROMPT) * torch.nan
+    embeds = pipe.encode_texts(PROMPT) * torch.nan
     with pytest.raises(NonFiniteError, match="the prompts' features"):
         pipe(prompt_embeds=embeds, num_inference_steps=2)
 
