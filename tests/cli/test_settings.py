@@ -149,10 +149,10 @@ def test_from_an_image(demo_pipeline):
     )
     assert (pixels("a.png") == np.asarray(made.images[0])).all()
     assert SamplingPlan.from_json(run("plan --steps 8 --strength 0.5 --json").stdout) == made.plan
-    run("generate --like a.png -o b.png")
+    run("generate --like a.png --trust -o b.png")
     assert (pixels("a.png") == pixels("b.png")).all()
     run("generate", "a portrait", "--steps", 4, "-o", "start.png")
-    assert "no longer the image" in run("generate --like a.png -o c.png", code=2).stderr
+    assert "no longer the image" in run("generate --like a.png --trust -o c.png", code=2).stderr
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_experts_from_files_and_by_any_name(demo_pipeline):
     assert (pixels("a.png") == np.asarray(sol.images[0])).all()
     os.mkdir("elsewhere")
     os.chdir("elsewhere")  # what was written means the same from another folder
-    run("generate --like ../a.png -o b.png")
+    run("generate --like ../a.png --trust -o b.png")
     assert (pixels("../a.png") == pixels("b.png")).all()
     third = f"--model demo --expert-source third={LUNE} --expert-training third=lune --guidance third=1"
     run(f"generate castle --zoom 1 --steps 6 --handoff 0.9 --handoff 0.5 -o c.png {third}")
@@ -276,7 +276,7 @@ def test_a_preset_and_a_hub_id(tmp_path, monkeypatch, demo_pipeline):
     run(f"generate castle --zoom 1 -o b.png {flags}")
     assert (pixels("b.png") == np.asarray(made.images[0])).all()
     assert SamplingPlan.from_json(run(f"plan --json {flags}").stdout) == made.plan
-    run("generate --like b.png --local-files-only -o c.png")
+    run("generate --like b.png --trust --local-files-only -o c.png")
     assert (pixels("c.png") == pixels("b.png")).all()
 
 
@@ -312,7 +312,7 @@ def test_loras(demo_pipeline):
     a, b = tensors.values()
     pipe.unet_sol.get_submodule(layer).weight.data += 0.5 * b @ a
     made = np.asarray(pipe("castle", num_inference_steps=3, handoff=0.3, seed=0).images[0])
-    run("generate --like half.png --zoom 1 -o again.png")
+    run("generate --like half.png --trust --zoom 1 -o again.png")
     assert np.abs(pixels("again.png").astype(int) - made).max() <= 1
     assert np.abs(pixels("half.png").astype(int) - pixels("plain.png")).max() > 1
     save_file(tensors | {"text_encoder.x.lora_A.weight": torch.zeros(2, 2)}, "both.safetensors")

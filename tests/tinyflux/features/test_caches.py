@@ -674,7 +674,7 @@ def test_the_command(tmp_path):
     for arguments, message in (
         (("cache", tmp_path / "x"), "give a SOURCE"),
         (("cache", tmp_path / "x", pictures, "--demo"), "give a SOURCE"),
-        (("cache", tmp_path / "x", "--demo", "--teachers", "david"), "--teachers must be"),
+        (("cache", tmp_path / "x", "--demo", "--teachers", "david"), 'unknown --teachers "david": use sol'),
         (("cache", tmp_path / "x", "--demo", "--size", "big"), "not a size"),
         (("cache", tmp_path / "x", "--demo", "--vae", tmp_path), "no model's folder"),
         (("cache", tmp_path / "x", "--demo", "--device", "toaster"), "not a device"),
