@@ -192,8 +192,8 @@ class Referee:
         held_out = SceneSet(work_dir / "scenes", scenes, HELD_OUT_FIRST)
         held_out.render()
         record = RunRecord.read(work_dir)
-        count = SHIPPED.scenes if record is None or record.scenes is None else record.scenes
-        judge = train_evaluator(SceneSet(work_dir / "scenes", count), work_dir / "checkpoints")
+        trained = SHIPPED.scenes if record is None or record.scenes is None else record.scenes
+        judge = train_evaluator(SceneSet(work_dir / "scenes", trained), work_dir / "checkpoints")
         return cls(judge, HeldOut(held_out, count), reconstruct(vae, held_out.pictures[:, 0]))
 
     @cached_property
