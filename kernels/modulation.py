@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 MAX_WIDTH = 4096  # a program holds whole rows; twice that spills registers on sm_100
 
 _CHUNK = 32  # rows that one program of the backward kernel sums
-_COLUMNS = 16  # those whose sums one program ends
+_COLUMNS = 16  # whose sums one program ends
+_SAMPLES = 8  # that it takes at once
 
 
 def _check(
@@ -360,6 +361,7 @@ def _rms_norm_modulate_sums_kernel(
     batch,
     chunks,
     width,
+    SAMPLES: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -368,42 +370,58 @@ def _rms_norm_modulate_sums_kernel(
     along, along_shift: float32 [batch, chunks, width], from the backward kernel. dweight, weight: [width].
     dscale, dshift: [batch, width]. scale: [batch, width], rows scale_stride apart. dweight, dscale and along
     may be None, and so may dshift and along_shift, weight and scale. A program owns BLOCK columns and adds
-    up in the order of the rows, so the same gradients have the same bits.
+    up in one order, so the same gradients have the same bits. It has SAMPLES samples' rows on their way at
+    once: one after another they would take as long as the backward launch itself.
     """
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
-    row = tl.arange(0, ROWS)[:, None]
     dweight = tl.zeros((BLOCK,), tl.float32)
-    weight = 1.0
+    weight = tl.full((1, BLOCK), 1.0, tl.float32)
     if weight_ptr is not None:
-        weight = _load_row(weight_ptr, column, width)
-    for index in range(0, batch):
-        sample = tl.cast(index, tl.int64)
-        first = sample * chunks
+        weight = _load_row(weight_ptr, column[None, :], width)
+    for first in range(0, batch, SAMPLES):
+        sample = first + tl.arange(0, SAMPLES)
+        own = sample.to(tl.int64)[:, None]
+        mask = (sample < batch)[:, None] & inside[None, :]
         if along_ptr is not None:
-            total = _column_sums(along_ptr, first, row, column, chunks, width, ROWS, BLOCK)
+            total = _column_sums(along_ptr, sample, column, batch, chunks, width, SAMPLES, ROWS, BLOCK)
             if dscale_ptr is not None:
                 dscale = (weight * total).to(dscale_ptr.dtype.element_ty)
-                tl.store(dscale_ptr + sample * width + column, dscale, mask=inside)
+                tl.store(dscale_ptr + own * width + column[None, :], dscale, mask=mask)
             if scale_ptr is not None:
-                total += total * _load_row(scale_ptr + sample * scale_stride, column, width)
-            dweight += total
+                scale = tl.load(scale_ptr + own * scale_stride + column[None, :], mask=mask, other=0.0)
+                total += total * scale.to(tl.float32)
+            dweight += tl.sum(total, axis=0)
         if dshift_ptr is not None:
-            total = _column_sums(along_shift_ptr, first, row, column, chunks, width, ROWS, BLOCK)
+            total = _column_sums(along_shift_ptr, sample, column, batch, chunks, width, SAMPLES, ROWS, BLOCK)
             dshift = total.to(dshift_ptr.dtype.element_ty)
-            tl.store(dshift_ptr + sample * width + column, dshift, mask=inside)
+            tl.store(dshift_ptr + own * width + column[None, :], dshift, mask=mask)
     if dweight_ptr is not None:
         tl.store(dweight_ptr + column, dweight.to(dweight_ptr.dtype.element_ty), mask=inside)
 
 
 @_jit.jit
-def _column_sums(ptr, first, row, column, chunks, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """[BLOCK]: the sums of `chunks` rows from row `first` on."""
-    total = tl.zeros((ROWS, BLOCK), tl.float32)
+def _column_sums(
+    ptr,
+    sample,
+    column,
+    batch,
+    chunks,
+    width,
+    SAMPLES: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """[SAMPLES, BLOCK]: the sums of each sample's `chunks` rows."""
+    row = tl.arange(0, ROWS)[None, :, None]
+    first = (sample.to(tl.int64) * chunks)[:, None, None]
+    here = (sample < batch)[:, None, None] & (column < width)[None, None, :]
+    total = tl.zeros((SAMPLES, ROWS, BLOCK), tl.float32)
     for done in range(0, chunks, ROWS):
-        mask = (done + row < chunks) & (column < width)[None, :]
-        total += tl.load(ptr + ((first + done) + row) * width + column[None, :], mask=mask, other=0.0)
-    return tl.sum(total, axis=0)
+        rows = done + row
+        at = ptr + (first + rows) * width + column[None, None, :]
+        total += tl.load(at, mask=here & (rows < chunks), other=0.0)
+    return tl.sum(total, axis=1)
 
 
 def sums_launch_of(
@@ -422,7 +440,8 @@ def sums_launch_of(
     stride = 0 if scale is None else scale.stride(0)
     args = (dweight, dscale, dshift, along, along_shift, weight, scale, stride, batch, chunks, width)
     grid = _jit.blocks(width, 1, _COLUMNS)
-    constants = {"ROWS": 32, "BLOCK": _COLUMNS, "maxnreg": 128}  # see _tile
+    # For maxnreg see _tile.
+    constants = {"SAMPLES": _SAMPLES, "ROWS": 32, "BLOCK": _COLUMNS, "num_warps": 8, "maxnreg": 128}
     return _jit.Launch(_rms_norm_modulate_sums_kernel, grid, args, constants)
 
 

@@ -55,7 +55,7 @@ def _row(models: Models, name: str, provider: Provider, batch: int) -> Iterator[
     """Images a second of whole calls; a step is what a call gets longer by."""
     size = models.size
     call, shorter = (provider(models, batch, steps) for steps in (size.steps, size.fewer))
-    seconds, fewer = _wall_seconds(call), _wall_seconds(shorter)
+    seconds, fewer = _wall_seconds(call, shorter)
     row: Row = {
         "provider": name,
         "batch": batch,
@@ -78,17 +78,21 @@ def _row(models: Models, name: str, provider: Provider, batch: int) -> Iterator[
         raise AssertionError(f"images finite: {row['finite']}, difference {row.get('difference')}")
 
 
-def _wall_seconds(call: Call) -> float:
-    """The median of several calls, each waited for, by the clock."""
-    taken: list[float] = []
-    call()
-    _wait()
-    while not taken or (DEVICE == "cuda" and len(taken) < 5 and sum(taken) < 2):
-        start = time.perf_counter()
+def _wall_seconds(*calls: Call) -> list[float]:
+    """The median of several turns of each, every call waited for, by the clock; they take turns."""
+    taken: list[list[float]] = []
+    for call in calls:
         call()
-        _wait()
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
+    _wait()
+    while not taken or (DEVICE == "cuda" and len(taken) < 5 and sum(map(sum, taken)) < 3):
+        turn = []
+        for call in calls:
+            start = time.perf_counter()
+            call()
+            _wait()
+            turn.append(time.perf_counter() - start)
+        taken.append(turn)
+    return [statistics.median(times) for times in zip(*taken, strict=True)]
 
 
 def _wait() -> None:

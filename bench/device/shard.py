@@ -64,6 +64,8 @@ class Shard:
             found["outcome"] = "skipped"
         if not report.passed:
             found["text"] += report.longreprtext
+        if report.failed and report.capstderr:
+            found["text"] += f"\n{report.capstderr[-4000:]}"  # of the processes that a test begins, too
         if report.when == "teardown":
             self._write(self._reports.pop(report.nodeid))
 

@@ -15,10 +15,13 @@ import math
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -204,8 +207,7 @@ def _run_wave(run: _Run, chains: list[tuple[str, ...]], output: Path, bars: Prog
         run.settle_scenes(count)
         bars.update(tasks["scenes"], total=bars.tasks[tasks["scenes"]].completed)
         return
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["moe_sampler.demo.stages"])  # imported once for all stages
+    context = _context(workshop.device)
     threads = _threads(len(chains))
     running: list[BaseProcess] = []
     try:
@@ -231,6 +233,32 @@ def _run_wave(run: _Run, chains: list[tuple[str, ...]], output: Path, bars: Prog
             process.terminate()
             process.join()
         run.note_time()
+
+
+@cache
+def _context(device: str) -> ForkServerContext | SpawnContext:
+    """How the stages' processes are begun: out of one that has imported everything, once for all of them."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["moe_sampler.demo.stages"])
+    if device == "cuda":
+        # A process that has asked CUDA itself for devices, as some of the imports do, can't be forked to use
+        # it; one that has asked the driver's library can.
+        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+        probe = context.Process(target=_use_cuda)
+        probe.start()
+        probe.join()
+        if probe.exitcode:
+            return multiprocessing.get_context("spawn")
+    return context
+
+
+def _use_cuda() -> None:
+    import torch
+
+    try:
+        torch.cuda.init()
+    except RuntimeError:
+        sys.exit(1)
 
 
 def _threads(processes: int) -> int:

@@ -61,14 +61,14 @@ class Points:
         sigma = draws.stratified("time").float()
         pair = flow_training_pair(x0, sigma, seeds=draws.seeds("noise"))
         per_sample = (model(pair.noisy, sigma) - pair.target).square().mean(1)
-        poisoned = torch.tensor([int(i) in self.poison for i in index])
+        poisoned = torch.tensor([int(i) in self.poison for i in index], device=x0.device)
         per_sample = torch.where(poisoned, torch.nan, per_sample)
         loss = per_sample.mean()
         return Losses(loss, {"velocity": loss.detach()}, per_sample.detach(), sigma)
 
     def validate(self, model) -> dict[str, float]:
-        x = torch.ones(4, 2)
-        return {"loss": float(model(x, torch.full((4,), 0.5)).square().mean())}
+        x = torch.ones(4, 2, device=next(model.parameters()).device)
+        return {"loss": float(model(x, 0.5 * x[:, 0]).square().mean())}
 
     def samples(self, model) -> list[Image.Image]:
         torch.rand(3)  # must not disturb the run
