@@ -103,7 +103,7 @@ def softmax_rows_kernel(
     largest = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_Q,), tl.float32)
     q = _chunks(q_ptr, start, tokens, q_token, D, CHUNK, REST, BLOCK_Q)
-    stages: tl.constexpr = _jit.stages_ahead(STAGES, PRECISION == "tf32")
+    stages: tl.constexpr = _jit.stages_ahead(STAGES, PRECISION != "ieee")
     for key in tl.range(0, tokens, BLOCK_K, num_stages=stages):
         k = _chunks(k_ptr, key, tokens, k_token, D, CHUNK, REST, BLOCK_K)
         products = _products(q, k, PRECISION)
@@ -190,7 +190,7 @@ def received_kernel(
     received = tl.zeros((BLOCK_K,), tl.float32)
     information = tl.zeros((BLOCK_Q,), tl.float32)
     moved = tl.zeros((BLOCK_Q,), tl.float32)
-    stages: tl.constexpr = _jit.stages_ahead(STAGES, PRECISION == "tf32")
+    stages: tl.constexpr = _jit.stages_ahead(STAGES, PRECISION != "ieee")
     for tile in range(query_tiles * part // parts, query_tiles * (part + 1) // parts):
         query = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
         p = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)

@@ -13,6 +13,8 @@ from moe_sampler.kernels import _jit, attention_kernels
 _LOG2_E = math.log2(math.e)
 _PROGRAMS = 256  # that the second pass of one sample is split into, where there are queries enough
 _END_BLOCK = 512
+_SPLIT, _NARROW, _WIDE = 48, 64, 96  # head sizes up to which tiles take other shapes
+_REGISTERS = 255  # without a limit the assembler makes up one of its own, and spills to keep it
 
 
 def _common(q: Tensor, k: Tensor) -> tuple[dict[str, Any], tuple[int, ...]]:
@@ -21,11 +23,13 @@ def _common(q: Tensor, k: Tensor) -> tuple[dict[str, Any], tuple[int, ...]]:
     size = q.shape[3]
     strides = (*q.stride()[:3], *k.stride()[:3])
     align = math.gcd(8, *strides)
-    if q.dtype == torch.float32:
-        # Splitting float32 into three TF32 parts costs more than it saves in tiles this small.
-        precision, chunk = "ieee", 32
-    else:
+    if q.dtype != torch.float32:
         precision, chunk = "tf32", 64 if 64 <= size <= 144 else 32
+    elif size <= _SPLIT:
+        # Each factor in parts of TF32: as exact as float32's own products, and several times as fast.
+        precision, chunk = "tf32x3", 32
+    else:
+        precision, chunk = "ieee", 32
     rest = size % chunk
     constants = {
         "ALIGN": align,
@@ -42,23 +46,22 @@ def rows_launch_of(largest: Tensor, weight: Tensor, q: Tensor, k: Tensor, scale:
     _jit.load_triton()
     batch, heads, tokens, _ = q.shape
     constants, strides = _common(q, k)
-    block_k = 32 if q.dtype == torch.float32 else 64
+    block_k = 32 if constants["PRECISION"] == "ieee" else 64
     constants |= {"RAGGED": tokens % block_k != 0, "BLOCK_Q": 64, "BLOCK_K": block_k, "STAGES": 2}
     args = (largest, weight, q, k, scale * _LOG2_E, 1.0 / heads, heads, tokens, *strides)
     grid = _jit.blocks(tokens, batch * heads, constants["BLOCK_Q"])
     return _jit.Launch(attention_kernels.softmax_rows_kernel, grid, args, constants)
 
 
-def _tile(q: Tensor) -> tuple[int, int, int]:
-    """Queries, keys and warps of a program of the second pass: larger tiles read q and k less often.
+def _tile(q: Tensor) -> tuple[int, int, int, int]:
+    """Queries, keys, warps and registers a thread of a program of the second pass.
 
-    Where rows start anywhere, each element has an address of its own, which takes registers.
+    Measured on an H200: two or three times as many programs at once hide more than larger tiles save.
     """
+    size = q.shape[3]
     if q.dtype == torch.float32:
-        return 64, 64, 8
-    if q.shape[3] > 96:
-        return 64, 32, 4
-    return (128 if math.gcd(8, *q.stride()[:3]) == 8 else 64), 64, 8
+        return (64, 32, 4, _REGISTERS) if size <= _SPLIT else (64, 64, 8, _REGISTERS)
+    return 64, 32, 4, 128 if size <= _NARROW else 168 if size <= _WIDE else _REGISTERS
 
 
 def empty_parts(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,7 +71,7 @@ def empty_parts(q: Tensor) -> tuple[Tensor, Tensor]:
     The parts depend on one sample's size alone, so that its statistics do not depend on its batch.
     """
     batch, _, tokens, _ = q.shape
-    block_q, block_k, _ = _tile(q)
+    block_q, block_k, *_ = _tile(q)
     key_tiles, query_tiles = -(-tokens // block_k), -(-tokens // block_q)
     parts = max(min(_PROGRAMS // max(key_tiles, 1), query_tiles), 1)
     received = torch.empty(batch, parts, tokens, device=q.device)
@@ -90,11 +93,10 @@ def received_launch_of(
     batch, heads, tokens, size = q.shape
     parts = received.shape[1]
     constants, strides = _common(q, k)
-    stages = 2 if q.dtype != torch.float32 and size <= 96 else 1
-    block_q, block_k, warps = _tile(q)
+    stages = 2 if q.dtype != torch.float32 and size <= _WIDE else 1
+    block_q, block_k, warps, registers = _tile(q)
     constants |= {"BLOCK_Q": block_q, "BLOCK_K": block_k, "STAGES": stages, "num_warps": warps}
-    # Without a limit the assembler makes up one of its own, and spills to keep it.
-    constants["maxnreg"] = 255
+    constants["maxnreg"] = registers
     args = (received, sums, largest, weight, q, k, scale * _LOG2_E, heads, tokens, width, parts, *strides)
     grid = _jit.blocks(tokens, batch * parts, block_k)
     return _jit.Launch(attention_kernels.received_kernel, grid, args, constants)

@@ -247,8 +247,6 @@ def test_a_gpus_settings(tmp_path):
     shop = Workshop(tmp_path, recipe=SHIPPED, device="cuda", timed=True, large=True)
     lune = TrainingSettings(output_dir=tmp_path, **shop.settings("lune"))
     assert (lune.train_batch_size, lune.mixed_precision) == (256, "bf16")
-    assert lune.torch_compile and lune.torch_compile_mode == "reduce-overhead"
-    assert not TrainingSettings(output_dir=tmp_path, **shop.settings("text")).torch_compile
     here = dataclasses.replace(shop, device="cpu").settings("lune")
     assert here["train_batch_size"] == 256 and "mixed_precision" not in here
     assert dataclasses.replace(shop, large=False).settings("lune")["train_batch_size"] == 24
@@ -264,7 +262,7 @@ def test_what_began_on_cuda_goes_on_on_a_cpu(trained, tmp_path, name):
     for path in trained.checkpoints.glob("*.safetensors"):
         if path.stem != name:
             (tmp_path / "checkpoints" / path.name).symlink_to(path)
-    for steps, device in ((2, "cuda"), (3, "cpu"), (4, "cuda")):
+    for steps, device in ((4, "cuda"), (5, "cpu"), (6, "cuda")):
         stages = {**TINY.stages, name: {**TINY.stages[name], "max_train_steps": steps}}
         recipe = dataclasses.replace(TINY, stages=stages)
         shop = Workshop(tmp_path, 3, recipe, device)

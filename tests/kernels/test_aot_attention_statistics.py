@@ -39,7 +39,7 @@ def test_compiled_code(dtype, size, architecture):
     for _, code in compiled:
         assert not unfenced_reads(code.ptx), "tensor cores may read what is still being copied"
         tensor_cores = any(name in code.ptx for name in ("mma.sync", "wgmma", "tcgen05.mma"))
-        assert tensor_cores == (dtype != torch.float32)
+        assert tensor_cores == (dtype != torch.float32 or size <= 48)
     skip_unless_tuned()
     for launch, code in compiled:
         assert code.stack_bytes == 0 and code.spills == 0, str(code)

@@ -553,7 +553,7 @@ def test_the_loop_never_waits_for_the_device():
     def strict(info):
         # From the first step on; planning and moving the table may copy. After the last one a run reads its
         # flag of what wasn't finite.
-        last = info.index == len(compiled) - 1
+        last = info["step"] == len(compiled) - 1
         torch.cuda.set_sync_debug_mode("default" if last else "error")
         started.append(True)
 
