@@ -19,11 +19,16 @@ GROUPS = ("composition", "surface")
 
 
 def group_of(head: str) -> str | None:
-    """ "composition" where it is a count, a place or a relation, else "surface"; None for the kind itself."""
-    kind, _, name = head.partition(".")
-    if not name:
+    """"composition" or "surface"; None for the kind of scene itself."""
+    if head == "kind":
         return None
-    return "composition" if name in KINDS[kind].LAYOUT else "surface"
+    return "surface" if kind_of(head) == "surface" else "composition"
+
+
+def kind_of(head: str) -> str:
+    """What a label tells: "count", "place" or "relation" of something, "surface" or "kind" of scene."""
+    kind, _, name = head.partition(".")
+    return KINDS[kind].LAYOUT.get(name, "surface") if name else kind
 
 
 def labels(scenes: list[Scene], said: list[dict[str, str]] | None = None) -> Tensor:
