@@ -68,7 +68,7 @@ def describe(scene: Scene, rng: np.random.Generator, keep: float | None = None) 
     chosen = {name for name, _ in scene.values if rng.uniform() < (layout if name in own else surface)}
     words = phrases(scene, chosen, rng)
     text = _opening(scene.kind, words.adjective, rng)
-    # At the end, a place would be that of the last thing on a side.
+    # At the end, it would read as the place of a thing that stands on a side.
     late = rng.uniform() < 0.4 and not words.sided
     if words.place and not late:
         text += f" {words.place}"
