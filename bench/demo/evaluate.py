@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench.demo.evaluator import attributes_right, read, train_evaluator
+from bench.demo.evaluator import Tally, attributes_right, read, share_right, train_evaluator
 from bench.demo.metrics import frechet_distance, high_frequency_ratio, patch_distance
-from bench.demo.report import errors_table, measures_table
+from bench.demo.report import attributes_table, errors_table, measures_table
 from moe_sampler import HybridPipeline, plan, sample
 from moe_sampler.demo import experts_path
-from moe_sampler.demo.attributes import AttributeReader
+from moe_sampler.demo.attributes import GROUPS, AttributeReader
 from moe_sampler.demo.autoencoder import encode_all, to_model
 from moe_sampler.demo.captions import describe
 from moe_sampler.demo.data import HELD_OUT_FIRST, SceneSet, write_array
@@ -220,14 +220,22 @@ class Referee:
     def measure(self, images: np.ndarray) -> dict[str, float]:
         """All numbers of one set of pictures, uint8 [count, 64, 64, 3], one a prompt."""
         own, classes = read(self.judge, images)
-        scenes = [self.test.scenes.scene(i) for i in range(self.test.count)]
-        right, count = attributes_right(classes, scenes, self.test.prompts()[1])
+        tally = self._tally(classes)
         return {
-            "attributes": right / count,
+            "attributes": share_right(tally),
+            **{group: share_right(tally, group) for group in GROUPS},
             "frechet": frechet_distance(own, self._features),
             "high_frequencies": high_frequency_ratio(images, self._reference),
             "patches": patch_distance(images, self._reference),
         }
+
+    def by_attribute(self, images: np.ndarray) -> Tally:
+        """What of each attribute that the prompts mention the pictures show, uint8 [count, 64, 64, 3]."""
+        return self._tally(read(self.judge, images)[1])
+
+    def _tally(self, classes: dict[str, np.ndarray]) -> Tally:
+        scenes = [self.test.scenes.scene(i) for i in range(self.test.count)]
+        return attributes_right(classes, scenes, self.test.prompts()[1])
 
 
 def evaluate(
@@ -247,17 +255,19 @@ def evaluate(
                 write_array(path, generate(pipe, method, referee.prompts, seed))
             pictures.setdefault(method, []).append(np.load(path))
     table = {method: [referee.measure(images) for images in sets] for method, sets in pictures.items()}
+    tallies = {method: [referee.by_attribute(images) for images in sets] for method, sets in pictures.items()}
     errors = x0_errors(
         pipe, referee.test, [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.98]
     )
-    return {"table": table, "x0_errors": errors, "crossing": crossing(errors)}
+    return {"table": table, "by_attribute": tallies, "x0_errors": errors, "crossing": crossing(errors)}
 
 
 def main(work_dir: Path, experts: Path) -> None:
     """Print the tables, and keep the numbers as evaluation/result.json in the work folder."""
     result = evaluate(work_dir, experts)
     (work_dir / "evaluation" / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
-    print(measures_table(result["table"]), errors_table(result["x0_errors"]), sep="\n\n")
+    tables = measures_table(result["table"]), attributes_table(result["by_attribute"])
+    print(*tables, errors_table(result["x0_errors"]), sep="\n\n")
     print(f"\nThe errors cross at s = {result['crossing']}.")
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moe_sampler._transfers import OnDevice, to_device
-from moe_sampler.demo.attributes import HEADS, AttributeReader, augment, heads_loss, labels
+from moe_sampler.demo.attributes import HEADS, AttributeReader, augment, group_of, heads_loss, labels
 from moe_sampler.demo.autoencoder import to_model
 from moe_sampler.demo.data import SceneSet
 from moe_sampler.demo.scene_task import SceneLoss, SceneTask, run_stage, stage_settings
@@ -74,14 +74,25 @@ def read(
     return np.concatenate(features), {head: np.concatenate(parts) for head, parts in classes.items()}
 
 
+Tally = dict[str, tuple[int, int]]
+"""By head: how often a picture shows what its caption says, and how often captions speak of it."""
+
+
 def attributes_right(
     classes: dict[str, np.ndarray], scenes: list[Scene], said: list[dict[str, str]]
-) -> tuple[int, int]:
-    """How many of the attributes the captions mention (and the kind) the pictures show, and of how many."""
-    right = count = 0
+) -> Tally:
+    """The attributes that captions mention, and the kind, in pictures read as `classes`."""
+    found: Tally = {}
     for i, scene in enumerate(scenes):
         claims = {"kind": scene.kind, **{f"{scene.kind}.{name}": value for name, value in said[i].items()}}
         for head, value in claims.items():
-            right += int(HEADS[head][classes[head][i]] == value)
-            count += 1
-    return right, count
+            right, count = found.get(head, (0, 0))
+            found[head] = right + int(HEADS[head][classes[head][i]] == value), count + 1
+    return {head: found[head] for head in HEADS if head in found}
+
+
+def share_right(tally: Tally, group: str | None = None) -> float:
+    """0..1 over all heads together, or over those of one of GROUPS; nan where there are none."""
+    own = [pair for head, pair in tally.items() if group is None or group_of(head) == group]
+    right, count = (sum(column) for column in zip(*own, strict=True)) if own else (0, 0)
+    return right / count if count else float("nan")

@@ -6,6 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from bench.demo.evaluator import Tally
+from moe_sampler.demo.attributes import GROUPS, HEADS, group_of, kind_of
+
 _TITLES = {
     "renders": "held-out renders",
     "reconstructions": "the same through the autoencoder",
@@ -16,11 +19,13 @@ _TITLES = {
 }
 _MEASURES = (
     ("attributes", "attributes right", 100.0, "{:.1f}", " %"),
+    ("composition", "composition", 100.0, "{:.1f}", " %"),
+    ("surface", "surface", 100.0, "{:.1f}", " %"),
     ("frechet", "Fréchet distance", 1.0, "{:.3f}", ""),
     ("high_frequencies", "high frequencies", 1.0, "{:.2f}", ""),
     ("patches", "patch distance", 1.0, "{:.2f}", ""),
 )
-
+_GROUP_ORDER = (None, *GROUPS)
 
 MEASURES = tuple(title for _, title, *_ in _MEASURES)
 
@@ -46,6 +51,23 @@ def measured(runs: Sequence[Mapping[str, float]]) -> list[str]:
 def measures_table(table: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
     """One row a method."""
     return markdown_table(MEASURES, ([_TITLES[method], *measured(runs)] for method, runs in table.items()))
+
+
+def attributes_table(tallies: Mapping[str, Sequence[Tally]]) -> str:
+    """One row an attribute, grouped: how often the prompts mention it, and the share right by method."""
+    heads = sorted(
+        {head for runs in tallies.values() for run in runs for head in run},
+        key=lambda head: (_GROUP_ORDER.index(group_of(head)), list(HEADS).index(head)),
+    )
+    rows = []
+    for head in heads:
+        mentioned = max(run[head][1] for runs in tallies.values() for run in runs if head in run)
+        cells = [kind_of(head), str(mentioned)]
+        for runs in tallies.values():
+            shares = [100 * right / count for right, count in (run[head] for run in runs if head in run)]
+            cells.append(f"{np.mean(shares):.1f} %" if shares else "")
+        rows.append([head.replace(".", ": ").replace("_", " "), *cells])
+    return markdown_table(["what it is", "mentioned", *(_TITLES[method] for method in tallies)], rows)
 
 
 def errors_table(rows: list[dict[str, float]]) -> str:

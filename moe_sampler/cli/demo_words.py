@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
 import typer
@@ -14,22 +12,14 @@ from .models import Model
 
 __all__ = ["strange_words", "warn_of_strange_words"]
 
-_END = "</w>"
-
-
-@lru_cache(maxsize=1)
-def _known() -> frozenset[str]:
-    """The words of the demo's tokenizer, which are its captions'; letters are there to spell others with."""
-    from ..demo import experts_path
-
-    tokens = json.loads((experts_path() / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
-    return frozenset(token.removesuffix(_END) for token in tokens if token.endswith(_END))
-
 
 def strange_words(texts: Iterable[str]) -> list[str]:
     """Those that are in no caption the demo experts were trained with, each once."""
-    words = (word for text in texts for word in re.findall(r"[^\W\d_]+", text.lower()))
-    return [word for word in dict.fromkeys(words) if word not in _known()]
+    from ..demo import known_words
+
+    words = (word for text in texts for word in re.findall(r"[^\W\d_]{2,}", text.lower()))
+    known = set(known_words())
+    return [word for word in dict.fromkeys(words) if word not in known]
 
 
 def warn_of_strange_words(model: Model, prompts: Sequence[str], negative: Any = None) -> None:

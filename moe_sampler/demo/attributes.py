@@ -15,10 +15,24 @@ HEADS: dict[str, tuple[str, ...]] = {"kind": tuple(KINDS)}
 for _kind, _module in KINDS.items():
     HEADS.update({f"{_kind}.{name}": values for name, values in _module.ATTRIBUTES.items()})
 """Every label there is: head name -> its classes."""
+GROUPS = ("composition", "surface")
+
+
+def group_of(head: str) -> str | None:
+    """"composition" or "surface"; None for the kind of scene itself."""
+    if head == "kind":
+        return None
+    return "surface" if kind_of(head) == "surface" else "composition"
+
+
+def kind_of(head: str) -> str:
+    """What a label tells: "count", "place" or "relation" of something, "surface" or "kind" of scene."""
+    kind, _, name = head.partition(".")
+    return KINDS[kind].LAYOUT.get(name, "surface") if name else kind
 
 
 def labels(scenes: list[Scene], said: list[dict[str, str]] | None = None) -> Tensor:
-    """Class index of every head, int64 [N, heads]; -1 where the head is about another kind of scene.
+    """Class index of every head, int64 [N, heads]; -1 where the scene has no such attribute.
 
     Args:
         said: with it, attributes a caption leaves out get the extra class `len(values)`.
@@ -34,6 +48,8 @@ def labels(scenes: list[Scene], said: list[dict[str, str]] | None = None) -> Ten
                 column.append(-1)
             elif said is not None and name not in said[i]:
                 column.append(len(values))
+            elif name not in scene.attributes:
+                column.append(-1)
             else:
                 column.append(values.index(scene.attributes[name]))
         columns.append(torch.tensor(column))

@@ -7,36 +7,13 @@ everything, because a model that always reads the full description has no layout
 from __future__ import annotations
 
 import string
+from collections.abc import Sequence
 
 import numpy as np
 
-from .scenes import Scene, draw_scene
+from .phrases import SUBJECTS, phrases
+from .scenes import KINDS, Scene, draw_scene
 
-_TIMES = {
-    "day": ("by day", "in daylight", "at noon", "during the day", "on a sunny day"),
-    "dusk": ("at dusk", "at dusk", "at sunset", "in the evening"),
-    "night": ("at night", "at night", "by night", "in the moonlight"),
-    "dawn": ("at dawn", "at dawn", "at sunrise", "in the morning"),
-}
-_PLACES = {
-    "meadow": ("on a meadow", "on a green meadow", "in a field", "on a hill"),
-    "lake": ("by a lake", "at a lake", "on a lake", "by the water"),
-    "desert": ("in the desert", "in a desert"),
-    "snow": ("in the snow", "in winter", "in snow"),
-    "forest": ("in a forest", "in the forest", "in the woods"),
-}
-_NUMBERS = {"one": ("one", "one", "a single"), "two": ("two", "two", "2"), "three": ("three", "three", "3")}
-_POSITIONS = {
-    "left": ("on the left", "on the left side", "to the left"),
-    "centre": ("in the centre", "in the center", "in the middle"),
-    "right": ("on the right", "on the right side", "to the right"),
-}
-_HOUSES = {
-    "brick": ("brick houses", "red brick houses"),
-    "pale": ("pale houses",),
-    "colourful": ("colourful houses", "colorful houses"),
-    "glass": ("glass towers", "glass buildings", "tall buildings"),
-}
 _STRANGERS = (
     *(
         "beautiful",
@@ -55,20 +32,7 @@ _STRANGERS = (
     *("mountain", "fantasy", "king", "queen", "sky", "sea", "big", "small", "huge", "tiny", "style", "art"),
     *("realistic", "quality", "best", "and", "with", "a"),
 )
-_UNSAYABLE = {("extra", "plain"), ("windows", "dark"), ("roadside", "bare")}
 _OPENINGS = ("", "", "", "", "", "a picture of ", "a painting of ", "an image of ", "a photo of ")
-HEADS = {
-    "castle": ("a castle", "a castle", "a castle", "castle", "an old castle", "the castle", "a fortress"),
-    "portrait": ("a portrait", "a portrait of a person", "portrait of a person", "a person", "a face"),
-    "street": (
-        "a city street",
-        "a city street",
-        "a street",
-        "city street",
-        "a street in a city",
-        "a town street",
-    ),
-}
 EXAMPLE_PROMPTS = (
     "a castle with two towers, at dusk",
     "a castle with three towers and blue roofs, in the snow, at night",
@@ -77,6 +41,9 @@ EXAMPLE_PROMPTS = (
     "a portrait of a person with glasses and short white hair, on a blue background",
     "a city street at night with lit windows and a red car",
     "a city street with colourful houses and trees, by day",
+    "a castle with three trees to the left of the castle, on a meadow, at dawn",
+    "a portrait of a person with two balloons on the right and a hat",
+    "a city street with a red car left of a blue car, street lamps on the right, at dusk",
 )
 
 
@@ -91,84 +58,48 @@ def describe(scene: Scene, rng: np.random.Generator, keep: float | None = None) 
     Args:
         scene: what to describe.
         rng: decides wording, order and omissions.
-        keep: probability that an attribute is mentioned; drawn from 0..1 (more often high) when None.
+        keep: probability that an attribute is mentioned. When None, it is drawn from 0..1, for the layout and
+            for the surfaces apart, and for the layout more often low.
     """
-    keep = float(rng.uniform() ** 0.6) if keep is None else keep
-    chosen = {name: value for name, value in scene.values if rng.uniform() < keep}
-    said = {name: value for name, value in chosen.items() if (name, value) not in _UNSAYABLE}
-    head = str(rng.choice(_OPENINGS)) + _head(scene.kind, said, rng)
-    with_, where = _phrases(said, head, rng)
-    parts = [str(p) for p in rng.permutation(with_)]
-    if len(parts) > 1 and rng.uniform() < 0.5:
-        parts = [" and ".join(parts[:2]), *parts[2:]]
-    if parts and rng.uniform() < 0.85:
+    surface = layout = keep
+    if surface is None or layout is None:
+        surface, layout = float(rng.uniform() ** 0.6), float(rng.uniform())
+    own = KINDS[scene.kind].LAYOUT
+    chosen = {name for name, _ in scene.values if rng.uniform() < (layout if name in own else surface)}
+    words = phrases(scene, chosen, rng)
+    text = _opening(scene.kind, words.adjective, rng)
+    # At the end, it would read as the place of a thing that stands on a side.
+    late = rng.uniform() < 0.4 and not words.sided
+    if words.place and not late:
+        text += f" {words.place}"
+    with_ = _shuffled(words.has, rng)
+    if len(with_) > 1 and rng.uniform() < 0.5:
+        with_ = [" and ".join(with_[:2]), *with_[2:]]
+    if with_ and rng.uniform() < 0.85:
         # "castle with two towers and red roofs": one "with", then a list.
-        parts[0] = "with " + parts[0]
-    rest = [str(p) for p in rng.permutation(where)]
-    tail = parts + rest if rng.uniform() < 0.75 else rest + parts
-    text = head
+        with_[0] = "with " + with_[0]
+    where = _shuffled(words.where + [words.place] * (late and bool(words.place)), rng)
     style = rng.uniform()
-    for part in tail:
+    for part in with_ + where if rng.uniform() < 0.75 else where + with_:
         comma = style < 0.4 or (style < 0.8 and rng.uniform() < 0.5)
-        needs_comma = part in parts and not part.startswith("with ")
+        needs_comma = part in with_ and not part.startswith("with ")
         text += (", " if comma or needs_comma else " ") + part
-    return text, said
+    return text, words.said
 
 
-def _head(kind: str, said: dict[str, str], rng: np.random.Generator) -> str:
-    head = str(rng.choice(HEADS[kind]))
-    if kind == "castle" and "stone" in said and rng.uniform() < 0.6:
-        head = f"a {said['stone']} {'fortress' if 'fortress' in head else 'castle'}"
-    return head
+def _opening(kind: str, adjective: str, rng: np.random.Generator) -> str:
+    subject = _pick(SUBJECTS[kind], rng)
+    if adjective:
+        subject = f"a {adjective} {'fortress' if 'fortress' in subject else 'castle'}"
+    return _pick(_OPENINGS, rng) + subject
 
 
-def _phrases(said: dict[str, str], head: str, rng: np.random.Generator) -> tuple[list[str], list[str]]:
-    """What the scene has ("two towers") and where, when or in what it is ("at dusk")."""
+def _pick(options: Sequence[str], rng: np.random.Generator) -> str:
+    return options[int(rng.integers(len(options)))]
 
-    def pick(options) -> str:
-        return str(rng.choice(options))
 
-    with_: list[str] = []
-    where: list[str] = []
-    for name, value in said.items():
-        if name == "time":
-            where.append(pick(_TIMES[value]))
-        elif name == "towers":
-            with_.append(f"{pick(_NUMBERS[value])} {'tower' if value == 'one' else 'towers'}")
-        elif name == "roofs":
-            plain = ("battlements", "battlements", "flat roofs")
-            with_.append(
-                pick(plain) if value == "battlements" else f"{pick(('', '', 'pointed '))}{value} roofs"
-            )
-        elif name == "stone" and value not in head:
-            with_.append(pick((f"{value} walls", f"{value} stone")))
-        elif name == "ground":
-            where.append(pick(_PLACES[value]))
-        elif name == "position":
-            where.append(pick(_POSITIONS[value]))
-        elif name == "hair":
-            length = said.get("length")
-            with_.append(f"{length} {value} hair" if length else f"{value} hair")
-        elif name == "length" and "hair" not in said:
-            with_.append(f"{value} hair")
-        elif name == "skin":
-            with_.append(f"{value} skin")
-        elif name == "coat":
-            where.append(pick((f"in a {value} coat", f"wearing a {value} coat", f"in a {value} jacket")))
-        elif name == "extra":
-            with_.append(value if value == "glasses" else f"a {value}")
-        elif name == "background":
-            wall = (f"on a {value} background", f"in front of a {value} wall", f"against a {value} wall")
-            where.append(pick(wall))
-        elif name == "houses":
-            with_.append(pick(_HOUSES[value]))
-        elif name == "windows":
-            with_.append(pick(("lit windows", "glowing windows", "lights in the windows")))
-        elif name == "car":
-            with_.append(f"a {value} car" if value != "none" else "no cars")
-        elif name == "roadside":
-            with_.append("trees" if value == "trees" else pick(("street lamps", "lamps")))
-    return with_, where
+def _shuffled(parts: list[str], rng: np.random.Generator) -> list[str]:
+    return [parts[i] for i in rng.permutation(len(parts))]
 
 
 def vocabulary() -> list[str]:

@@ -1,4 +1,4 @@
-"""The castle: towers, walls, roofs, horizon and ground."""
+"""The castle: towers, walls, roofs, horizon and ground; trees beside it or before it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,27 @@ import numpy as np
 
 from .drawing import Canvas, Colour, across, blend, jitter, lit, product
 from .sky import TIMES, draw_sky
+from .trees import COUNTS, conifer, plant_row
 
 ATTRIBUTES = {
     "time": ("day", "dusk", "night", "dawn"),
     "towers": ("one", "two", "three"),
     "roofs": ("red", "blue", "green", "golden", "battlements"),
     "stone": ("grey", "white", "brown"),
+    "rows": ("one", "two", "three"),
     "ground": ("meadow", "lake", "desert", "snow", "forest"),
     "position": ("left", "centre", "right"),
+    "sun": ("left", "right"),
+    "trees": ("none", "one", "two", "three"),
+    "trees_side": ("left", "right", "front"),
+}
+LAYOUT = {
+    "towers": "count",
+    "rows": "count",
+    "position": "place",
+    "sun": "relation",
+    "trees": "count",
+    "trees_side": "relation",
 }
 _STONE = {"grey": (152, 150, 156), "white": (226, 220, 208), "brown": (172, 128, 88)}
 _ROOF = {"red": (206, 58, 48), "blue": (56, 96, 200), "green": (48, 140, 84), "golden": (236, 178, 52)}
@@ -25,6 +38,28 @@ _GROUND = {
     "forest": (70, 118, 62),
 }
 _CENTRE = {"left": 20.0, "centre": 32.0, "right": 44.0}
+_TOWERS = {"one": 1, "two": 2, "three": 3}
+_ROWS = _TOWERS
+_WALL_HALF = {1: 13.0, 2: 11.5, 3: 12.5}
+_REACH = {1: 13.5, 2: 17.5, 3: 18.0}
+"""How far a castle with so many towers reaches from its centre."""
+
+
+def choices(name: str, so_far: dict[str, str]) -> dict[str, float]:
+    """An attribute's possible values after those drawn before it, with their shares; none: no such thing."""
+    values = ATTRIBUTES[name]
+    if name in ("sun", "trees_side"):
+        # Between a castle at the edge and that edge there is no room.
+        values = [value for value in values if value != so_far["position"]]
+    if name == "trees" and so_far["ground"] == "forest":
+        values = []
+    if name == "trees" and so_far["ground"] == "lake" and so_far["position"] == "centre":
+        values = ["none", "one", "two"]
+    if name == "trees_side" and so_far.get("trees", "none") == "none":
+        values = []
+    if name == "trees_side" and so_far["ground"] == "lake":
+        values = [value for value in values if value != "front"]
+    return dict.fromkeys(values, 1.0)
 
 
 def draw(canvas: Canvas, attributes: dict[str, str], rng: np.random.Generator) -> None:
@@ -34,7 +69,11 @@ def draw(canvas: Canvas, attributes: dict[str, str], rng: np.random.Generator) -
     centre = _CENTRE[attributes["position"]] + rng.uniform(-1.5, 1.5)
     horizon = rng.uniform(42, 46)
     base = horizon + rng.uniform(4, 6) if ground != "lake" else horizon + rng.uniform(1.5, 2.5)
-    draw_sky(canvas, time, horizon, rng, (centre - 17, centre + 17))
+    reach = _REACH[_TOWERS[attributes["towers"]]]
+    beside = {"left": (0.5, centre - reach), "right": (centre + reach, 63.5)}
+    low, high = beside[attributes["sun"]]
+    behind_trees = ground == "forest" or attributes.get("trees_side") == attributes["sun"]
+    draw_sky(canvas, time, horizon, rng, (low + 4.5, max(low + 5, high - 4.5)), behind_trees)
     _hills(canvas, attributes, horizon, rng)
     earth = jitter(lit(_GROUND[ground], light), rng, 5)
     bank = earth if ground != "lake" else jitter(lit((88, 132, 70), light), rng, 5)
@@ -47,11 +86,17 @@ def draw(canvas: Canvas, attributes: dict[str, str], rng: np.random.Generator) -
     if ground == "forest":
         _conifers(canvas, light, centre, horizon + 2, 6.5, 0.82, rng)
     _castle(canvas, attributes, centre, base, rng)
+    if ground != "lake":
+        _foreground(canvas, attributes, earth, base, centre, rng)
+    count, side = COUNTS[attributes.get("trees", "none")], attributes.get("trees_side")
+    if side == "front":
+        plant_row(canvas, ground, count, (centre - 14, centre + 14), (61.5, 63.2), light, rng)
+    elif side:
+        feet = (base + 0.5, base + 0.5) if ground == "lake" else (base + 0.5, 62.5)
+        plant_row(canvas, ground, count, beside[side], feet, light, rng)
     if ground == "lake":
         canvas.rectangle(0, base, 64, base + 0.8, lit(bank, (0.6, 0.6, 0.6)))
         canvas.mirror(base + 0.8, lit(_GROUND["lake"], light), 0.42, 0.5)
-    else:
-        _foreground(canvas, attributes, earth, base, centre, rng)
 
 
 def _hills(canvas: Canvas, attributes: dict[str, str], horizon: float, rng: np.random.Generator) -> None:
@@ -75,8 +120,8 @@ def _castle(canvas: Canvas, attributes: dict[str, str], centre: float, base: flo
     light = TIMES[attributes["time"]].light
     stone = jitter(lit(_STONE[attributes["stone"]], light), rng, 5)
     window = TIMES[attributes["time"]].window
-    count = {"one": 1, "two": 2, "three": 3}[attributes["towers"]]
-    wall_height, wall_half = rng.uniform(11, 14), {1: 13.0, 2: 11.5, 3: 12.5}[count]
+    count = _TOWERS[attributes["towers"]]
+    wall_height, wall_half = rng.uniform(11, 14), _WALL_HALF[count]
     masonry = canvas.masonry(2.6, 4.0, 0.10)
     wall = blend(stone, (0, 0, 0), 0.10)
     canvas.rectangle(centre - wall_half, base - wall_height, centre + wall_half, base, wall, masonry)
@@ -97,11 +142,6 @@ def _castle(canvas: Canvas, attributes: dict[str, str], centre: float, base: flo
     gate = blend(stone, (20, 10, 10), 0.78)
     canvas.ellipse(centre, base - 5.2, 2.9, 3.2, gate)
     canvas.rectangle(centre - 2.9, base - 5.2, centre + 2.9, base, gate)
-    if count == 2:
-        for dx in (-5.2, 5.2):
-            canvas.rectangle(
-                centre + dx - 0.9, base - 9.4, centre + dx + 0.9, base - 6.6, window, detail=True
-            )
 
 
 def _tower(canvas, attributes, x, width, top, base, stone: Colour, window: Colour, masonry) -> None:
@@ -120,9 +160,10 @@ def _tower(canvas, attributes, x, width, top, base, stone: Colour, window: Colou
         eave, tip = half + 1.6, top - width * 1.25
         shade = across(x - eave, x + eave, 1.18, 0.66)
         canvas.polygon([(x - eave, top + 0.6), (x + eave, top + 0.6), (x, tip)], colour, shade)
-    high = top + 6.2
-    canvas.ellipse(x, high - 1.2, 1.15, 1.2, window, detail=True)
-    canvas.rectangle(x - 1.15, high - 1.2, x + 1.15, high + 2.0, window, detail=True)
+    for row in range(_ROWS[attributes["rows"]]):
+        high = top + 4.9 + 5.4 * row
+        canvas.ellipse(x, high, 1.15, 1.2, window)
+        canvas.rectangle(x - 1.15, high, x + 1.15, high + 2.4, window)
 
 
 def _battlements(canvas: Canvas, x0: float, x1: float, y: float, colour: Colour) -> None:
@@ -148,45 +189,18 @@ def _foreground(canvas: Canvas, attributes, earth, base, centre, rng) -> None:
     light, ground = TIMES[attributes["time"]].light, attributes["ground"]
     lean = rng.uniform(-9, 9)
     path = blend(earth, lit((190, 160, 116), light), 0.6)
-    if ground in ("meadow", "forest", "snow"):
+    if ground in ("meadow", "forest", "snow") and attributes.get("trees_side") != "front":
         if ground == "snow":
             path = blend(earth, lit((120, 140, 180), light), 0.45)
         points = [(centre - 2, base), (centre + 2, base), (centre + lean + 8, 64), (centre + lean - 5, 64)]
         canvas.polygon(points, path, canvas.grain(1.5, 0.08))
     if ground == "forest":
         for x in np.concatenate([rng.uniform(-2, centre - 13, 3), rng.uniform(centre + 13, 66, 3)]):
-            height = rng.uniform(13, 19)
-            foot = rng.uniform(56, 63)
+            height, foot = rng.uniform(13, 19), rng.uniform(56, 63)
             colour = jitter(lit((30, 84, 50), light), rng, 6)
-            canvas.rectangle(x - 0.8, foot - 2, x + 0.8, foot + 2, lit((84, 58, 40), light))
-            for level in range(3):
-                half, low = 4.6 - level * 1.1, foot - level * height * 0.25
-                points = [(x - half, low), (x + half, low), (x, low - height * 0.48)]
-                canvas.polygon(points, colour, across(x - half, x + half, 1.25, 0.7))
-    elif ground == "meadow":
-        for x in (rng.uniform(1, 8), rng.uniform(56, 63)):
-            if abs(x - centre) < 19:
-                continue
-            foot, radius = rng.uniform(50, 56), rng.uniform(4, 5.5)
-            canvas.rectangle(x - 0.9, foot - 5, x + 0.9, foot, lit((98, 68, 44), light))
-            colour = jitter(lit((66, 136, 58), light), rng, 6)
-            canvas.ellipse(x, foot - 4 - radius, radius, radius, colour, canvas.grain(1.4, 0.22))
+            conifer(canvas, x, foot, height, colour, lit((84, 58, 40), light))
     elif ground == "desert":
         for y in (57.0, 62.0):
             x, dark = rng.uniform(8, 56), blend(earth, lit((170, 120, 70), light), 0.55)
             points = [(x - 30, y + 3), (x, y - 3), (x + 12, y - 1), (x + 36, y + 4)]
             canvas.polygon(points, dark, canvas.grain(3, 0.06, 4), detail=True)
-        x = rng.uniform(5, 12) if centre > 32 else rng.uniform(52, 59)
-        if abs(x - centre) > 17:
-            green = lit((62, 128, 66), light)
-            canvas.line([(x, 54), (x, 45)], 2.2, green, detail=False)
-            canvas.line([(x - 3, 47), (x - 3, 50), (x + 3, 50), (x + 3, 46)], 1.5, green, detail=False)
-    elif ground == "snow":
-        for x in (rng.uniform(1, 9), rng.uniform(55, 63)):
-            if abs(x - centre) < 18:
-                continue
-            foot = rng.uniform(52, 58)
-            colour = jitter(lit((54, 100, 84), light), rng, 5)
-            canvas.polygon(
-                [(x - 4, foot), (x + 4, foot), (x, foot - 13)], colour, across(x - 4, x + 4, 1.25, 0.7)
-            )

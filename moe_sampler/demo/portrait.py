@@ -1,4 +1,4 @@
-"""The portrait: head, hair, shoulders and coat against a wall."""
+"""The portrait: head, hair, shoulders and coat against a wall, balloons and a lamp beside the head."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ ATTRIBUTES = {
     "extra": ("glasses", "hat", "scarf", "plain"),
     "background": ("blue", "green", "red", "grey", "golden"),
     "position": ("left", "centre", "right"),
+    "balloons": ("none", "one", "two", "three"),
+    "balloons_side": ("left", "right"),
+    "lamp": ("none", "left", "right"),
 }
+LAYOUT = {"position": "place", "balloons": "count", "balloons_side": "relation", "lamp": "relation"}
 _HAIR = {
     "black": (34, 28, 32),
     "brown": (112, 70, 42),
@@ -38,7 +42,23 @@ _WALL = {
     "grey": (164, 164, 170),
     "golden": (220, 180, 104),
 }
+_BALLOON = {"red": (216, 48, 60), "blue": (52, 88, 214), "yellow": (250, 208, 56), "white": (246, 244, 240)}
+_TOO_CLOSE = {"red": "red", "blue": "blue", "golden": "yellow", "grey": "white"}
+"""Balloons that would be lost against the wall."""
 _CENTRE = {"left": 21.0, "centre": 32.0, "right": 43.0}
+_REACH = 15.8
+"""How far head, hair and hat reach from the middle."""
+
+
+def choices(name: str, so_far: dict[str, str]) -> dict[str, float]:
+    """An attribute's possible values after those drawn before it, with their shares; none: no such thing."""
+    values = ATTRIBUTES[name]
+    if name == "balloons_side" and so_far["balloons"] == "none":
+        values = []
+    if name in ("balloons_side", "lamp"):
+        # One thing on a side, and no room between a person at the edge and that edge.
+        values = [value for value in values if value not in (so_far["position"], so_far.get("balloons_side"))]
+    return dict.fromkeys(values, 1.0)
 
 
 def draw(canvas: Canvas, attributes: dict[str, str], rng: np.random.Generator) -> None:
@@ -54,6 +74,11 @@ def draw(canvas: Canvas, attributes: dict[str, str], rng: np.random.Generator) -
 
     vignette = product(across(32 - 40 * side, 32 + 40 * side, 0.80, 1.14), canvas.grain(7, 0.05))
     canvas.rectangle(0, 0, 64, 64, wall, vignette)
+    beside = {"left": (0.5, x - _REACH), "right": (x + _REACH, 63.5)}
+    if attributes["lamp"] != "none":
+        _lamp(canvas, beside[attributes["lamp"]], rng)
+    if "balloons_side" in attributes:
+        _balloons(canvas, attributes, beside[attributes["balloons_side"]], x, rng)
     light = _light(x, wide, side)
     strands = product(_light(x, wide + 3, side), canvas.grain(6, 0.16, 0.18), canvas.grain(5, 0.10, 0.4))
     if attributes["length"] == "long":
@@ -70,6 +95,38 @@ def draw(canvas: Canvas, attributes: dict[str, str], rng: np.random.Generator) -
     _body(canvas, attributes, x, y + tall, coat, skin, side, rng)
     _head(canvas, attributes, x, y, wide, tall, skin, hair, light, strands)
     _face(canvas, attributes, x, y, wide, tall, skin, hair, side)
+
+
+def _lamp(canvas: Canvas, span: tuple[float, float], rng) -> None:
+    """Hangs from the ceiling somewhere in `span`."""
+    x, y = rng.uniform(span[0] + 6.2, span[1] - 6.2), rng.uniform(8, 15)
+    canvas.line([(x, 0), (x, y)], 0.9, (44, 38, 40), detail=False)
+    canvas.glow(x, y + 8, 11, (255, 240, 180), 0.7)
+    canvas.ellipse(x, y + 7.6, 2.7, 2.5, (255, 250, 222))
+    shade = across(x - 6, x + 6, 1.25, 0.8)
+    canvas.polygon([(x - 1.9, y), (x + 1.9, y), (x + 6.0, y + 7.4), (x - 6.0, y + 7.4)], (34, 84, 80), shade)
+
+
+def _balloons(canvas: Canvas, attributes, span: tuple[float, float], person: float, rng) -> None:
+    """All of one colour, in `span`; their strings meet behind the person's shoulder."""
+    lost = _TOO_CLOSE.get(attributes["background"])
+    colour = jitter(_BALLOON[str(rng.choice([name for name in _BALLOON if name != lost]))], rng, 5)
+    count = {"one": 1, "two": 2, "three": 3}[attributes["balloons"]]
+    left, right = span[0] + 3.6, span[1] - 3.6
+    middle = rng.uniform(left + 3.6, right - 3.6) if right - left > 7.2 else (left + right) / 2
+    sides = np.array([-1, 1, -1]) * rng.choice((-1.0, 1.0))
+    y = rng.uniform(8, 11) + np.arange(count) * (11.0 if count == 2 else 9.4)
+    if count == 1:
+        y, sides = rng.uniform(10, 24, 1), np.zeros(1)
+    dark = blend(colour, (20, 10, 20), 0.45)
+    places = [(middle + side * 3.4, height) for side, height in zip(sides, y, strict=False)]
+    hand = person + (14 if middle > person else -14)
+    for x, height in places:
+        canvas.line([(x, height + 4), (0.4 * middle + 0.6 * hand, 44), (hand, 54)], 0.5, (70, 62, 66))
+    for x, height in places:
+        canvas.polygon([(x - 1.1, height + 5.4), (x + 1.1, height + 5.4), (x, height + 4)], dark)
+        canvas.ellipse(x, height, 3.5, 4.3, colour, across(x - 3.5, x + 3.5, 1.1, 0.82))
+        canvas.ellipse(x - 1.2, height - 1.7, 0.8, 1.1, blend(colour, (255, 255, 255), 0.65), detail=True)
 
 
 def _light(x: float, half: float, side: float):

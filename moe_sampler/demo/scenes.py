@@ -7,8 +7,11 @@ their geometry exactly.
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import numpy as np
 
@@ -16,11 +19,16 @@ from . import castle, portrait, street
 from .drawing import Canvas
 
 KINDS = {"castle": castle, "portrait": portrait, "street": street}
+_TRIES = 1000
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One scene. `values` are (attribute, value) pairs in the order of the kind's ATTRIBUTES."""
+    """One scene.
+
+    `values` are (attribute, value) pairs in the order of the kind's ATTRIBUTES; what the scene can't have, as
+    a side of trees where there are none, is not among them.
+    """
 
     kind: str
     values: tuple[tuple[str, str], ...]
@@ -40,26 +48,40 @@ def draw_scene(seed: int, kind: str | None = None, **fixed: str) -> Scene:
         fixed: attributes to set instead of drawing them.
 
     Raises:
-        ValueError: for a kind, attribute or value that does not exist.
+        ValueError: for a kind, attribute or value that does not exist, or for values that exclude each other.
     """
     rng = np.random.default_rng([seed, 0])
     drawn = str(rng.choice(list(KINDS)))
     kind = kind or drawn
     if kind not in KINDS:
         raise ValueError(f'unknown kind of scene "{kind}": use one of {", ".join(KINDS)}')
-    table = KINDS[kind].ATTRIBUTES
     for name, value in fixed.items():
-        if value not in table.get(name, ()):
+        if value not in KINDS[kind].ATTRIBUTES.get(name, ()):
             raise ValueError(f'a {kind} has no attribute {name}="{value}"')
-    values = []
-    for name, choices in table.items():
-        value = str(rng.choice(choices))
-        if name == "windows" and "windows" not in fixed:
-            # Lit windows belong to the dark hours.
-            share = {"day": 0.0, "dawn": 0.25, "dusk": 0.8, "night": 0.9}[dict(values)["time"]]
-            value = "lit" if rng.uniform() < share else "dark"
-        values.append((name, fixed.get(name, value)))
-    return Scene(kind, tuple(values), seed)
+    for _ in range(_TRIES):
+        values = _draw_values(kind, rng, fixed)
+        if fixed.items() <= values.items():
+            return Scene(kind, tuple(values.items()), seed)
+    together = ", ".join(f'{name}="{value}"' for name, value in fixed.items())
+    raise ValueError(f"a {kind} can't have these together: {together}")
+
+
+def _draw_values(kind: str, rng: np.random.Generator, fixed: Mapping[str, str]) -> dict[str, str]:
+    """Values for a kind's attributes in their order; those in `fixed` where the ones before them allow it."""
+    values: dict[str, str] = {}
+    for name in KINDS[kind].ATTRIBUTES:
+        shares = KINDS[kind].choices(name, values)
+        if fixed.get(name) in shares:
+            values[name] = fixed[name]
+        elif shares:
+            values[name] = _pick(shares, rng.uniform())
+    return values
+
+
+def _pick(shares: Mapping[str, float], point: float) -> str:
+    """The value at `point`, 0..1, of all shares end to end."""
+    bounds = list(accumulate(shares.values()))
+    return list(shares)[bisect_right(bounds, point * bounds[-1])]
 
 
 def render(scene: Scene, structure: bool = False) -> np.ndarray:

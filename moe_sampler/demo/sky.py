@@ -38,25 +38,21 @@ TIMES = {
 
 
 def draw_sky(
-    canvas: Canvas, time: str, horizon: float, rng: np.random.Generator, avoid: tuple[float, float]
+    canvas: Canvas, time: str, horizon: float, rng: np.random.Generator, sun: tuple[float, float], high=False
 ) -> None:
     """Gradient, sun or moon, and (full picture only) clouds or stars.
 
     Args:
         horizon: y of the horizon in scene units.
-        avoid: x range the sun or moon keeps away from, where the main subject stands.
+        sun: the x range where the sun or moon stands.
+        high: keep it well above the horizon, where something else stands in front of the sky.
     """
     palette = TIMES[time]
     top, middle, low = (jitter(c, rng, 5) for c in (palette.top, palette.middle, palette.horizon))
     canvas.gradient([(0, top), (horizon * 0.55, middle), (horizon, low)])
-    left_room, right_room = avoid[0], 64 - avoid[1]
-    x = (
-        rng.uniform(3, max(4, left_room - 4))
-        if left_room > right_room
-        else rng.uniform(min(60, avoid[1] + 4), 61)
-    )
-    heights = {"day": (7, 15), "dusk": (horizon - 9, horizon - 1), "dawn": (horizon - 11, horizon - 3)}
-    y = rng.uniform(*heights.get(time, (7, 16)))
+    x = rng.uniform(*sun)
+    low_sun = (horizon - 22, horizon - 17) if high else (horizon - 15, horizon - 9)
+    y = rng.uniform(*(low_sun if time in ("dusk", "dawn") else (7, 16)))
     radius = rng.uniform(4.2, 5.4) if time in ("dusk", "dawn") else rng.uniform(3.6, 4.6)
     strength = {"day": 0.5, "dusk": 0.75, "dawn": 0.7, "night": 0.15}[time]
     clouds = [

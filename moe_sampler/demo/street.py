@@ -1,4 +1,4 @@
-"""The city street: rows of houses in one-point perspective, road, car, trees or lamps."""
+"""The city street: rows of houses in one-point perspective, road, cars, trees or lamps on either side."""
 
 from __future__ import annotations
 
@@ -11,10 +11,24 @@ ATTRIBUTES = {
     "time": ("day", "dusk", "night", "dawn"),
     "houses": ("brick", "pale", "colourful", "glass"),
     "windows": ("lit", "dark"),
-    "car": ("red", "blue", "yellow", "white", "none"),
-    "roadside": ("trees", "lamps", "bare"),
     "position": ("left", "centre", "right"),
+    "left_side": ("trees", "lamps", "bare"),
+    "right_side": ("trees", "lamps", "bare"),
+    "cars": ("none", "one", "two"),
+    "lane": ("left", "right"),
+    "car": ("red", "blue", "yellow", "white"),
+    "other_car": ("red", "blue", "yellow", "white"),
 }
+"""`car` is the only car's colour or that of the left one; `other_car` is the right one's of two."""
+LAYOUT = {
+    "position": "place",
+    "left_side": "relation",
+    "right_side": "relation",
+    "cars": "count",
+    "lane": "place",
+}
+_LIT = {"day": 0.0, "dawn": 0.25, "dusk": 0.8, "night": 0.9}
+"""Lit windows belong to the dark hours."""
 _HOUSE = {
     "brick": ((168, 86, 66), (148, 70, 58), (184, 104, 78)),
     "pale": ((228, 214, 186), (214, 204, 190), (236, 226, 206)),
@@ -23,6 +37,17 @@ _HOUSE = {
 }
 _CAR = {"red": (206, 44, 44), "blue": (52, 98, 198), "yellow": (242, 194, 46), "white": (236, 236, 238)}
 _VANISHING = {"left": 19.0, "centre": 32.0, "right": 45.0}
+
+
+def choices(name: str, so_far: dict[str, str]) -> dict[str, float]:
+    """An attribute's possible values after those drawn before it, with their shares; none: no such thing."""
+    if name == "windows":
+        share = _LIT[so_far["time"]]
+        return {value: part for value, part in (("lit", share), ("dark", 1 - share)) if part}
+    if name in ("lane", "car", "other_car"):
+        counts = {"lane": ("one",), "car": ("one", "two"), "other_car": ("two",)}[name]
+        return dict.fromkeys(ATTRIBUTES[name], 1.0) if so_far["cars"] in counts else {}
+    return dict.fromkeys(ATTRIBUTES[name], 1.0)
 
 
 class _View:
@@ -44,7 +69,8 @@ def draw(canvas: Canvas, attributes: dict[str, str], rng: np.random.Generator) -
     time = attributes["time"]
     light = TIMES[time].light
     view = _View(_VANISHING[attributes["position"]] + rng.uniform(-1.5, 1.5), rng.uniform(36, 39))
-    draw_sky(canvas, time, view.vy, rng, (view.vx - 4, view.vx + 4))
+    sun = (3, view.vx - 8) if view.vx > 32 else (view.vx + 8, 61)
+    draw_sky(canvas, time, view.vy, rng, sun)
     ground = 66 - view.vy
     road = lit((104, 104, 112), light)
     pavement = lit((172, 166, 158), light)
@@ -68,8 +94,7 @@ def draw(canvas: Canvas, attributes: dict[str, str], rng: np.random.Generator) -
     for side in (-1, 1):
         _row(canvas, view, attributes, side, ground, rng)
     _roadside(canvas, view, attributes, ground, rng)
-    if attributes["car"] != "none":
-        _car(canvas, view, attributes, ground, rng)
+    _cars(canvas, view, attributes, ground, rng)
 
 
 def _row(canvas: Canvas, view: _View, attributes, side: int, ground: float, rng) -> None:
@@ -125,42 +150,57 @@ def _windows(canvas, view, attributes, x, near, far, top, ground, colour: Colour
 
 
 def _roadside(canvas: Canvas, view: _View, attributes, ground: float, rng) -> None:
-    light = TIMES[attributes["time"]].light
-    kind = attributes["roadside"]
     offset = rng.uniform(0.95, 1.1)
-    if kind == "bare":
-        return
-    dark = attributes["time"] in ("dusk", "night")
     for depth in (4.2, 2.7, 1.75, 1.2):
-        for side in (-1, 1):
+        for side, kind in ((-1, attributes["left_side"]), (1, attributes["right_side"])):
             x, foot = view(side * 24.0, ground, depth * offset)
-            scale = 1 / (depth * offset)
             if kind == "trees":
-                trunk = lit((92, 66, 46), light)
-                canvas.rectangle(x - 0.9 * scale, foot - 15 * scale, x + 0.9 * scale, foot, trunk)
-                leaf = jitter(lit((70, 138, 64), light), rng, 6)
-                radius = 8.0 * scale
-                canvas.ellipse(x, foot - 20 * scale, radius, radius * 1.15, leaf, canvas.grain(1.3, 0.24))
-            else:
-                post, lean = lit((58, 60, 70), light), -side * 4.5 * scale
-                width = max(0.55, 1.3 * scale)
-                points = [(x, foot), (x, foot - 29 * scale), (x + lean, foot - 31 * scale)]
-                canvas.line(points, width, post, detail=False)
-                lamp = (255, 226, 140) if dark else (238, 236, 224)
-                if dark:
-                    canvas.glow(x + lean, foot - 30 * scale, 9 * scale + 1.5, (255, 214, 120), 0.75)
-                size = max(0.7, 2.2 * scale)
-                canvas.ellipse(x + lean, foot - 30.4 * scale, size, size * 0.8, lamp)
+                _tree(canvas, attributes, x, foot, 1 / (depth * offset), rng)
+            elif kind == "lamps":
+                _lamp(canvas, attributes, x, foot, 1 / (depth * offset), side)
 
 
-def _car(canvas: Canvas, view: _View, attributes, ground: float, rng) -> None:
-    """Seen from behind, in the right-hand lane."""
+def _tree(canvas: Canvas, attributes, x: float, foot: float, scale: float, rng) -> None:
+    light = tuple(0.2 + 0.8 * k for k in TIMES[attributes["time"]].light)
+    trunk = lit((92, 66, 46), light)
+    canvas.rectangle(x - 0.9 * scale, foot - 15 * scale, x + 0.9 * scale, foot, trunk)
+    leaf = jitter(lit((70, 138, 64), light), rng, 6)
+    radius = 8.0 * scale
+    canvas.ellipse(x, foot - 20 * scale, radius, radius * 1.15, leaf, canvas.grain(1.3, 0.24))
+
+
+def _lamp(canvas: Canvas, attributes, x: float, foot: float, scale: float, side: int) -> None:
     time = attributes["time"]
+    dark = time in ("dusk", "night")
+    post, lean = lit((58, 60, 70), TIMES[time].light), -side * 4.5 * scale
+    width = max(0.55, 1.3 * scale)
+    points = [(x, foot), (x, foot - 29 * scale), (x + lean, foot - 31 * scale)]
+    canvas.line(points, width, post, detail=False)
+    lamp = (255, 226, 140) if dark else (238, 236, 224)
+    if dark:
+        canvas.glow(x + lean, foot - 30 * scale, 9 * scale + 1.5, (255, 214, 120), 0.75)
+    size = max(0.7, 2.2 * scale)
+    canvas.ellipse(x + lean, foot - 30.4 * scale, size, size * 0.8, lamp)
+
+
+def _cars(canvas: Canvas, view: _View, attributes, ground: float, rng) -> None:
+    """Traffic keeps to the right: the car in the left lane comes towards us."""
+    cars = [(attributes.get("lane", "left"), attributes.get("car")), ("right", attributes.get("other_car"))]
+    depth = rng.uniform(1.25, 1.6, 2)
+    for i in np.argsort(-depth):
+        lane, colour = cars[i]
+        if colour:
+            _car(canvas, view, attributes["time"], lane, colour, ground, depth[i])
+
+
+def _car(
+    canvas: Canvas, view: _View, time: str, lane: str, colour_name: str, ground: float, depth: float
+) -> None:
     light = tuple(0.2 + 0.8 * k for k in TIMES[time].light)
-    depth = rng.uniform(1.25, 1.6)
-    x, foot = view(9.2, ground, depth)
+    coming = lane == "left"
+    x, foot = view(-10.0 if coming else 10.0, ground, depth)
     s = 1.25 / depth
-    colour = lit(_CAR[attributes["car"]], light)
+    colour = lit(_CAR[colour_name], light)
     canvas.ellipse(x, foot, 7.4 * s, 1.5 * s, lit((44, 44, 50), light))
     for side in (-1, 1):
         canvas.rectangle(
@@ -190,7 +230,11 @@ def _car(canvas: Canvas, view: _View, attributes, ground: float, rng) -> None:
         ],
         pane,
     )
-    lamp = (255, 70, 50) if time in ("dusk", "night") else (176, 30, 30)
+    dark = time in ("dusk", "night")
+    if coming:
+        lamp, shine = ((255, 246, 190) if dark else (250, 244, 220)), (255, 240, 170)
+    else:
+        lamp, shine = ((255, 70, 50) if dark else (176, 30, 30)), (255, 60, 40)
     for side in (-1, 1):
         canvas.rectangle(
             x + side * 4.9 * s - 1.0 * s,
@@ -200,6 +244,6 @@ def _car(canvas: Canvas, view: _View, attributes, ground: float, rng) -> None:
             lamp,
             detail=True,
         )
-        if time in ("dusk", "night"):
-            canvas.glow(x + side * 4.9 * s, foot - 4.6 * s, 3.2 * s, (255, 60, 40), 0.5)
+        if dark:
+            canvas.glow(x + side * 4.9 * s, foot - 4.6 * s, 3.2 * s, shine, 0.5)
     canvas.rectangle(x - 1.7 * s, foot - 3.4 * s, x + 1.7 * s, foot - 2.1 * s, (240, 240, 236), detail=True)

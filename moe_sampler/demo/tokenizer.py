@@ -13,7 +13,8 @@ from pathlib import Path
 
 from .captions import vocabulary
 
-MAX_LENGTH = 32
+MAX_LENGTH = 56
+"""Tokens of a prompt, with those that begin and end it: a caption that says everything fits."""
 _END = "</w>"
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 

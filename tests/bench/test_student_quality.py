@@ -77,7 +77,13 @@ def test_the_referee_knows_the_real_pictures(referee):
         referee.measure(referee.real["renders"]),
         referee.measure(referee.real["reconstructions"]),
     )
-    assert renders.keys() == {"attributes", "frechet", "high_frequencies", "patches"}
+    shares = {"attributes", "composition", "surface"}
+    assert renders.keys() == shares | {"frechet", "high_frequencies", "patches"}
+    tally = referee.by_attribute(referee.real["renders"])
+    assert sum(count for _, count in tally.values()) == COUNT + sum(map(len, referee.test.prompts()[1]))
+    assert (
+        sum(right for right, _ in tally.values()) / sum(c for _, c in tally.values()) == renders["attributes"]
+    )
     # The autoencoder loses texture.
     assert through["high_frequencies"] < renders["high_frequencies"]
     half = evaluate.Referee(

@@ -13,8 +13,7 @@ from typer.testing import CliRunner
 
 from moe_sampler.cli import app
 from moe_sampler.cli.demo_words import strange_words
-from moe_sampler.demo.captions import caption
-from moe_sampler.demo.scenes import draw_scene
+from moe_sampler.demo import known_words
 from moe_sampler.viewing.images import check_room, read_settings, save_image
 
 QUICK = ["--steps", "2", "--zoom", "1"]
@@ -105,9 +104,8 @@ def test_strange_words_are_named_once():
     assert "warning" not in run("generate", "a castle at dusk", "-o", "y.png", *QUICK).stderr
 
 
-def test_no_caption_of_the_demo_is_strange():
-    rng = np.random.default_rng(1)
-    assert strange_words(caption(draw_scene(seed), rng, keep=0.9) for seed in range(300)) == []
+def test_no_known_word_is_strange_and_letters_are_no_words():
+    assert strange_words([" ".join(known_words()).upper(), "a 2, 3 b"]) == []
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,10 @@ import pytest
 from scipy.linalg import sqrtm
 
 from bench.demo.evaluate import crossing
-from bench.demo.evaluator import attributes_right
+from bench.demo.evaluator import attributes_right, share_right
 from bench.demo.metrics import frechet_distance, high_frequency_ratio, patch_distance, power_spectrum
-from moe_sampler.demo.attributes import HEADS, labels
+from bench.demo.report import attributes_table
+from moe_sampler.demo.attributes import GROUPS, HEADS, group_of, kind_of, labels
 from moe_sampler.demo.scenes import draw_scene, render
 
 
@@ -42,12 +43,37 @@ def test_smoothing_lowers_high_frequencies_and_moves_patches_away(pictures):
 
 
 def test_attribute_counting_counts_what_the_caption_claims():
-    scenes = [draw_scene(1, "castle"), draw_scene(2, "portrait")]
-    said = [{"time": scenes[0].attributes["time"]}, {}]
+    scenes = [draw_scene(1, "castle", trees="two"), draw_scene(2, "castle"), draw_scene(2, "portrait")]
+    said = [{name: scene.attributes[name] for name in ("time", "trees")} for scene in scenes[:1]]
+    said += [{"time": scenes[1].attributes["time"]}, {}]
     right = {head: column.numpy().copy() for head, column in zip(HEADS, labels(scenes).T, strict=True)}
-    assert attributes_right(right, scenes, said) == (3, 3)
+    expected = {"kind": (3, 3), "castle.time": (2, 2), "castle.trees": (1, 1)}
+    assert attributes_right(right, scenes, said) == expected
     right["castle.time"][0] = (right["castle.time"][0] + 1) % len(HEADS["castle.time"])
-    assert attributes_right(right, scenes, said) == (2, 3)
+    tally = attributes_right(right, scenes, said)
+    assert tally == {**expected, "castle.time": (1, 2)}
+    assert (share_right(tally), share_right(tally, "composition")) == (5 / 6, 1)
+    assert share_right(tally, "surface") == 1 / 2 and np.isnan(share_right({}, "surface"))
+
+
+def test_every_attribute_has_a_group():
+    layout = {head for head in HEADS if group_of(head) == "composition"}
+    assert {"castle.towers", "portrait.balloons_side", "street.lane"} <= layout
+    assert {"count", "place", "relation"} == {kind_of(head) for head in layout}
+    assert {group_of(head) for head in HEADS} == {None, *GROUPS} and group_of("kind") is None
+    assert group_of("castle.roofs") == group_of("street.other_car") == kind_of("portrait.hair") == "surface"
+
+
+def test_the_report_groups_attributes_and_says_how_often_they_were_asked_for():
+    runs = {
+        "lune": [{"castle.time": (1, 2), "castle.trees": (3, 4)}, {"castle.time": (2, 2)}],
+        "hybrid": [{"kind": (2, 2), "castle.time": (2, 2), "castle.trees": (4, 4)}],
+    }
+    assert attributes_table(runs).splitlines()[2:] == [
+        "| kind | kind | 2 |  | 100.0 % |",
+        "| castle: trees | count | 4 | 75.0 % | 100.0 % |",
+        "| castle: time | surface | 2 | 75.0 % | 100.0 % |",
+    ]
 
 
 def test_crossing_interpolates_and_says_when_there_is_none():

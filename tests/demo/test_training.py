@@ -19,6 +19,7 @@ from moe_sampler.demo.scene_task import run_stage, stage_settings
 from moe_sampler.demo.scenes import draw_scene
 from moe_sampler.demo.stages import SHARES, SHIPPED, TRAINED, Recipe, Workshop
 from moe_sampler.demo.text import tokenize
+from moe_sampler.demo.tokenizer import MAX_LENGTH
 from moe_sampler.demo.train import _child, _Run, train_demo
 from moe_sampler.demo.weights import read_average, trained_steps
 from moe_sampler.demo.words import CAPTIONS
@@ -165,7 +166,7 @@ def test_wrong_arguments_say_so(tmp_path):
 def test_words_are_the_scenes_own(trained):
     """Texts that are true, their tokens, and classes with one more for what a text leaves out."""
     words, tokenizer = trained.scenes().words, trained.tokenizer()
-    assert words.tokens.shape == words.strange.shape == (12, CAPTIONS, 32)
+    assert words.tokens.shape == words.strange.shape == (12, CAPTIONS, MAX_LENGTH)
     for index in (0, 11):
         scene = draw_scene(index)
         for k in range(CAPTIONS):
