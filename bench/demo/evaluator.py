@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_sampler._transfers import OnDevice, to_device
+from moe_sampler._transfers import OnDevice
 from moe_sampler.demo.attributes import HEADS, AttributeReader, augment, group_of, heads_loss, labels
 from moe_sampler.demo.autoencoder import to_model
 from moe_sampler.demo.data import SceneSet
@@ -36,12 +36,12 @@ def new_evaluator() -> AttributeReader:
 def evaluator_loss(model: AttributeReader, scenes: SceneSet) -> SceneLoss:
     """Attributes of full pictures under strong augmentation."""
     pictures = OnDevice(torch.from_numpy(scenes.pictures))
+    classes = OnDevice(labels([scenes.scene(i) for i in range(len(scenes))]))
 
     def loss(which: Tensor, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         device = which.device
         images = augment(to_model(pictures.on(device)[which, torch.zeros_like(which)]), draws, 1.0)
-        target = labels([scenes.scene(i) for i in which.tolist()])
-        value, accuracy = heads_loss(model(images)[1], to_device(target, device))
+        value, accuracy = heads_loss(model(images)[1], classes.on(device)[which])
         return value, {"accuracy": accuracy}
 
     return loss

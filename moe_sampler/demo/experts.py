@@ -53,7 +53,7 @@ above s = 0.96, where there is nothing to see.
 """
 
 
-def new_unet(channels: tuple[int, int, int] = (32, 64, 128), text_width: int = WIDTH) -> ModelMixin:
+def new_unet(channels: tuple[int, int, int], text_width: int = WIDTH) -> ModelMixin:
     """An untrained expert for 16x16 latents, cross-attending to the text in its two lower levels."""
     return build(
         {

@@ -244,12 +244,12 @@ def test_a_work_folder_remembers_its_run(tmp_path):
 
 
 def test_a_gpus_settings(tmp_path):
-    """Large batches belong to the run, precision and compilation to the device."""
+    """Large batches belong to the run, precision to the device."""
     shop = Workshop(tmp_path, recipe=SHIPPED, device="cuda", timed=True, large=True)
     lune = TrainingSettings(output_dir=tmp_path, **shop.settings("lune"))
-    assert (lune.train_batch_size, lune.mixed_precision) == (256, "bf16")
+    assert (lune.train_batch_size, lune.mixed_precision) == (1024, "bf16")
     here = dataclasses.replace(shop, device="cpu").settings("lune")
-    assert here["train_batch_size"] == 256 and "mixed_precision" not in here
+    assert here["train_batch_size"] == 1024 and "mixed_precision" not in here
     assert dataclasses.replace(shop, large=False).settings("lune")["train_batch_size"] == 24
 
 
