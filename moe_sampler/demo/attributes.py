@@ -19,7 +19,7 @@ GROUPS = ("composition", "surface")
 
 
 def group_of(head: str) -> str | None:
-    """"composition" or "surface"; None for the kind of scene itself."""
+    """Whether a label is of the "composition" or a "surface"; None for the kind of scene itself."""
     if head == "kind":
         return None
     return "surface" if kind_of(head) == "surface" else "composition"

@@ -161,9 +161,9 @@ def _tower(canvas, attributes, x, width, top, base, stone: Colour, window: Colou
         shade = across(x - eave, x + eave, 1.18, 0.66)
         canvas.polygon([(x - eave, top + 0.6), (x + eave, top + 0.6), (x, tip)], colour, shade)
     for row in range(_ROWS[attributes["rows"]]):
-        high = top + 4.9 + 5.4 * row
-        canvas.ellipse(x, high, 1.15, 1.2, window)
-        canvas.rectangle(x - 1.15, high, x + 1.15, high + 2.4, window)
+        high = top + 5.0 + 5.9 * row
+        canvas.ellipse(x, high, 1.4, 1.4, window)
+        canvas.rectangle(x - 1.4, high, x + 1.4, high + 2.4, window)
 
 
 def _battlements(canvas: Canvas, x0: float, x1: float, y: float, colour: Colour) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from .drawing import Canvas, Colour, across, blend, jitter, lit
 
 COUNTS = {"none": 0, "one": 1, "two": 2, "three": 3}
-_ROOM = 8.4  # a tree and a gap, where trees stand side by side
+_SMALL, _LARGE = 3.7, 4.4  # radius of a crown
 
 
 def plant_row(
@@ -24,14 +24,15 @@ def plant_row(
     """
     left, right = span
     line = feet[0] == feet[1]
-    radius = 3.7 if not line else min(3.7, (right - left) / (2 * count) - 0.4)
-    if line or (right - left) / count > _ROOM:
-        pitch = (right - left) / count
+    pitch = (right - left) / count
+    if line or pitch > 2 * _SMALL + 1:
+        radius = min(_LARGE, pitch / 2 - 0.4)
         slack = max(0.0, pitch / 2 - radius - 0.4)
         x = left + pitch * (np.arange(count) + 0.5) + rng.uniform(-slack, slack, count)
         y = rng.uniform(*feet, count)
     else:
         # No room side by side: one behind the other, to the left and to the right in turn.
+        radius = _SMALL
         x = np.where(np.arange(count) % 2 == rng.integers(2), left + radius, right - radius)
         y = np.linspace(*feet, count) if count > 1 else rng.uniform(*feet, 1)
     for place in np.argsort(y):
