@@ -213,8 +213,9 @@ def _run_wave(run: _Run, chains: list[tuple[str, ...]], output: Path, bars: Prog
     try:
         for chain in chains:
             arguments = (workshop, chain, output, threads, deadlines)
-            running.append(context.Process(target=_child, args=arguments, daemon=True))
-            running[-1].start()
+            process = context.Process(target=_child, args=arguments, daemon=True)
+            process.start()
+            running.append(process)  # one that never began can't be ended
         while any(process.is_alive() for process in running) and not any(
             process.exitcode for process in running
         ):
