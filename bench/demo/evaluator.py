@@ -22,7 +22,7 @@ from moe_sampler.demo.scenes import Scene
 from moe_sampler.demo.weights import fill, trained_steps
 from moe_sampler.training.draws import Draws
 
-SETTINGS = stage_settings(2400, 1.5e-3, 48, ema=0.995)
+SETTINGS = stage_settings(6000, 1.5e-3, 48, ema=0.995)
 SEED = 77
 
 

@@ -90,21 +90,32 @@ def heads_loss(logits: dict[str, Tensor], target: Tensor) -> tuple[Tensor, Tenso
 
 
 class ImageEncoder(nn.Module):
-    """A small convolutional network: float [N, 3, 64, 64] in -1..1 -> features [N, width]."""
+    """A small convolutional network: float [N, 3, 64, 64] in -1..1 -> features [N, width].
+
+    Beside the last stage, which knows where things are, every stage's mean over the picture is read: things
+    are counted by adding up what finds them, wherever they stand.
+    """
 
     def __init__(self, width: int = 128, channels: tuple[int, ...] = (24, 48, 96, 128)) -> None:
         super().__init__()
-        layers: list[nn.Module] = []
+        self.stages = nn.ModuleList()
         previous = 3
         for count in channels:
-            layers += [nn.Conv2d(previous, count, 3, stride=2, padding=1), nn.GroupNorm(8, count), nn.SiLU()]
-            layers += [nn.Conv2d(count, count, 3, padding=1, groups=8), nn.GroupNorm(8, count), nn.SiLU()]
+            down, within = (
+                nn.Conv2d(previous, count, 3, stride=2, padding=1),
+                nn.Conv2d(count, count, 3, padding=1, groups=8),
+            )
+            norms = nn.GroupNorm(8, count), nn.GroupNorm(8, count)
+            self.stages.append(nn.Sequential(down, norms[0], nn.SiLU(), within, norms[1], nn.SiLU()))
             previous = count
-        self.layers = nn.Sequential(*layers)
-        self.project = nn.Linear(previous * 16, width)
+        self.project = nn.Linear(previous * 16 + sum(channels), width)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.project(self.layers(images).flatten(1))
+        means = []
+        for stage in self.stages:
+            images = stage(images)
+            means.append(images.mean((2, 3)))
+        return self.project(torch.cat([images.flatten(1), *means], 1))
 
 
 class AttributeReader(nn.Module):
