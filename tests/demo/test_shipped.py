@@ -87,9 +87,6 @@ def test_strangers_do_no_harm(tokenizer):
     assert tokenizer.eos_token_id not in ids[1:-1]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the experts that ship know the scenes as they were before the layouts"
-)
 def test_the_tokenizer_is_the_one_the_code_writes(tokenizer, tmp_path):
     write_tokenizer(tmp_path)
     assert CLIPTokenizer.from_pretrained(tmp_path).get_vocab() == tokenizer.get_vocab()
