@@ -85,8 +85,7 @@ SHIPPED = Recipe(
         **{"trunk": 1024, "sol": 1024, "lune": 1024},
     },
 )
-"""What made the experts that ship, but for the order of the scenes and the noise, which were drawn in another
-way then."""
+"""What made the experts that ship, in the minutes that docs/DEMO.md names."""
 
 
 def _channels_last(model: M) -> M:

@@ -50,7 +50,7 @@ def test_the_folder_is_complete_and_small():
     for name, source in COMPONENTS.items():
         assert index[name] == list(source)
         assert (FOLDER / name).is_dir()
-    assert sum(file.stat().st_size for file in FOLDER.rglob("*") if file.is_file()) < 25_000_000
+    assert sum(file.stat().st_size for file in FOLDER.rglob("*") if file.is_file()) < 36_000_000
     assert not [file for file in FOLDER.rglob("*") if file.suffix in (".bin", ".pt", ".pkl", ".ckpt")]
 
 
