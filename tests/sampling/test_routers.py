@@ -151,6 +151,19 @@ def test_errors_of_routers():
         plan((SOL, LUNE), {"sol": 0.7, "lune": 0.3})
 
 
+@pytest.mark.parametrize("total", [0.995, 1.005, 1.0 - 1e-5, 1.0 + 1e-5])
+def test_weights_add_up_to_one_but_for_rounding(total):
+    """Half a percent is not rounding: the image would be as much too bright or too dark."""
+    for router in (
+        lambda s: {"sol": 0.5, "lune": total - 0.5},
+        PerStep([{"sol": 0.5, "lune": total - 0.5}] * 4),
+    ):
+        with pytest.raises(ValueError, match="add up to 1"):
+            plan((SOL, LUNE), router, steps=4)
+    thirds = {"sol": 1 / 3, "lune": 2 / 3 + 1e-9 * (total - 1)}
+    assert len(plan((SOL, LUNE), lambda s: thirds, steps=4)) == 4
+
+
 @pytest.mark.parametrize(
     "router",
     [

@@ -109,6 +109,26 @@ def test_a_replaced_solver_keeps_what_the_model_was_trained_on():
     assert read(zero).path.zero_terminal_snr
 
 
+@pytest.mark.parametrize(
+    "betas",
+    [
+        dict(trained_betas=[1e-4 * 1.006**t for t in range(1000)]),
+        dict(beta_schedule="squaredcos_cap_v2"),
+        dict(beta_schedule="linear"),
+        dict(beta_schedule="scaled_linear"),
+        dict(rescale_betas_zero_snr=True, prediction_type="v_prediction"),
+    ],
+    ids=lambda betas: next(iter(betas.values())) if "beta_schedule" in betas else next(iter(betas)),
+)
+def test_leading_timesteps_are_offset_whatever_the_betas(betas):
+    for offset in (0, 1, 3):
+        scheduler = diffusers.DDIMScheduler(timestep_spacing="leading", steps_offset=offset, **betas)
+        scheduler.set_timesteps(10)
+        expert = read({**scheduler.config, "_class_name": "DDIMScheduler"})
+        found = [step.calls[0].timestep for step in plan(expert, steps=10).steps]
+        assert found == scheduler.timesteps.tolist()
+
+
 @pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
 @pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler"])
 def test_a_run_from_zero_terminal_snr_is_diffusers_own(gentle_mixture, name, prediction):
