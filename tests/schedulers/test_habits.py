@@ -1,0 +1,120 @@
+"""Where the schedulers' tensors live, what may change around them, and how often they do their work."""
+
+from __future__ import annotations
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
+
+from moe_sampler import FusedDDIMScheduler, FusedDDPMScheduler, FusedFlowMatchEulerScheduler
+
+SHAPE = (2, 4, 8, 8)
+RUNS = [
+    pytest.param(FusedDDPMScheduler, {}, {}, id="ddpm"),
+    pytest.param(FusedDDIMScheduler, {}, dict(eta=1.0), id="ddim"),
+    pytest.param(FusedDDIMScheduler, {}, {}, id="ddim without noise"),
+    pytest.param(FusedFlowMatchEulerScheduler, {}, {}, id="flow"),
+    pytest.param(FusedFlowMatchEulerScheduler, dict(stochastic_sampling=True), {}, id="stochastic flow"),
+]
+
+
+def start(seed: int, device: str = "cpu") -> torch.Tensor:
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed), dtype=torch.float32).to(device)
+
+
+def run(cls, config, options, device: str = "cpu") -> torch.Tensor:
+    """A few steps, whose model answers a fixed tensor."""
+    scheduler = cls(**config)
+    scheduler.set_timesteps(4, device=device)
+    assert scheduler.timesteps.device.type == device
+    x = start(0, device)
+    generator = torch.Generator().manual_seed(3) if device == "cpu" else None
+    for t in scheduler.timesteps:
+        output = scheduler.step(start(1, device), t, x, generator=generator, **options)
+        x = output.prev_sample
+        assert all(
+            tensor.device.type == device and tensor.dtype == torch.float32 for tensor in output.values()
+        )
+    return x
+
+
+@pytest.mark.parametrize(("cls", "config", "options"), RUNS)
+def test_everything_is_where_the_sample_is(cls, config, options):
+    """torch's "meta" device has shapes only: whatever stayed on the host would not mix with it."""
+    assert run(cls, config, options, "meta").shape == SHAPE
+    scheduler, x = cls(), start(0, "meta")
+    scheduler.set_timesteps(4)
+    times = scheduler.timesteps[:2]
+    noised = scheduler.add_noise if hasattr(scheduler, "add_noise") else scheduler.scale_noise
+    for result in (
+        noised(x, noise=x, **{"timesteps" if hasattr(scheduler, "add_noise") else "timestep": times}),
+        *([scheduler.get_velocity(x, x, times)] if hasattr(scheduler, "get_velocity") else []),
+    ):
+        assert result.device.type == "meta" and result.shape == SHAPE
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("cls", "config", "options"), RUNS)
+def test_torchs_default_dtype_is_no_business_of_theirs(cls, config, options, dtype):
+    expected = run(cls, config, options)
+    torch.set_default_dtype(dtype)
+    try:
+        assert torch.equal(run(cls, config, options), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(("cls", "config", "options"), RUNS)
+def test_a_config_is_compiled_once(cls, config, options, monkeypatch):
+    """And again after it has changed, with the tables that follow from it."""
+    compiled = []
+    real = cls._compile_config
+    monkeypatch.setattr(cls, "_compile_config", lambda self: (compiled.append(1), real(self))[1])
+    scheduler = cls(**config)
+    for _ in range(2):
+        scheduler.set_timesteps(4)
+        for t in scheduler.timesteps:
+            scheduler.step(start(1), t, start(0), **options)
+    assert len(compiled) == 1
+    scheduler.register_to_config(num_train_timesteps=500)
+    scheduler.set_timesteps(4)
+    assert len(compiled) == 2 and scheduler.timesteps.max() <= 500
+
+
+# Of another kind of noise level, and one that needs a package which isn't installed.
+ON_BETAS = [
+    each.name
+    for each in KarrasDiffusionSchedulers
+    if each.name not in ("EDMEulerScheduler", "DPMSolverSDEScheduler")
+]
+
+
+@pytest.mark.parametrize("name", ON_BETAS)
+@pytest.mark.parametrize("cls", [FusedDDPMScheduler, FusedDDIMScheduler])
+def test_a_relatives_config_is_understood(cls, name):
+    """All of diffusers' schedulers on betas, with their defaults: how they step is their own business."""
+    betas = dict(beta_start=0.0009, beta_end=0.013, beta_schedule="scaled_linear", num_train_timesteps=700)
+    ours = cls.from_config(getattr(diffusers, name)(**betas).config)
+    assert betas.items() <= dict(ours.config).items()
+    with pytest.raises(ValueError, match="has no sigma_m"):
+        cls.from_config(diffusers.EDMEulerScheduler().config)
+
+
+def test_sigmas_are_numbers_whatever_holds_them():
+    """A half-precision array's sigmas are numbers like any, and computed with like any."""
+    coarse = np.array([1.0, 0.7, 0.31, 0.1], dtype=np.float16)
+    found = []
+    for given in (coarse, coarse.astype(np.float64), torch.from_numpy(coarse), coarse.tolist()):
+        scheduler = FusedFlowMatchEulerScheduler(shift=3.0)
+        scheduler.set_timesteps(sigmas=given)
+        found.append(torch.stack([scheduler.timesteps, scheduler.sigmas[:-1]]))
+    exact = 3.0 * coarse.astype(np.float64) / (1.0 + 2.0 * coarse.astype(np.float64))
+    np.testing.assert_allclose(found[0][1].numpy(), exact, rtol=1e-7)
+    assert all(torch.equal(each, found[0]) for each in found)
+    scheduler = FusedFlowMatchEulerScheduler(shift_terminal=0.1)
+    scheduler.set_timesteps(sigmas=[1, 0.5])
+    whole = scheduler.sigmas
+    scheduler.set_timesteps(sigmas=np.array([1, 0]))
+    assert whole[1] == pytest.approx(0.1) and scheduler.sigmas[1] == pytest.approx(0.1)
