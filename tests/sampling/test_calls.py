@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import re
 
 import pytest
@@ -36,6 +37,12 @@ def test_a_plan_with_another_guidance_is_the_one_made_with_it(router, settings, 
             assert call == dataclasses.replace(made, guidance_scale=call.guidance_scale)
     late = with_guidance(before, experts(3.0, **settings), scale, since=4)
     assert late.steps[:4] == before.steps[:4] and late.steps[4:] == changed.steps[4:]
+
+
+def test_both_ends_of_a_guidance_window_are_in_it():
+    expert = Expert.lune(guidance_scale=4.0, **WINDOWED)
+    levels = (1.0, math.nextafter(0.8, 1), 0.8, 0.5, 0.3, math.nextafter(0.3, 0), 0.0)
+    assert [expert.guidance_at(noise) for noise in levels] == [1.0, 1.0, 4.0, 4.0, 4.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize("router", ROUTERS, ids=["boundary", "crossfade", "back"])

@@ -44,6 +44,11 @@ def test_crossfade_weights_are_smooth_and_add_up():
     ]
     assert weights[0] == 0.0 and weights[-1] == 1.0
     assert all(0 <= later - earlier < 0.05 for earlier, later in itertools.pairwise(weights))
+    # A smoothstep over ln(alpha / sigma), with the two experts in each other's places from its other end.
+    start, end = math.log(0.2 / 0.8), math.log(0.5 / 0.5)
+    for share, weight in ((0.25, 5 / 32), (0.5, 0.5), (0.75, 27 / 32)):
+        noise = 1.0 / (1.0 + math.exp(start + share * (end - start)))
+        assert router(noise) == pytest.approx({"sol": 1.0 - weight, "lune": weight})
 
 
 @dataclasses.dataclass

@@ -102,6 +102,33 @@ def test_a_relatives_config_is_understood(cls, name):
         cls.from_config(diffusers.EDMEulerScheduler().config)
 
 
+@pytest.mark.parametrize("cls", [FusedDDPMScheduler, FusedDDIMScheduler])
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [
+        (
+            "DPMSolverMultistepScheduler",
+            dict(
+                solver_order=3,
+                algorithm_type="sde-dpmsolver++",
+                solver_type="heun",
+                final_sigmas_type="sigma_min",
+                lower_order_final=False,
+                euler_at_final=True,
+            ),
+        ),
+        ("UniPCMultistepScheduler", dict(solver_type="bh1", predict_x0=True, disable_corrector=[0, 1])),
+        ("PNDMScheduler", dict(skip_prk_steps=True, set_alpha_to_one=True)),
+        ("EulerDiscreteScheduler", dict(interpolation_type="log_linear")),
+        ("DEISMultistepScheduler", dict(solver_order=3, solver_type="logrho", lower_order_final=False)),
+    ],
+)
+def test_how_another_solver_steps_is_its_own_business(cls, name, steps):
+    other = getattr(diffusers, name)(**steps)
+    assert {**cls.from_config(other.config).config}["beta_end"] == 0.02
+    assert steps.items() <= {**other.config}.items()
+
+
 def test_sigmas_are_numbers_whatever_holds_them():
     """A half-precision array's sigmas are numbers like any, and computed with like any."""
     coarse = np.array([1.0, 0.7, 0.31, 0.1], dtype=np.float16)

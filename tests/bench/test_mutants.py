@@ -1,0 +1,97 @@
+"""Planted faults: which there are, and what is said of those that are noticed, missed and never run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("mutmut", reason="whose faults are planted; no extra brings it")
+
+from bench import mutants
+
+PART = '''"""Part 1 of 1."""
+
+__all__ = ["over"]
+LIMIT = 3
+
+
+def over(x: "int") -> bool:
+    """Never 7."""
+    if x < 0:
+        raise ValueError("not below 0" + f"{x + 1}")
+    return x > LIMIT
+
+
+def unused(x):
+    return x + 1
+'''
+TESTS = """from moe_sampler.part import over
+
+
+def test_over():
+    assert over(4) and not over(3)
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch) -> Path:
+    for folder in ("moe_sampler", "kernels", "tinyflux", "tests"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "moe_sampler" / "__init__.py").write_text("")
+    (tmp_path / "moe_sampler" / "part.py").write_text(PART)
+    (tmp_path / "tests" / "test_part.py").write_text(TESTS)
+    monkeypatch.setattr(mutants, "ROOT", tmp_path)
+    return tmp_path
+
+
+def test_what_is_planted(checkout):
+    found = mutants.mutants_of(["moe_sampler"])
+    changes = {str(mutant).splitlines()[-1].strip(" +") for mutant in found}
+    assert {"LIMIT = 4", "if x <= 0:", "return x >= LIMIT", "return x - 1", "return x + 2"} <= changes
+    assert not any(word in change for change in changes for word in ("raise", "__all__", '"""', "int"))
+    assert [mutant.number for mutant in found] == list(range(len(found)))
+    assert {mutant.at_import for mutant in found if "LIMIT =" in str(mutant).splitlines()[-1]} == {True}
+    assert all(mutant.compiles and mutant.source != PART for mutant in found)
+
+
+def test_a_seed_draws_the_same_faults_in_the_sources_order(checkout):
+    found = mutants.mutants_of(["moe_sampler/part.py"])
+    drawn = [[m.number for m in mutants.chosen_of(found, 4, seed)] for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] == sorted(drawn[0]) != drawn[2]
+    assert len(mutants.chosen_of(found, 10_000, 0)) == len(found)
+
+
+def test_tests_are_those_beside_the_source():
+    assert mutants.tests_beside("moe_sampler/sampling") == "tests/sampling"
+    assert mutants.tests_beside("moe_sampler/pipelines/offload.py") == "tests/pipelines"
+    assert mutants.tests_beside("tinyflux/training") == "tests/tinyflux/training"
+    assert mutants.tests_beside("kernels/rotary.py") == "tests/kernels"
+
+
+def test_what_is_said_of_each(checkout):
+    code = f"from pathlib import Path\nfrom bench import mutants\nmutants.ROOT = Path({str(checkout)!r})\n"
+    ran = subprocess.run(
+        [sys.executable, "-c", code + "mutants.main(['moe_sampler', '--tests', 'tests'])"],
+        cwd=Path(mutants.__file__).parents[1],
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    survived, unreached = (
+        {
+            part.strip().splitlines()[-1].strip(" +")
+            for part in ran.stdout.split("\n\n")
+            if part.startswith(word)
+        }
+        for word in ("survived", "unreached")
+    )
+    assert {"if x <= 0:", "if x < 1:"} <= survived and "LIMIT = 4" not in survived
+    assert {"return x - 1", "return x + 2"} == unreached
+    counts = ran.stdout.splitlines()[-2].split()
+    assert counts[0] == "all" and counts[2:4] == [str(len(survived)), "2"] and int(counts[1]) >= 3
+    assert (checkout / "moe_sampler" / "part.py").read_text() == PART
