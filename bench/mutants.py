@@ -17,129 +17,28 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import gc
 import importlib
 import multiprocessing
 import os
-import random
 import shutil
 import signal
 import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import libcst as cst  # pyright: ignore[reportMissingImports] - of mutmut, which no extra brings
-from libcst.metadata import MetadataWrapper, PositionProvider  # pyright: ignore[reportMissingImports]
-from mutmut.mutation.mutators import mutation_operators  # pyright: ignore[reportMissingImports]
+from bench.faults import Mutant, chosen_of, mutants_of
 
 ROOT = Path(__file__).parents[1]
 OURS = ("moe_sampler", "bench", "tests", "conftest", "__main__", "__mp_main__")
 LEFT_OUT = shutil.ignore_patterns(".git", "__pycache__", "*.egg-info", ".*_cache", "runs", "_build", ".venv")
 KILLED, SURVIVED, UNREACHED = "killed", "survived", "unreached"
 _fork = multiprocessing.get_context("fork")
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """One fault: `node` of the module at `path` replaced. It matters where one of `lines` runs."""
-
-    number: int
-    path: str
-    lines: range
-    at_import: bool
-    module: Any
-    node: Any
-    replacement: Any
-
-    @property
-    def source(self) -> str:
-        return self.module.deep_replace(self.node, self.replacement).code
-
-    @property
-    def compiles(self) -> bool:
-        try:
-            compile(self.source, self.path, "exec")
-        except SyntaxError:
-            return False
-        return True
-
-    def __str__(self) -> str:
-        before, after = self.module.code.splitlines(), self.source.splitlines()
-        changed = list(difflib.unified_diff(before, after, n=0, lineterm=""))[3:]
-        return "\n".join(
-            [f"{self.number}  {self.path}:{self.lines[0]}", *(f"    {line}" for line in changed)]
-        )
-
-
-# Finding the mutants
-
-
-class _Mutations(cst.CSTVisitor):
-    """Collects (node, replacement, the lines that have to run, whether they run at import) of a module."""
-
-    METADATA_DEPENDENCIES = (PositionProvider,)
-    EXEMPT = (cst.Annotation, cst.Decorator, cst.Raise, cst.FormattedString, cst.Import, cst.ImportFrom)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[tuple[Any, Any, range, bool]] = []
-        self._statement: range | None = None
-        self._bodies: set[Any] = set()
-        self._depth = 0
-
-    def on_visit(self, node: Any) -> bool:
-        if isinstance(node, self.EXEMPT) or _is_prose(node):
-            return False
-        lines = self._statement or self._lines(node)
-        for kind, operator in mutation_operators:
-            if isinstance(node, kind) and lines:
-                self.found += [(node, mutated, lines, self._depth == 0) for mutated in operator(node)]
-        if isinstance(node, cst.SimpleStatementLine):
-            self._statement = self._lines(node)
-        if isinstance(node, cst.FunctionDef | cst.Lambda):
-            self._bodies.add(node.body)
-        self._depth += node in self._bodies
-        return True
-
-    def on_leave(self, original_node: Any) -> None:
-        self._depth -= original_node in self._bodies
-        if isinstance(original_node, cst.SimpleStatementLine):
-            self._statement = None
-
-    def _lines(self, node: Any) -> range | None:
-        place: Any = self.get_metadata(PositionProvider, node, None)
-        return range(place.start.line, place.end.line + 1) if place else None
-
-
-def _is_prose(node: Any) -> bool:
-    """Docstrings, and the names that a module lists."""
-    if isinstance(node, cst.Expr):
-        return isinstance(node.value, cst.SimpleString | cst.ConcatenatedString)
-    return isinstance(node, cst.Assign) and getattr(node.targets[0].target, "value", "") == "__all__"
-
-
-def mutants_of(paths: Iterable[str]) -> list[Mutant]:
-    """All mutants of files and folders below the root, in a fixed order."""
-    found: list[Mutant] = []
-    for path in paths:
-        place = ROOT / path
-        for file in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
-            module = MetadataWrapper(cst.parse_module(file.read_text(encoding="utf-8")))
-            visitor = _Mutations()
-            module.visit(visitor)
-            name = file.relative_to(ROOT).as_posix()
-            for node, mutated, lines, at_import in visitor.found:
-                found.append(Mutant(len(found), name, lines, at_import, module.module, node, mutated))
-    return found
-
-
-# Running the tests
 
 
 @dataclass
@@ -196,9 +95,9 @@ class Chosen:
         self.order = {test: index for index, test in enumerate(tests)}
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
-        items[:] = sorted(
-            (item for item in items if item.nodeid in self.order), key=lambda item: self.order[item.nodeid]
-        )
+        found = [item for item in items if item.nodeid in self.order]
+        if len(found) == len(self.order):  # else the fault changed their names, and all of their files run
+            items[:] = sorted(found, key=lambda item: self.order[item.nodeid])
 
 
 @contextlib.contextmanager
@@ -283,10 +182,11 @@ def verdict(copy: Path, tests: Sequence[str], baseline: Baseline) -> str:
     """Whether tests of the copy fail, in a process of their own."""
     process = _fork.Process(target=_run_chosen, args=(copy, tests))
     process.start()
+    assert process.pid is not None
     process.join(30.0 + 5.0 * sum(baseline.seconds.get(test, 0.0) for test in tests))
     found = SURVIVED if process.exitcode == 0 else KILLED
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid or 0, signal.SIGKILL)
+        os.killpg(process.pid, signal.SIGKILL)
     process.join()
     return found
 
@@ -297,11 +197,12 @@ def verdict_on(mutant: Mutant, copy: Path, baseline: Baseline) -> str:
     if not tests:
         return UNREACHED
     file = copy / mutant.path
+    kept = file.rename(file.with_suffix(".kept"))  # with its time, by which its bytecode goes
     file.write_text(mutant.source, encoding="utf-8")
     try:
         return verdict(copy, tests, baseline)
     finally:
-        shutil.copy2(ROOT / mutant.path, file)
+        kept.replace(file)
 
 
 # The command
@@ -311,13 +212,6 @@ def tests_beside(path: str) -> str:
     """The tests of a file or folder: the folder of the same name."""
     place = Path("tests") / Path(path).with_suffix("").as_posix().removeprefix("moe_sampler/")
     return next(each for each in (place, *place.parents) if (ROOT / each).is_dir()).as_posix()
-
-
-def chosen_of(mutants: Sequence[Mutant], sample: int, seed: int) -> list[Mutant]:
-    """`sample` of the mutants that are Python, drawn by `seed`, in the source's order."""
-    drawn = random.Random(seed).sample(mutants, len(mutants))
-    compiling = (mutant for mutant in drawn if mutant.compiles)
-    return sorted((mutant for mutant, _ in zip(compiling, range(sample))), key=lambda each: each.number)  # noqa: B905
 
 
 def summary(verdicts: dict[Mutant, str]) -> str:
@@ -346,7 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     missing = [path for path in options.paths if not (ROOT / path).exists()]
     if missing:
         parser.error(f"there is no {missing[0]} in {ROOT}")
-    mutants = mutants_of(options.paths)
+    mutants = mutants_of(ROOT, options.paths)
     if options.only and not 0 <= min(options.only) <= max(options.only) < len(mutants):
         parser.error(f"mutants are numbered 0 to {len(mutants) - 1}")
     tests = options.tests or sorted({tests_beside(path) for path in options.paths})

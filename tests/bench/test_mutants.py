@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("mutmut", reason="whose faults are planted; no extra brings it")
 
-from bench import mutants
+from bench import faults, mutants
 
 PART = '''"""Part 1 of 1."""
 
@@ -38,18 +38,17 @@ def test_over():
 
 
 @pytest.fixture
-def checkout(tmp_path, monkeypatch) -> Path:
+def checkout(tmp_path) -> Path:
     for folder in ("moe_sampler", "kernels", "tinyflux", "tests"):
         (tmp_path / folder).mkdir()
     (tmp_path / "moe_sampler" / "__init__.py").write_text("")
     (tmp_path / "moe_sampler" / "part.py").write_text(PART)
     (tmp_path / "tests" / "test_part.py").write_text(TESTS)
-    monkeypatch.setattr(mutants, "ROOT", tmp_path)
     return tmp_path
 
 
 def test_what_is_planted(checkout):
-    found = mutants.mutants_of(["moe_sampler"])
+    found = faults.mutants_of(checkout, ["moe_sampler"])
     changes = {str(mutant).splitlines()[-1].strip(" +") for mutant in found}
     assert {"LIMIT = 4", "if x <= 0:", "return x >= LIMIT", "return x - 1", "return x + 2"} <= changes
     assert not any(word in change for change in changes for word in ("raise", "__all__", '"""', "int"))
@@ -59,10 +58,10 @@ def test_what_is_planted(checkout):
 
 
 def test_a_seed_draws_the_same_faults_in_the_sources_order(checkout):
-    found = mutants.mutants_of(["moe_sampler/part.py"])
-    drawn = [[m.number for m in mutants.chosen_of(found, 4, seed)] for seed in (0, 0, 1)]
+    found = faults.mutants_of(checkout, ["moe_sampler/part.py"])
+    drawn = [[m.number for m in faults.chosen_of(found, 4, seed)] for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] == sorted(drawn[0]) != drawn[2]
-    assert len(mutants.chosen_of(found, 10_000, 0)) == len(found)
+    assert len(faults.chosen_of(found, 10_000, 0)) == len(found)
 
 
 def test_tests_are_those_beside_the_source():

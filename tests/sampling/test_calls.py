@@ -189,3 +189,34 @@ def test_a_printed_plan_says_what_the_plan_says():
 
 def _numbers(step) -> list[str]:
     return [f"{x:.4f}" for x in (step.level.noise, step.level.alpha, step.level.sigma, step.target.noise)]
+
+
+@pytest.mark.parametrize("given", ["state", "shape"])
+@pytest.mark.parametrize("router", ROUTERS, ids=["boundary", "crossfade", "back"])
+def test_a_run_stays_on_the_device_of_its_state(router, given):
+    """torch's "meta" device has shapes only: who reads a number there, or mixes it with the host's, fails."""
+    seen = []
+
+    def model(x, timestep, text):
+        seen.append((x.device.type, x.dtype, timestep.device.type, timestep.dtype, text.device.type))
+        return x
+
+    chosen = tuple(
+        dataclasses.replace(expert, model=model, dtype=dtype)
+        for expert, dtype in zip(experts(3.0), (torch.float16, torch.bfloat16), strict=True)
+    )
+    cond, uncond = ({name: text.to("meta") for name, text in each.items()} for each in (COND, UNCOND))
+    state = (
+        dict(x=torch.empty(2, 12, device="meta")) if given == "state" else dict(shape=(2, 12), device="meta")
+    )
+    compiled = plan(chosen, router, steps=9)
+    run = SamplingRun(compiled, chosen, **state, seeds=[1, 2], cond=cond, uncond=uncond)
+    assert run.advance().device.type == "meta" and run.done
+    wanted = [
+        ("meta", torch.float16, "meta", torch.int64, "meta")
+        if call.name == "sol"
+        else ("meta", torch.bfloat16, "meta", torch.float32, "meta")
+        for step in compiled.steps
+        for call in step.calls
+    ]
+    assert seen == wanted
