@@ -39,6 +39,21 @@ def test_a_plan_with_another_guidance_is_the_one_made_with_it(router, settings, 
     assert late.steps[:4] == before.steps[:4] and late.steps[4:] == changed.steps[4:]
 
 
+@pytest.mark.parametrize(
+    ("sol", "lune", "guided"),
+    [(4.0, 1.0, "sol"), (1.0, 4.0, "lune"), (4.0, 4.0, "sol lune"), (1.0, 0.5, ""), (0.0, 2.0, "lune")],
+)
+def test_a_plan_is_guided_where_any_of_its_calls_is(sol, lune, guided):
+    """And a guided call costs two passes through the model, whatever the other expert does."""
+    chosen = Expert.sol(guidance_scale=sol), Expert.lune(guidance_scale=lune)
+    compiled = plan(chosen, Boundary("sol", "lune", 0.7), steps={"sol": 5, "lune": 3})
+    assert compiled.guided == bool(guided)
+    assert compiled.model_calls == 8 + 5 * ("sol" in guided) + 3 * ("lune" in guided)
+    assert {call.name for step in compiled.steps for call in step.calls if call.guided} == set(guided.split())
+    windowed = dataclasses.replace(Expert.lune(guidance_scale=lune), guidance_window=(0.6, 0.55))
+    assert plan(windowed, steps=40).guided == ("lune" in guided)
+
+
 def test_both_ends_of_a_guidance_window_are_in_it():
     expert = Expert.lune(guidance_scale=4.0, **WINDOWED)
     levels = (1.0, math.nextafter(0.8, 1), 0.8, 0.5, 0.3, math.nextafter(0.3, 0), 0.0)
