@@ -66,6 +66,26 @@ def test_torchs_default_dtype_is_no_business_of_theirs(cls, config, options, dty
         torch.set_default_dtype(torch.float32)
 
 
+HALVES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("answer", HALVES, ids=str)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("cls", [FusedDDPMScheduler, FusedDDIMScheduler, FusedFlowMatchEulerScheduler])
+def test_a_step_comes_back_in_diffusers_dtype(cls, dtype, answer):
+    """Where sample and model output have one each, too."""
+    original = getattr(diffusers, cls.__name__.replace("Fused", "").replace("EulerS", "EulerDiscreteS"))
+    results = []
+    for scheduler in (cls(), original()):
+        scheduler.set_timesteps(4)
+        t = scheduler.timesteps[3]
+        output = scheduler.step(
+            start(1).to(answer), t, start(0).to(dtype), generator=torch.Generator().manual_seed(1)
+        )
+        results.append({name: value.dtype for name, value in output.items()})
+    assert results[0] == results[1]
+
+
 @pytest.mark.parametrize(("cls", "config", "options"), RUNS)
 def test_a_config_is_compiled_once(cls, config, options, monkeypatch):
     """And again after it has changed, with the tables that follow from it."""
