@@ -63,6 +63,12 @@ def test_what_published_folders_carry_is_read(name):
         ("FlowMatchEulerDiscreteScheduler", dict(stochastic_sampling=True), "stochastic_sampling"),
         ("FlowMatchEulerDiscreteScheduler", dict(invert_sigmas=True), "invert_sigmas"),
         ("FlowMatchEulerDiscreteScheduler", dict(use_beta_sigmas=True), "use_beta_sigmas"),
+        (
+            "FlowMatchEulerDiscreteScheduler",
+            dict(rescale_betas_zero_snr=True),
+            "rescale_betas_zero_snr = True .* set it to false",
+        ),
+        ("FlowMatchHeunDiscreteScheduler", dict(prediction_type="epsilon"), "set it to flow_prediction"),
         ("DDIMScheduler", dict(rescale_betas_zero_snr=True), "an epsilon model says nothing"),
         ("EulerDiscreteScheduler", dict(rescale_betas_zero_snr=True), "an epsilon model says nothing"),
     ],
@@ -91,6 +97,29 @@ def test_every_key_of_the_published_schedulers_is_accounted_for():
                 check_scheduler_config({"_class_name": name, key: "nonsense"})
             except ValueError as error:
                 assert "not known here" not in str(error), (name, key)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(
+            ("skip_prk_steps", False),
+            ("predict_x0", False),
+            ("solver_p", "UniPC"),
+            ("disable_corrector", [0, 1]),
+        ),
+        *(("predictor_order", 3), ("corrector_order", 4), ("tau_func", "tau"), ("noise_sampler_seed", 7)),
+        *(("interpolation_type", "log_linear"), ("lower_order_final", False), ("euler_at_final", True)),
+        *(("dynamic_thresholding_ratio", 0.9), ("sample_max_value", 2.0), ("time_shift_type", "linear")),
+        *(("base_shift", 0.3), ("max_shift", 2.0), ("base_image_seq_len", 64), ("max_image_seq_len", 128)),
+        *(("sigma_min", 0.03), ("sigma_max", 14.6), ("rho", 5.0), ("tensor_format", "pt")),
+    ],
+)
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+def test_how_another_solver_steps_changes_nothing(name, key, value):
+    """Nor do options of what is off."""
+    config = config_of(name)
+    assert read(config | {key: value}) == read(config | {key: None}) == read(config)
 
 
 def test_an_experts_own_setting_takes_an_options_place():
