@@ -52,7 +52,11 @@ def test_what_published_folders_carry_is_read(name):
         ("UniPCMultistepScheduler", dict(use_exponential_sigmas=True), "use_exponential_sigmas"),
         ("UniPCMultistepScheduler", dict(thresholding=True), "thresholding = True .* set it to false"),
         ("DEISMultistepScheduler", dict(use_flow_sigmas=True), "use_flow_sigmas = True .* set it to false"),
-        ("DPMSolverMultistepScheduler", dict(prediction_type="flow_prediction"), "use_flow_sigmas = False"),
+        (
+            "DPMSolverMultistepScheduler",
+            dict(prediction_type="flow_prediction"),
+            "use_flow_sigmas = False .* true",
+        ),
         ("DPMSolverMultistepScheduler", dict(lambda_min_clipped=-5.1), "lambda_min_clipped .* -inf"),
         ("DPMSolverMultistepScheduler", dict(use_lu_lambdas=True), "use_lu_lambdas"),
         ("DPMSolverMultistepScheduler", dict(variance_type="learned_range"), "variance_type .* fixed_small"),
