@@ -135,7 +135,7 @@ def _pytest(arguments: Sequence[str], plugin: object) -> int:
 
 
 def _watch_tests(copy: Path, tests: Sequence[str], pipe: Any) -> None:
-    import coverage
+    import coverage  # pyright: ignore[reportMissingImports] - comes with mutmut, too
 
     _enter(copy)
     measured = coverage.Coverage(data_file=None, config_file=False, source=[str(copy)], messages=False)

@@ -66,6 +66,27 @@ def test_torchs_default_dtype_is_no_business_of_theirs(cls, config, options, dty
         torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.parametrize("one", [True, False])
+def test_what_pipelines_read_of_a_scheduler_is_diffusers_own(one):
+    """ControlNets, inversions and the like look behind the interface."""
+    config = dict(set_alpha_to_one=one, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    fused, original = FusedDDIMScheduler(**config), diffusers.DDIMScheduler(**config)
+    for scheduler in (fused, original):
+        scheduler.set_timesteps(10)
+    torch.testing.assert_close(fused.final_alpha_cumprod, torch.as_tensor(original.final_alpha_cumprod))
+    torch.testing.assert_close(fused.alphas_cumprod, original.alphas_cumprod)
+    torch.set_default_dtype(torch.float64)
+    try:
+        for t, previous in ((900, 800), (100, 0), (0, -100)):
+            mine, theirs = (scheduler._get_variance(t, previous) for scheduler in (fused, original))
+            torch.testing.assert_close(mine, theirs, atol=1e-7, rtol=1e-4)
+        ddpm = FusedDDPMScheduler()
+        dtypes = {ddpm._get_variance(5).dtype, fused.final_alpha_cumprod.dtype, ddpm.betas.dtype}
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert dtypes == {torch.float32}
+
+
 HALVES = [torch.float32, torch.float16, torch.bfloat16]
 
 
