@@ -143,6 +143,20 @@ def test_a_relatives_config_is_understood(cls, name):
         cls.from_config(diffusers.EDMEulerScheduler().config)
 
 
+def test_what_a_config_leaves_over_is_handed_back_on_request():
+    config = {**diffusers.DDPMScheduler(beta_end=0.015).config}
+    made, left = FusedDDPMScheduler.from_config(config, return_unused_kwargs=True, own=None)
+    assert isinstance(made, FusedDDPMScheduler) and made.config["beta_end"] == 0.015 and left == {"own": None}
+    assert isinstance(FusedDDPMScheduler.from_config(config), FusedDDPMScheduler)
+
+
+@pytest.mark.parametrize("wrong", [[5, 5], [900, 400, 400, 3], [3, 900], []], ids=str)
+def test_timesteps_of_ones_own_descend(wrong):
+    scheduler = FusedDDPMScheduler()
+    with pytest.raises(ValueError, match="descending"):
+        scheduler.set_timesteps(timesteps=wrong)
+
+
 @pytest.mark.parametrize("cls", [FusedDDPMScheduler, FusedDDIMScheduler])
 @pytest.mark.parametrize(
     ("name", "steps"),
