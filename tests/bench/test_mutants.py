@@ -47,13 +47,18 @@ def checkout(tmp_path) -> Path:
     return tmp_path
 
 
+def change(mutant) -> str:
+    """The line a fault makes."""
+    return str(mutant).splitlines()[-1].strip(" +")
+
+
 def test_what_is_planted(checkout):
     found = faults.mutants_of(checkout, ["moe_sampler"])
-    changes = {str(mutant).splitlines()[-1].strip(" +") for mutant in found}
+    changes = {change(mutant) for mutant in found}
     assert {"LIMIT = 4", "if x <= 0:", "return x >= LIMIT", "return x - 1", "return x + 2"} <= changes
-    assert not any(word in change for change in changes for word in ("raise", "__all__", '"""', "int"))
+    assert not any(word in line for line in changes for word in ("raise", "__all__", '"""', "int"))
     assert [mutant.number for mutant in found] == list(range(len(found)))
-    assert {mutant.at_import for mutant in found if "LIMIT =" in str(mutant).splitlines()[-1]} == {True}
+    assert {mutant.at_import for mutant in found if "LIMIT =" in change(mutant)} == {True}
     assert all(mutant.compiles and mutant.source != PART for mutant in found)
 
 
@@ -72,25 +77,23 @@ def test_tests_are_those_beside_the_source():
 
 
 def test_what_is_said_of_each(checkout):
-    code = f"from pathlib import Path\nfrom bench import mutants\nmutants.ROOT = Path({str(checkout)!r})\n"
+    survive, unseen = ["if x <= 0:", "if x < 1:"], ["return x - 1", "return x + 2"]
+    planted = ["LIMIT = 4", "return x >= LIMIT", *survive, *unseen]
+    numbers = {change(mutant): str(mutant.number) for mutant in faults.mutants_of(checkout, ["moe_sampler"])}
+    typed = ["moe_sampler", "--tests", "tests", "--only", *(numbers[line] for line in planted)]
+    code = f"from pathlib import Path; from bench import mutants; mutants.ROOT = Path({str(checkout)!r})"
     ran = subprocess.run(
-        [sys.executable, "-c", code + "mutants.main(['moe_sampler', '--tests', 'tests'])"],
+        [sys.executable, "-c", f"{code}; mutants.main({typed!r})"],
         cwd=Path(mutants.__file__).parents[1],
         env=os.environ,
         capture_output=True,
         text=True,
         check=True,
     )
-    survived, unreached = (
-        {
-            part.strip().splitlines()[-1].strip(" +")
-            for part in ran.stdout.split("\n\n")
-            if part.startswith(word)
-        }
-        for word in ("survived", "unreached")
-    )
-    assert {"if x <= 0:", "if x < 1:"} <= survived and "LIMIT = 4" not in survived
-    assert {"return x - 1", "return x + 2"} == unreached
-    counts = ran.stdout.splitlines()[-2].split()
-    assert counts[0] == "all" and counts[2:4] == [str(len(survived)), "2"] and int(counts[1]) >= 3
+    said = [part.strip().splitlines() for part in ran.stdout.split("\n\n")]
+    for word, lines in (("survived", survive), ("unreached", unseen)):
+        found = [part for part in said if part[0].startswith(f"{word}: ")]
+        assert [part[-1].strip(" +") for part in found] == lines
+        assert [part[0].split()[1] for part in found] == [numbers[line] for line in lines]
+    assert said[-1][-2].split() == ["all", "2", "2", "2", "33%"]
     assert (checkout / "moe_sampler" / "part.py").read_text() == PART
