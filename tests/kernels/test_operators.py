@@ -198,6 +198,12 @@ def wrong(error, message, **changes):
                 ),
             )
         ),
+        wrong(
+            ValueError, "noise must have shape", noise=lambda a: torch.ones(1, 4, 8, 8), seeds=lambda a: None
+        ),
+        wrong(TypeError, "noise must be float32", noise=lambda a: a["x"].half(), seeds=lambda a: None),
+        wrong(ValueError, "nonfinite must have shape", nonfinite=lambda a: torch.zeros(3, dtype=torch.int32)),
+        wrong(TypeError, "nonfinite must be int32", nonfinite=lambda a: torch.zeros(2)),
         wrong(ValueError, "next_inputs must be a list", next_inputs=lambda a: [torch.ones(SHAPE)] * 3),
         wrong(
             ValueError,
