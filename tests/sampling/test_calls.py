@@ -192,6 +192,8 @@ def test_a_printed_plan_says_what_the_plan_says():
     for index, (line, step) in enumerate(zip(lines, compiled.steps, strict=True)):
         cells = re.split(r"\s{2,}", line.strip())
         assert cells[0] == str(index) and cells[1] == step.calls[0].name
+        whole = isinstance(step.calls[0].timestep, int)  # what it is told; of a real number, what fits
+        assert re.fullmatch(r"\d+" if whole else r"\d+\.\d\d", cells[2])
         assert float(cells[2]) == pytest.approx(step.calls[0].timestep, abs=0.005)
         assert cells[3:7] == _numbers(step)
         assert cells[7] == ("4.5" if step.calls[0].name == "sol" else "2 rescaled 0.5")
