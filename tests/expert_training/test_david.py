@@ -15,7 +15,7 @@ from moe_sampler.expert_training import (
     Objective,
     structure_classes,
 )
-from moe_sampler.expert_training.david import bounded_weights
+from moe_sampler.expert_training.david import PROBE_SCALE, bounded_weights
 from moe_sampler.training.draws import Draws
 from moe_sampler.training.settings import SettingsError
 
@@ -127,6 +127,22 @@ def test_what_the_blocks_hide_gets_more_weight():
     assert 0.2 < float(probes.expected.detach().mean()) < 0.9, "less than chance, more than nothing"
 
 
+@pytest.mark.parametrize(("bins", "classes"), [(2, 2), (4, 10), (16, 3)])
+def test_chance_is_an_error_of_one_whatever_is_asked(bins, classes):
+    """Both questions count alike, however many answers each has, and a sure right answer is no error."""
+    probes = BlockProbes({"block": 6}, DavidSettings(probe_bins=bins, structure_classes=classes))
+    noise, structure = torch.full((8,), 0.5 / bins, dtype=torch.float64), torch.zeros(8, dtype=torch.int64)
+    features = {"block": torch.ones(8, 6, 4, 4)}
+    at_chance = float(probes(features, noise, structure).loss.detach())
+    assert at_chance == pytest.approx(PROBE_SCALE, rel=1e-6)
+    for answer, of_the_squares in ((0, 0.25), (bins, 0.25)):  # one of two questions is solved: 1/2 + (1/2)^2
+        with torch.no_grad():
+            bias = probes.probes["block"].bias.zero_()
+            bias[answer] = 100.0
+        half = float(probes(features, noise, structure).loss.detach())
+        assert half == pytest.approx(PROBE_SCALE * (0.5 + of_the_squares), rel=1e-5)
+
+
 def test_much_noise_is_no_reason_for_weight():
     """What no block can know at a level is expected there."""
     probes = BlockProbes({"block": 6}, DavidSettings(probe_bins=2, structure_classes=4))
@@ -167,16 +183,18 @@ def test_structure_classes_are_clusters_of_the_coarse_latents():
 class Weighing(torch.nn.Module):
     """An assessor that weighs by a list."""
 
+    def __init__(self, *weights: float) -> None:
+        super().__init__()
+        self.weights = torch.tensor(weights)
+
     def forward(self, features, noise, structure):
         from moe_sampler.expert_training import Assessment
 
         self.seen = set(features)
-        return Assessment(torch.tensor([2.0, 0.0]), None)
+        return Assessment(self.weights, None)
 
 
-def test_a_sample_counts_as_much_as_its_weight():
-    """With weights of 2 and 0 the loss is that of the first sample alone."""
-    unet = tiny_unet()
+def weighed_task(*weights: float) -> ExpertTask:
     generator = torch.Generator().manual_seed(0)
     data = LatentImages(torch.randn(4, 4, 8, 8, generator=generator), ["a", "b", "c", "d"], {})
 
@@ -187,14 +205,30 @@ def test_a_sample_counts_as_much_as_its_weight():
         def states(self, rows):
             return torch.ones(len(rows), 3, 6)
 
-    task = ExpertTask(
-        unet, Objective("sol"), data, Text(), assessor=Weighing(), david=DavidSettings(structure_classes=2)
-    )
-    batch = torch.utils.data.default_collate([data[0], data[1]])
+    david = DavidSettings(structure_classes=2)
+    return ExpertTask(tiny_unet(), Objective("sol"), data, Text(), assessor=Weighing(*weights), david=david)
+
+
+@pytest.mark.parametrize(
+    ("weights", "spread"), [((1.0,), 0.0), ((2.0, 0.0), 1.0), ((1.5, 0.5, 1.0, 1.0), 0.125**0.5)]
+)
+def test_the_spread_of_the_weights_is_a_number_in_any_batch(weights, spread):
+    """Of a batch of one, too: a NaN in the log would look like a broken run."""
+    task = weighed_task(*weights)
+    count = len(weights)
+    batch = torch.utils.data.default_collate([task.data[i] for i in range(count)])
+    losses = task.loss(task.model, batch, Draws(0, 0, range(count), count))
+    assert float(losses.terms["weight_spread"]) == pytest.approx(spread, abs=1e-6)
+
+
+def test_a_sample_counts_as_much_as_its_weight():
+    """With weights of 2 and 0 the loss is that of the first sample alone."""
+    task = weighed_task(2.0, 0.0)
+    batch = torch.utils.data.default_collate([task.data[0], task.data[1]])
     losses = task.loss(task.model, batch, Draws(0, 0, range(2), 2))
     assert float(losses.loss.detach()) == pytest.approx(float(losses.per_sample[0]), rel=1e-6)
     assert float(losses.terms["unweighted"]) == pytest.approx(float(losses.per_sample.mean()), rel=1e-6)
-    assert task.model.assessor.seen == set(UNET.block_channels(unet))
+    assert task.model.assessor.seen == set(UNET.block_channels(tiny_unet()))
 
 
 @pytest.mark.parametrize(

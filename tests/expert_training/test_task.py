@@ -191,6 +191,32 @@ def test_validation_is_that_of_a_perfect_and_of_an_ignorant_model():
     assert task.validate(task.model) == {} and task.samples(task.model) == []
 
 
+def test_validation_adds_a_noise_of_its_own_to_every_image():
+    """The same one at every level and in every validation, so that their errors can be compared."""
+    task = small_task()
+    task.held_out = task.data
+    x0 = task.data.latents
+
+    class Seen(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.anchor, self.noise = torch.nn.Parameter(torch.zeros(())), []
+
+        def forward(self, sample, timestep, states, return_dict):
+            start, s = sum(map(len, self.noise)) % 40, (timestep / 1000).view(-1, 1, 1, 1)
+            self.noise.append((sample - (1 - s) * x0[start : start + len(sample)]) / s)
+            return (torch.zeros_like(sample),)
+
+    model = Seen()
+    for _ in range(2):
+        task.validate(model)
+    found = torch.cat(model.noise).view(2 * len(VALIDATION_LEVELS), 40, -1)
+    torch.testing.assert_close(found, found[:1].expand_as(found), rtol=0, atol=1e-4)
+    alike = torch.corrcoef(found[0]) - torch.eye(40)
+    assert alike.abs().max() < 0.4, "256 numbers an image, and no two images share theirs"
+    assert abs(float(found[0].mean())) < 0.05 and float(found[0].std()) == pytest.approx(1.0, abs=0.05)
+
+
 def test_text_states_are_the_pipelines(demo_pipeline):
     texts = ["a castle", "", "a city street at night"]
     states = TextStates(demo_pipeline.text_encoder, demo_pipeline.tokenizer)(texts)

@@ -13,6 +13,7 @@ def numbers(*shape):
 
 
 ANGLES = numbers(3, 2)
+ONES = torch.ones(2, 4)
 WEIGHT, MAP = torch.tensor([0.5, 2.0]), torch.rand(2, 2, 3, generator=torch.Generator().manual_seed(1))
 SNR = MinSNR(5.0, torch.tensor([0.8, 0.3]), torch.tensor([0.6, 0.7]), "flow_prediction")
 
@@ -71,9 +72,27 @@ def test_second_derivatives_and_vmap():
     )
 
 
-def test_checks_are_made_there_too():
-    with pytest.raises(ValueError, match=r"weight must have shape \[8\]"):
-        grad(lambda x: rms_norm_modulate(x, torch.ones(4)).sum())(torch.ones(1, 2, 8))
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: rms_norm_modulate(x[0], torch.ones(4)), r"weight must have shape \[8\]"),
+        (lambda x: rms_norm_modulate(x[0], scale=torch.ones(3, 8)), "scale must have shape"),
+        (lambda x: rms_norm_modulate(x[0], shift=torch.ones(1, 4)), "shift must have shape"),
+        (lambda x: rope_qk(x, x[..., :6], ONES, ONES)[0], "k must have shape"),
+        (lambda x: rope_qk(x, x.half(), ONES, ONES)[0], "k must be float32, got float16"),
+        (lambda x: rope_qk(x[0], x[0], ONES, ONES)[0], "q must have shape"),
+        (lambda x: rope_qk(x, x, ONES[:1], ONES)[0], "cos must have shape"),
+        (lambda x: rope_qk(x, x, ONES, ONES[:, :2])[0], "sin must have shape"),
+        (lambda x: rope_qk(x, x, ONES, ONES, ONES)[0], "modulation must have shape"),
+        (lambda x: weighted_mse(x[0], torch.ones(1, 2, 4)), "target must have shape"),
+        (lambda x: weighted_mse(x[0], torch.ones(1, 2, 8), weight=torch.ones(2)), "weight must have shape"),
+    ],
+)
+def test_checks_are_made_there_too(call, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        grad(lambda x: call(x).sum())(torch.ones(1, 1, 2, 8))
+    with forward_ad.dual_level(), pytest.raises((ValueError, TypeError), match=message):
+        call(forward_ad.make_dual(torch.ones(1, 1, 2, 8), torch.ones(1, 1, 2, 8)))
 
 
 def test_refusals():

@@ -157,6 +157,10 @@ def test_the_global_generator_is_left_alone():
 
 def test_seeds_wrap_modulo_two_to_the_64():
     assert torch.equal(philox_normal((1, 9), [-5]), philox_normal((1, 9), [(1 << 64) - 5]))
+    ends = [-(1 << 63), (1 << 63) - 1, 1 << 63, (1 << 64) - 1]  # all of 64 bits, with a sign and without
+    numbers = philox_normal((4, 9), ends)
+    assert torch.equal(numbers[0], numbers[2]) and torch.equal(numbers[3], philox_normal((1, 9), [-1])[0])
+    assert not torch.equal(numbers[0], numbers[1])
     assert torch.equal(philox_normal((1, 9), torch.tensor([-5])), philox_normal((1, 9), [-5]))
 
 
@@ -165,6 +169,7 @@ def test_seeds_wrap_modulo_two_to_the_64():
     [
         (((2, 3), [1]), ValueError, "seeds must have shape"),
         (((1, 3), [1 << 64]), ValueError, "a seed must lie in"),
+        (((1, 3), [-(1 << 63) - 1]), ValueError, "a seed must lie in"),
         (((1, 3), [1], -1), ValueError, "step must lie in"),
         (((1, 3), torch.tensor([1], dtype=torch.int32)), TypeError, "seeds must be int64"),
         (((), []), ValueError, "batch first"),

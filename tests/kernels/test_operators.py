@@ -181,7 +181,29 @@ def wrong(error, message, **changes):
         ),
         wrong(TypeError, "table must be float32", table=lambda a: torch.ones(2, ROW_WIDTH).double()),
         wrong(ValueError, "x0_prev must have shape", x0_prev=lambda a: torch.ones(1, 4, 8, 8)),
-        wrong(ValueError, "shares memory with", x0_prev=lambda a: a["x"]),
+        wrong(ValueError, "x0_prev shares memory with x", x0_prev=lambda a: a["x"]),
+        *(
+            wrong(ValueError, rf"{written} shares memory with {read}", **given)
+            for written, read, given in (
+                ("x", "noise", dict(noise=lambda a: a["x"], seeds=lambda a: None)),
+                ("x", r"outputs\[1\]", dict(outputs=lambda a: [a["outputs"][0], a["x"]])),
+                ("x0_prev", r"outputs\[0\]", dict(outputs=lambda a: [a["x0_prev"]])),
+                ("x0_prev", "noise", dict(noise=lambda a: a["x0_prev"], seeds=lambda a: None)),
+                (r"next_inputs\[0\]", "x", dict(next_inputs=lambda a: [a["x"]])),
+                (r"next_inputs\[0\]", r"outputs\[0\]", dict(next_inputs=lambda a: [a["outputs"][0]])),
+                (
+                    r"next_inputs\[1\]",
+                    "x0_prev",
+                    dict(next_inputs=lambda a: [torch.ones(SHAPE), a["x0_prev"]]),
+                ),
+            )
+        ),
+        wrong(
+            ValueError, "noise must have shape", noise=lambda a: torch.ones(1, 4, 8, 8), seeds=lambda a: None
+        ),
+        wrong(TypeError, "noise must be float32", noise=lambda a: a["x"].half(), seeds=lambda a: None),
+        wrong(ValueError, "nonfinite must have shape", nonfinite=lambda a: torch.zeros(3, dtype=torch.int32)),
+        wrong(TypeError, "nonfinite must be int32", nonfinite=lambda a: torch.zeros(2)),
         wrong(ValueError, "next_inputs must be a list", next_inputs=lambda a: [torch.ones(SHAPE)] * 3),
         wrong(
             ValueError,

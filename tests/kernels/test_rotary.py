@@ -121,6 +121,23 @@ def test_a_projection_is_read_where_it_lies(generator):
         torch.testing.assert_close(result.double(), rotated(odd.double(), cos, sin), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("modulated", [False, True], ids=["plain", "modulated"])
+@pytest.mark.parametrize("axis", [0, 1, 2], ids=["samples", "heads", "tokens"])
+@pytest.mark.parametrize("which", ["q", "k"])
+def test_rows_may_start_anywhere(body, generator, which, axis, modulated):
+    """A stride that is no multiple of 8, in one tensor and along one axis; all others are."""
+    shape, strides = (2, 3, 5, 16), [1024, 256, 32, 1]
+    strides[axis] += 2
+    skewed = torch.randn(4096, generator=generator).as_strided(shape, strides)
+    plain = torch.randn(shape, generator=generator)
+    q, k = (skewed, plain) if which == "q" else (plain, skewed)
+    cos, sin = angles(generator, shape)
+    modulation = strengths(generator, shape) if modulated else None
+    exact = [None if table is None else table.double() for table in (cos, sin, modulation)]
+    for x, result in zip((q, k), run(body, q, k, cos, sin, modulation), strict=True):
+        torch.testing.assert_close(result.cpu().double(), rotated(x.double(), *exact), rtol=0, atol=1e-5)
+
+
 def test_text_tokens_keep_their_bits(body, generator):
     for dtype in DTYPES:
         q, k = qkv(generator, (2, 2, 9, 16), dtype)

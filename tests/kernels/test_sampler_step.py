@@ -223,6 +223,16 @@ def test_a_sample_does_not_notice_its_batch(body, generator, shape):
         assert torch.equal(alone[0], state[i])
 
 
+@pytest.mark.parametrize("change", [2.0**-k for k in (3, 11, 13, 17, 20, 22)] + [-(2.0**-13), -(2.0**-21)])
+def test_a_small_change_of_the_state_is_made(body, generator, change):
+    """A row whose x0 is x, so that x grows by a share; a run of many steps is made of such."""
+    x = randn(generator, *ODD)
+    table = table_of(body, make_row(p=1.0, a=1.0, b=change))
+    (state,) = on(body, x)
+    sampler_step_(state, [torch.zeros_like(state)], table, 0, backend=body.backend)
+    torch.testing.assert_close(state.cpu().double(), x.double() * (1 + change), rtol=2.0**-23, atol=0)
+
+
 def test_noise_is_untouched_where_the_row_adds_none(body, generator):
     x, output = randn(generator, *ODD), randn(generator, *ODD)
     table = table_of(body, make_row(p=1, a=0.5, b=0.5, q_cond_0=-0.5))

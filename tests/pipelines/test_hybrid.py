@@ -86,6 +86,26 @@ def test_settings_act(demo_pipeline):
     assert torch.equal(run(guidance_scale=3.0), run(sol_guidance=3.0, lune_guidance=3.0))
 
 
+def test_an_experts_own_setting_goes_before_the_one_for_all(demo_pipeline):
+    def scales(**settings):
+        experts = demo_pipeline.experts(**settings)
+        return {expert.name: expert.guidance_scale for expert in experts}
+
+    assert scales(guidance_scale=3.0, sol_guidance=9.0) == {"sol": 9.0, "lune": 3.0}
+    assert scales(guidance_scale={"sol": 2.0, "lune": 4.0}, lune_guidance=5.0) == {"sol": 2.0, "lune": 5.0}
+    default = demo_pipeline.config["lune_guidance"]
+    assert scales(guidance_scale={"sol": 2.0}, sol_guidance=6.0) == {"sol": 6.0, "lune": default}
+    images = [
+        demo_pipeline(PROMPT, seed=1, **QUICK, **settings).images
+        for settings in (
+            dict(guidance_scale=3.0, sol_guidance=9.0),
+            dict(sol_guidance=9.0, lune_guidance=3.0),
+            dict(guidance_scale=3.0),
+        )
+    ]
+    assert torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
+
+
 def test_generators_latents_and_embeds(demo_pipeline):
     def seeded():
         return torch.Generator().manual_seed(4)

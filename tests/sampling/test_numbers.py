@@ -27,9 +27,15 @@ def test_every_kind_of_number_is_one(kind):
     assert type(number("x", value)) is float and number("x", value) == 7.5
     expert = Expert.lune(guidance_scale=value, shift=value)
     assert expert == Expert.lune(guidance_scale=7.5, shift=7.5)
+    half = kind(0.5)
+    settings = dict(
+        eta=half, clip_sample_range=value, guidance_rescale=half, guidance_window=(half, kind(0.25))
+    )
+    full = Expert.lune(**settings)
+    kept = [full.eta, full.clip_sample_range, full.guidance_rescale, *full.guidance_window]
+    assert kept == [0.5, 7.5, 0.5, 0.5, 0.25] and {type(each) for each in kept} == {float}
     compiled = plan(expert, steps=np.int64(4))
     assert SamplingPlan.from_json(compiled.to_json()) == compiled == plan(expert, steps=4)
-    half = kind(0.5)
     for one, other in (
         (Boundary("sol", "lune", half), Boundary("sol", "lune", 0.5)),
         (Crossfade("sol", "lune", half, kind(0.25)), Crossfade("sol", "lune", 0.5, 0.25)),

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from moe_sampler import Expert, FlowPath, Level, VPPath
+from moe_sampler import Expert, FlowPath, Level, VPPath, plan
 from moe_sampler.sampling.predictions import PREDICTIONS, x0_coefficients
 from moe_sampler.sampling.scheduler_configs import path_from_scheduler_config, vp_path_from_config
 
@@ -152,3 +152,21 @@ def test_a_path_of_your_own():
     )
     with pytest.raises(TypeError, match="VPPath"):
         Expert("mine", object(), "v_prediction")
+
+
+def test_nodes_are_trailing_unless_said_otherwise():
+    """As plans have them: a grid of one's own router or figure is a plan's."""
+    path = VPPath.linear()
+    assert path.grid(7) == path.grid(7, spacing="trailing") != path.grid(7, spacing="leading")
+    assert path.grid(7) == list(plan(Expert("one", path, "epsilon"), steps=7).noise_levels)
+    flow = FlowPath()
+    assert flow.grid(7) == list(plan(Expert("one", flow, "flow_prediction", shift=1.0), steps=7).noise_levels)
+
+
+@pytest.mark.parametrize("path", [VPPath.linear(), VPPath.scaled_linear(num_train_timesteps=50)], ids=repr)
+def test_the_nearest_timestep_is_the_nearest(path):
+    """By ln(alpha / sigma), among all there are; beyond the ends it is the end."""
+    every = np.array([path.level(t).half_log_snr for t in range(path.num_train_timesteps)])
+    for noise in np.linspace(1e-4, 1 - 1e-4, 301).tolist():
+        wanted = int(np.abs(every - math.log((1 - noise) / noise)).argmin())
+        assert path.nearest_timestep(noise) == wanted, noise

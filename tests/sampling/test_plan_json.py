@@ -54,6 +54,18 @@ def test_what_is_no_plan(text, message):
         SamplingPlan.from_json(text)
 
 
+def test_a_plan_may_be_written_in_another_order_and_layout():
+    """As editors and databases do; a digest of the text itself would call that a change."""
+    body = json.loads(WHOLE.to_json())
+    backwards = {key: body[key] for key in reversed(body)}
+    backwards["steps"] = [{key: step[key] for key in reversed(step)} for step in body["steps"]]
+    for text in (json.dumps(backwards), json.dumps(body, sort_keys=True, indent=4), WHOLE.to_json(indent=1)):
+        assert SamplingPlan.from_json(text) == WHOLE
+    for key in ("initial_scale", "from_image"):
+        with pytest.raises(ValueError, match="changed since it was compiled"):
+            SamplingPlan.from_json(json.dumps(body | {key: 0.5 if key == "initial_scale" else True}))
+
+
 def test_where_a_run_begins_is_part_of_its_plan():
     assert not WHOLE.from_image and SamplingPlan.from_json(WHOLE.to_json()) == WHOLE
     late = plan(EXPERTS, Boundary("sol", "lune", 0.7), steps=5, start=0.9)

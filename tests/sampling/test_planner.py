@@ -28,6 +28,18 @@ def hybrid(at: float = 0.7, **settings) -> SamplingPlan:
     return plan((SOL, LUNE), Boundary("sol", "lune", at), **{"steps": 12, **settings})
 
 
+def test_a_run_may_begin_below_a_grid_but_not_hand_over_there():
+    """An image with hardly any noise is shown to the expert as its cleanest timestep."""
+    experts, cleanest = (Expert.sol(), Expert.lune()), Expert.sol().path.level(0).noise
+    for start in (cleanest, 0.5 * cleanest):
+        router = Boundary("sol", "lune", 0.3 * cleanest)
+        compiled = plan(experts, router, steps={"sol": 1, "lune": 2}, start=start)
+        assert [step.calls[0].name for step in compiled.steps] == ["sol", "lune", "lune"]
+        assert compiled.steps[0].calls[0].timestep == 0 and compiled.start_level.noise == cleanest
+    with pytest.raises(ValueError, match=r"cleanest timestep is noise level .* not below"):
+        plan(experts, Boundary("lune", "sol", 0.5 * cleanest), steps={"sol": 1, "lune": 2})
+
+
 def test_sol_works_early_and_lune_late():
     compiled = hybrid()
     assert compiled.experts == ("sol", "lune")

@@ -44,6 +44,11 @@ def test_crossfade_weights_are_smooth_and_add_up():
     ]
     assert weights[0] == 0.0 and weights[-1] == 1.0
     assert all(0 <= later - earlier < 0.05 for earlier, later in itertools.pairwise(weights))
+    # A smoothstep over ln(alpha / sigma), with the two experts in each other's places from its other end.
+    start, end = math.log(0.2 / 0.8), math.log(0.5 / 0.5)
+    for share, weight in ((0.25, 5 / 32), (0.5, 0.5), (0.75, 27 / 32)):
+        noise = 1.0 / (1.0 + math.exp(start + share * (end - start)))
+        assert router(noise) == pytest.approx({"sol": 1.0 - weight, "lune": weight})
 
 
 @dataclasses.dataclass
@@ -149,6 +154,19 @@ def test_errors_of_routers():
         plan((SOL, LUNE), lambda s: "sol")
     with pytest.raises(TypeError, match="a router is a callable"):
         plan((SOL, LUNE), {"sol": 0.7, "lune": 0.3})
+
+
+@pytest.mark.parametrize("total", [0.995, 1.005, 1.0 - 1e-5, 1.0 + 1e-5])
+def test_weights_add_up_to_one_but_for_rounding(total):
+    """Half a percent is not rounding: the image would be as much too bright or too dark."""
+    for router in (
+        lambda s: {"sol": 0.5, "lune": total - 0.5},
+        PerStep([{"sol": 0.5, "lune": total - 0.5}] * 4),
+    ):
+        with pytest.raises(ValueError, match="add up to 1"):
+            plan((SOL, LUNE), router, steps=4)
+    thirds = {"sol": 1 / 3, "lune": 2 / 3 + 1e-9 * (total - 1)}
+    assert len(plan((SOL, LUNE), lambda s: thirds, steps=4)) == 4
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,11 @@ def test_what_published_folders_carry_is_read(name):
         ("UniPCMultistepScheduler", dict(use_exponential_sigmas=True), "use_exponential_sigmas"),
         ("UniPCMultistepScheduler", dict(thresholding=True), "thresholding = True .* set it to false"),
         ("DEISMultistepScheduler", dict(use_flow_sigmas=True), "use_flow_sigmas = True .* set it to false"),
-        ("DPMSolverMultistepScheduler", dict(prediction_type="flow_prediction"), "use_flow_sigmas = False"),
+        (
+            "DPMSolverMultistepScheduler",
+            dict(prediction_type="flow_prediction"),
+            "use_flow_sigmas = False .* true",
+        ),
         ("DPMSolverMultistepScheduler", dict(lambda_min_clipped=-5.1), "lambda_min_clipped .* -inf"),
         ("DPMSolverMultistepScheduler", dict(use_lu_lambdas=True), "use_lu_lambdas"),
         ("DPMSolverMultistepScheduler", dict(variance_type="learned_range"), "variance_type .* fixed_small"),
@@ -63,6 +67,12 @@ def test_what_published_folders_carry_is_read(name):
         ("FlowMatchEulerDiscreteScheduler", dict(stochastic_sampling=True), "stochastic_sampling"),
         ("FlowMatchEulerDiscreteScheduler", dict(invert_sigmas=True), "invert_sigmas"),
         ("FlowMatchEulerDiscreteScheduler", dict(use_beta_sigmas=True), "use_beta_sigmas"),
+        (
+            "FlowMatchEulerDiscreteScheduler",
+            dict(rescale_betas_zero_snr=True),
+            "rescale_betas_zero_snr = True .* set it to false",
+        ),
+        ("FlowMatchHeunDiscreteScheduler", dict(prediction_type="epsilon"), "set it to flow_prediction"),
         ("DDIMScheduler", dict(rescale_betas_zero_snr=True), "an epsilon model says nothing"),
         ("EulerDiscreteScheduler", dict(rescale_betas_zero_snr=True), "an epsilon model says nothing"),
     ],
@@ -93,6 +103,29 @@ def test_every_key_of_the_published_schedulers_is_accounted_for():
                 assert "not known here" not in str(error), (name, key)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(
+            ("skip_prk_steps", False),
+            ("predict_x0", False),
+            ("solver_p", "UniPC"),
+            ("disable_corrector", [0, 1]),
+        ),
+        *(("predictor_order", 3), ("corrector_order", 4), ("tau_func", "tau"), ("noise_sampler_seed", 7)),
+        *(("interpolation_type", "log_linear"), ("lower_order_final", False), ("euler_at_final", True)),
+        *(("dynamic_thresholding_ratio", 0.9), ("sample_max_value", 2.0), ("time_shift_type", "linear")),
+        *(("base_shift", 0.3), ("max_shift", 2.0), ("base_image_seq_len", 64), ("max_image_seq_len", 128)),
+        *(("sigma_min", 0.03), ("sigma_max", 14.6), ("rho", 5.0), ("tensor_format", "pt")),
+    ],
+)
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+def test_how_another_solver_steps_changes_nothing(name, key, value):
+    """Nor do options of what is off."""
+    config = config_of(name)
+    assert read(config | {key: value}) == read(config | {key: None}) == read(config)
+
+
 def test_an_experts_own_setting_takes_an_options_place():
     config = config_of("DDPMScheduler", variance_type="fixed_large", timestep_spacing="trailing")
     assert Expert.from_scheduler_config("x", config, solver="ddim").solver == "ddim"
@@ -107,6 +140,26 @@ def test_a_replaced_solver_keeps_what_the_model_was_trained_on():
     assert read(config_of("PNDMScheduler") | dict(clip_sample=True)).clip_sample_range == 1.0
     zero = config_of("EulerDiscreteScheduler", rescale_betas_zero_snr=True, prediction_type="v_prediction")
     assert read(zero).path.zero_terminal_snr
+
+
+@pytest.mark.parametrize(
+    "betas",
+    [
+        dict(trained_betas=[1e-4 * 1.006**t for t in range(1000)]),
+        dict(beta_schedule="squaredcos_cap_v2"),
+        dict(beta_schedule="linear"),
+        dict(beta_schedule="scaled_linear"),
+        dict(rescale_betas_zero_snr=True, prediction_type="v_prediction"),
+    ],
+    ids=lambda betas: next(iter(betas.values())) if "beta_schedule" in betas else next(iter(betas)),
+)
+def test_leading_timesteps_are_offset_whatever_the_betas(betas):
+    for offset in (0, 1, 3):
+        scheduler = diffusers.DDIMScheduler(timestep_spacing="leading", steps_offset=offset, **betas)
+        scheduler.set_timesteps(10)
+        expert = read({**scheduler.config, "_class_name": "DDIMScheduler"})
+        found = [step.calls[0].timestep for step in plan(expert, steps=10).steps]
+        assert found == scheduler.timesteps.tolist()
 
 
 @pytest.mark.parametrize("prediction", ["v_prediction", "sample"])

@@ -232,3 +232,13 @@ def test_a_heun_run_per_step_mixes_experts(gentle_mixture):
 
 def _norm(level: Level) -> float:
     return level.alpha + level.sigma
+
+
+@pytest.mark.parametrize(("sigma", "target"), [(14.6, 7.0), (2.0, 1.0), (0.5, 0.03)])
+def test_where_the_signal_keeps_its_size_ddpm_is_euler_ancestral(sigma, target):
+    """k-diffusion's get_ancestral_step: a path of one's own with alpha = 1, as EDM and Euler a have it."""
+    up = math.sqrt(target**2 * (sigma**2 - target**2) / sigma**2)
+    down = math.sqrt(target**2 - up**2)
+    row = solver_row("ddpm", Level(1.0, sigma), Level(1.0, target), None)
+    # x' = x0 + (x - x0) sigma_down / sigma + sigma_up z
+    assert row == pytest.approx((down / sigma, 1.0 - down / sigma, 0.0, up), rel=1e-9)

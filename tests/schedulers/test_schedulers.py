@@ -371,6 +371,24 @@ def test_from_noise_that_starts_in_the_middle(mixture):
         torch.testing.assert_close(*runs, atol=1e-5, rtol=0)
 
 
+def test_every_eta_of_one_schedule_has_its_own_table(mixture):
+    """And so has every way of clipping, in whatever order they are asked for."""
+    config = dict(clip_sample_range=0.3)  # so small that clipping matters
+    fused, original = FusedDDIMScheduler(**config), diffusers.DDIMScheduler(**config)
+    for scheduler in (fused, original):
+        scheduler.set_timesteps(10)
+    x, z, t = start(3), start(4), fused.timesteps[8]
+    output = vp_model(mixture, original)(x, t)
+    seen = []
+    for eta in (0.0, 1.0, 0.4, 0.0, 1.0):
+        for clipped in (False, True):
+            options = dict(eta=eta, use_clipped_model_output=clipped, variance_noise=z)
+            mine, theirs = (s.step(output, t, x, **options).prev_sample for s in (fused, original))
+            torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=0)
+            seen.append(mine)
+    assert min((a - b).abs().max() for i, a in enumerate(seen[:6]) for b in seen[:i]) > 1e-3
+
+
 def test_begin_index_and_step_index(mixture):
     fused, original = (cls(shift=2.0) for cls in (FusedFlowMatchEulerScheduler, ORIGINALS[FUSED[2]]))
     for begin in (None, 3):

@@ -211,6 +211,22 @@ def test_lunes_features(student, batch, kind):
     near(found.loss, found.terms["velocity"] + 0.5 * 10 / 40 * errors.mean())
 
 
+@pytest.mark.parametrize(("step", "part"), [(0, 0.0), (3, 0.75), (4, 1.0), (5, 1.0), (400, 1.0)])
+def test_a_warm_up_ends_at_the_whole_weight(student, batch, step, part):
+    """And starts at none of it, for everything that warms up."""
+    warm = {f"{name}_warmup_steps": 4 for name in ("lune", "sol", "distill")}
+    of_features = {"lune_weight": 0.3, "sol_stats_weight": 0.2, "sol_map_weight": 0.1}
+    found = loss_of(student, batch, plain(**of_features, **warm), step=step)
+    learned = sum(weight * found.terms[name.removesuffix("_weight")] for name, weight in of_features.items())
+    near(found.loss, found.terms["velocity"] + part * learned)
+    routed = ToldVelocity(philox_normal(batch["latents"].shape, [9] * COUNT))
+    found = loss_of(
+        student, batch, plain(distill_weight=0.5, distill_mix="1:1", **warm), step=step, routed=routed
+    )
+    share = 0.5 * part
+    near(found.loss, (1 - share) * found.terms["velocity"] + share * found.terms.get("distill", 0.0))
+
+
 @pytest.mark.parametrize("unit_mean", [True, False])
 def test_sols_statistics_and_map(batch, unit_mean):
     """On the scale the model works in: a mean of 1, or as published checkpoints have it."""
