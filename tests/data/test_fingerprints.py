@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from data_helpers import BLUE, GREEN, RED, png, write, write_tar
 
-from moe_sampler import open_source
+from moe_sampler import TarFiles, open_source
 from moe_sampler.data import digests
 
 
@@ -127,3 +127,33 @@ def test_everything_that_counts_is_in_the_fingerprint(tmp_path):
     reordered = {"a.png": files["a.png"], "b.png": files["b.png"], "metadata.jsonl": listed}
     seen.add(open_source(write(tmp_path / "listed", reordered)).describe()["fingerprint"])
     assert len(seen) == 7
+
+
+def test_everything_that_counts_in_tars_is_in_the_fingerprint(tmp_path):
+    files = {"a.png": png(RED), "a.txt": "a", "b.png": png(GREEN), "b.txt": "b"}
+    renamed = {name.replace("a", "z", 1): data for name, data in files.items()}
+    kinds = [files, files | {"a.txt": "c"}, files | {"a.png": png(BLUE)}, dict(reversed(files.items())), renamed]
+    seen = {TarFiles(write_tar(tmp_path / f"{i}.tar", kind)).describe()["fingerprint"] for i, kind in enumerate(kinds)}
+    assert len(seen) == len(kinds)
+    assert TarFiles(write_tar(tmp_path / "copy.tar", files)).describe()["fingerprint"] in seen
+    # Of several, the order that they were given in is the order of the samples.
+    pair = [tmp_path / "1.tar", tmp_path / "0.tar"]
+    told = [TarFiles(tars).describe()["fingerprint"] for tars in (pair, pair[::-1], pair[:1] * 2)]
+    assert len({*seen, *told}) == len(kinds) + 3
+
+
+def test_a_digest_stays_with_its_file(tmp_path, read):
+    """Of several files that are read again, at once and in any order."""
+    colours = {f"{i}.png": png((20 * i, 9, 9)) for i in range(8)}
+    files = colours | {f"{i}.txt": str(i) for i in range(8)}
+    path = write(tmp_path / "data", files)
+    open_source(path).describe()
+    for name in ("2.png", "5.png", "6.png"):
+        files[name] = png((5, 5, int(name[0])))
+    write(path, files)
+    read.clear()
+    again = open_source(path).describe()
+    assert set(read) >= {"2.png", "5.png", "6.png"}
+    assert again == open_source(write(tmp_path / "elsewhere", files)).describe()
+    write(path, {"2.png": files["5.png"], "5.png": files["2.png"]})
+    assert open_source(path).describe() != again

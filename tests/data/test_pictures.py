@@ -129,6 +129,13 @@ def test_pictures_that_pillow_has_made(mode):
     assert to_rgb(Image.new(mode, (3, 2))).mode == "RGB"
 
 
+def test_made_smaller_an_image_keeps_its_mean():
+    """Every pixel has its share: a fine pattern becomes grey, not whichever pixel is nearest."""
+    fine = np.indices((64, 96)).sum(0) % 2 * 255
+    fitted = np.asarray(fit_image(Image.fromarray(fine.astype(np.uint8)), 16, 24))
+    assert fitted.shape == (16, 24) and np.abs(fitted.astype(int) - 127).max() <= 3
+
+
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
 def test_an_animation_is_its_first_frame(kind):
     frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, GREEN, BLUE)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers.utils import is_peft_available
@@ -179,6 +181,30 @@ def test_what_is_no_lora_or_not_there(tmp_path, update):
     pipe.load_lora_weights(update, expert="sol", adapter_name="bold")
     with pytest.raises(ValueError, match="sol has no adapter 'shy'; it has bold"):
         pipe.set_adapters("shy", expert="sol")
+
+
+class Payload:
+    """Leaves a trace when it is unpickled."""
+
+    def __init__(self, file) -> None:
+        self.file = file
+
+    def __reduce__(self):
+        return (Path.touch, (self.file,))
+
+
+@needs_peft
+@pytest.mark.parametrize("harmless", [True, False])
+@pytest.mark.parametrize("name", ["pytorch_lora_weights.bin", "style.pt", "style.safetensors"])
+def test_a_pickled_lora_is_refused_and_never_run(demo_pipeline, tmp_path, update, name, harmless):
+    """Also one that torch would read as tensors alone: it may be read as what isn't checked."""
+    trace = tmp_path / "trace"
+    torch.save(update if harmless else {**update, "more": Payload(trace)}, tmp_path / name)
+    for source, more in ((tmp_path / name, {}), (tmp_path, {}), (tmp_path, {"weight_name": name})):
+        with pytest.raises(CheckpointError) as error:
+            demo_pipeline.load_lora_weights(source, expert="sol", **more)
+        assert len(str(error.value).splitlines()) == 1
+    assert not trace.exists() and not getattr(demo_pipeline.unet_sol, "peft_config", {})
 
 
 FIRST = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight"

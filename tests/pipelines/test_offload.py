@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import shutil
 
 import pytest
@@ -203,6 +204,34 @@ def test_files_that_changed_underneath_are_noticed(tmp_path):
     save_file(tensors, file)
     with pytest.raises(ValueError, match=r"missing: conv_in\.bias"):
         pipe(PROMPTS[0], expert="lune", **QUICK)
+
+
+def held() -> int:
+    """Bytes on the CPU that some tensor still holds."""
+    gc.collect()
+    tensors = [each for each in gc.get_objects() if isinstance(each, torch.Tensor)]
+    storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors if t.device.type == "cpu")}
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_what_is_given_up_is_held_by_nobody(failing):
+    """After a run, or one that broke off, no tensor anywhere keeps an expert's weights in memory."""
+    pipe = load(offload="expert")
+    weights = pipe._expert_weights()
+    before = held()
+    with pipe._with_expert("sol"):
+        assert held() - before > 0.9 * weights["sol"].nbytes  # it is seen
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    with contextlib.suppress(KeyboardInterrupt):
+        pipe(PROMPTS[0], callback_on_step_end=fail if failing else None, **QUICK)
+    assert held() - before < 0.05 * weights["sol"].nbytes
+    pipe.set_offload("none")  # and with everything in memory there is one copy of it
+    both = weights["sol"].nbytes + weights["lune"].nbytes
+    assert 0.9 * both < held() - before < 1.05 * both
 
 
 def test_an_error_leaves_no_expert_behind():
