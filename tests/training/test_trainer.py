@@ -6,11 +6,13 @@ import dataclasses
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -18,8 +20,16 @@ from PIL import Image
 from safetensors.torch import load_file
 from training_helpers import Points, digest, settings, train
 
-from moe_sampler.training import CheckpointError, Interrupted, NonFiniteError, SettingsError, Trainer
+from moe_sampler.training import (
+    CheckpointError,
+    Draws,
+    Interrupted,
+    NonFiniteError,
+    SettingsError,
+    Trainer,
+)
 from moe_sampler.training import checkpoints as disk
+from moe_sampler.training.batches import BatchPlan
 from moe_sampler.training.distribution import new_accelerator
 
 HELPER = Path(__file__).with_name("training_helpers.py")
@@ -105,6 +115,93 @@ def test_the_average_of_every_step_by_hand(tmp_path):
         torch.testing.assert_close(average.double(), expected, rtol=0, atol=1e-7)
 
 
+def logged(folder: Path) -> dict[int, dict]:
+    """The log's lines of training, by step."""
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return {record["step"]: record for record in records if "loss" in record}
+
+
+def test_a_line_of_the_log_is_the_mean_since_the_last_one(tmp_path):
+    train(tmp_path / "each", logging_steps=1)
+    train(tmp_path / "some", logging_steps=5)
+    each, some = logged(tmp_path / "each"), logged(tmp_path / "some")
+    assert list(each) == list(range(1, 13)) and list(some) == [5, 10, 12]
+    for last, steps in ((5, range(1, 6)), (10, range(6, 11)), (12, (11, 12))):
+        for name in ("loss", "velocity", "grad_norm"):
+            mean = sum(each[step][name] for step in steps) / len(steps)
+            assert some[last][name] == pytest.approx(mean, rel=1e-6)
+        assert some[last]["learning_rate"] == each[last]["learning_rate"]
+        # A batch's times are stratified, so each of the five parts has some samples of every few steps.
+        assert some[last]["by_noise"].keys() == {"0-0.2", "0.2-0.4", "0.4-0.6", "0.6-0.8", "0.8-1"}
+
+
+class Told(Points):
+    """Whose validations come to these losses, one after the other."""
+
+    def __init__(self, *losses: float, **settings) -> None:
+        super().__init__(**settings)
+        self.losses = iter(losses)
+
+    def validate(self, model) -> dict[str, float]:
+        return {"loss": next(self.losses)}
+
+
+def test_the_best_is_the_lowest_and_of_equals_the_first(tmp_path):
+    folder = tmp_path / "run"
+    best = lambda: json.loads((folder / "best" / "validation.json").read_text())  # noqa: E731
+    result = train(folder, Told(3.0, 1.0, 2.0, 1.0))
+    assert result["best"] == best() == {"step": 6, "loss": 1.0} and result["validation"] == {"loss": 1.0}
+    kept = (folder / "best" / "model.safetensors").read_bytes()
+    # A run that goes on knows what was best before.
+    result = train(folder, Told(1.5, 1.0), max_train_steps=18)
+    assert result["best"] == best() == {"step": 6, "loss": 1.0}
+    assert (folder / "best" / "model.safetensors").read_bytes() == kept
+    assert train(folder, Told(0.5), max_train_steps=21)["best"] == best() == {"step": 21, "loss": 0.5}
+    assert (folder / "best" / "model.safetensors").read_bytes() != kept
+
+
+AS_GIVEN = {"adam_beta1": 0.7, "adam_beta2": 0.8, "adam_epsilon": 0.3, "adam_weight_decay": 0.4}
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("norm", [0.0, 0.05, 1e6])
+def test_steps_by_hand(tmp_path, accumulation, norm):
+    """Mean of the micro-batches, clipped, AdamW with the settings' numbers, at the step's own rate."""
+    changes = {"max_train_steps": 5, "train_batch_size": 4, "gradient_accumulation_steps": accumulation}
+    changes |= {"max_grad_norm": norm, "lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 3, **AS_GIVEN}
+    train(tmp_path / "run", Points(dropout=0), **changes, checkpointing_steps=5, logging_steps=1)
+    task, size = Points(dropout=0), 4 * accumulation
+    trained = list(task.model.parameters())
+    optimizer = torch.optim.AdamW(trained, lr=0.0, betas=(0.7, 0.8), eps=0.3, weight_decay=0.4)
+    plan, losses, norms = BatchPlan(50, 4, accumulation, 1, seed=0), [], []
+    for step in range(5):
+        found = []
+        for micro in range(accumulation):
+            x0, index = (torch.stack(parts) for parts in zip(*(task.data[i] for i in plan.indices(step, micro, 0)), strict=True))
+            draws = Draws(0, step, range(4 * micro, 4 * micro + 4), size)
+            found.append(task.loss(task.model, (x0, index), draws).loss)
+        losses.append(torch.stack(found).mean())
+        losses[-1].backward()
+        gradients = torch.cat([p.grad.flatten() for p in trained if p.grad is not None])
+        norms.append(gradients.norm())
+        for p in trained if norm else ():
+            if p.grad is not None:
+                p.grad *= min(1.0, norm / (float(norms[-1]) + 1e-6))
+        optimizer.param_groups[0]["lr"] = 1e-2 * min(1.0, (step + 1) / 3)
+        optimizer.step()
+        optimizer.zero_grad()
+    made = load_file(tmp_path / "run" / "checkpoint-5" / "model.safetensors")
+    for name, parameter in task.model.named_parameters():
+        torch.testing.assert_close(made[name], parameter.detach(), rtol=0, atol=1e-6, msg=name)
+    log = logged(tmp_path / "run")
+    assert list(log) == [1, 2, 3, 4, 5]
+    for step, (loss, length) in enumerate(zip(losses, norms, strict=True), 1):
+        assert log[step]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert log[step]["velocity"] == pytest.approx(loss.item(), rel=1e-5)
+        assert log[step]["grad_norm"] == pytest.approx(float(length), rel=1e-4)
+        assert log[step]["learning_rate"] == pytest.approx(1e-2 * min(1.0, step / 3))
+
+
 class PowerCut(BaseException):
     """What no one catches."""
 
@@ -133,6 +230,54 @@ def test_a_run_that_broke_off_resumes_to_the_same_bits(whole, tmp_path, step):
 
     # The same lines, each once.
     assert log(folder) == log(whole)
+
+
+class Restless(Points):
+    """Whose loss hangs on every global generator, and on what each of them keeps for its next call."""
+
+    def loss(self, model, batch, draws):
+        found = super().loss(model, batch, draws)
+        drawn = [random.random(), random.gauss(), np.random.rand(), np.random.randn(), torch.rand(()).item()]
+        return found._replace(loss=found.loss * (1 + sum(drawn[: 1 + draws.step % 5])))
+
+
+@pytest.mark.parametrize("step", [5, 8, 10])
+def test_what_draws_from_global_generators_resumes_to_the_same_bits(tmp_path, step):
+    random.seed(1), np.random.seed(2)
+    train(tmp_path / "whole", Restless())
+    with pytest.raises(PowerCut):
+        train(tmp_path / "run", Restless(hook=cut(step)))
+    random.seed(3), np.random.seed(4), torch.manual_seed(5)
+    train(tmp_path / "run", Restless())
+    assert digest(tmp_path / "run" / "checkpoint-12") == digest(tmp_path / "whole" / "checkpoint-12")
+
+
+def test_at_any_moment_every_checkpoint_by_its_name_is_whole(tmp_path, monkeypatch):
+    """Seen before and after each call that changes the disk: nothing a kill leaves is by the name of one."""
+    folder, seen = tmp_path / "run", []
+
+    def look() -> None:
+        for path in disk.checkpoint_folders(folder):
+            files = disk.read_state(path)["files"]
+            assert len(files) == 4
+            for name in files:
+                disk._check_sum(path, name, disk.read_state(path))
+        seen.append(tuple(path.name for path in disk.checkpoint_folders(folder)))
+
+    for name in ("rename", "replace", "fsync", "unlink", "rmdir", "mkdir"):
+
+        def looking(*args, original=getattr(os, name), **kwargs):
+            look()
+            result = original(*args, **kwargs)
+            look()
+            return result
+
+        monkeypatch.setattr(os, name, looking)
+    train(folder, max_train_steps=8, checkpointing_steps=2)
+    kept = [("checkpoint-2",), ("checkpoint-2", "checkpoint-4")]
+    after = list(dict.fromkeys(seen))
+    assert after[:3] == [(), *kept] and after[-1] == ("checkpoint-6", "checkpoint-8")
+    assert all(len(names) >= 2 for names in after[2:])  # there is always one to go back to
 
 
 def test_a_killed_process_resumes_to_the_same_bits(whole, tmp_path):
