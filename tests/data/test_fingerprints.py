@@ -111,6 +111,17 @@ def test_a_cache_folder_that_cannot_be_written_to_only_costs_time(tmp_path, monk
     assert len(read) == 4
 
 
+def test_digests_lie_in_the_users_cache_folder(tmp_path, monkeypatch):
+    """As the XDG Base Directory Specification says: an empty variable is one that is not set."""
+    path = folder(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for set_to in (None, ""):
+        monkeypatch.setenv("XDG_CACHE_HOME", set_to) if set_to is not None else monkeypatch.delenv("XDG_CACHE_HOME")
+        open_source(path).describe()
+        assert len(list((tmp_path / "home" / ".cache" / "moe-sampler" / "digests").glob("*.json"))) == 1
+        assert os.listdir(tmp_path / "home") == [".cache"]
+
+
 def test_everything_that_counts_is_in_the_fingerprint(tmp_path):
     files = {"a.png": png(RED), "a.txt": "a", "b.png": png(GREEN), "b.txt": "b"}
     seen = set()

@@ -113,6 +113,31 @@ def test_empty_captions_are_counted(tmp_path, said):
     assert said() == [f"{tmp_path}: 5 of 6 captions are empty: 0.png, 1.png, 2.png and 2 more"]
 
 
+@pytest.mark.parametrize(("count", "more"), [(1, ""), (2, ""), (3, ""), (4, " and 1 more"), (5, " and 2 more")])
+def test_three_names_are_said_and_how_many_more(tmp_path, said, count, more):
+    names = [f"{i}.png" for i in range(count)]
+    write(tmp_path, {name: png() for name in names} | {f"{i}.txt": "" for i in range(count)})
+    open_source(tmp_path)
+    assert said() == [f"{tmp_path}: {count} of {count} captions are empty: {', '.join(names[:3])}{more}"]
+
+
+# fmt: off
+UNREAD = (
+    "heic", "heif", "jxl", "psd", "svg", "tga", "ico", "eps", "exr", "hdr", "xcf", "raw", "dng", "cr2", "cr3",
+    "nef", "arw", "orf", "rw2", "raf", "j2k", "jpx", "qoi", "pcx", "dds",
+)
+# fmt: on
+
+
+def test_no_picture_of_another_format_is_left_out_silently(tmp_path):
+    write(tmp_path, {"a.png": png(), "a.txt": ""})
+    for suffix in (*UNREAD, *(suffix.upper() for suffix in UNREAD)):
+        write(tmp_path, {f"b.{suffix}": b""})
+        with pytest.raises(ValueError, match=rf"aren't read \(b\.{suffix}\)"):
+            open_source(tmp_path)
+        (tmp_path / f"b.{suffix}").unlink()
+
+
 def test_only_the_first_process_warns(tmp_path, said, monkeypatch):
     write(tmp_path, {"a.png": png(), "a.txt": ""})
     monkeypatch.setenv("RANK", "1")

@@ -129,6 +129,18 @@ def test_pictures_that_pillow_has_made(mode):
     assert to_rgb(Image.new(mode, (3, 2))).mode == "RGB"
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1)])
+def test_one_pixel_is_enough(size):
+    found = read_picture(png(RED, size=size))
+    assert found.size == size and found.getpixel((0, 0)) == RED
+
+
+@pytest.mark.parametrize("given", [True, False, 2.0, 1e9, 0, -1, "many"])
+def test_a_limit_is_a_whole_number(given):
+    with pytest.raises(ValueError, match="max_pixels must be a positive whole number, got"):
+        read_picture(png(), max_pixels=given)
+
+
 def test_made_smaller_an_image_keeps_its_mean():
     """Every pixel has its share: a fine pattern becomes grey, not whichever pixel is nearest."""
     fine = np.indices((64, 96)).sum(0) % 2 * 255

@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from training_helpers import Points, digest, settings, train
 
+from moe_sampler._files import MARK
 from moe_sampler.training import (
     CheckpointError,
     Draws,
@@ -72,8 +73,9 @@ def test_it_learns_and_leaves_a_whole_folder(tmp_path):
     state = load_file(folder / "model.safetensors")
     assert state["gain"].shape == () and json.loads((folder / "config.json").read_text())["width"] == 16
     card = (folder / "README.md").read_text()
-    for said in ("points on a circle", "learning_rate | 0.01", "validation loss", "steps | 300"):
+    for said in ("points on a circle", "learning_rate | 0.01", "validation loss", "steps | 300", "\n## Results\n"):
         assert said in card
+    assert card.count("| | |\n|---|---|\n| ") == card.count("---|---") == 3  # tables as Markdown has them
     sheet = Image.open(folder / "samples" / "step-000300.png")
     assert sheet.size == (16, 16)  # three pictures of 8 pixels, two beside each other
     assert [path.name for path in disk.checkpoint_folders(folder)] == ["checkpoint-296", "checkpoint-300"]
@@ -252,11 +254,29 @@ def test_what_draws_from_global_generators_resumes_to_the_same_bits(tmp_path, st
     assert digest(tmp_path / "run" / "checkpoint-12") == digest(tmp_path / "whole" / "checkpoint-12")
 
 
+class Late(Points):
+    """One of whose parameters is trained from the tenth step on."""
+
+    def loss(self, model, batch, draws):
+        found = super().loss(model, batch, draws)
+        return found._replace(loss=found.loss + (self.model.unused - 1).square().sum()) if draws.step >= 9 else found
+
+
+def test_what_had_no_gradient_before_a_checkpoint_may_have_one_after_it(tmp_path):
+    train(tmp_path / "whole", Late())
+    with pytest.raises(PowerCut):
+        train(tmp_path / "run", Late(hook=cut(11)))
+    train(tmp_path / "run", Late())
+    assert digest(tmp_path / "run" / "checkpoint-12") == digest(tmp_path / "whole" / "checkpoint-12")
+    assert load_file(tmp_path / "run" / "checkpoint-12" / "model.safetensors")["unused"].min() > 0
+
+
 def test_at_any_moment_every_checkpoint_by_its_name_is_whole(tmp_path, monkeypatch):
     """Seen before and after each call that changes the disk: nothing a kill leaves is by the name of one."""
-    folder, seen = tmp_path / "run", []
+    folder, seen, passing = tmp_path / "run", [], set()
 
     def look() -> None:
+        passing.update(path.name for path in folder.glob(".*") if path.name != MARK)
         for path in disk.checkpoint_folders(folder):
             files = disk.read_state(path)["files"]
             assert len(files) == 4
@@ -274,6 +294,13 @@ def test_at_any_moment_every_checkpoint_by_its_name_is_whole(tmp_path, monkeypat
 
         monkeypatch.setattr(os, name, looking)
     train(folder, max_train_steps=8, checkpointing_steps=2)
+    monkeypatch.undo()
+    # What else it leaves, the next run sweeps away.
+    assert {name.split(".")[1] for name in passing} >= {"checkpoint-2", "best", "final", "settings"}
+    for name in passing:
+        (folder / name).mkdir()
+    train(folder, max_train_steps=8, checkpointing_steps=2)
+    assert [path.name for path in folder.glob(".*")] == [MARK]
     kept = [("checkpoint-2",), ("checkpoint-2", "checkpoint-4")]
     after = list(dict.fromkeys(seen))
     assert after[:3] == [(), *kept] and after[-1] == ("checkpoint-6", "checkpoint-8")
@@ -394,11 +421,40 @@ def test_skipping_has_an_end(tmp_path):
         train(tmp_path / "run", Points(poison=range(50)), on_nonfinite="skip", max_skipped=3)
 
 
+def spoiled_at(*steps: int) -> Points:
+    """A task all of whose losses are NaN at these steps."""
+
+    def hook(step: int) -> None:
+        task.poison = set(range(50)) if step in steps else set()
+
+    task = Points(hook=hook)
+    return task
+
+
+def test_only_steps_in_a_row_count_towards_the_end(tmp_path):
+    result = train(tmp_path / "run", spoiled_at(1, 3, 4, 6, 9, 10), on_nonfinite="skip", max_skipped=3)
+    assert (result["step"], result["skipped"]) == (12, 6)
+    with pytest.raises(NonFiniteError, match=r"at step 4 .*3 such step\(s\) in a row"):
+        train(tmp_path / "other", spoiled_at(0, 2, 3, 4), on_nonfinite="skip", max_skipped=3)
+
+
+def test_skipped_steps_are_counted_on(tmp_path):
+    train(tmp_path / "run", spoiled_at(2, 5), on_nonfinite="skip", max_train_steps=8)
+    result = train(tmp_path / "run", spoiled_at(9), on_nonfinite="skip")
+    assert result["skipped"] == 3 and logged(tmp_path / "run")[12]["skipped"] == 3
+    assert logged(tmp_path / "run")[8]["skipped"] == 2
+
+
 def test_a_full_disk_is_an_error_before_training(tmp_path, monkeypatch):
+    """Weights, their average and two moments, for each checkpoint that is kept and the one being written."""
     usage = disk.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage._replace(free=100))
-    with pytest.raises(CheckpointError, match="GB left"):
-        Trainer(Points(), settings(tmp_path / "run"))
+    needed = 4 * 4 * sum(p.numel() for p in Points().model.parameters()) * 3
+    for free in (100, needed - 1):
+        monkeypatch.setattr(disk.shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
+        with pytest.raises(CheckpointError, match="GB left"):
+            Trainer(Points(), settings(tmp_path / "run"))
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage._replace(free=needed))
+    Trainer(Points(), settings(tmp_path / "run"))
 
 
 def test_a_save_that_fails_keeps_the_earlier_checkpoint(tmp_path, monkeypatch):
