@@ -439,6 +439,7 @@ def change_config(file: Path, **settings) -> None:
             "cross_attention_dim 768, but the text encoder's features have 128",
         ),
         ("vae", {"latent_channels": 16}, "VAE's latents have 16 channels"),
+        ("text_encoder", {"hidden_size": 64}, "128, but the text encoder's features have 64 channels"),
         ("unet", {"_class_name": "UNet3DConditionModel"}, "is a UNet3DConditionModel"),
         ("unet", {"norm_num_groups": 7}, "its config makes no UNet2DConditionModel"),
     ],

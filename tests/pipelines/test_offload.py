@@ -250,6 +250,16 @@ def test_changed_weights_are_held_once():
     assert held() - before < 1.05 * (size + weights["lune"].nbytes)
 
 
+def test_what_is_trained_and_what_is_not_stays_so():
+    pipe = load(offload="expert")
+    pipe.unet_sol.requires_grad_(False)
+    pipe.unet_sol.conv_in.requires_grad_(True)
+    pipe(PROMPTS[0], **QUICK)
+    with pipe._with_expert("sol"):
+        trained = [name for name, p in pipe.unet_sol.named_parameters() if p.requires_grad]
+        assert trained == ["conv_in.weight", "conv_in.bias"] and not pipe.unet_sol.training
+
+
 def test_an_error_leaves_no_expert_behind():
     pipe = load(offload="expert")
 
