@@ -104,6 +104,21 @@ def text_part(down: tuple[int, int]) -> dict[str, torch.Tensor]:
 
 
 @needs_peft
+def test_a_fused_lora_may_be_scaled(update, by_hand, demo_pipeline):
+    half = text_part((2, 128))
+    pipe = load()
+    pipe.load_lora_weights({**update, **half}, expert="sol", adapter_name="bold", text_encoder=True)
+    pipe.fuse_lora(expert="sol", lora_scale=0.5)
+    own, plain = (p.text_encoder.state_dict() for p in (pipe, demo_pipeline))
+    (changed,) = [key for key in plain if not torch.equal(own[key], plain[key])]
+    assert changed.endswith("encoder.layers.0.self_attn.q_proj.weight")
+    a, b = half.values()
+    torch.testing.assert_close(own[changed], plain[changed] + 0.5 * b @ a)
+    pipe.text_encoder.load_state_dict(plain)
+    torch.testing.assert_close(pipe(**QUICK).images, by_hand[0.5], atol=1e-3, rtol=0)
+
+
+@needs_peft
 def test_the_shared_text_encoder_is_asked_about(update, demo_pipeline):
     both = {**update, **text_part((2, 128))}
     pipe = load()

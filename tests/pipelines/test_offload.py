@@ -336,9 +336,12 @@ def test_a_prefetched_expert_is_used_only_after_its_copy_arrived(monkeypatch):
     weights = load(offload="expert")._expert_weights()["sol"]
     count, cpu = len(list(weights.model.parameters())), torch.device("cpu")
     weights.prefetch(cpu, Stream())
+    room[0] = int(1.05 * weights.nbytes)
+    weights.prefetch(cpu, Stream())
     assert log == []  # no room
     room[0] = 2 * weights.nbytes
     weights.prefetch(cpu, Stream())
+    weights.prefetch(cpu, Stream())  # again: it is on its way
     assert log == ["pinned"] * count + ["copied"] and not weights.resident
     weights.take(cpu)
     assert log[count:] == ["copied", "waited for the event", *["recorded"] * count] and weights.resident
