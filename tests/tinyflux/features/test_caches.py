@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy as copy_module
 import json
 import multiprocessing
 import os
@@ -106,6 +107,36 @@ def test_a_cache_holds_what_the_encoders_and_experts_say(built, encoders, teache
     assert manifest["settings"]["convention"] == "sample" and manifest["length"] == 10
     assert len({expert["fingerprint"] for expert in manifest["experts"].values()}) == 4
     torch.testing.assert_close(cache.t_buckets, torch.tensor(BUCKETS))
+
+
+def test_experts_see_the_latents_of_their_own_vae(tmp_path, built, encoders, teachers):
+    other = copy_module.deepcopy(encoders.vae)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.3)
+    student = StudentEncoders(other, encoders.clip)
+    build_cache(tmp_path / "cache", DemoScenes(3), student, teachers, **SETTINGS)
+    ours, theirs = FeatureCache(tmp_path / "cache"), FeatureCache(built)
+    for index in range(3):
+        assert (ours[index]["latents"] - theirs[index]["latents"]).abs().max() > 0.1
+        for name in ("lune", "sol_stats", "sol_maps"):
+            assert torch.equal(ours[index][name], theirs[index][name])
+
+
+def test_a_preview_is_the_picture_made_small(tmp_path, encoders):
+    """As it lies: wider than high here, its longer side 64 pixels, red on the left and blue below."""
+    picture = Image.new("RGB", (96, 48), "red")
+    picture.paste("blue", (48, 24, 96, 48))
+
+    class One(DemoScenes):
+        def __getitem__(self, index):
+            return super().__getitem__(index)._replace(image=picture)
+
+    build_cache(tmp_path / "cache", One(1), encoders, None, height=48, width=96)
+    preview = FeatureCache(tmp_path / "cache").preview(0)
+    assert preview.dtype == torch.uint8 and preview.shape == (32, 64, 3)
+    places = [preview[y, x].tolist() for y, x in ((4, 4), (28, 4), (4, 60), (28, 60))]
+    assert places == [[255, 0, 0]] * 3 + [[0, 0, 255]]
 
 
 def test_items_are_copies_and_shards_are_mapped(built):
