@@ -357,6 +357,9 @@ def test_changed_settings_are_refused_with_what_changed(copy, built, encoders, t
         build_cache(copy, DemoScenes(10), encoders, swapped, **SETTINGS)
     with pytest.raises(CacheError, match="experts"):
         build_cache(copy, DemoScenes(10), encoders, None, **SETTINGS)
+    shorter = TextEncoder(encoders.clip.model, encoders.clip.tokenizer, 20)
+    with pytest.raises(CacheError, match=r"encoders\.clip\.max_length: 32, now 20"):
+        build_cache(copy, DemoScenes(10), StudentEncoders(encoders.vae, shorter), teachers, **SETTINGS)
     assert contents(copy) == before
 
 
@@ -678,6 +681,19 @@ def test_flux_vaes_have_a_scale_and_a_shift_and_t5_its_own_states(tmp_path, enco
     # A component's own folder, with its tokenizer beside it, serves as well.
     alone = TextEncoder.load(T5EncoderModel, tmp_path / "flux" / "text_encoder_2", 20)
     torch.testing.assert_close(alone([caption]).states[0], states)
+
+
+def test_encoders_of_half_precision_files_compute_in_float32(tmp_path, demo_pipeline):
+    """Or in their own, as they are told; what they say is float32 either way."""
+    for part in ("vae", "text_encoder"):
+        copy_module.deepcopy(getattr(demo_pipeline, part)).half().save_pretrained(tmp_path / part)
+    demo_pipeline.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    loaded = StudentEncoders.load(tmp_path / "vae", tmp_path / "text_encoder")
+    models = (loaded.vae, loaded.clip.model)
+    assert {p.dtype for model in models for p in model.parameters()} == {torch.float32}
+    for dtype in (torch.float32, torch.bfloat16):
+        text = loaded.to(dtype).text(["a castle"])
+        assert text.states.dtype == text.pooled.dtype == torch.float32 and text.mask.dtype == torch.bool
 
 
 def test_the_command(tmp_path):
