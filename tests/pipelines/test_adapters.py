@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from diffusers.utils import is_peft_available
 from safetensors.torch import save_file
 
@@ -101,6 +102,21 @@ def test_a_fused_lora_is_in_the_weights_and_in_what_is_saved(tmp_path, update, b
 def text_part(down: tuple[int, int]) -> dict[str, torch.Tensor]:
     layer = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
     return {f"{layer}.lora_A.weight": torch.ones(down), f"{layer}.lora_B.weight": torch.ones(down[::-1])}
+
+
+@needs_peft
+def test_a_files_own_alpha_counts(tmp_path, update, by_hand, demo_pipeline):
+    """As PEFT's config in a file of diffusers says it: alpha 1 of rank 2 is half the strength."""
+    from peft import LoraConfig
+
+    config = LoraConfig(r=2, lora_alpha=1, target_modules=sorted(attention(demo_pipeline.unet_sol)))
+    layers = {key.removeprefix("unet."): tensor for key, tensor in update.items()}
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path, unet_lora_layers=layers, unet_lora_adapter_metadata=config.to_dict()
+    )
+    pipe = load()
+    pipe.load_lora_weights(tmp_path, expert="sol")
+    torch.testing.assert_close(pipe(**QUICK).images, by_hand[0.5], atol=1e-3, rtol=0)
 
 
 @needs_peft

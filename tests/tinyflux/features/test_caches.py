@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 from moe_sampler._files import MARK, claim
 from moe_sampler.cli.student import app
 from moe_sampler.data.folders import ImageFolder
+from moe_sampler.data.pictures import fit_image
 from moe_sampler.data.scenes import DemoScenes
 from moe_sampler.demo import experts_path
 from moe_sampler.errors import CheckpointError
@@ -107,6 +108,20 @@ def test_a_cache_holds_what_the_encoders_and_experts_say(built, encoders, teache
     assert manifest["settings"]["convention"] == "sample" and manifest["length"] == 10
     assert len({expert["fingerprint"] for expert in manifest["experts"].values()}) == 4
     torch.testing.assert_close(cache.t_buckets, torch.tensor(BUCKETS))
+
+
+def test_a_samples_noise_has_the_seed_of_its_index(tmp_path, built, encoders, teachers):
+    build_cache(tmp_path / "cache", DemoScenes(3), encoders, teachers, **SETTINGS, seed=2)
+    cache, plain = FeatureCache(tmp_path / "cache"), FeatureCache(built)
+    latents = torch.stack([plain[i]["latents"] for i in range(3)])
+    assert torch.equal(cache.stacked("latents"), latents)
+    images = [fit_image(DemoScenes(3)[i].image, 32, 32) for i in range(3)]
+    captions = [cache.caption(i) for i in range(3)]
+    clean = encode_images(encoders.vae, images)
+    features = teachers.features(clean, captions, seeds=[2, 3, 4], t=BUCKETS)
+    assert torch.equal(cache.stacked("sol_maps"), features.sol_maps)
+    assert torch.equal(cache.stacked("lune"), features.lune.half())
+    assert not torch.allclose(cache.stacked("lune"), plain.stacked("lune")[:3], rtol=0.01)
 
 
 def test_experts_see_the_latents_of_their_own_vae(tmp_path, built, encoders, teachers):
@@ -433,6 +448,13 @@ def test_manifests_are_checked(copy, tmp_path):
         ({"shards": manifest["shards"][:2]}, "8 samples instead of 10"),
         ({"shards": []}, "not finished"),
         ({"shards": [{}]}, "damaged"),
+        ({"length": 0}, "damaged"),
+        ({"length": 2**40}, "damaged"),
+        *(({"settings": manifest["settings"] | {"shard_size": size}}, "damaged") for size in (0, -4, 2**31, True)),
+        *(
+            ({"settings": {k: v for k, v in manifest["settings"].items() if k != name}}, "damaged")
+            for name in ("shard_size", "t_buckets")
+        ),
     ):
         file.write_text(json.dumps(manifest | change))
         with pytest.raises(CacheError, match=message):
