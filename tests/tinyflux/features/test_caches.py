@@ -35,7 +35,7 @@ from moe_sampler.tinyflux.features.cache_build import Teachers, build_cache
 from moe_sampler.tinyflux.features.cache_format import CacheError, Manifest
 from moe_sampler.tinyflux.features.cache_read import FeatureCache, MultiSource, at_time
 from moe_sampler.tinyflux.features.cache_shards import KIND, build_shards
-from moe_sampler.tinyflux.features.encoders import StudentEncoders, TextEncoder, find_t5
+from moe_sampler.tinyflux.features.encoders import StudentEncoders, TextEncoder, find_t5, load_vae
 from moe_sampler.tinyflux.features.extraction import ExpertFeatures
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -439,6 +439,27 @@ def test_a_shard_damaged_while_building_is_named(copy, encoders, teachers):
         build_cache(copy, DemoScenes(10), encoders, teachers, **SETTINGS)
 
 
+def test_records_of_another_shard_are_refused(tmp_path):
+    """A record counts for the shard by whose name it lies, whole and with its very samples."""
+    build_simple(tmp_path / "whole")
+    folder = Path(shutil.copytree(tmp_path / "whole", tmp_path / "cache"))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"shards": []}))
+    first, second, _ = manifest["shards"]
+    for record in (second, first | {"first": 4}, first | {"length": 3}, first | {"file": second["file"]}):
+        claim(folder / "building", KIND)
+        (folder / "building" / "shard-00000.json").write_text(json.dumps(record))
+        with pytest.raises(CacheError, match=r"shard-00000\.json describes another shard: delete it"):
+            build_simple(folder)
+    for text in ("{", "[]", json.dumps(first | {"bytes": "many"})):
+        (folder / "building" / "shard-00000.json").write_text(text)
+        with pytest.raises(CacheError, match=r"shard-00000\.json (is damaged|describes).*delete it"):
+            build_simple(folder)
+    (folder / "building" / "shard-00000.json").unlink()
+    build_simple(folder)
+    assert contents(folder) == contents(tmp_path / "whole")
+
+
 def test_manifests_are_checked(copy, tmp_path):
     file = copy / "manifest.json"
     manifest = json.loads(file.read_text())
@@ -710,6 +731,7 @@ def test_encoders_of_half_precision_files_compute_in_float32(tmp_path, demo_pipe
     for part in ("vae", "text_encoder"):
         copy_module.deepcopy(getattr(demo_pipeline, part)).half().save_pretrained(tmp_path / part)
     demo_pipeline.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    assert load_vae(tmp_path / "vae", torch_dtype=torch.bfloat16).dtype == torch.bfloat16
     loaded = StudentEncoders.load(tmp_path / "vae", tmp_path / "text_encoder")
     models = (loaded.vae, loaded.clip.model)
     assert {p.dtype for model in models for p in model.parameters()} == {torch.float32}
