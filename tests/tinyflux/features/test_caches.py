@@ -107,6 +107,17 @@ def test_a_cache_holds_what_the_encoders_and_experts_say(built, encoders, teache
     assert manifest["encoders"]["t5"] is None and manifest["encoders"]["text_states"] == "clip"
     assert manifest["settings"]["convention"] == "sample" and manifest["length"] == 10
     assert len({expert["fingerprint"] for expert in manifest["experts"].values()}) == 4
+    # Names of a format on disk: a cache is continued, and its experts are compared, by them.
+    about = {part: sorted(of) for part, of in (manifest["encoders"] | {"t5": {}, "text_states": {}}).items()}
+    assert about == {
+        "vae": ["class", "fingerprint", "scaling_factor", "shift_factor"],
+        "clip": ["class", "fingerprint", "max_length"],
+        "t5": [],
+        "text_states": [],
+    }
+    model, expert = ["class", "fingerprint"], ["fingerprint", "path", "timesteps"]
+    known = {part: sorted(of) for part, of in manifest["experts"].items()}
+    assert known == {"vae": model, "text_encoder": model, "sol": expert, "lune": expert}
     torch.testing.assert_close(cache.t_buckets, torch.tensor(BUCKETS))
 
 
