@@ -402,8 +402,9 @@ def without(key):
 )
 def test_the_wrong_tensors_are_named_and_what_was_probably_meant(base, tmp_path, sol, change, message):
     save_file({k: v.contiguous() for k, v in change(sol).items()}, tmp_path / "sol.safetensors")
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match=message) as error:
         load(base, sol=tmp_path / "sol.safetensors", lune=LUNE)
+    assert str(error.value).startswith(str(tmp_path / "sol.safetensors"))
 
 
 @pytest.mark.parametrize(

@@ -171,6 +171,9 @@ def test_validation_is_the_velocitys_error_on_held_out_samples(cache, tmp_path):
     assert found["noise 0.3"] == pytest.approx(expected, rel=1e-5)
     assert found["loss"] == pytest.approx(expected, rel=1e-5)
     assert found == task.validate(task.model)
+    for size in (1, 3):  # a sample's noise is its own, whatever it is computed with
+        task.validation_batch_size = size
+        assert task.validate(task.model) == pytest.approx(found, rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["DDP", "FSDP"])
