@@ -115,8 +115,8 @@ def test_digests_lie_in_the_users_cache_folder(tmp_path, monkeypatch):
     """As the XDG Base Directory Specification says: an empty variable is one that is not set."""
     path = folder(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    for set_to in (None, ""):
-        monkeypatch.setenv("XDG_CACHE_HOME", set_to) if set_to is not None else monkeypatch.delenv("XDG_CACHE_HOME")
+    for change in (lambda name: monkeypatch.delenv(name), lambda name: monkeypatch.setenv(name, "")):
+        change("XDG_CACHE_HOME")
         open_source(path).describe()
         assert len(list((tmp_path / "home" / ".cache" / "moe-sampler" / "digests").glob("*.json"))) == 1
         assert os.listdir(tmp_path / "home") == [".cache"]
@@ -143,17 +143,22 @@ def test_everything_that_counts_is_in_the_fingerprint(tmp_path):
 def test_everything_that_counts_in_tars_is_in_the_fingerprint(tmp_path):
     files = {"a.png": png(RED), "a.txt": "a", "b.png": png(GREEN), "b.txt": "b"}
     renamed = {name.replace("a", "z", 1): data for name, data in files.items()}
-    kinds = [files, files | {"a.txt": "c"}, files | {"a.png": png(BLUE)}, dict(reversed(files.items())), renamed]
-    seen = {TarFiles(write_tar(tmp_path / f"{i}.tar", kind)).describe()["fingerprint"] for i, kind in enumerate(kinds)}
+    kinds = [files, files | {"a.txt": "c"}, files | {"a.png": png(BLUE)}, renamed]
+    kinds.append(dict(reversed(files.items())))
+
+    def told_of(*tars: Path) -> str:
+        return TarFiles(tars).describe()["fingerprint"]
+
+    seen = {told_of(write_tar(tmp_path / f"{i}.tar", kind)) for i, kind in enumerate(kinds)}
     assert len(seen) == len(kinds)
-    assert TarFiles(write_tar(tmp_path / "copy.tar", files)).describe()["fingerprint"] in seen
+    assert told_of(write_tar(tmp_path / "copy.tar", files)) in seen
     # Of several, the order that they were given in is the order of the samples.
     pair = [tmp_path / "2.tar", tmp_path / "0.tar"]
-    told = [TarFiles(tars).describe()["fingerprint"] for tars in (pair, pair[::-1], pair[:1] * 2)]
+    told = [told_of(*tars) for tars in (pair, pair[::-1], pair[:1] * 2)]
     assert len({*seen, *told}) == len(kinds) + 3
     # What they are called, and where they lie, is none of it.
     renamed = [path.rename(tmp_path / name) for path, name in zip(pair, ("a.tar", "b.tar"), strict=True)]
-    assert TarFiles(renamed).describe()["fingerprint"] == told[0]
+    assert told_of(*renamed) == told[0]
 
 
 def test_a_digest_stays_with_its_file(tmp_path, read):

@@ -11,7 +11,7 @@ from torch import nn
 from moe_sampler.loading.fingerprint import fingerprint
 
 
-def made(first: str = "a", second: str = "b", shape=(2, 3), dtype=torch.float32, change: float = 0.0) -> nn.Module:
+def made(first="a", second="b", shape=(2, 3), dtype=torch.float32, change=0.0) -> nn.Module:
     model = nn.Module()
     values = torch.arange(6.0)
     values[5] += change

@@ -1,4 +1,4 @@
-"""What a folder's files say: experts and their order, sizes that no machine holds, shards, addresses in memory."""
+"""What a folder's files say: experts and their order, absurd sizes, shards, addresses in memory."""
 
 from __future__ import annotations
 
@@ -80,17 +80,17 @@ def test_a_model_that_no_machine_can_hold_is_refused(tmp_path, config, refused):
 def test_what_is_missing_from_a_pipelines_folder_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="absent is not a folder"):
         read_model_index(tmp_path / "absent")
-    with pytest.raises(CheckpointError, match="has no model_index.json: it is not a diffusers pipeline folder"):
+    with pytest.raises(CheckpointError, match=r"has no model_index\.json: it is not a diffusers"):
         read_model_index(tmp_path)
     folder = Path(shutil.copytree(experts_path(), tmp_path / "copy"))
     assert read_model_index(folder) == read_config(folder / "model_index.json")
     shutil.rmtree(folder / "scheduler_lune")
     (folder / "vae").rename(tmp_path / "vae")
     (folder / "vae").mkdir()
-    with pytest.raises(CheckpointError, match="copy is incomplete: it has no vae/, scheduler_lune/$"):
+    with pytest.raises(CheckpointError, match=r"copy is incomplete: it has no vae/, scheduler_lune/$"):
         read_model_index(folder)
     assert read_model_index(folder, ["tokenizer", "unet_sol"])
-    with pytest.raises(CheckpointError, match="does not name safety_checker$"):
+    with pytest.raises(CheckpointError, match=r"does not name safety_checker$"):
         read_model_index(folder, ["tokenizer", "safety_checker"])
     (folder / "model_index.json").write_text("{}")
     with pytest.raises(CheckpointError, match="names no unet_sol, unet_lune or other expert"):

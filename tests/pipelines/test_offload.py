@@ -210,8 +210,8 @@ def held() -> int:
     """Bytes on the CPU that some tensor still holds."""
     gc.collect()
     tensors = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
-    storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors if t.device.type == "cpu")}
-    return sum(storages.values())
+    storages = [each.untyped_storage() for each in tensors if each.device.type == "cpu"]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 @pytest.mark.parametrize("failing", [False, True])

@@ -180,7 +180,8 @@ def test_every_number_has_its_range(name, value):
 def test_what_lies_at_the_end_of_a_range_is_in_it():
     TrainingSettings(**QUICK | dict.fromkeys(WHOLE, 1))
     TrainingSettings(**QUICK | dict.fromkeys((*NOT_NEGATIVE, *SHARES, "lr_floor"), 0))
-    TrainingSettings(**QUICK | dict.fromkeys(POSITIVE, 1e-30) | dict.fromkeys(SHARES, 0.9999) | {"lr_floor": 1})
+    TrainingSettings(**QUICK | dict.fromkeys(POSITIVE, 1e-30) | dict.fromkeys(SHARES, 0.9999))
+    TrainingSettings(**QUICK | {"lr_floor": 1})
     both = {"lr_scheduler": "warmup_stable_decay", "lr_warmup_steps": 4, "lr_decay_steps": 6}
     assert TrainingSettings(**QUICK | both).lr_decay_steps == 6
     for more in ("lr_warmup_steps", "lr_decay_steps"):
