@@ -80,6 +80,10 @@ def test_unchanged_images_are_not_read_again(tmp_path, read):
     write(path, {"c.png": png(BLUE), "c.txt": "c"})
     open_source(path).describe()
     assert read == ["c.png"]
+    other = write(tmp_path / "other", {"d.png": png(), "d.txt": "d"})
+    for _ in range(2):
+        open_source(other).describe()
+    assert read == ["c.png", "d.png"]  # another data set is remembered beside it
 
 
 def test_unchanged_tars_are_not_read_again(tmp_path, monkeypatch):

@@ -320,5 +320,11 @@ def test_the_demo_is_the_same_every_time_and_starts_where_it_is_told():
         assert (a.key, a.caption) == (b.key, b.caption) and np.array_equal(a.image, b.image)
     assert first[0].image.size == (64, 64)
     assert first.describe() != later.describe()
+    # Without texture a scene has its masses, in few colours.
+    flat, whole = np.asarray(first.structure(1)), np.asarray(first[1].image)
+    colours = [len(np.unique(picture.reshape(-1, 3), axis=0)) for picture in (flat, whole)]
+    assert flat.shape == whole.shape and colours[0] < colours[1] / 2
+    assert np.abs(flat.astype(float) - whole).mean() < 40
+    assert np.array_equal(flat, later.structure(0))
     with pytest.raises(IndexError):
         first[3]
