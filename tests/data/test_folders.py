@@ -85,6 +85,9 @@ HIDDEN = [
     ".DS_Store",
     "sub/Thumbs.db",
     "desktop.ini",
+    "ehthumbs.db",
+    "#recycle/a.jpg",
+    "sub/$RECYCLE.BIN/a.jpg",
     "._a.png",
     ".git/config",
 ]

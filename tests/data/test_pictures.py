@@ -245,6 +245,9 @@ def test_the_limit_of_pixels_is_the_users(monkeypatch):
         monkeypatch.setenv(MAX_PIXELS, nonsense)
         with pytest.raises(ValueError, match=f"{MAX_PIXELS} must be a positive whole number"):
             read_picture(data)
+    monkeypatch.setenv(MAX_PIXELS, "")  # as if it were not there
+    with pytest.raises(ValueError, match="limit is 100"):
+        read_picture(data)
     monkeypatch.delenv(MAX_PIXELS)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     assert read_picture(data).size == (20, 20)
