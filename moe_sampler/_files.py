@@ -175,7 +175,9 @@ def remove(path: Path) -> None:
         if path.name.endswith(_REMOVED):
             shutil.rmtree(path)
             return
-        doomed = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=_REMOVED))
+        # One dot: `.best.partial` becomes what `sweep` knows, too.
+        prefix = f".{path.name.removeprefix('.')}."
+        doomed = Path(tempfile.mkdtemp(dir=path.parent, prefix=prefix, suffix=_REMOVED))
         path.rename(doomed)
         shutil.rmtree(doomed)
 

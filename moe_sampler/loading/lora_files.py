@@ -178,6 +178,9 @@ def read_lora(
     unknown = sorted(where.keys() - hub.keys())
     if unknown:
         raise TypeError(f"load_lora_weights takes no {listed(unknown)}: it takes {', '.join(sorted(hub))}")
+    file = where.get("weight_name")
+    if file is not None and not str(file).endswith(".safetensors"):  # diffusers would unpickle it
+        raise CheckpointError(f"{name}: {file} is no .safetensors file, and LoRAs are read from these alone")
     agent = {"file_type": "attn_procs_weights", "framework": "pytorch"}
     try:
         # diffusers drops some tensors on its way to its own names, so they are looked at before.

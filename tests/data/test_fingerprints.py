@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from data_helpers import BLUE, GREEN, RED, png, write, write_tar
 
-from moe_sampler import open_source
+from moe_sampler import TarFiles, open_source
 from moe_sampler.data import digests
 
 
@@ -80,6 +80,10 @@ def test_unchanged_images_are_not_read_again(tmp_path, read):
     write(path, {"c.png": png(BLUE), "c.txt": "c"})
     open_source(path).describe()
     assert read == ["c.png"]
+    other = write(tmp_path / "other", {"d.png": png(), "d.txt": "d"})
+    for _ in range(2):
+        open_source(other).describe()
+    assert read == ["c.png", "d.png"]  # another data set is remembered beside it
 
 
 def test_unchanged_tars_are_not_read_again(tmp_path, monkeypatch):
@@ -111,6 +115,17 @@ def test_a_cache_folder_that_cannot_be_written_to_only_costs_time(tmp_path, monk
     assert len(read) == 4
 
 
+def test_digests_lie_in_the_users_cache_folder(tmp_path, monkeypatch):
+    """As the XDG Base Directory Specification says: an empty variable is one that is not set."""
+    path = folder(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for change in (lambda name: monkeypatch.delenv(name), lambda name: monkeypatch.setenv(name, "")):
+        change("XDG_CACHE_HOME")
+        open_source(path).describe()
+        assert len(list((tmp_path / "home" / ".cache" / "moe-sampler" / "digests").glob("*.json"))) == 1
+        assert os.listdir(tmp_path / "home") == [".cache"]
+
+
 def test_everything_that_counts_is_in_the_fingerprint(tmp_path):
     files = {"a.png": png(RED), "a.txt": "a", "b.png": png(GREEN), "b.txt": "b"}
     seen = set()
@@ -127,3 +142,41 @@ def test_everything_that_counts_is_in_the_fingerprint(tmp_path):
     reordered = {"a.png": files["a.png"], "b.png": files["b.png"], "metadata.jsonl": listed}
     seen.add(open_source(write(tmp_path / "listed", reordered)).describe()["fingerprint"])
     assert len(seen) == 7
+
+
+def test_everything_that_counts_in_tars_is_in_the_fingerprint(tmp_path):
+    files = {"a.png": png(RED), "a.txt": "a", "b.png": png(GREEN), "b.txt": "b"}
+    renamed = {name.replace("a", "z", 1): data for name, data in files.items()}
+    kinds = [files, files | {"a.txt": "c"}, files | {"a.png": png(BLUE)}, renamed]
+    kinds.append(dict(reversed(files.items())))
+
+    def told_of(*tars: Path) -> str:
+        return TarFiles(tars).describe()["fingerprint"]
+
+    seen = {told_of(write_tar(tmp_path / f"{i}.tar", kind)) for i, kind in enumerate(kinds)}
+    assert len(seen) == len(kinds)
+    assert told_of(write_tar(tmp_path / "copy.tar", files)) in seen
+    # Of several, the order that they were given in is the order of the samples.
+    pair = [tmp_path / "2.tar", tmp_path / "0.tar"]
+    told = [told_of(*tars) for tars in (pair, pair[::-1], pair[:1] * 2)]
+    assert len({*seen, *told}) == len(kinds) + 3
+    # What they are called, and where they lie, is none of it.
+    renamed = [path.rename(tmp_path / name) for path, name in zip(pair, ("a.tar", "b.tar"), strict=True)]
+    assert told_of(*renamed) == told[0]
+
+
+def test_a_digest_stays_with_its_file(tmp_path, read):
+    """Of several files that are read again, at once and in any order."""
+    colours = {f"{i}.png": png((20 * i, 9, 9)) for i in range(8)}
+    files = colours | {f"{i}.txt": str(i) for i in range(8)}
+    path = write(tmp_path / "data", files)
+    open_source(path).describe()
+    painted = {name: png((5, 5, int(name[0]))) for name in ("2.png", "5.png", "6.png")}
+    files |= painted
+    write(path, painted)
+    read.clear()
+    again = open_source(path).describe()
+    assert set(read) == set(painted)
+    assert again == open_source(write(tmp_path / "elsewhere", files)).describe()
+    write(path, {"2.png": files["5.png"], "5.png": files["2.png"]})
+    assert open_source(path).describe() != again

@@ -85,6 +85,9 @@ HIDDEN = [
     ".DS_Store",
     "sub/Thumbs.db",
     "desktop.ini",
+    "ehthumbs.db",
+    "#recycle/a.jpg",
+    "sub/$RECYCLE.BIN/a.jpg",
     "._a.png",
     ".git/config",
 ]
@@ -111,6 +114,31 @@ def test_empty_captions_are_counted(tmp_path, said):
     write(tmp_path, {"5.txt": "five"})
     assert set(captions(open_source(tmp_path)).values()) == {"", "five"}
     assert said() == [f"{tmp_path}: 5 of 6 captions are empty: 0.png, 1.png, 2.png and 2 more"]
+
+
+@pytest.mark.parametrize(("count", "more"), [(1, ""), (3, ""), (4, " and 1 more"), (5, " and 2 more")])
+def test_three_names_are_said_and_how_many_more(tmp_path, said, count, more):
+    names = [f"{i}.png" for i in range(count)]
+    write(tmp_path, {name: png() for name in names} | {f"{i}.txt": "" for i in range(count)})
+    open_source(tmp_path)
+    assert said() == [f"{tmp_path}: {count} of {count} captions are empty: {', '.join(names[:3])}{more}"]
+
+
+# fmt: off
+UNREAD = (
+    "heic", "heif", "jxl", "psd", "svg", "tga", "ico", "eps", "exr", "hdr", "xcf", "raw", "dng", "cr2", "cr3",
+    "nef", "arw", "orf", "rw2", "raf", "j2k", "jpx", "qoi", "pcx", "dds",
+)
+# fmt: on
+
+
+def test_no_picture_of_another_format_is_left_out_silently(tmp_path):
+    write(tmp_path, {"a.png": png(), "a.txt": ""})
+    for suffix in (*UNREAD, *(suffix.upper() for suffix in UNREAD)):
+        write(tmp_path, {f"b.{suffix}": b""})
+        with pytest.raises(ValueError, match=rf"aren't read \(b\.{suffix}\)"):
+            open_source(tmp_path)
+        (tmp_path / f"b.{suffix}").unlink()
 
 
 def test_only_the_first_process_warns(tmp_path, said, monkeypatch):
@@ -295,5 +323,11 @@ def test_the_demo_is_the_same_every_time_and_starts_where_it_is_told():
         assert (a.key, a.caption) == (b.key, b.caption) and np.array_equal(a.image, b.image)
     assert first[0].image.size == (64, 64)
     assert first.describe() != later.describe()
+    # Without texture a scene has its masses, in few colours.
+    flat, whole = np.asarray(first.structure(1)), np.asarray(first[1].image)
+    colours = [len(np.unique(picture.reshape(-1, 3), axis=0)) for picture in (flat, whole)]
+    assert flat.shape == whole.shape and colours[0] < colours[1] / 2
+    assert np.abs(flat.astype(float) - whole).mean() < 40
+    assert np.array_equal(flat, later.structure(0))
     with pytest.raises(IndexError):
         first[3]

@@ -129,6 +129,25 @@ def test_pictures_that_pillow_has_made(mode):
     assert to_rgb(Image.new(mode, (3, 2))).mode == "RGB"
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1)])
+def test_one_pixel_is_enough(size):
+    found = read_picture(png(RED, size=size))
+    assert found.size == size and found.getpixel((0, 0)) == RED
+
+
+@pytest.mark.parametrize("given", [True, False, 2.0, 1e9, 0, -1, "many"])
+def test_a_limit_is_a_whole_number(given):
+    with pytest.raises(ValueError, match="max_pixels must be a positive whole number, got"):
+        read_picture(png(), max_pixels=given)
+
+
+def test_made_smaller_an_image_keeps_its_mean():
+    """Every pixel has its share: a fine pattern becomes grey, not whichever pixel is nearest."""
+    fine = np.indices((64, 96)).sum(0) % 2 * 255
+    fitted = np.asarray(fit_image(Image.fromarray(fine.astype(np.uint8)), 16, 24))
+    assert fitted.shape == (16, 24) and np.abs(fitted.astype(int) - 127).max() <= 3
+
+
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
 def test_an_animation_is_its_first_frame(kind):
     frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, GREEN, BLUE)]
@@ -226,6 +245,9 @@ def test_the_limit_of_pixels_is_the_users(monkeypatch):
         monkeypatch.setenv(MAX_PIXELS, nonsense)
         with pytest.raises(ValueError, match=f"{MAX_PIXELS} must be a positive whole number"):
             read_picture(data)
+    monkeypatch.setenv(MAX_PIXELS, "")  # as if it were not there
+    with pytest.raises(ValueError, match="limit is 100"):
+        read_picture(data)
     monkeypatch.delenv(MAX_PIXELS)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     assert read_picture(data).size == (20, 20)

@@ -402,8 +402,9 @@ def without(key):
 )
 def test_the_wrong_tensors_are_named_and_what_was_probably_meant(base, tmp_path, sol, change, message):
     save_file({k: v.contiguous() for k, v in change(sol).items()}, tmp_path / "sol.safetensors")
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match=message) as error:
         load(base, sol=tmp_path / "sol.safetensors", lune=LUNE)
+    assert str(error.value).startswith(str(tmp_path / "sol.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -439,6 +440,7 @@ def change_config(file: Path, **settings) -> None:
             "cross_attention_dim 768, but the text encoder's features have 128",
         ),
         ("vae", {"latent_channels": 16}, "VAE's latents have 16 channels"),
+        ("text_encoder", {"hidden_size": 64}, "128, but the text encoder's features have 64 channels"),
         ("unet", {"_class_name": "UNet3DConditionModel"}, "is a UNet3DConditionModel"),
         ("unet", {"norm_num_groups": 7}, "its config makes no UNet2DConditionModel"),
     ],

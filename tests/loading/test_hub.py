@@ -127,6 +127,26 @@ def test_what_is_asked_of_the_hub(monkeypatch):
         assert asked.pop() == ("owner/name", wanted)
 
 
+def test_what_is_replaced_is_not_downloaded(cache, monkeypatch):
+    """Of the base on the hub the configs, the shared parts and its own experts' files alone."""
+    from huggingface_hub import snapshot_download
+
+    asked = []
+
+    def asking(repo, *, allow_patterns, **arguments):
+        asked.extend(allow_patterns)
+        return snapshot_download(repo, allow_patterns=allow_patterns, **arguments)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", asking)
+    local = dict(cache_dir=cache, local_files_only=True)
+    for replaced in ({}, {"sol": experts_path() / "unet_sol"}):
+        asked.clear()
+        pipe = HybridPipeline.from_pretrained("owner/experts", **replaced, **local)
+        assert pipe.expert_names == ("sol", "lune")
+        parts = {pattern.partition("/")[0] for pattern in asked if pattern.endswith(".safetensors")}
+        assert parts >= {"vae", "text_encoder", "unet_lune"} and ("unet_sol" in parts) == (not replaced)
+
+
 def test_a_components_files():
     patterns = component_patterns("unet", "fp16")
     assert "unet/*.json" in patterns and "unet/diffusion_pytorch_model.fp16.safetensors" in patterns

@@ -64,6 +64,33 @@ def test_how_a_pipeline_happens_to_sample_is_not_how_it_was_trained(scheduler, k
     assert expert.path.alphas == pytest.approx(scheduler.alphas_cumprod.double().numpy() ** 0.5, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "PNDM",
+            "LMSDiscrete",
+            "EulerDiscrete",
+            "EulerAncestralDiscrete",
+            "KDPM2Discrete",
+            "UniPCMultistep",
+        ),
+        *("KDPM2AncestralDiscrete", "DEISMultistep", "DPMSolverSinglestep", "DPMSolverSDE"),
+    ],
+)
+def test_of_a_scheduler_that_only_samples_the_facts_of_training_are_kept(name):
+    """And where it leaves them out, diffusers' defaults of all of them."""
+    name = f"{name}Scheduler"
+    bare = training_config({"_class_name": name})
+    betas = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}
+    own = {"_class_name": "DPMSolverMultistepScheduler", "timestep_spacing": "trailing"}
+    assert bare == {**own, **betas}
+    facts = {"num_train_timesteps": 500, "beta_schedule": "scaled_linear", "beta_start": 0.001}
+    facts |= {"beta_end": 0.01, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    others = {"timestep_spacing": "leading", "trained_betas": None}
+    assert training_config({"_class_name": name, **facts, **others}) == {**own, **facts}
+
+
 def test_schedulers_the_planner_knows_stay_what_they_are():
     config = {**diffusers.DDIMScheduler().config, "_class_name": "DDIMScheduler"}
     assert training_config(config) == config

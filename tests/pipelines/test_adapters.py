@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from diffusers.utils import is_peft_available
 from safetensors.torch import save_file
 
@@ -102,6 +105,36 @@ def text_part(down: tuple[int, int]) -> dict[str, torch.Tensor]:
 
 
 @needs_peft
+def test_a_files_own_alpha_counts(tmp_path, update, by_hand, demo_pipeline):
+    """As PEFT's config in a file of diffusers says it: alpha 1 of rank 2 is half the strength."""
+    from peft import LoraConfig
+
+    config = LoraConfig(r=2, lora_alpha=1, target_modules=sorted(attention(demo_pipeline.unet_sol)))
+    layers = {key.removeprefix("unet."): tensor for key, tensor in update.items()}
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path, unet_lora_layers=layers, unet_lora_adapter_metadata=config.to_dict()
+    )
+    pipe = load()
+    pipe.load_lora_weights(tmp_path, expert="sol")
+    torch.testing.assert_close(pipe(**QUICK).images, by_hand[0.5], atol=1e-3, rtol=0)
+
+
+@needs_peft
+def test_a_fused_lora_may_be_scaled(update, by_hand, demo_pipeline):
+    half = text_part((2, 128))
+    pipe = load()
+    pipe.load_lora_weights({**update, **half}, expert="sol", adapter_name="bold", text_encoder=True)
+    pipe.fuse_lora(expert="sol", lora_scale=0.5)
+    own, plain = (p.text_encoder.state_dict() for p in (pipe, demo_pipeline))
+    (changed,) = [key for key in plain if not torch.equal(own[key], plain[key])]
+    assert changed.endswith("encoder.layers.0.self_attn.q_proj.weight")
+    a, b = half.values()
+    torch.testing.assert_close(own[changed], plain[changed] + 0.5 * b @ a)
+    pipe.text_encoder.load_state_dict(plain)
+    torch.testing.assert_close(pipe(**QUICK).images, by_hand[0.5], atol=1e-3, rtol=0)
+
+
+@needs_peft
 def test_the_shared_text_encoder_is_asked_about(update, demo_pipeline):
     both = {**update, **text_part((2, 128))}
     pipe = load()
@@ -179,6 +212,30 @@ def test_what_is_no_lora_or_not_there(tmp_path, update):
     pipe.load_lora_weights(update, expert="sol", adapter_name="bold")
     with pytest.raises(ValueError, match="sol has no adapter 'shy'; it has bold"):
         pipe.set_adapters("shy", expert="sol")
+
+
+class Payload:
+    """Leaves a trace when it is unpickled."""
+
+    def __init__(self, file) -> None:
+        self.file = file
+
+    def __reduce__(self):
+        return (Path.touch, (self.file,))
+
+
+@needs_peft
+@pytest.mark.parametrize("harmless", [True, False])
+@pytest.mark.parametrize("name", ["pytorch_lora_weights.bin", "style.pt", "style.safetensors"])
+def test_a_pickled_lora_is_refused_and_never_run(demo_pipeline, tmp_path, update, name, harmless):
+    """Also one that torch would read as tensors alone: it may be read as what isn't checked."""
+    trace = tmp_path / "trace"
+    torch.save(update if harmless else {**update, "more": Payload(trace)}, tmp_path / name)
+    for source, more in ((tmp_path / name, {}), (tmp_path, {}), (tmp_path, {"weight_name": name})):
+        with pytest.raises(CheckpointError) as error:
+            demo_pipeline.load_lora_weights(source, expert="sol", **more)
+        assert len(str(error.value).splitlines()) == 1
+    assert not trace.exists() and not getattr(demo_pipeline.unet_sol, "peft_config", {})
 
 
 FIRST = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight"

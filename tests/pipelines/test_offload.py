@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import shutil
 
 import pytest
@@ -205,6 +206,63 @@ def test_files_that_changed_underneath_are_noticed(tmp_path):
         pipe(PROMPTS[0], expert="lune", **QUICK)
 
 
+def held() -> int:
+    """Bytes on the CPU that some tensor still holds."""
+    gc.collect()
+    tensors = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
+    storages = [each.untyped_storage() for each in tensors if each.device.type == "cpu"]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_what_is_given_up_is_held_by_nobody(failing):
+    """After a run, or one that broke off, no tensor anywhere keeps an expert's weights in memory."""
+    pipe = load(offload="expert")
+    weights = pipe._expert_weights()
+    before = held()
+    with pipe._with_expert("sol"):
+        assert held() - before > 0.9 * weights["sol"].nbytes  # it is seen
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    with contextlib.suppress(KeyboardInterrupt):
+        pipe(PROMPTS[0], callback_on_step_end=fail if failing else None, **QUICK)
+    assert held() - before < 0.05 * weights["sol"].nbytes
+    pipe.set_offload("none")  # and with everything in memory there is one copy of it
+    both = weights["sol"].nbytes + weights["lune"].nbytes
+    assert 0.9 * both < held() - before < 1.05 * both
+
+
+def test_changed_weights_are_held_once():
+    """Without a file to read them from again they are kept on the host, and for good in the model alone."""
+    pipe, before = load(offload="expert"), held()
+    weights = pipe._expert_weights()
+    size = weights["sol"].nbytes
+    with pipe._with_expert("sol"), torch.no_grad():
+        for parameter in pipe.unet_sol.parameters():
+            parameter.mul_(0.99)
+    assert 0.9 * size < held() - before < 1.05 * size
+    for _ in range(2):
+        pipe(PROMPTS[0], **QUICK)
+        assert 0.9 * size < held() - before < 1.05 * size
+    both = size + weights["lune"].nbytes
+    pipe.set_offload("none")
+    assert held() - before < 1.05 * both
+    pipe.to(torch.bfloat16)  # and nobody keeps what was there before
+    assert held() - before < 0.55 * both
+
+
+def test_what_is_trained_and_what_is_not_stays_so():
+    pipe = load(offload="expert")
+    pipe.unet_sol.requires_grad_(False)
+    pipe.unet_sol.conv_in.requires_grad_(True)
+    pipe(PROMPTS[0], **QUICK)
+    with pipe._with_expert("sol"):
+        trained = [name for name, p in pipe.unet_sol.named_parameters() if p.requires_grad]
+        assert trained == ["conv_in.weight", "conv_in.bias"] and not pipe.unet_sol.training
+
+
 def test_an_error_leaves_no_expert_behind():
     pipe = load(offload="expert")
 
@@ -281,9 +339,12 @@ def test_a_prefetched_expert_is_used_only_after_its_copy_arrived(monkeypatch):
     weights = load(offload="expert")._expert_weights()["sol"]
     count, cpu = len(list(weights.model.parameters())), torch.device("cpu")
     weights.prefetch(cpu, Stream())
+    room[0] = int(1.05 * weights.nbytes)
+    weights.prefetch(cpu, Stream())
     assert log == []  # no room
     room[0] = 2 * weights.nbytes
     weights.prefetch(cpu, Stream())
+    weights.prefetch(cpu, Stream())  # again: it is on its way
     assert log == ["pinned"] * count + ["copied"] and not weights.resident
     weights.take(cpu)
     assert log[count:] == ["copied", "waited for the event", *["recorded"] * count] and weights.resident

@@ -66,6 +66,14 @@ def test_every_picture_of_a_list_is_fitted():
         start_pictures([Image.new("RGB", (4, 4)), np.full((4, 4, 3), np.nan)], 2)
 
 
+def test_edges_of_resized_floats_stay_between_black_and_white():
+    """A resampling that is sharp goes beyond them."""
+    edges = np.zeros((32, 32, 3), np.float32)
+    edges[:, 16:] = 1
+    pixels = pixels_of([edges], 20, 20)
+    assert pixels.min() == -1 and pixels.max() == 1
+
+
 def test_what_is_turned_or_see_through_is_shown_as_it_looks():
     picture = Image.new("RGBA", (40, 20), (0, 0, 0, 0))
     picture.getexif()[0x0112] = 6

@@ -51,6 +51,16 @@ def test_the_decay_has_its_share_and_the_run_ends_in_time(tmp_path, clock):
     assert pace.decay_start == steps - settled.lr_decay_steps and settled.lr_warmup_steps == 10
 
 
+def test_it_looks_at_the_clock_twice_a_second(tmp_path, clock):
+    pace = Pace(stable(tmp_path), clock.now - 5)
+    pace.begin(0, None, None)
+    clock.now += 0.49
+    assert pace.look(1, 10**9) is None and pace.decay_start is None
+    clock.now += 0.02
+    settled = pace.look(2, 10**9)
+    assert settled is not None and settled.max_train_steps == pace.decay_start == 2
+
+
 def test_slow_first_steps_do_not_count(tmp_path, clock):
     """A first step of 30 seconds, which compiles."""
     steps, _ = run(Pace(stable(tmp_path), clock.now + 100), clock, lambda step: 0.1 if step else 30.0)

@@ -16,6 +16,7 @@ from moe_sampler.training.averages import WeightAverage
 from moe_sampler.training.batches import BatchPlan
 from moe_sampler.training.noise_bins import NoiseBins
 from moe_sampler.training.optimization import learning_rate
+from moe_sampler.training.run_state import model_tensors, optimizer_tensors, set_tensors
 
 
 def test_draws_depend_on_the_place_alone():
@@ -99,6 +100,27 @@ def test_warmup_stable_decay_and_the_floor():
     floored = learning_rate(settings(lr_scheduler="cosine", lr_floor=0.25))
     assert floored(0) == pytest.approx(0.2)  # the warm-up begins below it
     assert min(floored(step) for step in range(20, 300)) == pytest.approx(0.5)
+
+
+def test_moments_come_back_in_the_layout_of_their_parameters():
+    """On which the rounding of AdamW depends."""
+
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 2, 3)).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model(torch.ones(1, 4, 6, 6)).square().sum().backward()
+    optimizer.step()
+    weights = {name: t.contiguous().clone() for name, t in model_tensors(model).items()}
+    moments = {name: t.contiguous().clone() for name, t in optimizer_tensors(model, optimizer).items()}
+    other = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 2, 3)).to(memory_format=torch.channels_last)
+    fresh = torch.optim.AdamW(other.parameters(), lr=0.1)
+    set_tensors(other, fresh, weights, moments, {name: t.shape for name, t in other.state_dict().items()})
+    for (name, parameter), found in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(parameter, found) and parameter.stride() == found.stride()
+        for moment in ("exp_avg", "exp_avg_sq"):
+            value = fresh.state[found][moment]
+            assert torch.equal(value, optimizer.state[parameter][moment]), name
+            assert value.stride() == found.stride()
+        assert fresh.state[found]["step"] == 1
 
 
 def test_losses_by_noise():

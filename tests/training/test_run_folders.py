@@ -132,5 +132,9 @@ def test_only_what_has_a_state_is_rotated_away(tmp_path):
         (tmp_path / f"checkpoint-{step}").mkdir()
     for step in (2, 3):
         (tmp_path / f"checkpoint-{step}" / "state.json").write_text("{}")
+    for left in (".checkpoint-4.partial", ".checkpoint-0.abc.removed"):
+        (tmp_path / left).mkdir()
+    (tmp_path / ".mine").mkdir()
     rotate(tmp_path, 1)
+    (tmp_path / ".mine").rmdir()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-3"]

@@ -152,3 +152,38 @@ def test_every_field_says_what_it_does(cls):
 def test_training_settings_are_checked(changes, message):
     with pytest.raises(ValueError, match=message):
         TrainingSettings(output_dir=Path("x"), **changes)
+
+
+WHOLE = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "noise_bins", "logging_steps")
+WHOLE += ("checkpointing_steps", "checkpoints_total_limit", "max_skipped", "lr_num_cycles")
+NOT_NEGATIVE = ("lr_warmup_steps", "lr_decay_steps", "dataloader_num_workers", "validation_steps", "seed")
+NOT_NEGATIVE += ("sample_steps", "max_grad_norm", "adam_weight_decay")
+POSITIVE, SHARES = ("learning_rate", "adam_epsilon", "lr_power"), ("adam_beta1", "adam_beta2", "ema_decay")
+QUICK = {"output_dir": Path("x"), "max_train_steps": 10, "lr_warmup_steps": 0}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, value) for name in WHOLE for value in (0, -1)),
+        *((name, value) for name in NOT_NEGATIVE for value in (-1, float("inf"), float("nan"))),
+        *((name, value) for name in POSITIVE for value in (0.0, -1e-9, float("inf"), float("nan"))),
+        *((name, value) for name in SHARES for value in (-0.01, 1.0, float("nan"))),
+        *(("lr_floor", value) for value in (-0.01, 1.01, float("nan"))),
+    ],
+)
+def test_every_number_has_its_range(name, value):
+    with pytest.raises(ValueError, match=rf"^{name} must .*, got {value}$"):
+        TrainingSettings(**{**QUICK, name: value})
+
+
+def test_what_lies_at_the_end_of_a_range_is_in_it():
+    TrainingSettings(**QUICK | dict.fromkeys(WHOLE, 1))
+    TrainingSettings(**QUICK | dict.fromkeys((*NOT_NEGATIVE, *SHARES, "lr_floor"), 0))
+    TrainingSettings(**QUICK | dict.fromkeys(POSITIVE, 1e-30) | dict.fromkeys(SHARES, 0.9999))
+    TrainingSettings(**QUICK | {"lr_floor": 1})
+    both = {"lr_scheduler": "warmup_stable_decay", "lr_warmup_steps": 4, "lr_decay_steps": 6}
+    assert TrainingSettings(**QUICK | both).lr_decay_steps == 6
+    for more in ("lr_warmup_steps", "lr_decay_steps"):
+        with pytest.raises(ValueError, match=r"are more than max_train_steps \(10\): lower them"):
+            TrainingSettings(**QUICK | both | {more: both[more] + 1})

@@ -6,11 +6,13 @@ import dataclasses
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -18,8 +20,17 @@ from PIL import Image
 from safetensors.torch import load_file
 from training_helpers import Points, digest, settings, train
 
-from moe_sampler.training import CheckpointError, Interrupted, NonFiniteError, SettingsError, Trainer
+from moe_sampler._files import MARK
+from moe_sampler.training import (
+    CheckpointError,
+    Draws,
+    Interrupted,
+    NonFiniteError,
+    SettingsError,
+    Trainer,
+)
 from moe_sampler.training import checkpoints as disk
+from moe_sampler.training.batches import BatchPlan
 from moe_sampler.training.distribution import new_accelerator
 
 HELPER = Path(__file__).with_name("training_helpers.py")
@@ -64,6 +75,8 @@ def test_it_learns_and_leaves_a_whole_folder(tmp_path):
     card = (folder / "README.md").read_text()
     for said in ("points on a circle", "learning_rate | 0.01", "validation loss", "steps | 300"):
         assert said in card
+    assert "\n## Results\n" in card
+    assert card.count("| | |\n|---|---|\n| ") == card.count("---|---") == 3  # tables as Markdown has them
     sheet = Image.open(folder / "samples" / "step-000300.png")
     assert sheet.size == (16, 16)  # three pictures of 8 pixels, two beside each other
     assert [path.name for path in disk.checkpoint_folders(folder)] == ["checkpoint-296", "checkpoint-300"]
@@ -105,6 +118,92 @@ def test_the_average_of_every_step_by_hand(tmp_path):
         torch.testing.assert_close(average.double(), expected, rtol=0, atol=1e-7)
 
 
+def logged(folder: Path) -> dict[int, dict]:
+    """The log's lines of training, by step."""
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return {record["step"]: record for record in records if "loss" in record}
+
+
+def test_a_line_of_the_log_is_the_mean_since_the_last_one(tmp_path):
+    train(tmp_path / "each", logging_steps=1)
+    train(tmp_path / "some", logging_steps=5)
+    each, some = logged(tmp_path / "each"), logged(tmp_path / "some")
+    assert list(each) == list(range(1, 13)) and list(some) == [5, 10, 12]
+    for last, steps in ((5, range(1, 6)), (10, range(6, 11)), (12, (11, 12))):
+        for name in ("loss", "velocity", "grad_norm"):
+            mean = sum(each[step][name] for step in steps) / len(steps)
+            assert some[last][name] == pytest.approx(mean, rel=1e-6)
+        assert some[last]["learning_rate"] == each[last]["learning_rate"]
+        # A batch's times are stratified, so each of the five parts has some samples of every few steps.
+        assert some[last]["by_noise"].keys() == {"0-0.2", "0.2-0.4", "0.4-0.6", "0.6-0.8", "0.8-1"}
+
+
+class Told(Points):
+    """Whose validations come to these losses, one after the other."""
+
+    def __init__(self, *losses: float, **settings) -> None:
+        super().__init__(**settings)
+        self.losses = iter(losses)
+
+    def validate(self, model) -> dict[str, float]:
+        return {"loss": next(self.losses)}
+
+
+def test_the_best_is_the_lowest_and_of_equals_the_first(tmp_path):
+    folder = tmp_path / "run"
+    best = lambda: json.loads((folder / "best" / "validation.json").read_text())  # noqa: E731
+    result = train(folder, Told(3.0, 1.0, 2.0, 1.0))
+    assert result["best"] == best() == {"step": 6, "loss": 1.0} and result["validation"] == {"loss": 1.0}
+    kept = (folder / "best" / "model.safetensors").read_bytes()
+    # A run that goes on knows what was best before.
+    result = train(folder, Told(1.5, 1.0), max_train_steps=18)
+    assert result["best"] == best() == {"step": 6, "loss": 1.0}
+    assert (folder / "best" / "model.safetensors").read_bytes() == kept
+    assert train(folder, Told(0.5), max_train_steps=21)["best"] == best() == {"step": 21, "loss": 0.5}
+    assert (folder / "best" / "model.safetensors").read_bytes() != kept
+
+
+ADAM = {"adam_beta1": 0.7, "adam_beta2": 0.8, "adam_epsilon": 0.3, "adam_weight_decay": 0.4}
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("norm", [0.0, 0.05, 1e6])
+def test_steps_by_hand(tmp_path, accumulation, norm):
+    """Mean of the micro-batches, clipped, AdamW with the settings' numbers, at the step's own rate."""
+    changes = {"max_train_steps": 5, "train_batch_size": 4, "gradient_accumulation_steps": accumulation}
+    changes |= {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 3, "max_grad_norm": norm, **ADAM}
+    train(tmp_path / "run", Points(dropout=0), **changes, checkpointing_steps=5, logging_steps=1)
+    task, size = Points(dropout=0), 4 * accumulation
+    trained = list(task.model.parameters())
+    optimizer = torch.optim.AdamW(trained, lr=0.0, betas=(0.7, 0.8), eps=0.3, weight_decay=0.4)
+    plan, losses, norms = BatchPlan(50, 4, accumulation, 1, seed=0), [], []
+    for step in range(5):
+        found = []
+        for micro in range(accumulation):
+            draws = Draws(0, step, range(4 * micro, 4 * micro + 4), size)
+            found.append(task.loss(task.model, task.data[plan.indices(step, micro, 0)], draws).loss)
+        losses.append(torch.stack(found).mean())
+        losses[-1].backward()
+        gradients = torch.cat([p.grad.flatten() for p in trained if p.grad is not None])
+        norms.append(gradients.norm())
+        for p in trained if norm else ():
+            if p.grad is not None:
+                p.grad *= min(1.0, norm / (float(norms[-1]) + 1e-6))
+        optimizer.param_groups[0]["lr"] = 1e-2 * min(1.0, (step + 1) / 3)
+        optimizer.step()
+        optimizer.zero_grad()
+    made = load_file(tmp_path / "run" / "checkpoint-5" / "model.safetensors")
+    for name, parameter in task.model.named_parameters():
+        torch.testing.assert_close(made[name], parameter.detach(), rtol=0, atol=1e-6, msg=name)
+    log = logged(tmp_path / "run")
+    assert list(log) == [1, 2, 3, 4, 5]
+    for step, (loss, length) in enumerate(zip(losses, norms, strict=True), 1):
+        assert log[step]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert log[step]["velocity"] == pytest.approx(loss.item(), rel=1e-5)
+        assert log[step]["grad_norm"] == pytest.approx(float(length), rel=1e-4)
+        assert log[step]["learning_rate"] == pytest.approx(1e-2 * min(1.0, step / 3))
+
+
 class PowerCut(BaseException):
     """What no one catches."""
 
@@ -133,6 +232,82 @@ def test_a_run_that_broke_off_resumes_to_the_same_bits(whole, tmp_path, step):
 
     # The same lines, each once.
     assert log(folder) == log(whole)
+
+
+class Restless(Points):
+    """Whose loss hangs on every global generator, and on what each of them keeps for its next call."""
+
+    def loss(self, model, batch, draws):
+        found = super().loss(model, batch, draws)
+        drawn = [random.random(), random.gauss(), np.random.rand(), np.random.randn(), torch.rand(()).item()]
+        return found._replace(loss=found.loss * (1 + sum(drawn[: 1 + draws.step % 5])))
+
+
+@pytest.mark.parametrize("step", [5, 8, 10])
+def test_what_draws_from_global_generators_resumes_to_the_same_bits(tmp_path, step):
+    random.seed(1), np.random.seed(2)
+    train(tmp_path / "whole", Restless())
+    with pytest.raises(PowerCut):
+        train(tmp_path / "run", Restless(hook=cut(step)))
+    random.seed(3), np.random.seed(4), torch.manual_seed(5)
+    train(tmp_path / "run", Restless())
+    assert digest(tmp_path / "run" / "checkpoint-12") == digest(tmp_path / "whole" / "checkpoint-12")
+
+
+class Late(Points):
+    """One of whose parameters is trained from the tenth step on."""
+
+    def loss(self, model, batch, draws):
+        found = super().loss(model, batch, draws)
+        more = (self.model.unused - 1).square().sum() if draws.step >= 9 else 0.0
+        return found._replace(loss=found.loss + more)
+
+
+def test_what_had_no_gradient_before_a_checkpoint_may_have_one_after_it(tmp_path):
+    train(tmp_path / "whole", Late())
+    with pytest.raises(PowerCut):
+        train(tmp_path / "run", Late(hook=cut(11)))
+    train(tmp_path / "run", Late())
+    assert digest(tmp_path / "run" / "checkpoint-12") == digest(tmp_path / "whole" / "checkpoint-12")
+    assert load_file(tmp_path / "run" / "checkpoint-12" / "model.safetensors")["unused"].min() > 0
+
+
+def test_at_any_moment_every_checkpoint_by_its_name_is_whole(tmp_path, monkeypatch):
+    """Seen before and after each call that changes the disk: nothing a kill leaves is by the name of one."""
+    folder, seen, passing = tmp_path / "run", [], set()
+
+    def look() -> None:
+        passing.update(path.name for path in folder.glob(".*") if path.name != MARK)
+        for path in disk.checkpoint_folders(folder):
+            files = disk.read_state(path)["files"]
+            assert len(files) == 4
+            for name in files:
+                disk._check_sum(path, name, disk.read_state(path))
+        seen.append(tuple(path.name for path in disk.checkpoint_folders(folder)))
+
+    def looking(original):
+        def call(*args, **kwargs):
+            look()
+            result = original(*args, **kwargs)
+            look()
+            return result
+
+        return call
+
+    for name in ("rename", "replace", "fsync", "unlink", "rmdir", "mkdir"):
+        monkeypatch.setattr(os, name, looking(getattr(os, name)))
+    train(folder, max_train_steps=8, checkpointing_steps=2)
+    monkeypatch.undo()
+    # What else it leaves, the next run sweeps away.
+    assert {name.split(".")[1] for name in passing} >= {"checkpoint-2", "best", "final", "settings"}
+    for name in passing:
+        (folder / name).mkdir()
+    train(folder, max_train_steps=8, checkpointing_steps=2)
+    assert [path.name for path in folder.glob(".*")] == [MARK]
+    kept = [("checkpoint-2",), ("checkpoint-2", "checkpoint-4")]
+    after = list(dict.fromkeys(seen))
+    assert after[:3] == [(), *kept] and after[-1] == ("checkpoint-6", "checkpoint-8")
+    assert all(len(names) >= 2 for names in after[2:])  # there is always one to go back to
 
 
 def test_a_killed_process_resumes_to_the_same_bits(whole, tmp_path):
@@ -249,11 +424,40 @@ def test_skipping_has_an_end(tmp_path):
         train(tmp_path / "run", Points(poison=range(50)), on_nonfinite="skip", max_skipped=3)
 
 
+def spoiled_at(*steps: int) -> Points:
+    """A task all of whose losses are NaN at these steps."""
+
+    def hook(step: int) -> None:
+        task.poison = set(range(50)) if step in steps else set()
+
+    task = Points(hook=hook)
+    return task
+
+
+def test_only_steps_in_a_row_count_towards_the_end(tmp_path):
+    result = train(tmp_path / "run", spoiled_at(1, 3, 4, 6, 9, 10), on_nonfinite="skip", max_skipped=3)
+    assert (result["step"], result["skipped"]) == (12, 6)
+    with pytest.raises(NonFiniteError, match=r"at step 4 .*3 such step\(s\) in a row"):
+        train(tmp_path / "other", spoiled_at(0, 2, 3, 4), on_nonfinite="skip", max_skipped=3)
+
+
+def test_skipped_steps_are_counted_on(tmp_path):
+    train(tmp_path / "run", spoiled_at(2, 5), on_nonfinite="skip", max_train_steps=8)
+    result = train(tmp_path / "run", spoiled_at(9), on_nonfinite="skip")
+    assert result["skipped"] == 3 and logged(tmp_path / "run")[12]["skipped"] == 3
+    assert logged(tmp_path / "run")[8]["skipped"] == 2
+
+
 def test_a_full_disk_is_an_error_before_training(tmp_path, monkeypatch):
+    """Weights, their average and two moments, for each checkpoint that is kept and the one being written."""
     usage = disk.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage._replace(free=100))
-    with pytest.raises(CheckpointError, match="GB left"):
-        Trainer(Points(), settings(tmp_path / "run"))
+    needed = 4 * 4 * sum(p.numel() for p in Points().model.parameters()) * 3
+    for free in (100, needed - 1):
+        monkeypatch.setattr(disk.shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
+        with pytest.raises(CheckpointError, match="GB left"):
+            Trainer(Points(), settings(tmp_path / "run"))
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage._replace(free=needed))
+    Trainer(Points(), settings(tmp_path / "run"))
 
 
 def test_a_save_that_fails_keeps_the_earlier_checkpoint(tmp_path, monkeypatch):

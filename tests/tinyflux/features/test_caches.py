@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy as copy_module
 import json
 import multiprocessing
 import os
@@ -22,6 +23,7 @@ from typer.testing import CliRunner
 from moe_sampler._files import MARK, claim
 from moe_sampler.cli.student import app
 from moe_sampler.data.folders import ImageFolder
+from moe_sampler.data.pictures import fit_image
 from moe_sampler.data.scenes import DemoScenes
 from moe_sampler.demo import experts_path
 from moe_sampler.errors import CheckpointError
@@ -33,7 +35,7 @@ from moe_sampler.tinyflux.features.cache_build import Teachers, build_cache
 from moe_sampler.tinyflux.features.cache_format import CacheError, Manifest
 from moe_sampler.tinyflux.features.cache_read import FeatureCache, MultiSource, at_time
 from moe_sampler.tinyflux.features.cache_shards import KIND, build_shards
-from moe_sampler.tinyflux.features.encoders import StudentEncoders, TextEncoder, find_t5
+from moe_sampler.tinyflux.features.encoders import StudentEncoders, TextEncoder, find_t5, load_vae
 from moe_sampler.tinyflux.features.extraction import ExpertFeatures
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -105,7 +107,62 @@ def test_a_cache_holds_what_the_encoders_and_experts_say(built, encoders, teache
     assert manifest["encoders"]["t5"] is None and manifest["encoders"]["text_states"] == "clip"
     assert manifest["settings"]["convention"] == "sample" and manifest["length"] == 10
     assert len({expert["fingerprint"] for expert in manifest["experts"].values()}) == 4
+    # Names of a format on disk: a cache is continued, and its experts are compared, by them.
+    about = {part: sorted(of) for part, of in (manifest["encoders"] | {"t5": {}, "text_states": {}}).items()}
+    assert about == {
+        "vae": ["class", "fingerprint", "scaling_factor", "shift_factor"],
+        "clip": ["class", "fingerprint", "max_length"],
+        "t5": [],
+        "text_states": [],
+    }
+    model, expert = ["class", "fingerprint"], ["fingerprint", "path", "timesteps"]
+    known = {part: sorted(of) for part, of in manifest["experts"].items()}
+    assert known == {"vae": model, "text_encoder": model, "sol": expert, "lune": expert}
     torch.testing.assert_close(cache.t_buckets, torch.tensor(BUCKETS))
+
+
+def test_a_samples_noise_has_the_seed_of_its_index(tmp_path, built, encoders, teachers):
+    build_cache(tmp_path / "cache", DemoScenes(3), encoders, teachers, **SETTINGS, seed=2)
+    cache, plain = FeatureCache(tmp_path / "cache"), FeatureCache(built)
+    latents = torch.stack([plain[i]["latents"] for i in range(3)])
+    assert torch.equal(cache.stacked("latents"), latents)
+    images = [fit_image(DemoScenes(3)[i].image, 32, 32) for i in range(3)]
+    captions = [cache.caption(i) for i in range(3)]
+    clean = encode_images(encoders.vae, images)
+    features = teachers.features(clean, captions, seeds=[2, 3, 4], t=BUCKETS)
+    assert torch.equal(cache.stacked("sol_maps"), features.sol_maps)
+    assert torch.equal(cache.stacked("lune"), features.lune.half())
+    assert not torch.allclose(cache.stacked("lune"), plain.stacked("lune")[:3], rtol=0.01)
+
+
+def test_experts_see_the_latents_of_their_own_vae(tmp_path, built, encoders, teachers):
+    other = copy_module.deepcopy(encoders.vae)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.3)
+    student = StudentEncoders(other, encoders.clip)
+    build_cache(tmp_path / "cache", DemoScenes(3), student, teachers, **SETTINGS)
+    ours, theirs = FeatureCache(tmp_path / "cache"), FeatureCache(built)
+    for index in range(3):
+        assert (ours[index]["latents"] - theirs[index]["latents"]).abs().max() > 0.1
+        for name in ("lune", "sol_stats", "sol_maps"):
+            assert torch.equal(ours[index][name], theirs[index][name])
+
+
+def test_a_preview_is_the_picture_made_small(tmp_path, encoders):
+    """As it lies: wider than high here, its longer side 64 pixels, red on the left and blue below."""
+    picture = Image.new("RGB", (96, 48), "red")
+    picture.paste("blue", (48, 24, 96, 48))
+
+    class One(DemoScenes):
+        def __getitem__(self, index):
+            return super().__getitem__(index)._replace(image=picture)
+
+    build_cache(tmp_path / "cache", One(1), encoders, None, height=48, width=96)
+    preview = FeatureCache(tmp_path / "cache").preview(0)
+    assert preview.dtype == torch.uint8 and preview.shape == (32, 64, 3)
+    places = [preview[y, x].tolist() for y, x in ((4, 4), (28, 4), (4, 60), (28, 60))]
+    assert places == [[255, 0, 0]] * 3 + [[0, 0, 255]]
 
 
 def test_items_are_copies_and_shards_are_mapped(built):
@@ -326,6 +383,9 @@ def test_changed_settings_are_refused_with_what_changed(copy, built, encoders, t
         build_cache(copy, DemoScenes(10), encoders, swapped, **SETTINGS)
     with pytest.raises(CacheError, match="experts"):
         build_cache(copy, DemoScenes(10), encoders, None, **SETTINGS)
+    shorter = TextEncoder(encoders.clip.model, encoders.clip.tokenizer, 20)
+    with pytest.raises(CacheError, match=r"encoders\.clip\.max_length: 32, now 20"):
+        build_cache(copy, DemoScenes(10), StudentEncoders(encoders.vae, shorter), teachers, **SETTINGS)
     assert contents(copy) == before
 
 
@@ -390,15 +450,42 @@ def test_a_shard_damaged_while_building_is_named(copy, encoders, teachers):
         build_cache(copy, DemoScenes(10), encoders, teachers, **SETTINGS)
 
 
+def test_records_of_another_shard_are_refused(tmp_path):
+    """A record counts for the shard by whose name it lies, whole and with its very samples."""
+    build_simple(tmp_path / "whole")
+    folder = Path(shutil.copytree(tmp_path / "whole", tmp_path / "cache"))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"shards": []}))
+    first, second, _ = manifest["shards"]
+    for record in (second, first | {"first": 4}, first | {"length": 3}, first | {"file": second["file"]}):
+        claim(folder / "building", KIND)
+        (folder / "building" / "shard-00000.json").write_text(json.dumps(record))
+        with pytest.raises(CacheError, match=r"shard-00000\.json describes another shard: delete it"):
+            build_simple(folder)
+    for text in ("{", "[]", json.dumps(first | {"bytes": "many"})):
+        (folder / "building" / "shard-00000.json").write_text(text)
+        with pytest.raises(CacheError, match=r"shard-00000\.json (is damaged|describes).*delete it"):
+            build_simple(folder)
+    (folder / "building" / "shard-00000.json").unlink()
+    build_simple(folder)
+    assert contents(folder) == contents(tmp_path / "whole")
+
+
 def test_manifests_are_checked(copy, tmp_path):
     file = copy / "manifest.json"
     manifest = json.loads(file.read_text())
+    given = manifest["settings"]
     for change, message in (
         ({"schema": 2}, "schema version 2"),
         ({"shards": manifest["shards"][::-1]}, "out of order at shard-00002"),
         ({"shards": manifest["shards"][:2]}, "8 samples instead of 10"),
         ({"shards": []}, "not finished"),
         ({"shards": [{}]}, "damaged"),
+        ({"length": 0}, "damaged"),
+        ({"length": 2**40}, "damaged"),
+        *(({"settings": given | {"shard_size": size}}, "damaged") for size in (0, -4, 2**31, True)),
+        ({"settings": {k: v for k, v in given.items() if k != "shard_size"}}, "damaged"),
+        ({"settings": {k: v for k, v in given.items() if k != "t_buckets"}}, "damaged"),
     ):
         file.write_text(json.dumps(manifest | change))
         with pytest.raises(CacheError, match=message):
@@ -647,6 +734,20 @@ def test_flux_vaes_have_a_scale_and_a_shift_and_t5_its_own_states(tmp_path, enco
     # A component's own folder, with its tokenizer beside it, serves as well.
     alone = TextEncoder.load(T5EncoderModel, tmp_path / "flux" / "text_encoder_2", 20)
     torch.testing.assert_close(alone([caption]).states[0], states)
+
+
+def test_encoders_of_half_precision_files_compute_in_float32(tmp_path, demo_pipeline):
+    """Or in their own, as they are told; what they say is float32 either way."""
+    for part in ("vae", "text_encoder"):
+        copy_module.deepcopy(getattr(demo_pipeline, part)).half().save_pretrained(tmp_path / part)
+    demo_pipeline.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    assert load_vae(tmp_path / "vae", torch_dtype=torch.bfloat16).dtype == torch.bfloat16
+    loaded = StudentEncoders.load(tmp_path / "vae", tmp_path / "text_encoder")
+    models = (loaded.vae, loaded.clip.model)
+    assert {p.dtype for model in models for p in model.parameters()} == {torch.float32}
+    for dtype in (torch.float32, torch.bfloat16):
+        text = loaded.to(dtype).text(["a castle"])
+        assert text.states.dtype == text.pooled.dtype == torch.float32 and text.mask.dtype == torch.bool
 
 
 def test_the_command(tmp_path):

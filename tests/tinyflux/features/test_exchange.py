@@ -60,6 +60,8 @@ def test_the_four_files_as_upstream_reads_them(tmp_path):
     assert [tuple(sol[name].shape) for name in ("stats", "spatial")] == [(7, 10, 3), (7, 10, 8, 8)]
     assert encodings["dtype"] == lune["dtype"] == torch.float16 and sol["dtype"] == torch.float32
     assert encodings["prompts"] == [f"prompt {i} ü" for i in range(7)]
+    halves = (encodings["latents"], encodings["t5_embeds"], encodings["clip_pooled"], lune["features"])
+    assert {tensor.dtype for tensor in halves} == {torch.float16}
     for file in (lune, sol):
         torch.testing.assert_close(file["t_buckets"], torch.linspace(0.05, 0.95, 10))
     for i in range(7):

@@ -12,11 +12,13 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 
 from bench.counting import peak_memory
+from moe_sampler import HybridPipeline
 from moe_sampler.architectures.unet import UNET
 from moe_sampler.demo.autoencoder import to_model
 from moe_sampler.demo.data import HELD_OUT_FIRST
 from moe_sampler.demo.scenes import draw_scene, render
 from moe_sampler.kernels import philox_normal
+from moe_sampler.sampling.paths import FlowPath
 from moe_sampler.tinyflux.features.capture import CaptureError
 from moe_sampler.tinyflux.features.extraction import T_BUCKETS, ExpertFeatures
 
@@ -34,6 +36,17 @@ def latents(demo_pipeline) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def demo(demo_pipeline) -> ExpertFeatures:
     return ExpertFeatures.from_pipeline(demo_pipeline)
+
+
+def test_a_pipelines_experts_have_the_paths_of_their_schedulers(demo_pipeline):
+    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    told = DDPMScheduler(**betas, prediction_type="v_prediction", clip_sample=False)
+    pipe = HybridPipeline(**{**demo_pipeline.components, "scheduler_sol": told}, experts=["sol", "lune"])
+    found = ExpertFeatures.from_pipeline(pipe)
+    assert found.sol_path.alphas == pytest.approx(told.alphas_cumprod.double().sqrt().numpy(), rel=1e-5)
+    assert found.lune_path == ExpertFeatures.from_pipeline(demo_pipeline).lune_path == FlowPath()
+    assert found.teachers == ("sol", "lune") and found.encode_prompt(["a castle"]).shape[0] == 1
+    assert ExpertFeatures.from_pipeline(pipe, ("lune",)).teachers == ("lune",)
 
 
 class ScoresProcessor(AttnProcessor):

@@ -196,6 +196,14 @@ def test_sols_map_weighs_pixels_where_there_is_one(student, batch, kind):
     near(found.loss, (weight[:, None] * error).mean())
 
 
+def test_a_map_of_zeros_is_no_division_by_zero(student, batch):
+    """It says that no pixel matters: what is left is the share that it doesn't weigh."""
+    empty = {**batch, "sol_map": torch.zeros_like(batch["sol_map"])}
+    velocity = loss_of(student, batch, plain()).terms["velocity"]
+    found = loss_of(student, empty, plain(sol_weight_map=0.75))
+    near(found.loss, 0.25 * velocity)
+
+
 @pytest.mark.parametrize("kind", ["cosine", "mse", "huber"])
 def test_lunes_features(student, batch, kind):
     objective = plain(lune_weight=0.5, lune_loss=kind, huber_delta=0.4, lune_warmup_steps=40)

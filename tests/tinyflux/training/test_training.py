@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from moe_sampler.cli import app
 from moe_sampler.kernels import philox_normal
 from moe_sampler.tinyflux import FeatureCache, LiveTeachers, ObjectiveSettings, TinyFlux
-from moe_sampler.tinyflux.training.run import new_task, train
+from moe_sampler.tinyflux.training.run import _check_data, new_task, train
 from moe_sampler.tinyflux.training.settings import StudentSettings
 from moe_sampler.training import Draws, SettingsError
 from moe_sampler.training.settings import from_tables, help_of, to_tables
@@ -171,6 +171,12 @@ def test_validation_is_the_velocitys_error_on_held_out_samples(cache, tmp_path):
     assert found["noise 0.3"] == pytest.approx(expected, rel=1e-5)
     assert found["loss"] == pytest.approx(expected, rel=1e-5)
     assert found == task.validate(task.model)
+    for size in (1, 3):  # a sample's noise is its own, whatever it is computed with
+        task.validation_batch_size = size
+        assert task.validate(task.model) == pytest.approx(found, rel=1e-5)
+    for nothing in (None, []):
+        task.held_out = nothing
+        assert task.validate(task.model) == {} and task.describe()["held-out samples"] == 0
 
 
 @pytest.mark.parametrize("kind", ["DDP", "FSDP"])
@@ -208,6 +214,30 @@ def test_two_processes_train_as_one(cache, tmp_path, kind):
     more = {"max_train_steps": steps + 1, "train_batch_size": 4}
     continued = settings(cache, tmp_path / "two", training=shared | more, **changes)
     assert train(continued, quiet=True)["step"] == steps + 1
+
+
+SIZES = {
+    "latents": ("in_channels", 1),
+    "prompt_embeds": ("joint_attention_dim", -1),
+    "pooled_prompt_embeds": ("pooled_projection_dim", -1),
+    "lune": ("lune_expert_dim", -1),
+    "sol_maps": ("sol_spatial_size", -1),
+}
+
+
+def test_every_size_of_a_cache_is_the_students(cache, tmp_path):
+    model = new_task(settings(cache, tmp_path / "run")).model
+    for name, (setting, axis) in SIZES.items():
+        data = FeatureCache(cache, verify=False)
+        data.shapes = {name: [*shape] for name, shape in data.shapes.items()}
+        _check_data(model, data)
+        data.shapes[name][axis] += 1
+        wrong, right = data.shapes[name][axis], model.config[setting]
+        said = rf"has {name} of {wrong}, but the student's {setting} is {right}: choose the preset"
+        with pytest.raises(SettingsError, match=said):
+            _check_data(model, data)
+        del data.shapes[name]  # what a cache doesn't have fits
+        _check_data(model, data)
 
 
 @pytest.mark.parametrize(
