@@ -11,7 +11,7 @@ dtype is a torch.dtype, which upstream can hand to `.to` as it is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ FILES = ("encodings.pt", "lune.pt", "sol.pt", "meta.pt")
 
 
 def export_upstream(cache: FeatureCache, folder: str | Path, *, name: str | None = None) -> list[Path]:
-    """Write upstream's files, each whole or not at all.
+    """Write upstream's files, all of them or none.
 
     The text mask has no place in them. Without one of the experts its file is left out.
 
@@ -46,18 +46,30 @@ def export_upstream(cache: FeatureCache, folder: str | Path, *, name: str | None
 
     Raises:
         CacheError: one of the files is there already.
+        OSError: one can't be written.
     """
     folder = Path(folder)
     there = [str(folder / file) for file in FILES if (folder / file).exists()]
     if there:
         raise CacheError(f"{', '.join(there)} exist already: give another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
+    written: list[Path] = []
 
     def write(file: str, values: dict[str, Any]) -> None:
         write_whole(folder / file, lambda path: torch.save(values, path))
         written.append(folder / file)
 
+    try:
+        _write_all(cache, write, cache.folder.resolve().name if name is None else name)
+    except BaseException:
+        # A part of the set would be in the way of the next try, and upstream would take it for all.
+        for path in written:
+            path.unlink(missing_ok=True)
+        raise
+    return written
+
+
+def _write_all(cache: FeatureCache, write: Callable[[str, dict[str, Any]], None], name: str) -> None:
     latents = cache.stacked("latents")
     write(
         "encodings.pt",
@@ -76,8 +88,7 @@ def export_upstream(cache: FeatureCache, folder: str | Path, *, name: str | None
     if cache.has_sol:
         stats, spatial = cache.stacked("sol_stats"), cache.stacked("sol_maps")
         write("sol.pt", {"stats": stats, "spatial": spatial, "t_buckets": buckets, "dtype": stats.dtype})
-    write("meta.pt", {"name": cache.folder.resolve().name if name is None else name})
-    return written
+    write("meta.pt", {"name": name})
 
 
 def import_upstream(
