@@ -19,7 +19,7 @@ from moe_sampler.tinyflux import TinyFlux, TinyFluxConfig
 from moe_sampler.training.run_folder import RunFolder
 
 sys.path.insert(0, str(Path(__file__).parent / "training"))
-from training_helpers import Points  # noqa: E402
+from training_helpers import Points
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

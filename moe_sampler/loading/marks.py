@@ -2,7 +2,8 @@
 
 The marks are those of ModelSpec (`modelspec.*`), of sd-scripts (`ss_*`), of ComfyUI (tensors `v_pred` and
 `ztsnr`) and of a scheduler's or a trainer's settings (`prediction_type`, `parameterization`, ...), which
-torch files carry beside the weights. They are compared with what a config, a flag or a name says of the model; on their own, they count.
+torch files carry beside the weights. They are compared with what a config, a flag or a name says of the
+model; on their own, they count.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from .._readers import check_regular
 from ..errors import CheckpointError, first_line, listed
 from .hub import SUFFIXES
 
@@ -46,6 +47,7 @@ def read_safetensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str
     Raises:
         CheckpointError: damaged, truncated or of another format.
     """
+    check_regular(file)
     try:
         with safe_open(file, framework="pt") as opened:
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
@@ -60,6 +62,7 @@ def header(file: Path) -> tuple[dict[str, str], list[str]]:
     Raises:
         CheckpointError: damaged, truncated or of another format.
     """
+    check_regular(file)
     try:
         with safe_open(file, framework="pt") as opened:
             return opened.metadata() or {}, list(opened.keys())
@@ -78,6 +81,7 @@ def read_torch(file: Path) -> Any:
     Raises:
         CheckpointError: damaged, of another format, or with anything in it but data.
     """
+    check_regular(file)
     _refuse_disguised(file)
     try:
         # Only the zip format, torch's since 1.6, can be mapped.

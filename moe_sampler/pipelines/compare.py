@@ -134,8 +134,8 @@ def compare(
     def so_far() -> Comparison:
         return Comparison(titles, notes, tuple(map(tuple, made)), rows, plans)
 
+    size = batch_size or len(asked)
     for own, column in zip(plans, made, strict=True):
-        size = batch_size or len(asked)
 
         def take(index: int, image: Image.Image, column: list[Image.Image | None] = column) -> None:
             column[index] = image

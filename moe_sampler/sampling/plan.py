@@ -202,7 +202,9 @@ class SamplingPlan:
         if again is None:
             return
         if len(again) != len(self):
-            raise ValueError(f"it has {len(self)} steps, but its made_from compiles to {len(again)}: plan anew")
+            raise ValueError(
+                f"it has {len(self)} steps, but its made_from compiles to {len(again)}: plan anew"
+            )
         for index, (own, other) in enumerate(zip(self.steps, again.steps, strict=True)):
             name = _difference(own, other)
             if name is not None:

@@ -103,7 +103,7 @@ class Recipe:
 
 
 def path_data(path: Path) -> dict[str, Any]:
-    """A path's class as "type" and what it is made of; of a class that isn't this package's, its name only."""
+    """A path's class as "type" and what it is made of; of a class that isn't this package's, its name."""
     if isinstance(path, FlowPath):
         return {"type": "FlowPath", **dataclasses.asdict(path)}
     if isinstance(path, VPPath):

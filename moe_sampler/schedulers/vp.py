@@ -58,8 +58,8 @@ class VPScheduler(FusedScheduler):
         abar = self.alphas_cumprod.double().numpy()
         if not abar.size or not (self.betas > 0).all() or not (abar >= 0).all():
             raise ValueError(
-                f"{type(self).__name__} does not support {self._said_of_betas()}: betas must be positive, and "
-                "below 1 while any signal is left"
+                f"{type(self).__name__} does not support {self._said_of_betas()}: betas must be positive, "
+                "and below 1 while any signal is left"
             )
         # Betas far larger than usual leave float32's range before the last timestep. What is below it is a
         # signal all the same, which clipping x0 makes use of; only a beta of 1 leaves none.

@@ -64,12 +64,18 @@ BENT = VPPath((*VPPath.linear().betas[:500], *(beta * 1.01 for beta in VPPath.li
     ("call", "message"),
     [
         (dict(plan=plan(Expert.lune(name="luna"), steps=2)), "calls luna, but the experts are sol, lune"),
-        (dict(plan=plan(Expert.sd15(name="sol"), steps=2)), "made for another sol: it predicts epsilon there"),
+        (
+            dict(plan=plan(Expert.sd15(name="sol"), steps=2)),
+            "made for another sol: it predicts epsilon there",
+        ),
         (dict(plan=whole(sol={"prediction": "epsilon"})), "another sol: .* this sol predicts v_prediction"),
         (dict(plan=whole(sol={"path": VPPath.linear(end=0.0200001)})), "beta_end = 0.0200001 there"),
         (dict(plan=whole(sol={"path": VPPath.linear(num_train_timesteps=999)})), "timesteps = 999 there"),
         (dict(plan=whole(sol={"path": BENT})), "of 1000 trained betas there, and this sol's is beta_sch"),
-        (dict(plan=plan(dataclasses.replace(Expert.sol(), path=BENT), noise_levels=(0.5, 0.2))), "sol: its noise path is of 1000 tr"),
+        (
+            dict(plan=plan(dataclasses.replace(Expert.sol(), path=BENT), noise_levels=(0.5, 0.2))),
+            "sol: its noise path is of 1000 tr",
+        ),
         (dict(plan=whole(lune={"path": FlowPath(500.0)})), "timestep_scale = 500.0 there, and this lune's"),
         (dict(plan=bare(whole(lune={"path": FlowPath(500.0)}))), "timestep or prediction type is not the"),
         (dict(plan=bare(whole(sol={"prediction": "epsilon"}))), "timestep or prediction type is not the"),

@@ -181,12 +181,12 @@ def edits():
 def test_what_was_changed_is_noticed_even_under_a_new_digest(edit):
     body = json.loads(WHOLE.to_json())
     edit(body)
-    with pytest.raises(ValueError, match="damaged: .*made_from") as error:
+    with pytest.raises(ValueError, match=r"damaged: .*made_from") as error:
         SamplingPlan.from_json(forged(body))
     assert len(str(error.value).splitlines()) == 1
     # Whoever means it says so: without a recipe the coefficients speak for themselves.
     body["made_from"] = None
-    if not body["steps"][3]["row"]["clip"] == 0.125:
+    if body["steps"][3]["row"]["clip"] != 0.125:
         assert SamplingPlan.from_json(forged(body)).made_from is None
 
 
