@@ -270,8 +270,9 @@ def _shape(tensor: torch.Tensor) -> str:
 
 def _refused(error: pickle.UnpicklingError) -> str:
     """What torch refused to build, out of its long message."""
-    found = re.search(r"GLOBAL (\S+)|WeightsUnpickler error: (.+)", str(error))
-    return next(filter(None, found.groups())) if found else first_line(error)
+    said = str(error)
+    found = re.search(r"GLOBAL (\S+)", said) or re.search(r"WeightsUnpickler error: (.+)", said)
+    return found[1] if found else first_line(error)
 
 
 def _refuse_disguised(file: Path) -> None:
