@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from .._numbers import whole
-from ..pipelines.choices import MAX_IMAGES
+from ..pipelines.choices import MAX_IMAGES, MAX_PROMPT
 from .options import OutputOptions
 from .settings import merged
 
@@ -42,6 +42,10 @@ class Pictures:
         if not self.prompts:
             nothing = ", which this image has none of" if options.like else ", or --like IMAGE"
             raise ValueError("give a prompt" + nothing)
+        for prompt in self.prompts:
+            if len(prompt) > MAX_PROMPT or "\0" in prompt:
+                what = "a NUL" if "\0" in prompt else f"{len(prompt):,} characters, more than {MAX_PROMPT:,}"
+                raise ValueError(f"a prompt has {what}: it is no text that an image can be described by")
         most = MAX_IMAGES // len(self.prompts)
         whole("images per prompt", options.images, most)
         self.settings = {"seed": 0} | merged(previous, {"seed": options.seed, "zoom": options.zoom})

@@ -9,6 +9,7 @@ __all__ = [
     "CONVENTIONS",
     "DTYPES",
     "MAX_IMAGES",
+    "MAX_PROMPT",
     "MAX_SIDE",
     "OFFLOADS",
     "OUTPUT_TYPES",
@@ -28,6 +29,8 @@ MAX_IMAGES = 10_000
 """Of one call, which holds the latents of them all."""
 MAX_SIDE = 16_384
 """Of an image that is made, in pixels: attention's work grows with the fourth power of it."""
+MAX_PROMPT = 100_000
+"""Characters: a text encoder takes some hundred."""
 DTYPES = ("float32", "float16", "bfloat16")
 """Number formats of models, as torch calls them."""
 
