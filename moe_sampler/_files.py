@@ -32,8 +32,10 @@ __all__ = [
     "sole_user",
     "sweep",
     "to_disk",
+    "whole_folder",
     "write_text",
     "write_whole",
+    "writing",
 ]
 
 MARK = ".moe-sampler"
@@ -71,12 +73,34 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(temporary, path)
         temporary = None
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is each of these to some library
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise OSError(f"{path} cannot be written: {reason}") from error
+        raise _cannot_be_written(path, error) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
     to_disk(path.parent)
+
+
+_CANNOT = " cannot be written: "
+
+
+def _cannot_be_written(path: Path, error: Exception) -> OSError:
+    reason = getattr(error, "strerror", None) or first_line(error)
+    if "inline_container" in reason:  # torch.save keeps the system's own reason to itself
+        reason = "it ended in the middle. Is the disk full?"
+    return OSError(f"{path}{_CANNOT}{reason.rpartition(_CANNOT)[2]}")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Where several files are written to become `path`, whatever goes wrong names it.
+
+    Raises:
+        OSError: one line, in place of what a library says of a full disk.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise _cannot_be_written(path, error) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -133,7 +157,7 @@ def claim(folder: Path, kind: str, names: Sequence[str] = ("*",)) -> None:
     check_ours(folder, kind, names)
     folder.mkdir(parents=True, exist_ok=True)
     if not is_ours(folder.resolve(), kind):
-        with _open_mark(folder) as file:
+        with writing(folder / MARK), _open_mark(folder) as file:
             file.write(f"{kind}\n".encode())
 
 
@@ -204,3 +228,28 @@ def replace_folder(new: Path, path: Path) -> None:
     else:
         new.rename(path)
         to_disk(path.parent)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A new folder to write to, whose files get their places in the folder `path` afterwards, over those that
+    have their names there; if anything goes wrong, none does.
+
+    Raises:
+        OSError: it can't be written; the error names `path`.
+    """
+    path = path.resolve()
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial"))
+        try:
+            yield partial
+            files = sorted(file for file in partial.rglob("*") if not file.is_dir())
+            for file in files:
+                to_disk(file)
+            for file in files:
+                own = path / file.relative_to(partial)
+                own.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(file, own)
+        finally:
+            remove(partial)

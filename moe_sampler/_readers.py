@@ -19,7 +19,15 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from .errors import CheckpointError
 
-__all__ = ["parse_json", "read_json", "read_regular", "read_toml", "typed"]
+__all__ = [
+    "check_regular",
+    "parse_json",
+    "read_json",
+    "read_regular",
+    "read_toml",
+    "regular_bytes",
+    "typed",
+]
 
 T = TypeVar("T")
 
@@ -28,10 +36,22 @@ _DEEPEST = 64
 
 
 def read_regular(path: Path, error: type[ValueError] = CheckpointError, most: int = MOST_BYTES) -> str:
-    """A file's text, UTF-8. A pipe or device isn't waited for.
+    """A file's text, UTF-8.
 
     Raises:
-        error: it isn't there, is no regular file, is larger than `most` bytes, or is no UTF-8.
+        error: as `regular_bytes`, or it is no UTF-8.
+    """
+    try:
+        return regular_bytes(path, error, most).decode("utf-8-sig")
+    except UnicodeDecodeError as problem:
+        raise error(f"{path} cannot be read: it is no UTF-8 ({problem.reason})") from None
+
+
+def regular_bytes(path: Path, error: type[ValueError] = CheckpointError, most: int = MOST_BYTES) -> bytes:
+    """What is in a file. A pipe or device isn't waited for.
+
+    Raises:
+        error: it isn't there, is no regular file, or is larger than `most` bytes.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -42,13 +62,22 @@ def read_regular(path: Path, error: type[ValueError] = CheckpointError, most: in
         with os.fdopen(descriptor, "rb") as file:
             if status.st_size > most:
                 raise error(f"{path} cannot be read: its {status.st_size:,} bytes are more than {most:,}")
-            return file.read(most + 1).decode("utf-8-sig")
-    except UnicodeDecodeError as problem:
-        raise error(f"{path} cannot be read: it is no UTF-8 ({problem.reason})") from None
+            return file.read(most + 1)
     except (OSError, ValueError) as problem:  # ValueError: a NUL in the name
         if isinstance(problem, error):
             raise
         raise error(f"{path} cannot be read: {getattr(problem, 'strerror', None) or problem}") from None
+
+
+def check_regular(path: Path, error: type[ValueError] = CheckpointError) -> None:
+    """Raise `error` unless a library may open it and read on: a pipe would keep it waiting."""
+    try:
+        if stat.S_ISREG(path.stat().st_mode):
+            return
+        reason = "it is not a regular file"
+    except (OSError, ValueError) as problem:
+        reason = getattr(problem, "strerror", None) or str(problem)
+    raise error(f"{path} cannot be read: {reason}")
 
 
 def parse_json(text: str, where: object, error: type[ValueError] = CheckpointError) -> Any:

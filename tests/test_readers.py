@@ -1,9 +1,14 @@
 """Whatever a file holds: the right value, or one error of one line that names it."""
 
+import copy
+import io
 import json
 import os
+import uuid
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, seed
 from hypothesis import settings as trying
 from hypothesis import strategies as st
@@ -12,10 +17,16 @@ from PIL.PngImagePlugin import PngInfo
 
 from moe_sampler import Boundary, Expert, SamplingPlan, plan
 from moe_sampler._readers import parse_json, read_json, read_regular, read_toml
+from moe_sampler.data import digests
+from moe_sampler.data.metadata import read_metadata
+from moe_sampler.demo.data import SceneSet
 from moe_sampler.demo.record import RunRecord
+from moe_sampler.demo.words import Words, read_words, write_words
 from moe_sampler.errors import CheckpointError
 from moe_sampler.loading.folders import check_sizes, read_config, read_model_index
-from moe_sampler.tinyflux.features.cache_format import Manifest, ShardRecord, read_manifest
+from moe_sampler.loading.state_dicts import read_tensors
+from moe_sampler.tinyflux.features.cache_format import CacheError, Manifest, ShardRecord, read_manifest
+from moe_sampler.tinyflux.features.exchange import import_upstream
 from moe_sampler.tinyflux.model.config import TinyFluxConfig
 from moe_sampler.training.checkpoints import read_state
 from moe_sampler.training.settings import SettingsError, from_tables
@@ -210,3 +221,216 @@ def test_absurd_sizes_are_refused_before_anything_is_made_of_them(tmp_path):
         with pytest.raises(CheckpointError, match="which is refused"):
             check_sizes(config, "config.json")
     check_sizes({"layers_per_block": 2, "vocab_size": 250_000, "layer_norm_eps": 1e-5}, "config.json")
+
+
+# What users and other programs put beside the package's own files.
+
+
+def one_error(problem: Exception, path) -> None:
+    assert str(path) in str(problem), problem
+    assert len(str(problem).splitlines()) == 1, problem
+
+
+def spoiled(data: bytes) -> st.SearchStrategy[bytes]:
+    """A file with bytes changed, cut off, or put in; or any bytes."""
+    places = st.integers(0, len(data) - 1)
+    return (
+        st.binary(max_size=40)
+        | places.map(lambda at: data[:at])
+        | st.tuples(places, st.binary(min_size=1, max_size=4)).map(
+            lambda change: data[: change[0]] + change[1] + data[change[0] + len(change[1]) :]
+        )
+        | st.tuples(places, st.binary(min_size=1, max_size=4)).map(
+            lambda change: data[: change[0]] + change[1] + data[change[0] :]
+        )
+    )
+
+
+UPSTREAM = {
+    "encodings.pt": {
+        "latents": torch.zeros(2, 4, 2, 2, dtype=torch.float16),
+        "t5_embeds": torch.zeros(2, 3, 5),
+        "clip_pooled": torch.zeros(2, 5),
+        "prompts": ["a", "b"],
+        "dtype": torch.float16,
+    },
+    "lune.pt": {"features": torch.zeros(2, 3, 8), "t_buckets": torch.tensor([0.1, 0.5, 0.9])},
+    "sol.pt": {
+        "stats": torch.zeros(2, 3, 3),
+        "spatial": torch.zeros(2, 3, 8, 8),
+        "t_buckets": [0.1, 0.5, 0.9],
+    },
+    "meta.pt": {"name": "castles"},
+}
+_tensors = st.sampled_from(
+    [
+        torch.zeros(()),
+        torch.zeros(2, 3, dtype=torch.int64),
+        torch.zeros(2, 4, 2, 2, dtype=torch.complex64),
+        torch.full((2, 5), float("nan")),
+        torch.zeros(0, 3, 5),
+        torch.zeros(1).expand(10**9, 4, 64, 64),
+        torch.zeros(2, 3, 5).to_sparse(),
+        torch.zeros(2, 4, 2, 2, device="meta"),
+        torch.zeros(2, 5, dtype=torch.float8_e4m3fn),
+        torch.tensor([0.9, 0.5, 0.1]),
+    ]
+)
+
+
+def upstream(folder, files) -> str:
+    folder.mkdir()
+    for name, values in files.items():
+        torch.save(values, folder / name)
+    return str(folder)
+
+
+@seed(5)
+@fuzzed
+@given(data=st.data())
+def test_upstreams_files(tmp_path, data):
+    """Any value of any of the four files is any other value, or its bytes are."""
+    folder = tmp_path / uuid.uuid4().hex
+    files = copy.deepcopy(UPSTREAM)
+    name = data.draw(st.sampled_from(sorted(files)))
+    changed = data.draw(st.booleans())
+    if changed:
+        key = data.draw(st.sampled_from(sorted(files[name])))
+        files[name][key] = data.draw(_values | _tensors | st.lists(_tensors | _scalars, max_size=3))
+    upstream(folder, files)
+    if not changed:
+        path = folder / name
+        path.write_bytes(data.draw(spoiled(path.read_bytes())))
+    try:
+        made = import_upstream(folder, tmp_path / uuid.uuid4().hex)
+        assert made.length == 2
+    except CacheError as problem:
+        one_error(problem, folder)
+
+
+@pytest.mark.parametrize("name", sorted(UPSTREAM))
+def test_a_pipe_among_upstreams_files_is_not_waited_for(tmp_path, name):
+    upstream(tmp_path / "up", UPSTREAM)
+    (tmp_path / "up" / name).unlink()
+    os.mkfifo(tmp_path / "up" / name)
+    with pytest.raises(CacheError, match=f"{name} cannot be read: it is not a regular file"):
+        import_upstream(tmp_path / "up", tmp_path / "cache")
+
+
+_LINES = b'{"file_name": "a.png", "text": "a castle"}\n{"file_name": "sub/b.png", "text": "b"}\n'
+_TABLE = b'file_name,text\na.png,a castle\nsub/b.png,"b, too"\n'
+
+
+@seed(5)
+@fuzzed
+@given(data=st.data(), suffix=st.sampled_from([".jsonl", ".csv"]))
+def test_lists_of_captions(tmp_path, data, suffix):
+    path = tmp_path / f"metadata{suffix}"
+    plain = _LINES if suffix == ".jsonl" else _TABLE
+    row = _values.map(lambda value: json.dumps({"file_name": value, "text": value}).encode())
+    path.write_bytes(data.draw(spoiled(plain) | _values.map(json.dumps).map(str.encode) | row))
+    try:
+        for name, caption in read_metadata(path, "."):
+            assert isinstance(name, str) and isinstance(caption, str)
+            caption.encode()
+    except ValueError as problem:
+        one_error(problem, path)
+
+
+def test_a_pipe_is_no_list_of_captions_and_no_index(tmp_path, monkeypatch):
+    for suffix in (".jsonl", ".csv"):
+        os.mkfifo(tmp_path / f"metadata{suffix}")
+        with pytest.raises(ValueError, match="it is not a regular file"):
+            read_metadata(tmp_path / f"metadata{suffix}", ".")
+    (tmp_path / "deep.jsonl").write_text('{"file_name": ' + "[" * 100_000)
+    with pytest.raises(ValueError, match=r"deep\.jsonl:1 must be like .*"):
+        read_metadata(tmp_path / "deep.jsonl", ".")
+
+
+@seed(5)
+@fuzzed
+@given(data=st.data())
+def test_an_index_of_digests_only_saves_time(tmp_path, data):
+    """Whatever it holds, a file's digest is the file's."""
+    file = tmp_path / "a.txt"
+    file.write_text("content")
+    os.utime(file, (1e9, 1e9))
+    own = [[*(file.stat().st_size, file.stat().st_ino), file.stat().st_mtime_ns, file.stat().st_ctime_ns]]
+    entry = (
+        _values | _scalars.map(lambda value: [own[0], value]) | _values.map(lambda value: [value, "0" * 64])
+    )
+    content = entry.map(lambda value: json.dumps({"a": value}).encode()) | st.binary(max_size=40)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+        digests.remembered("set", {"a": file}, lambda name: "f" * 64)
+        (tmp_path / "home/moe-sampler/digests").mkdir(parents=True, exist_ok=True)
+        index = tmp_path / "home/moe-sampler/digests" / f"{digests.fingerprint(['set'])[:32]}.json"
+        index.write_bytes(data.draw(content))
+        assert digests.remembered("set", {"a": file}, lambda name: digests.content(file)) == {
+            "a": digests.content(file)
+        }
+
+
+def the_words() -> Words:
+    shape = (2, 4, 3)
+    tokens = np.arange(24, dtype=np.int16).reshape(shape)
+    labels, said = np.zeros((2, 5), np.int8), np.ones((2, 4, 5), np.int8)
+    return Words([["a", "b", "c", "d"], ["e", "f", "g", "h"]], tokens, tokens + 1, labels, said)
+
+
+def same_words(one: Words, other: Words) -> bool:
+    return one.texts == other.texts and all(
+        a.dtype == b.dtype and np.array_equal(a, b) for a, b in zip(one[1:], other[1:], strict=True)
+    )
+
+
+@seed(5)
+@fuzzed
+@given(data=st.data())
+def test_the_demos_words(tmp_path, data):
+    path = tmp_path / "words.npz"
+    write_words(path, the_words())
+    assert same_words(read_words([path]), the_words())
+    if data.draw(st.booleans()):
+        path.write_bytes(data.draw(spoiled(path.read_bytes())))
+    else:
+        with np.load(path) as file:
+            arrays = dict(file)
+        name = data.draw(st.sampled_from(sorted(arrays)))
+        texts = np.frombuffer(json.dumps(data.draw(_values)).encode(), np.uint8)
+        others = [None, np.zeros(3), np.zeros((2, 4, 3), np.int8), np.zeros((2, 3, 3), np.int16), texts]
+        arrays[name] = data.draw(st.sampled_from(others))
+        np.savez(path, **{key: value for key, value in arrays.items() if value is not None})
+    try:
+        read = read_words([path])
+        assert [len(own) for own in read.texts] == [4, 4] and read.tokens.shape == (2, 4, 3)
+    except CheckpointError as problem:
+        one_error(problem, path)
+        assert "delete it" in str(problem) or "no JSON" in str(problem) or "nested" in str(problem)
+
+
+@seed(5)
+@fuzzed
+@given(data=st.data())
+def test_the_demos_pictures(tmp_path, data):
+    scenes = SceneSet(tmp_path / "scenes", 2)
+    path = tmp_path / "scenes" / "scenes-00000000-2.npy"
+    path.parent.mkdir(exist_ok=True)
+    buffer = io.BytesIO()
+    np.save(buffer, np.zeros((2, 2, 64, 64, 3), np.uint8))
+    huge = b"\x93NUMPY\x01\x00v\x00" + (
+        "{'descr': '|u1', 'fortran_order': False, 'shape': (999999999999, 2, 64, 64, 3), }".ljust(117) + "\n"
+    ).encode("latin1")
+    path.write_bytes(data.draw(spoiled(buffer.getvalue()) | st.just(huge)))
+    try:
+        assert scenes.pictures.shape == (2, 2, 64, 64, 3)
+    except CheckpointError as problem:
+        one_error(problem, path)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".ckpt"])
+def test_a_pipe_is_no_checkpoint(tmp_path, suffix):
+    path = tmp_path / f"model{suffix}"
+    os.mkfifo(path)
+    with pytest.raises(CheckpointError, match="cannot be read: it is not a regular file"):
+        read_tensors([path])

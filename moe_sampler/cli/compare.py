@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +16,9 @@ from .machine import Machine
 from .models import Model
 from .options import PipelineOptions, RunOptions, SizeOptions, SteppingOptions
 from .settings import call_of, compile_plan, merge_runs, merged, planned_experts, record_defaults
+
+if TYPE_CHECKING:
+    from ..pipelines.compare import Comparison
 
 __all__ = ["compare"]
 
@@ -76,8 +79,12 @@ def compare(
 
     if quiet:
         pipe.set_progress_bar_config(disable=True)
-    comparison = run_comparison(pipe, prompts, seeds, batch_size=where.batch_size, **call)
-    save_image(comparison.sheet(tile), output, record)
+
+    def keep(so_far: Comparison) -> None:
+        # After every batch, so that whoever stops the command has what was finished.
+        save_image(so_far.sheet(tile), output, record)
+
+    run_comparison(pipe, prompts, seeds, batch_size=where.batch_size, on_batch_end=keep, **call)
     if not quiet:
         typer.echo(str(output))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import listed
+from ..pipelines.choices import MAX_PROMPT
 from .by_name import split_name
 from .options import OutputOptions
 
@@ -78,7 +79,7 @@ def _whole(low: int, high: int) -> _Check:
 
 
 def _text(value: Any) -> bool:
-    return value is None or (isinstance(value, str) and len(value) <= 100_000 and "\0" not in value)
+    return value is None or (isinstance(value, str) and len(value) <= MAX_PROMPT and "\0" not in value)
 
 
 def _flag(value: Any) -> bool:
@@ -129,15 +130,16 @@ _level = _number(0, 1)
 _any_number = _number(-1e6, 1e6)
 _weight = _either(_any_number, _several(_row(_level, _any_number)))
 _CHECKS: dict[str, _Check] = {
+    "prompt": lambda value: value is not None and _text(value),
     **dict.fromkeys(
-        ("prompt", "router", "expert", "model", "preset", "variant", "revision", "dtype", "version"), _text
+        ("router", "expert", "model", "preset", "variant", "revision", "dtype", "version"), _text
     ),
     **dict.fromkeys(("image", "image_sha256", "student", "vae", "clip", "t5", "encoders"), _text),
     **dict.fromkeys(("lora_text_encoder", "upstream_schedule"), _flag),
     **dict.fromkeys(("shift", "eta", "guidance_scale", "guidance_rescale"), _by_name(_any_number)),
     **dict.fromkeys(("sol_weight", "lune_weight"), _weight),
     **dict.fromkeys(("height", "width"), _whole(1, 2**16)),
-    "seed": _whole(0, 2**63 - 1),
+    "seed": _whole(-(2**63), 2**64 - 1),
     "zoom": _whole(1, 64),
     "t5_length": _whole(1, _MOST),
     "ema": _either(_flag, _text),
@@ -145,7 +147,7 @@ _CHECKS: dict[str, _Check] = {
     "handoff": _either(_level, _several(_level)),
     "num_inference_steps": _by_name(_whole(0, _MOST)),
     "solver": _by_name(_text),
-    "negative_prompt": _by_name(_either(_text, _several(_text))),
+    "negative_prompt": _by_name(_text),
     "guidance_window": _by_name(_row(_any_number, _any_number)),
     "sources": _sources,
     "loras": _several(_row(_text, _text, _any_number), 100),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from .._numbers import whole
-from ..pipelines.choices import MAX_IMAGES
+from ..pipelines.choices import MAX_IMAGES, MAX_PROMPT
 from .options import OutputOptions
 from .settings import merged
 
@@ -42,6 +42,10 @@ class Pictures:
         if not self.prompts:
             nothing = ", which this image has none of" if options.like else ", or --like IMAGE"
             raise ValueError("give a prompt" + nothing)
+        for prompt in self.prompts:
+            if len(prompt) > MAX_PROMPT or "\0" in prompt:
+                what = "a NUL" if "\0" in prompt else f"{len(prompt):,} characters, more than {MAX_PROMPT:,}"
+                raise ValueError(f"a prompt has {what}: it is no text that an image can be described by")
         most = MAX_IMAGES // len(self.prompts)
         whole("images per prompt", options.images, most)
         self.settings = {"seed": 0} | merged(previous, {"seed": options.seed, "zoom": options.zoom})
@@ -70,25 +74,25 @@ class Pictures:
         if self.quiet:
             pipe.set_progress_bar_config(disable=True)
         watch = _Watch(self._count, batch_size) if self._watched else None
-        finished = 0
 
-        def on_step_end(pipe: Any, step: int, timestep: float, tensors: dict[str, Any]) -> dict[str, Any]:
-            nonlocal finished
-            if watch is not None:
-                watch(pipe, step, timestep, tensors)
-            if step == len(plan) - 1:
-                images = pipe.decode_latents(tensors["latents"], "latent" if self._latents else "pil")
-                for image in images:
-                    own = {"prompt": self.prompts[finished // self._each]}
-                    own |= {"seed": self.settings["seed"] + finished}
-                    self._files.write(pipe, plan, image, finished, {**record, **own}, watch)
-                    finished += 1
-            return {}
+        def take(index: int, image: Any) -> None:
+            own = {"prompt": self.prompts[index // self._each], "seed": self.settings["seed"] + index}
+            self._files.write(pipe, plan, image, index, {**record, **own}, watch)
 
-        wanted = ["latents"] if watch is None else list(dict.fromkeys(["latents", *watch.tensor_inputs]))
-        told = {"callback_on_step_end": on_step_end, "callback_on_step_end_tensor_inputs": wanted}
-        sizes = {"num_images_per_prompt": self._each, "batch_size": batch_size}
-        pipe(self.prompts, output_type="latent", **sizes, **call, **told)
+        from ..pipelines.finished import as_finished
+
+        as_finished(
+            pipe,
+            plan,
+            take,
+            output_type="latent" if self._latents else "pil",
+            watch=watch,
+            watched=() if watch is None else watch.tensor_inputs,
+            prompt=self.prompts,
+            num_images_per_prompt=self._each,
+            batch_size=batch_size,
+            **call,
+        )
 
 
 class _Watch:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
 from typing import Annotated
 
 import typer
@@ -14,7 +13,7 @@ from .generate import generate
 from .plan import plan
 from .student import app as tinyflux_app
 
-__all__ = ["app", "end_with_signals", "main"]
+__all__ = ["app", "end_with_signals"]
 
 app = typer.Typer(
     name="moe-sampler",
@@ -58,12 +57,3 @@ def end_with_signals() -> None:
 
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, end)
-
-
-def main() -> None:
-    end_with_signals()
-    try:
-        app(prog_name="moe-sampler")
-    except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
-        sys.exit(130)

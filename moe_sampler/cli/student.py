@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from ..pipelines.choices import DTYPES, any_of, check_choice
+from ..pipelines.choices import CONVENTIONS, DTYPES, any_of, check_choice, conventions_help
 from .commands import command_group, one_line_errors, takes
 from .machine import check_device, quiet
 from .options import EncoderOptions
@@ -80,11 +80,8 @@ def cache(
         typer.Option(help="Times of the features, as 0.1,0.5,0.9; 1 is data. Default: 0.05, 0.15 ... 0.95."),
     ] = None,
     convention: Annotated[
-        str,
-        typer.Option(
-            help="sample; or tiny-flux-v4: pure noise and reversed time, to continue upstream's checkpoints."
-        ),
-    ] = "sample",
+        str, typer.Option(help=f"How features are extracted. {conventions_help()}.")
+    ] = CONVENTIONS[0],
     seed: Annotated[int, typer.Option(help="Sample i's noise has seed + i.")] = 0,
     dtype: Annotated[str, typer.Option(help=f"On disk: {any_of(DTYPES)}.")] = "float16",
     shard_size: Annotated[int, typer.Option(help="Samples a file.")] = 256,
@@ -104,6 +101,8 @@ def cache(
     if (source is None) != demo:
         raise ValueError("give a SOURCE of images and captions, or --demo")
     check_choice("--teachers", teachers, _TEACHERS)
+    check_choice("--convention", convention, CONVENTIONS)
+    check_choice("--dtype", dtype, DTYPES)
     times = None if buckets is None else _numbers(buckets)
     from ..data.scenes import DemoScenes
     from ..data.sources import open_source
@@ -235,8 +234,8 @@ def import_(
     source: Annotated[Path, typer.Argument(help="Folder with upstream's encodings.pt and the others.")],
     convention: Annotated[
         str,
-        typer.Option(help="How the features were extracted: tiny-flux-v4 (upstream's own), or sample."),
-    ] = "tiny-flux-v4",
+        typer.Option(help=f"How the features were extracted. {conventions_help()}."),
+    ] = CONVENTIONS[1],
     shard_size: Annotated[int, typer.Option(help="Samples a file.")] = 256,
 ) -> None:
     """Make a cache of upstream TinyFlux's files.

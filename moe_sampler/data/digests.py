@@ -10,16 +10,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from .._readers import read_json
+from ..errors import CheckpointError
+
 __all__ = ["content", "fingerprint", "remembered"]
 
 _UNSETTLED = 2_000_000_000
 """ns: a file changed so recently might change again within one tick of its file system's clock."""
+_MOST_BYTES = 2**31
+_SHA256 = re.compile("[0-9a-f]{64}")
 _Stamp = list[int]
 
 
@@ -69,12 +75,18 @@ def _stamp(path: Path) -> _Stamp:
 
 
 def _read(index: Path) -> dict[str, tuple[_Stamp, str]]:
-    """Nothing where there is no index, or none of ours: it only saves time."""
+    """Nothing where there is no index, and no entry that isn't one of ours: it only saves time."""
     try:
-        entries = json.loads(index.read_text(encoding="utf-8"))
-        return {name: (list(stamp), str(digest)) for name, (stamp, digest) in entries.items()}
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        entries = read_json(index, most=_MOST_BYTES)
+    except CheckpointError:
         return {}
+    return {name: (entry[0], entry[1]) for name, entry in entries.items() if _is_entry(entry)}
+
+
+def _is_entry(entry: object) -> bool:
+    if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[0], list):
+        return False
+    return isinstance(entry[1], str) and _SHA256.fullmatch(entry[1]) is not None
 
 
 def _write(index: Path, entries: Mapping[str, tuple[_Stamp, str]]) -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import posixpath
 from collections.abc import Iterator
 from pathlib import Path
 
+from .._readers import parse_json, regular_bytes
 from .captions import check_text, read_text
 from .reports import printable
 
 __all__ = ["read_metadata"]
 
+MOST_BYTES = 2**31
+"""Some ten million captions."""
 _LIKE = '{"file_name": "a.png", "text": "..."}'
 
 
@@ -23,7 +25,7 @@ def read_metadata(path: Path, folder: str) -> list[tuple[str, str]]:
     Raises:
         ValueError: a line without a file's name and a text; it names file and line.
     """
-    text = read_text(path.read_bytes(), str(path))
+    text = read_text(regular_bytes(path, ValueError, MOST_BYTES), str(path))
     rows = _csv_rows(path, text) if path.suffix == ".csv" else _json_rows(path, text)
     found = []
     for number, name, caption in rows:
@@ -40,11 +42,11 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[int, str, str]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line, "it", ValueError)
             name, caption = row["file_name"], row["text"]
             if not isinstance(name, str) or not isinstance(caption, str):
                 raise TypeError("file_name and text must be strings")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{printable(path)}:{number} must be like {_LIKE}: {error!r}") from None
         yield number, name, caption
 

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import numpy as np
 
 from .._files import write_whole
+from .._readers import check_regular
+from ..errors import CheckpointError, first_line
 from .drawing import SIZE
 from .scenes import Scene, draw_scene, render
 from .words import Words, draw_words, read_words, write_words
@@ -61,8 +63,12 @@ class SceneSet:
 
     @cached_property
     def pictures(self) -> np.ndarray:
-        """uint8 [count, 2, 64, 64, 3]: full picture, structure. All shards must have been rendered."""
-        return np.concatenate([np.load(shard.pictures, mmap_mode="r") for shard in self._shards()])
+        """uint8 [count, 2, 64, 64, 3]: full picture, structure. All shards must have been rendered.
+
+        Raises:
+            CheckpointError: a file that is missing or damaged.
+        """
+        return np.concatenate([_read_pictures(shard) for shard in self._shards()])
 
     @cached_property
     def words(self) -> Words:
@@ -115,6 +121,22 @@ class SceneSet:
             words = None if self.tokenizer is None else self.folder / f"words-{name}.npz"
             shards.append(_Shard(self.folder / f"scenes-{name}.npy", words, first, number))
         return shards
+
+
+def _read_pictures(shard: _Shard) -> np.ndarray:
+    check_regular(shard.pictures)
+    try:
+        pictures = np.load(shard.pictures, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # NumPy's reader of headers raises a dozen kinds
+        raise CheckpointError(
+            f"{shard.pictures} is damaged: {first_line(error)}; delete it, and it is drawn again"
+        ) from None
+    if pictures.shape != (shard.number, 2, SIZE, SIZE, 3) or pictures.dtype != np.uint8:
+        raise CheckpointError(
+            f"{shard.pictures} is damaged: it holds {pictures.dtype} {list(pictures.shape)}; delete it, and "
+            "it is drawn again"
+        )
+    return pictures
 
 
 def _some_done(running: set[Future]) -> set[Future]:

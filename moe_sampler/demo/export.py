@@ -10,13 +10,12 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import AutoencoderTiny, ModelMixin
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
-from .._files import MARK, claim, is_ours, remove, replace_folder
+from .._files import MARK, claim, is_ours, remove, replace_folder, writing
 from ..architectures.unet import UNET
-from ..errors import CheckpointError, first_line
+from ..errors import CheckpointError
 from .experts import lune_scheduler, sol_scheduler
 from .tokenizer import write_tokenizer
 
@@ -55,12 +54,11 @@ def export_experts(
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}.", suffix=".tmp"))
     try:
-        _write(temporary, vae, text, sol, lune)
-        for file in (temporary, *temporary.rglob("*")):
-            file.chmod(0o755 if file.is_dir() else 0o644)
-        replace_folder(temporary, output)
-    except (SafetensorError, OSError) as error:
-        raise OSError(f"{output} cannot be written: {first_line(error)}") from error
+        with writing(output):
+            _write(temporary, vae, text, sol, lune)
+            for file in (temporary, *temporary.rglob("*")):
+                file.chmod(0o755 if file.is_dir() else 0o644)
+            replace_folder(temporary, output)
     finally:
         remove(temporary)
 

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import numpy as np
 
 from .._files import write_whole
+from .._readers import check_regular, parse_json
+from ..errors import CheckpointError, first_line
 from .captions import describe, disturb
 from .scenes import Scene
 
@@ -22,6 +24,7 @@ __all__ = ["CAPTIONS", "Words", "draw_words", "read_words", "write_words"]
 
 CAPTIONS = 4
 """Texts of a scene."""
+_AGAIN = "delete it, and it is drawn again"
 _FIRST_STREAM = 3  # streams 0 to 2 of a scene's seed draw it
 
 
@@ -85,7 +88,42 @@ def write_words(path: Path, words: Words) -> None:
 
 
 def read_words(paths: list[Path]) -> Words:
-    """Of several files, one after another."""
-    found = [np.load(path, allow_pickle=False) for path in paths]
-    texts = [own for file in found for own in json.loads(file["texts"].tobytes())]
-    return Words(texts, *(np.concatenate([file[name] for file in found]) for name in Words._fields[1:]))
+    """Of several files, one after another.
+
+    Raises:
+        CheckpointError: a file that is missing, damaged, or not of `write_words`.
+    """
+    found = [_read(path) for path in paths]
+    texts = [own for words in found for own in words.texts]
+    return Words(
+        texts, *(np.concatenate([words[i] for words in found]) for i in range(1, len(Words._fields)))
+    )
+
+
+def _read(path: Path) -> Words:
+    check_regular(path)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in Words._fields}
+    except Exception as error:  # NumPy's and zipfile's readers raise a dozen kinds for damaged files
+        raise CheckpointError(f"{path} is damaged: {first_line(error)}; {_AGAIN}") from None
+    texts = parse_json(arrays.pop("texts").tobytes().decode("utf-8", "replace"), path)
+    words = Words(texts, **arrays)
+    shapes = [(len(words.texts), CAPTIONS)] if isinstance(texts, list) else []
+    shapes += [words.tokens.shape[:2], words.strange.shape[:2], words.said.shape[:2]]
+    whole = words.labels.ndim == 2 and all(
+        array.ndim == 3 for array in (words.tokens, words.strange, words.said)
+    )
+    whole = (
+        whole and {*shapes} == {(len(words.labels), CAPTIONS)} and words.tokens.shape == words.strange.shape
+    )
+    kinds = {name: np.int16 if name in ("tokens", "strange") else np.int8 for name in arrays}
+    whole = whole and all(array.dtype == kinds[name] for name, array in arrays.items())
+    whole = whole and words.said.shape[2] == words.labels.shape[1]
+    if not whole or not isinstance(texts, list) or not all(map(_are_texts, texts)):
+        raise CheckpointError(f"{path} is damaged: it doesn't hold {CAPTIONS} captions a scene; {_AGAIN}")
+    return words
+
+
+def _are_texts(own: object) -> bool:
+    return isinstance(own, list) and len(own) == CAPTIONS and all(isinstance(text, str) for text in own)

@@ -12,7 +12,7 @@ from diffusers import ModelMixin
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
-from .._files import check_ours
+from .._files import check_ours, writing
 from ..architectures import build, shape_of, watchable
 from ..data.captions import report_cut
 from ..data.samples import Source
@@ -233,5 +233,6 @@ def _finish(folder: Path, task: ExpertTask) -> None:
         rest = {name: tensor for name, tensor in tensors.items() if not name.startswith("unet.")}
         write_tensors(folder / "assessor.safetensors", rest)
         write_tensors(path, own, {"format": "pt"})
-    task.unet.save_config(folder)
-    scheduler_from_config(task.objective.scheduler).save_pretrained(folder)
+    with writing(folder):
+        task.unet.save_config(folder)
+        scheduler_from_config(task.objective.scheduler).save_pretrained(folder)

@@ -1,7 +1,9 @@
 """What a file says of itself: trainers mark what its model predicts, in the header or by an unused tensor.
 
-The marks are those of ModelSpec (`modelspec.*`), of sd-scripts (`ss_*`) and of ComfyUI (tensors `v_pred` and
-`ztsnr`). They are compared with what a config, a flag or a name says of the model; on their own, they count.
+The marks are those of ModelSpec (`modelspec.*`), of sd-scripts (`ss_*`), of ComfyUI (tensors `v_pred` and
+`ztsnr`) and of a scheduler's or a trainer's settings (`prediction_type`, `parameterization`, ...), which
+torch files carry beside the weights. They are compared with what a config, a flag or a name says of the
+model; on their own, they count.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from .state_dicts import header
+from .hub import SUFFIXES
+from .state_dicts import header, torch_header
 
 __all__ = ["MARK_TENSORS", "read_marks", "with_marks"]
 
@@ -23,6 +26,14 @@ _PREDICTIONS = {
     **dict.fromkeys(("v", "v_pred", "v_prediction", "velocity"), "v_prediction"),
     **dict.fromkeys(("flow", "flow_matching", "flow_prediction", "rectified_flow", "rf"), "flow_prediction"),
     **dict.fromkeys(("sample", "x0"), "sample"),
+}
+_NAMES = ("modelspec.prediction_type", "modelspec.predict_key", "prediction_type", "parameterization")
+_FLAGS = {
+    **dict.fromkeys(("ss_v_parameterization", "v_parameterization"), ("prediction_type", "v_prediction")),
+    **dict.fromkeys(
+        ("ss_zero_terminal_snr", "zero_terminal_snr", "rescale_betas_zero_snr"),
+        ("rescale_betas_zero_snr", True),
+    ),
 }
 _BASES_OF_VELOCITY = ("sd_v2_768_v", "stable-diffusion-v2-768-v")
 _EDM = "edm_"
@@ -39,31 +50,34 @@ def _said(metadata: Mapping[str, str], keys: Iterable[str]) -> Iterable[tuple[st
         yield "rescale_betas_zero_snr", True, "its tensor ztsnr"
     for key in sorted(k for k in keys if k.startswith(_EDM)):
         yield "prediction_type", "EDM", f"its tensor {key}"
-    for key in ("modelspec.prediction_type", "modelspec.predict_key"):
-        if metadata.get(key):
-            said = metadata[key].lower().replace("-", "_").replace(" ", "_")
+    for key in _NAMES:
+        said = metadata.get(key, "").lower().replace("-", "_").replace(" ", "_")
+        # A trainer's "velocity" is v to one and the flow's to another; ModelSpec defines it.
+        if said not in ("", "none") and (said != "velocity" or key.startswith("modelspec.")):
             yield "prediction_type", _PREDICTIONS.get(said, metadata[key]), f"{key} = {metadata[key]}"
     for key in ("ss_base_model_version", "modelspec.architecture"):
         if metadata.get(key) in _BASES_OF_VELOCITY:
             yield "prediction_type", "v_prediction", f"{key} = {metadata[key]}"
-    if metadata.get("ss_v_parameterization") == "True":
-        yield "prediction_type", "v_prediction", "ss_v_parameterization = True"
-    if metadata.get("ss_zero_terminal_snr") in ("True", "False"):
-        said = metadata["ss_zero_terminal_snr"]
-        yield "rescale_betas_zero_snr", said == "True", f"ss_zero_terminal_snr = {said}"
+    for key, (setting, value) in _FLAGS.items():
+        said = metadata.get(key)
+        if said == "True":
+            yield setting, value, f"{key} = {said}"
+        elif said == "False" and value is True:
+            yield setting, False, f"{key} = {said}"
 
 
 def read_marks(files: Iterable[Path]) -> Marks:
-    """What the headers of safetensors files say; other files say nothing.
+    """What the headers of safetensors files say, and what torch files say beside their weights.
 
     Raises:
         CheckpointError: they contradict themselves, or name a prediction type that isn't known here.
     """
     marks: Marks = {}
     for file in files:
-        if file.suffix != ".safetensors":
+        if file.suffix not in SUFFIXES:
             continue
-        for key, value, why in _said(*header(file)):
+        read = header if file.suffix == ".safetensors" else torch_header
+        for key, value, why in _said(*read(file)):
             if key == "prediction_type" and value not in _PREDICTIONS.values():
                 raise CheckpointError(
                     f"{file} says by {why} that its model predicts {value}, which is not supported: models "
@@ -106,7 +120,7 @@ def with_marks(
     flow = "FlowMatch" in training.get("_class_name", "")
     default = {"prediction_type": "flow_prediction" if flow else "epsilon", "rescale_betas_zero_snr": False}
     for key, (value, why) in marks.items():
-        other = training.get(key, default[key])
+        other = default[key] if training.get(key) is None else training[key]
         if other != value:
             raise CheckpointError(
                 f"{where} says by {why} that its {key} is {value}, but {said_by} says {other}: give the "

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from .._readers import check_regular
 from ..errors import CheckpointError, first_line, listed
 from .hub import SUFFIXES
 
@@ -23,11 +24,18 @@ __all__ = [
     "read_tensors",
     "read_torch",
     "refuse",
+    "torch_header",
     "without_wrappers",
 ]
 
 _STATE_DICTS = ("student", "model", "state_dict")
 """Where trainers put the weights among everything else they save."""
+
+_SETTINGS = (
+    *("metadata", "__metadata__", "hyper_parameters", "hparams", "cfg", "config", "args"),
+    *("model_config", "scheduler", "scheduler_config", "noise_scheduler", "params"),
+)
+"""Where they put what they were told, and what is to be known of the weights."""
 
 _WRAPPERS = ("module.", "_orig_mod.")
 """Prefixes of DistributedDataParallel and of torch.compile."""
@@ -39,6 +47,7 @@ def read_safetensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str
     Raises:
         CheckpointError: damaged, truncated or of another format.
     """
+    check_regular(file)
     try:
         with safe_open(file, framework="pt") as opened:
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
@@ -53,6 +62,7 @@ def header(file: Path) -> tuple[dict[str, str], list[str]]:
     Raises:
         CheckpointError: damaged, truncated or of another format.
     """
+    check_regular(file)
     try:
         with safe_open(file, framework="pt") as opened:
             return opened.metadata() or {}, list(opened.keys())
@@ -71,6 +81,7 @@ def read_torch(file: Path) -> Any:
     Raises:
         CheckpointError: damaged, of another format, or with anything in it but data.
     """
+    check_regular(file)
     _refuse_disguised(file)
     try:
         # Only the zip format, torch's since 1.6, can be mapped.
@@ -86,15 +97,46 @@ def read_torch(file: Path) -> Any:
         raise CheckpointError(f"{file} is damaged or not a torch file: {first_line(error)}") from None
 
 
-def _state_dict(saved: Any, file: Path) -> dict[str, torch.Tensor]:
-    """The weights among what a trainer saved."""
-    while isinstance(saved, Mapping):
-        inner = [key for key in _STATE_DICTS if isinstance(saved.get(key), Mapping)]
+def _levels(saved: Any, file: Path) -> list[Any]:
+    """What a trainer saved, what it saved the weights in, and so on down to the weights themselves."""
+    levels = [saved]
+    while isinstance(levels[-1], Mapping):
+        inner = [key for key in _STATE_DICTS if isinstance(levels[-1].get(key), Mapping)]
         if len(inner) > 1:
             raise CheckpointError(f"{file} holds several state dicts ({listed(inner)}): keep one of them")
         if not inner:
             break
-        saved = saved[inner[0]]
+        levels.append(levels[-1][inner[0]])
+    return levels
+
+
+def torch_header(file: Path) -> tuple[dict[str, str], list[str]]:
+    """(What a torch file says beside its weights, as text by key; its tensors' keys).
+
+    That is every string, number and flag beside the state dict, and in the mappings among them under a
+    name of `_SETTINGS`; on a key that is in several, those further out count.
+
+    Raises:
+        CheckpointError: as `read_torch`, or several state dicts.
+    """
+    metadata: dict[str, str] = {}
+    keys: dict[str, None] = {}
+    waiting = [(level, 0) for level in _levels(read_torch(file), file) if isinstance(level, Mapping)]
+    while waiting:
+        level, depth = waiting.pop(0)
+        for key, value in level.items():
+            if torch.is_tensor(value) and not depth:
+                keys[str(key)] = None
+            elif isinstance(value, str | bool | int | float):
+                metadata.setdefault(str(key), str(value))
+            elif isinstance(value, Mapping) and key in _SETTINGS and depth < 3:
+                waiting.append((value, depth + 1))
+    return metadata, list(keys)
+
+
+def _state_dict(saved: Any, file: Path) -> dict[str, torch.Tensor]:
+    """The weights among what a trainer saved."""
+    saved = _levels(saved, file)[-1]
     if not isinstance(saved, Mapping) or not saved or not all(torch.is_tensor(v) for v in saved.values()):
         found = listed(list(saved)) if isinstance(saved, Mapping) else type(saved).__name__
         raise CheckpointError(
@@ -228,8 +270,9 @@ def _shape(tensor: torch.Tensor) -> str:
 
 def _refused(error: pickle.UnpicklingError) -> str:
     """What torch refused to build, out of its long message."""
-    found = re.search(r"GLOBAL (\S+)|WeightsUnpickler error: (.+)", str(error))
-    return next(filter(None, found.groups())) if found else first_line(error)
+    said = str(error)
+    found = re.search(r"GLOBAL (\S+)", said) or re.search(r"WeightsUnpickler error: (.+)", said)
+    return found[1] if found else first_line(error)
 
 
 def _refuse_disguised(file: Path) -> None:

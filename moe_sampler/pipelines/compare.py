@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from ..sampling.experts import Expert
 from ..sampling.naive import check_comparable, naive_plan
 from ..sampling.plan import SamplingPlan
 from ..viewing.sheets import FAINT, INK, Sheet, fitted, scalable_font
+from .finished import as_finished
 from .prompts import Negative
 
 __all__ = ["Comparison", "compare"]
@@ -25,26 +26,28 @@ class Comparison:
 
     Args:
         titles, notes: of each column.
-        images: by column, then by row.
+        images: by column, then by row; None for one that isn't made yet.
         rows: what was asked for in each row.
         plans: what each column ran.
     """
 
     titles: tuple[str, ...]
     notes: tuple[str, ...]
-    images: tuple[tuple[Image.Image, ...], ...]
+    images: tuple[tuple[Image.Image | None, ...], ...]
     rows: tuple[str, ...]
     plans: tuple[SamplingPlan, ...]
 
     def sheet(self, tile: int = 256) -> Image.Image:
-        """All images in one: what each column is at the top, and what was asked for above each row.
+        """All images in one: what each column is at the top, and what was asked for above each row. Places of
+        images that aren't made yet stay empty.
 
         Args:
             tile: width of each image in the sheet, in pixels.
         """
         large, small = (scalable_font(max(13, round(tile / part))) for part in (14, 20))
         gap, line, below_title = max(8, tile // 28), round(small.size * 1.35), round(large.size * 1.4)
-        height = round(tile * self.images[0][0].height / self.images[0][0].width)
+        made = next((image for images in self.images for image in images if image is not None), None)
+        height = tile if made is None else round(tile * made.height / made.width)
         lines = max(note.count("\n") + 1 for note in self.notes)
         sheet = Sheet(
             len(self.titles),
@@ -65,7 +68,9 @@ class Comparison:
             text = fitted(text, small, sheet.image.width - 2 * gap)
             sheet.draw.text((x, y - gap // 2 - line), text, fill=INK, font=small)
             for column, images in enumerate(self.images):
-                sheet.paste(images[row], column, row)
+                image = images[row]
+                if image is not None:
+                    sheet.paste(image, column, row)
         return sheet.image
 
 
@@ -80,6 +85,7 @@ def compare(
     height: int | None = None,
     width: int | None = None,
     batch_size: int | None = None,
+    on_batch_end: Callable[[Comparison], None] | None = None,
     **settings: Any,
 ) -> Comparison:
     """The first expert alone, the second alone, both with a naive handoff and both with the right one.
@@ -92,6 +98,7 @@ def compare(
         num_inference_steps, handoff: by default the model's.
         negative_prompt, height, width, batch_size: as the pipeline takes them; a negative prompt is one text
             for all, or a mapping to texts by expert.
+        on_batch_end: given what there is whenever a batch of images ends, so that it can be kept.
         settings: `shift`, `solver`, `eta`, `guidance_scale`, `guidance_rescale`, `guidance_window`.
 
     Raises:
@@ -119,10 +126,24 @@ def compare(
         batch_size=batch_size,
     )
     plans = (*alone, wrong, right)
-    images = tuple(tuple(pipe(plan=own, **call).images) for own in plans)
+    made: list[list[Image.Image | None]] = [[None] * len(asked) for _ in plans]
     titles = (*(f"{e.name.title()} alone" for e in experts), "Naive handoff", "Hybrid")
     rows = tuple(f'"{text}", seed {each}' for text, each in asked)
-    return Comparison(titles, _notes(experts, alone, wrong, right), images, rows, plans)
+    notes = _notes(experts, alone, wrong, right)
+
+    def so_far() -> Comparison:
+        return Comparison(titles, notes, tuple(map(tuple, made)), rows, plans)
+
+    size = batch_size or len(asked)
+    for own, column in zip(plans, made, strict=True):
+
+        def take(index: int, image: Image.Image, column: list[Image.Image | None] = column) -> None:
+            column[index] = image
+            if on_batch_end is not None and ((index + 1) % size == 0 or index + 1 == len(asked)):
+                on_batch_end(so_far())
+
+        as_finished(pipe, own, take, plan=own, **call)
+    return so_far()
 
 
 def _notes(

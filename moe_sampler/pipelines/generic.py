@@ -65,8 +65,10 @@ pipe = DiffusionPipeline.from_pretrained("FOLDER or owner/name", trust_remote_co
 """
 
 
-def write_code_reference(folder: Path, experts: Sequence[str], settings: Mapping[str, Any]) -> None:
-    """Add `pipeline.py`, named in the folder's index, and a model card, unless one is there.
+def write_code_reference(
+    folder: Path, experts: Sequence[str], settings: Mapping[str, Any], *, card: bool
+) -> None:
+    """Add `pipeline.py`, named in the folder's index, and a model card, if one is wanted.
 
     Args:
         folder: that a pipeline was saved to.
@@ -84,7 +86,7 @@ def write_code_reference(folder: Path, experts: Sequence[str], settings: Mapping
     index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     index["_class_name"] = [_MODULE, "HybridPipeline"]
     (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    if not (folder / CARD).exists():
+    if card:
         (folder / CARD).write_text(_card(experts, settings), encoding="utf-8")
 
 

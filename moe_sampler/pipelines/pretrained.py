@@ -12,6 +12,7 @@ from typing import Any, Self
 import torch
 from huggingface_hub import create_repo
 
+from .._files import whole_folder
 from ..loading.dtypes import Dtypes, read_dtypes
 from ..loading.folders import SHARED
 from ..loading.hub import Hub
@@ -20,7 +21,7 @@ from ..loading.parts import load_parts
 from ..loading.presets import ExpertSource
 from ..loading.presets import preset as find_preset
 from .base import ExpertPipeline
-from .generic import write_code_reference
+from .generic import CARD, write_code_reference
 from .offload import Offload, check_offload
 from .settings import DEFAULTS
 
@@ -136,6 +137,7 @@ class PretrainedMixin(ExpertPipeline):
 
         Raises:
             ValueError: an expert has LoRA adapters, which a folder of this layout doesn't hold.
+            OSError: the folder can't be written; what was in it before is untouched.
         """
         unknown = kwargs.keys() - {"repo_id", "private", "token", "commit_message", "create_pr"}
         if unknown:
@@ -152,13 +154,13 @@ class PretrainedMixin(ExpertPipeline):
             )
         options = {"variant": variant, "max_shard_size": max_shard_size}
         folder = Path(save_directory)
-        if self._offload is None:
-            super().save_pretrained(folder, **options)
-        else:
-            self._save_one_by_one(folder, {k: v for k, v in options.items() if v is not None})
-        write_code_reference(
-            folder, self.expert_names, {name: self.config[name] for name in self._setting_names}
-        )
+        settings = {name: self.config[name] for name in self._setting_names}
+        with whole_folder(folder) as partial:
+            if self._offload is None:
+                super().save_pretrained(partial, **options)
+            else:
+                self._save_one_by_one(partial, {k: v for k, v in options.items() if v is not None})
+            write_code_reference(partial, self.expert_names, settings, card=not (folder / CARD).exists())
         if push_to_hub:
             self._push(folder, **kwargs)
 

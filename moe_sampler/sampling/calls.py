@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable
+from typing import Any
 
 from moe_sampler.kernels.rows import COLUMNS
 
@@ -12,6 +13,7 @@ from .experts import Expert
 from .paths import Level
 from .plan import ExpertCall, PlanStep, SamplingPlan
 from .predictions import x0_coefficients
+from .recipe import ExpertRecipe
 
 __all__ = ["check_fits", "expert_call", "with_guidance"]
 
@@ -35,7 +37,8 @@ def expert_call(expert: Expert, weight: float, state: Level) -> tuple[ExpertCall
 
 def check_fits(plan: SamplingPlan, experts: Iterable[Expert]) -> None:
     """Raise ValueError unless these are experts a plan can be run with: its names, and experts that mean by a
-    timestep the level the plan means, and by their output what its rows read in it.
+    timestep the level the plan means, and by their output what its rows read in it: at its own nodes, and,
+    where it carries what it was compiled from, everywhere on their paths.
 
     Args:
         plan: made for these experts, or for others.
@@ -45,6 +48,9 @@ def check_fits(plan: SamplingPlan, experts: Iterable[Expert]) -> None:
     missing = [name for name in plan.experts if name not in known]
     if missing:
         raise ValueError(f"the plan calls {' and '.join(missing)}, but the experts are {', '.join(known)}")
+    for planned in () if plan.made_from is None else plan.made_from.experts:
+        if planned.name in plan.experts:
+            _check_same(planned, ExpertRecipe.of(known[planned.name]))
     for index, step in enumerate(plan.steps):
         wrong = _misread(step, known)
         if wrong is not None:
@@ -52,6 +58,32 @@ def check_fits(plan: SamplingPlan, experts: Iterable[Expert]) -> None:
                 f"the plan was made for another {wrong}: at step {index}, noise level "
                 f"{step.level.noise:.4f}, this {wrong}'s timestep or prediction type is not the plan's"
             )
+
+
+def _check_same(planned: ExpertRecipe, own: ExpertRecipe) -> None:
+    """Raise ValueError unless they mean the same by a timestep and by what is predicted."""
+    name = planned.name
+    if planned.prediction != own.prediction:
+        raise ValueError(
+            f"the plan was made for another {name}: it predicts {planned.prediction} there, and this {name} "
+            f"predicts {own.prediction}"
+        )
+    # How a run's nodes are spaced is the plan's own affair.
+    there, here = ({**each.path, "steps_offset": 0} for each in (planned, own))
+    if there != here:
+        raise ValueError(
+            f"the plan was made for another {name}: its noise path is {_shown(there, here)} there, and this "
+            f"{name}'s is {_shown(here, there)}"
+        )
+
+
+def _shown(path: dict[str, Any], other: dict[str, Any]) -> str:
+    """What of a path isn't the other's."""
+    said = [(key, value) for key, value in path.items() if key not in other or other[key] != value]
+    return ", ".join(
+        f"of {len(value)} trained betas" if isinstance(value, list | tuple) else f"{key} = {value}"
+        for key, value in said
+    )
 
 
 def _misread(step: PlanStep, experts: dict[str, Expert]) -> str | None:
@@ -89,7 +121,8 @@ def with_guidance(
     known = {expert.name: expert for expert in experts}
     scale = max(float(scale), 1.0)
     steps = [_guided(step, known, scale) for step in plan.steps[since:]]
-    return dataclasses.replace(plan, steps=(*plan.steps[:since], *steps))
+    # No setting of the experts says "from a step on".
+    return dataclasses.replace(plan, steps=(*plan.steps[:since], *steps), made_from=None)
 
 
 def _guided(step: PlanStep, experts: dict[str, Expert], scale: float) -> PlanStep:

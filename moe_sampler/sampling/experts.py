@@ -18,6 +18,8 @@ __all__ = ["SHIFTS", "Expert"]
 
 SHIFTS = (0.001, 1000.0)
 """The smallest and the largest k of shifted sigmas: beyond them nearly all steps are at one end of a run."""
+MOST_GUIDANCE = 1000.0
+"""Beyond it a guided prediction is the difference of two, enlarged until nothing is left of either."""
 
 _SOLVER_OF_ALGORITHM: dict[str, Solver] = {"dpmsolver++": "dpmpp_2m", "sde-dpmsolver++": "dpmpp_2m_sde"}
 
@@ -78,6 +80,10 @@ class Expert:
         low, high = SHIFTS
         if not low <= self.shift <= high:
             raise ValueError(f"{self.name}: shift must lie between {low:g} and {high:g}, got {self.shift:g}")
+        if self.guidance_scale > MOST_GUIDANCE:
+            raise ValueError(
+                f"{self.name}: the guidance scale may be at most {MOST_GUIDANCE:g}, got {self.guidance_scale:g}"
+            )
         if not 0 <= self.eta <= 1:
             raise ValueError(f"{self.name}: eta must lie between 0 and 1, got {self.eta}")
         if self.clip_sample_range is not None:

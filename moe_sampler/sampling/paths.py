@@ -19,7 +19,7 @@ from moe_sampler.kernels.conversions import shift_sigma
 
 from .betas import linear, scaled_linear
 
-__all__ = ["SPACINGS", "FlowPath", "Level", "Path", "VPPath"]
+__all__ = ["SPACINGS", "FlowPath", "Level", "Path", "VPPath", "spaced_timesteps"]
 
 
 SPACINGS = ("trailing", "leading", "linspace")
@@ -82,6 +82,28 @@ def _check_betas(given: Sequence[float] | np.ndarray) -> np.ndarray:
     if not 0 < betas[-1] <= 1:
         raise ValueError(f"the last beta must lie in (0, 1], 1 for no signal at all, got {betas[-1]}")
     return betas
+
+
+def _outside(total: int, spacing: str, offset: int) -> str:
+    return f"spacing {spacing!r} with steps_offset {offset} leaves 0..{total - 1}"
+
+
+def spaced_timesteps(total: int, steps: int, spacing: str, offset: int = 0) -> np.ndarray:
+    """[steps] int64: diffusers' descending timesteps of a whole run on `total` training timesteps (table 2 of
+    arXiv:2305.08891). offset: its `steps_offset`, of "leading".
+
+    Raises:
+        ValueError: the offset leaves the training timesteps.
+    """
+    if spacing == "trailing":
+        timesteps = np.round(total - total / steps * np.arange(steps)) - 1
+    elif spacing == "leading":
+        timesteps = (np.arange(steps) * (total // steps))[::-1] + offset
+    else:
+        timesteps = np.round(np.linspace(0, total - 1, steps))[::-1]
+    if timesteps.min() < 0 or timesteps.max() > total - 1:
+        raise ValueError(_outside(total, spacing, offset))
+    return timesteps.astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -197,7 +219,7 @@ class VPPath:
         total = self.num_train_timesteps
         from_noise, to_data = start >= self.level(total - 1).noise, end <= 0.0
         if from_noise and to_data:
-            timesteps = self._whole_axis(steps, spacing)
+            timesteps = spaced_timesteps(total, steps, spacing, self.steps_offset)
         else:
             timesteps = self._part_of_axis(steps, start, end, spacing, from_noise, to_data)
         if len(np.unique(timesteps)) < steps:
@@ -206,18 +228,8 @@ class VPPath:
                 f"{end:.3f}: use fewer steps there"
             )
         if timesteps.min() < 0 or timesteps.max() > total - 1:
-            raise ValueError(
-                f"spacing {spacing!r} with steps_offset {self.steps_offset} leaves 0..{total - 1}"
-            )
+            raise ValueError(_outside(total, spacing, self.steps_offset))
         return [self.level(int(t)).noise for t in timesteps]
-
-    def _whole_axis(self, steps: int, spacing: str) -> np.ndarray:
-        total = self.num_train_timesteps
-        if spacing == "trailing":
-            return np.round(total - total / steps * np.arange(steps)) - 1
-        if spacing == "leading":
-            return (np.arange(steps) * (total // steps))[::-1] + self.steps_offset
-        return np.round(np.linspace(0, total - 1, steps))[::-1]
 
     def _part_of_axis(
         self, steps: int, start: float, end: float, spacing: str, from_noise: bool, to_data: bool

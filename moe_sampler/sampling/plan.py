@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,13 +15,15 @@ from moe_sampler._readers import parse_json, typed
 from moe_sampler.kernels.rows import COLUMNS, INDEX, ROW_WIDTH, check_row
 
 from .paths import Level
+from .recipe import Recipe, compile_again
 from .solvers import HEUN_CORRECTOR
 
 __all__ = ["ExpertCall", "PlanStep", "SamplingPlan"]
 
 MOST_STEPS = 100_000
-_FORMAT = 4
-_READABLE_FORMATS = (1, 2, 3, 4)  # 1 knew no guidance rescale, 2 no start from an image, 3 no digest
+_FORMAT = 5
+_READABLE_FORMATS = (1, 2, 3, 4, 5)
+"""1 knew no guidance rescale, 2 no start from an image, 3 no digest, 4 not what it was compiled from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +86,15 @@ class SamplingPlan:
         initial_scale: factor on N(0, 1) noise that makes the first state.
         from_image: the run begins with an image and the first level's share of noise (see `noised`), not with
             noise alone.
+        made_from: the experts, the router and the counts it was compiled from, as data (see `Recipe`); None
+            for a plan that wasn't compiled, or was changed since. It says nothing that the steps don't do,
+            so that equal plans may differ in it.
     """
 
     steps: tuple[PlanStep, ...]
     initial_scale: float
     from_image: bool = False
+    made_from: Recipe | None = field(default=None, compare=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -155,7 +161,7 @@ class SamplingPlan:
                 name: (value if math.isfinite(value) else None)
                 for name, value in zip(COLUMNS, step["row"], strict=True)
             }
-        body = {"format": _FORMAT, **body}
+        body = {"format": _FORMAT, "made_from": body.pop("made_from"), **body}
         return json.dumps({**body, "digest": _digest(body)}, **kwargs)
 
     @classmethod
@@ -164,7 +170,8 @@ class SamplingPlan:
 
         Raises:
             ValueError: no JSON, no plan of a format this version reads, one that was changed since it was
-                written, or that cannot be run.
+                written, whose coefficients aren't those of what it says it was compiled from, or that cannot
+                be run.
         """
         body = parse_json(text, "this", ValueError)
         found = body.get("format") if isinstance(body, dict) else None
@@ -182,9 +189,31 @@ class SamplingPlan:
                 ]
             plan = typed(cls, values, "plan")
             plan.check()
+            plan._check_recipe()
         except (TypeError, ValueError) as error:
             raise ValueError(f"this sampling plan is damaged: {error}") from None
         return plan
+
+    def _check_recipe(self) -> None:
+        """Raise ValueError unless the plan is what its recipe compiles to, on any machine."""
+        if self.made_from is None:
+            return
+        again = compile_again(self.made_from)
+        if again is None:
+            return
+        if len(again) != len(self):
+            raise ValueError(
+                f"it has {len(self)} steps, but its made_from compiles to {len(again)}: plan anew"
+            )
+        for index, (own, other) in enumerate(zip(self.steps, again.steps, strict=True)):
+            name = _difference(own, other)
+            if name is not None:
+                raise ValueError(
+                    f"step {index}'s {name} is not what its made_from compiles to: plan anew, or, if it was "
+                    "meant to be changed, set made_from to None"
+                )
+        if not _close(self.initial_scale, again.initial_scale):
+            raise ValueError("its initial_scale is not what its made_from compiles to: plan anew")
 
     def _display_rows(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """Header and cells of the printed plan."""
@@ -239,6 +268,27 @@ def _digest(body: dict[str, Any]) -> str:
     """SHA-256 of a plan's JSON but for the digest itself, whatever the order and spacing."""
     plain = json.dumps({key: body[key] for key in body if key != "digest"}, sort_keys=True)
     return hashlib.sha256(plain.encode()).hexdigest()
+
+
+def _close(a: float, b: float) -> bool:
+    """Whether two machines may compute these of the same settings."""
+    return math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12)
+
+
+def _difference(one: PlanStep, other: PlanStep) -> str | None:
+    """What of two steps isn't the same, to the rounding of another machine."""
+    if one.solver != other.solver:
+        return "solver"
+    if [call.name for call in one.calls] != [call.name for call in other.calls]:
+        return "expert"
+    pairs = [*zip(COLUMNS, one.row, other.row, strict=True)]
+    for side in ("level", "target"):
+        mine, theirs = getattr(one, side), getattr(other, side)
+        pairs += [(side, mine.alpha, theirs.alpha), (side, mine.sigma, theirs.sigma)]
+    for mine, theirs in zip(one.calls, other.calls, strict=True):
+        for name in ("weight", "timestep", "guidance_scale", "input_scale", "guidance_rescale"):
+            pairs.append((name, getattr(mine, name), getattr(theirs, name)))
+    return next((name for name, a, b in pairs if not _close(a, b)), None)
 
 
 def _step_from_json(step: Any, where: str) -> PlanStep:

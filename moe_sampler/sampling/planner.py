@@ -18,6 +18,7 @@ from .calls import expert_call
 from .experts import Expert
 from .paths import Level
 from .plan import ExpertCall, PlanStep, SamplingPlan
+from .recipe import Recipe
 from .routers import PerStep, Router, Spans, active_experts, lead_expert, lead_spans
 from .solvers import HEUN_CORRECTOR, SolverRow, heun_corrector_row, solver_row
 
@@ -327,8 +328,8 @@ def plan(
         raise ValueError(f"a run goes from start to end with 0 <= end < start <= 1, got {start} to {end}")
     steps, spaced = _steps(steps, router), noise_levels is None
 
-    if noise_levels is not None:
-        noise_levels = _check_noise_levels(noise_levels, end)
+    given = None if noise_levels is None else _check_noise_levels(noise_levels, end)
+    noise_levels = given
     if isinstance(router, PerStep):
         weights = router.weights(list(known))
         if noise_levels is None:
@@ -354,4 +355,6 @@ def plan(
     asked = start < 1.0 or not spaced
     from_image = asked and nodes[0].noise < _node(known, nodes[0].weights, 1.0).noise
     initial_scale = nodes[0].lead.path.initial_scale(nodes[0].level)
-    return SamplingPlan(_compile(known, evaluations), initial_scale, from_image)
+    work = [(node.noise, node.weights) for node in nodes]
+    recipe = Recipe.of(known.values(), router, steps, (start, end), given, work)
+    return SamplingPlan(_compile(known, evaluations), initial_scale, from_image, recipe)

@@ -131,7 +131,7 @@ def solver_row(
         ValueError: the target is not less noisy than the level, or an unknown solver.
     """
     check_solver(solver)
-    if not target.noise < level.noise:
+    if not target.half_log_snr > level.half_log_snr:
         raise ValueError(
             f"time runs from noise to data: cannot step from noise level {level.noise:.4f} "
             f"to {target.noise:.4f}"

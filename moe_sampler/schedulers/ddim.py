@@ -70,19 +70,19 @@ class FusedDDIMScheduler(VPScheduler):
 
     def _target(self, timestep: int) -> Level:
         if timestep >= 0:
-            return self._path.level(timestep)
-        return Level(1.0, 0.0) if self.config["set_alpha_to_one"] else self._path.level(0)
+            return self._level(timestep)
+        return Level(1.0, 0.0) if self.config["set_alpha_to_one"] else self._level(0)
 
     def _get_variance(self, timestep: int, prev_timestep: int) -> torch.Tensor:
         """Squared deviation of a step's fresh noise at eta = 1: diffusers' name, which pipelines use."""
-        row = solver_step("ddim", self._path.level(timestep), self._target(prev_timestep), 1.0)
+        row = solver_step("ddim", self._level(timestep), self._target(prev_timestep), 1.0)
         return torch.tensor(row.n**2, dtype=torch.float32)
 
     def _row(self, t: int, *options: Any) -> list[float]:
         eta, use_clipped_model_output = options
         # As the original: down by the stride of the step count, whatever the next node is.
         target = self._target(t - self.config["num_train_timesteps"] // self.num_inference_steps)
-        level = self._path.level(t)
+        level = self._level(t)
         row = solver_step("ddim", level, target, eta)
         p, q = self._x0(level)
         if self.config["clip_sample"] and not use_clipped_model_output:

@@ -110,11 +110,12 @@ class FusedDDPMScheduler(VPScheduler):
     def _update(self, t: int) -> SolverRow:
         """The posterior's mean and the fresh noise's deviation (arXiv:2006.11239, eq. 7)."""
         previous = self._previous(t)
-        level = self._path.level(t)
-        target = self._path.level(previous) if previous >= 0 else Level(1.0, 0.0)
+        level = self._level(t)
+        target = self._level(previous) if previous >= 0 else Level(1.0, 0.0)
         # The original's ratio of float32 numbers: near the data 1 minus it has four digits, and these are
         # the ones its users' images were made with.
-        kept = float(np.float32(level.alpha**2) / np.float32(target.alpha**2))
+        # Where no signal is left to keep on either side, a fresh draw has the right distribution.
+        kept = float(np.float32(level.alpha**2) / np.float32(target.alpha**2)) if target.alpha > 0 else 0.0
         share = target.sigma**2 / level.sigma**2
         variance = (1.0 - kept) * (1.0 if self.config["variance_type"] == "fixed_large" else share)
         return SolverRow(
@@ -124,7 +125,7 @@ class FusedDDPMScheduler(VPScheduler):
         )
 
     def _row(self, t: int, *options: Any) -> list[float]:
-        return table_row(self._update(t), *self._x0(self._path.level(t)), clip=self._clip)
+        return table_row(self._update(t), *self._x0(self._level(t)), clip=self._clip)
 
     def step(
         self,

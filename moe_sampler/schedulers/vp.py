@@ -14,7 +14,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from moe_sampler.kernels import ROW_WIDTH
 
 from ..sampling.betas import BETA_SCHEDULES, betas_from_config
-from ..sampling.paths import SPACINGS, Level, VPPath
+from ..sampling.paths import SPACINGS, Level, spaced_timesteps
 from ..sampling.predictions import add_noise, x0_coefficients
 from .fused_step import FusedScheduler, make_table, view_index
 
@@ -56,10 +56,28 @@ class VPScheduler(FusedScheduler):
         self.alphas = 1.0 - self.betas
         self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)
         abar = self.alphas_cumprod.double().numpy()
-        betas = 1.0 - abar / np.concatenate([[1.0], abar[:-1]])
-        self._path = VPPath(tuple(betas), steps_offset=self.config["steps_offset"])
-        self._forward_levels = torch.from_numpy(np.stack([self._path.alphas, self._path.sigmas])).float()
+        if not abar.size or not (self.betas > 0).all() or not (abar >= 0).all():
+            raise ValueError(
+                f"{type(self).__name__} does not support {self._said_of_betas()}: betas must be positive, "
+                "and below 1 while any signal is left"
+            )
+        # Betas far larger than usual leave float32's range before the last timestep. What is below it is a
+        # signal all the same, which clipping x0 makes use of; only a beta of 1 leaves none.
+        signal = np.cumprod(self.betas.numpy() != 1.0)
+        abar = np.maximum(abar, signal * float(np.finfo(np.float32).smallest_subnormal))
+        self._alphas, self._sigmas = np.sqrt(abar), np.sqrt(1.0 - abar)
+        self._forward_levels = torch.from_numpy(np.stack([self._alphas, self._sigmas])).float()
         self._tables: dict[tuple, torch.Tensor] = {}
+
+    def _said_of_betas(self) -> str:
+        """What the config says of them, for messages."""
+        if self.config["trained_betas"] is not None:
+            return "these trained_betas"
+        names = ("beta_schedule", "beta_start", "beta_end")
+        return ", ".join(f"{name}={self.config[name]!r}" for name in names)
+
+    def _level(self, t: int) -> Level:
+        return Level(float(self._alphas[t]), float(self._sigmas[t]))
 
     def _start(self) -> None:
         """The state of a scheduler that was just made: every training timestep, no step count."""
@@ -94,8 +112,8 @@ class VPScheduler(FusedScheduler):
             # NumPy's arange decides which way the original's halves round; its float error may add a node -1.
             nodes = np.arange(total, 0, -total / num_inference_steps)[:num_inference_steps]
             return [round(node) - 1 for node in nodes]
-        nodes = self._path.grid(num_inference_steps, spacing=self.config["timestep_spacing"])
-        return [self._path.nearest_timestep(noise) for noise in nodes]
+        spacing, offset = self.config["timestep_spacing"], self.config["steps_offset"]
+        return spaced_timesteps(total, num_inference_steps, spacing, offset).tolist()
 
     def _timestep(self, timestep: int | torch.Tensor) -> int:
         """The timestep as an integer; waits for the device only where a device tensor isn't one of ours."""
@@ -112,20 +130,22 @@ class VPScheduler(FusedScheduler):
 
     def _defined(self, t: int) -> bool:
         """Whether the model's output at a timestep says anything about x0."""
-        return self.config["prediction_type"] != "epsilon" or bool(self._path.alphas[t] > 0)
+        return self.config["prediction_type"] != "epsilon" or bool(self._alphas[t] > 0)
 
     def _check_count(self) -> None:
-        if self._path.num_train_timesteps != len(self):
-            self._refuse("num_train_timesteps", f"trained_betas has {self._path.num_train_timesteps} values")
+        if len(self.betas) != len(self):
+            self._refuse("num_train_timesteps", f"trained_betas has {len(self.betas)} values")
 
     def _check_timestep(self, t: int) -> None:
         """Raise a ValueError if nothing can be known of the step from `t`."""
         self._check_count()
         if not self._defined(t):
-            self._refuse(
-                "rescale_betas_zero_snr",
-                f"at timestep {t} no signal is left, and an epsilon model says nothing about the sample "
-                "there; begin at a lower timestep, or name the prediction_type the model was trained on",
+            rescaled = self.config["rescale_betas_zero_snr"]
+            given = "rescale_betas_zero_snr=True" if rescaled else self._said_of_betas()
+            raise ValueError(
+                f"{type(self).__name__} does not support {given} with prediction_type='epsilon' at timestep "
+                f"{t}: no signal is left there, and an epsilon model says nothing about the sample; begin at "
+                "a lower timestep, or name the prediction_type the model was trained on"
             )
 
     @property

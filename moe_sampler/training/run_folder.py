@@ -23,7 +23,7 @@ from diffusers.utils import make_image_grid
 from PIL import Image
 from torch import Tensor
 
-from .._files import remove, replace_folder, sweep, write_text, write_whole
+from .._files import remove, replace_folder, sweep, write_text, write_whole, writing
 from .._readers import parse_json
 from ..errors import CheckpointError
 from .checkpoints import write_tensors
@@ -110,8 +110,9 @@ class RunFolder:
         partial = self.folder / f".{name}.partial"
         remove(partial)
         try:
-            self._write_model(partial, tensors)
-            yield partial
+            with writing(self.folder if name == "final" else self.folder / name):
+                self._write_model(partial, tensors)
+                yield partial
         finally:
             remove(partial)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import warnings
@@ -100,7 +101,10 @@ def save_image(image: Image.Image, path: Path, settings: Mapping[str, Any]) -> N
     check_room(path, settings)
     exif = Image.Exif()
     exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = _comment(settings)
-    write_whole(path, lambda temporary: image.convert("RGB").save(temporary, exif=exif, **options))
+    # Through memory: Pillow's JPEG encoder doesn't notice that a full disk took the first bytes only.
+    encoded = io.BytesIO()
+    image.convert("RGB").save(encoded, exif=exif, **options)
+    write_whole(path, lambda temporary: temporary.write_bytes(encoded.getvalue()))
 
 
 def _settings_text(image: Image.Image) -> str | None:

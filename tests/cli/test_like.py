@@ -46,7 +46,11 @@ def test_settings_are_of_their_types_or_refused(name, value):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("seed", -1),
+        ("prompt", None),
+        ("prompt", ["a castle"]),
+        ("negative_prompt", {"sol": ["fog"]}),
+        ("seed", 2**64),
+        ("seed", -(2**63) - 1),
         ("seed", "3"),
         ("zoom", 10**6),
         ("height", 10**9),
@@ -122,3 +126,31 @@ def test_ctrl_c_keeps_the_images_of_finished_batches(tmp_path, monkeypatch, more
     assert generate("a.png", 130).stderr.splitlines()[-1] == "interrupted"
     assert Path("a-1.png").read_bytes() == Path("whole-1.png").read_bytes()
     assert not Path("a-2.png").exists() and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [("--seed", "-1"), ("--seed", str(2**63)), ("--guidance", "1000"), ("--guidance", "-3")],
+    ids=" ".join,
+)
+def test_whatever_an_image_is_made_with_makes_it_again(tmp_path, monkeypatch, more):
+    monkeypatch.chdir(tmp_path)
+    for arguments in (
+        ["a castle", *FLAGS[:2], *FLAGS[6:], *more, "-o", "a.png"],
+        ["--like", "a.png", "-o", "b.png"],
+    ):
+        result = CliRunner().invoke(app, ["generate", *arguments])
+        assert result.exit_code == 0, result.output
+    assert read_settings("a.png") == read_settings("b.png")
+    assert Image.open("a.png").tobytes() == Image.open("b.png").tobytes()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [("x" * 100_001, "100,001 characters, more than 100,000"), ("a \0 castle", "a prompt has a NUL")],
+)
+def test_a_prompt_that_no_image_could_be_made_with_again(tmp_path, monkeypatch, prompt, message):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["generate", prompt, "-o", "a.png"])
+    assert result.exit_code == 2 and message in result.stderr
+    assert not list(tmp_path.iterdir())

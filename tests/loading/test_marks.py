@@ -61,6 +61,7 @@ def test_marks_alone_count(tmp_path, metadata, tensors, prediction, zero):
         ("mine", "sol", {}, ("v_pred",)),
         ("mine", ZERO_SNR, {}, ("v_pred", "ztsnr")),
         ("mine", FLOW, {"modelspec.prediction_type": "flow"}, ()),
+        ("mine", {**ZERO_SNR, "rescale_betas_zero_snr": None}, {"ss_zero_terminal_snr": "False"}, ()),
         ("mine", FLOW, {"modelspec.title": "castles", "ss_v2": "True"}, ()),
     ],
 )
@@ -93,6 +94,71 @@ def test_marks_that_contradict_are_refused(tmp_path, name, training, metadata, t
     assert len(str(error.value).splitlines()) == 1
     with pytest.raises(CheckpointError, match=message):
         find_training(name, ExpertSource(file, training), Hub())
+
+
+def torch_marked(folder, outer=(), tensors=(), suffix=".ckpt"):
+    file = folder / f"model{suffix}"
+    weights = {**load_file(SOL), **{key: torch.ones(1) for key in tensors}}
+    torch.save({"state_dict": weights, "global_step": 7, **dict(outer)}, file)
+    return file
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".bin"])
+@pytest.mark.parametrize(
+    ("outer", "tensors", "prediction", "zero"),
+    [
+        ({}, ("v_pred",), "v_prediction", False),
+        ({}, ("v_pred", "ztsnr"), "v_prediction", True),
+        ({"v_pred": torch.ones(())}, (), "v_prediction", False),
+        ({"metadata": {"modelspec.prediction_type": "v"}}, (), "v_prediction", False),
+        ({"__metadata__": {"ss_v_parameterization": "True"}}, (), "v_prediction", False),
+        ({"modelspec.prediction_type": "epsilon"}, (), "epsilon", False),
+        ({"hyper_parameters": {"parameterization": "v", "base_lr": 1e-4}}, (), "v_prediction", False),
+        ({"hyper_parameters": {"params": {"parameterization": "eps"}}}, (), "epsilon", False),
+        ({"cfg": {"prediction_type": "flow_matching"}}, (), "flow_prediction", False),
+        (
+            {"args": {"v_parameterization": True, "zero_terminal_snr": True, "lr": None}},
+            (),
+            *("v_prediction", True),
+        ),
+        ({"cfg": {"scheduler": {"prediction_type": "v_prediction"}}}, (), "v_prediction", False),
+    ],
+)
+def test_marks_of_torch_files_count_as_those_of_safetensors(
+    tmp_path, suffix, outer, tensors, prediction, zero
+):
+    file = torch_marked(tmp_path, outer, tensors, suffix)
+    expert = load("mine", file)
+    assert expert.prediction == prediction
+    assert getattr(expert.path, "zero_terminal_snr", False) == zero
+
+
+@pytest.mark.parametrize(
+    ("name", "training", "outer", "tensors", "message"),
+    [
+        ("sd15", None, {}, ("v_pred",), "its tensor v_pred that its prediction_type .* sd15 says epsilon"),
+        ("sol", None, {"cfg": {"prediction_type": "epsilon"}}, (), "the name sol says v_prediction"),
+        ("lune", None, {"hyper_parameters": {"parameterization": "v"}}, (), "but the name lune says flow"),
+        ("mine", "sol", {"zero_terminal_snr": True}, (), "zero_terminal_snr = True .* given for mine says"),
+        ("mine", None, {"metadata": {"modelspec.prediction_type": "score"}}, (), "predicts score, which is"),
+        ("mine", None, {"cfg": {"prediction_type": "epsilon"}}, ("v_pred",), "contradicts itself"),
+        ("mine", None, {"cfg": {"prediction_type": "velocity"}}, (), "nothing says what it was trained on"),
+        ("mine", None, {"cfg": {"prediction_type": None, "lr": 1e-4}}, (), "nothing says what it was"),
+    ],
+)
+def test_marks_of_torch_files_that_contradict_are_refused(tmp_path, name, training, outer, tensors, message):
+    file = torch_marked(tmp_path, outer, tensors)
+    with pytest.raises(CheckpointError, match=message) as error:
+        load(name, file, training)
+    assert len(str(error.value).splitlines()) == 1
+    with pytest.raises(CheckpointError, match=message):
+        find_training(name, ExpertSource(file, training), Hub())
+
+
+def test_a_trainers_velocity_contradicts_neither_v_nor_a_flow(tmp_path):
+    file = torch_marked(tmp_path, {"cfg": {"prediction_type": "velocity"}})
+    assert load("sol", file).prediction == "v_prediction"
+    assert load("lune", file).prediction == "flow_prediction"
 
 
 def test_a_folders_file_against_the_config_beside_it(tmp_path):

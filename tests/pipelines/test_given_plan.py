@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from moe_sampler import Boundary, Crossfade, Expert, SamplingPlan, plan
+from moe_sampler import Boundary, Crossfade, Expert, FlowPath, SamplingPlan, VPPath, plan
 
 PROMPT = "a castle with two towers, at dusk"
 BLUE = Image.new("RGB", (64, 64), "blue")
@@ -51,12 +51,34 @@ def cut(count: int) -> SamplingPlan:
     return dataclasses.replace(made, steps=made.steps[count:])
 
 
+def bare(made: SamplingPlan) -> SamplingPlan:
+    """As a plan made by hand is: without what it was compiled from."""
+    return dataclasses.replace(made, made_from=None)
+
+
+BENT = VPPath((*VPPath.linear().betas[:500], *(beta * 1.01 for beta in VPPath.linear().betas[500:])))
+"""Sol's path to the middle: a plan that works below doesn't see that it is another."""
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (dict(plan=plan(Expert.lune(name="luna"), steps=2)), "calls luna, but the experts are sol, lune"),
-        (dict(plan=plan(Expert.sd15(name="sol"), steps=2)), "made for another sol"),
-        (dict(plan=whole(sol={"prediction": "epsilon"})), "made for another sol"),
+        (
+            dict(plan=plan(Expert.sd15(name="sol"), steps=2)),
+            "made for another sol: it predicts epsilon there",
+        ),
+        (dict(plan=whole(sol={"prediction": "epsilon"})), "another sol: .* this sol predicts v_prediction"),
+        (dict(plan=whole(sol={"path": VPPath.linear(end=0.0200001)})), "beta_end = 0.0200001 there"),
+        (dict(plan=whole(sol={"path": VPPath.linear(num_train_timesteps=999)})), "timesteps = 999 there"),
+        (dict(plan=whole(sol={"path": BENT})), "of 1000 trained betas there, and this sol's is beta_sch"),
+        (
+            dict(plan=plan(dataclasses.replace(Expert.sol(), path=BENT), noise_levels=(0.5, 0.2))),
+            "sol: its noise path is of 1000 tr",
+        ),
+        (dict(plan=whole(lune={"path": FlowPath(500.0)})), "timestep_scale = 500.0 there, and this lune's"),
+        (dict(plan=bare(whole(lune={"path": FlowPath(500.0)}))), "timestep or prediction type is not the"),
+        (dict(plan=bare(whole(sol={"prediction": "epsilon"}))), "timestep or prediction type is not the"),
         (dict(plan=whole(lune={"prediction": "reversed_flow_prediction"})), "made for another lune"),
         (dict(plan=cut(1)), "its beginning was cut off"),
         (dict(plan=cut(6)), "no steps"),

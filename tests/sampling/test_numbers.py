@@ -81,6 +81,10 @@ def test_what_is_no_number_is_refused_with_what_was_given(given):
             lambda: plan(PAIR, Boundary("sol", "lune", 0.7), steps={"sol": 10**9, "lune": 4}),
             "steps of sol .* 10000",
         ),
+        (
+            lambda: Expert.lune(guidance_scale=1e39),
+            r"lune: the guidance scale may be at most 1000, got 1e\+39",
+        ),
         (lambda: Expert.lune(shift=1e308), r"shift must lie between 0\.001 and 1000, got 1e\+308"),
         (lambda: Expert.lune(shift=1e-308), r"shift must lie between 0\.001 and 1000"),
     ],

@@ -533,7 +533,7 @@ def test_zero_terminal_snr_and_epsilon(cls):
         s.step(0.1 * x, 900, x, generator=torch.Generator()).prev_sample for s in (fused, original)
     )
     torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=0)
-    message = "timestep 999 no signal is left, and an epsilon model says nothing"
+    message = "rescale_betas_zero_snr=True .* timestep 999: no signal is left there, and an epsilon model"
     with pytest.raises(ValueError, match=message):
         fused.step(x, 999, x)
     with pytest.raises(ValueError, match=message):
@@ -549,6 +549,47 @@ def test_as_many_betas_as_timesteps_where_they_are_used(cls, tmp_path):
     assert scheduler.betas.tolist() == pytest.approx([0.1, 0.3])
     with pytest.raises(ValueError, match="trained_betas has 2 values"):
         scheduler.set_timesteps(10)
+
+
+@pytest.mark.parametrize("cls", VP)
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize(("first", "last"), [(0.01, 0.2), (0.1, 2.0), (0.5, 0.9)])
+def test_betas_that_leave_float32_before_the_last_timestep(cls, prediction, first, last):
+    """diffusers' own wherever it has numbers, and numbers where it divides nothing by nothing."""
+    config = dict(beta_start=first, beta_end=last, prediction_type=prediction)
+    fused, original, x = cls(**config), ORIGINALS[cls](**config), start()
+    torch.testing.assert_close(fused.alphas_cumprod, original.alphas_cumprod, rtol=1e-4, atol=0)
+    assert (original.alphas_cumprod == 0).any()
+    fused.set_timesteps(20)
+    original.set_timesteps(20)
+    compared = 0
+    for t in original.timesteps.tolist():
+        mine, theirs = (
+            s.step(0.1 * x, t, x, generator=torch.Generator().manual_seed(0)).prev_sample
+            for s in (fused, original)
+        )
+        assert mine.isfinite().all()
+        if theirs.isfinite().all():
+            torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=0)
+            compared += 1
+    assert compared >= 2
+
+
+@pytest.mark.parametrize("cls", VP)
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (dict(beta_start=0.0), "beta_start=0.0, beta_end=0.02: betas must be positive"),
+        (dict(beta_start=0.5, beta_end=1.5, num_train_timesteps=6), "beta_end=1.5: .* below 1 while any"),
+        (dict(beta_end=float("nan")), "beta_end=nan: betas must be positive"),
+        (dict(trained_betas=[0.1, -0.1, 0.2]), "does not support these trained_betas: betas must"),
+        (dict(trained_betas=[0.1, 1.2]), "does not support these trained_betas"),
+        (dict(trained_betas=[]), "does not support these trained_betas"),
+    ],
+)
+def test_betas_that_are_none(cls, config, message):
+    with pytest.raises(ValueError, match=message):
+        cls(**config)
 
 
 def test_beta_schedules_and_lengths_are_diffusers_own():

@@ -148,9 +148,13 @@ def _begin_building(folder: Path) -> None:
     if not building.exists():
         folder.mkdir(parents=True, exist_ok=True)
         made = Path(tempfile.mkdtemp(dir=folder, prefix=f".{BUILDING}.", suffix=".tmp"))
-        made.chmod(0o755)
-        claim(made, KIND)
-        made.rename(building)
+        try:
+            made.chmod(0o755)
+            claim(made, KIND)
+            made.rename(building)
+        except BaseException:
+            remove(made)
+            raise
 
 
 @contextmanager

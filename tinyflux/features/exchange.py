@@ -11,7 +11,7 @@ dtype is a torch.dtype, which upstream can hand to `.to` as it is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from torch import Tensor
 from moe_sampler import __version__
 from moe_sampler._files import write_whole
 from moe_sampler.data.captions import check_text
+from moe_sampler.errors import CheckpointError
+from moe_sampler.loading.state_dicts import read_torch
 from moe_sampler.tinyflux.features.cache_format import CacheError, Manifest, checksum
 from moe_sampler.tinyflux.features.cache_read import FeatureCache
 from moe_sampler.tinyflux.features.cache_shards import build_shards
@@ -28,11 +30,12 @@ from moe_sampler.tinyflux.features.extraction import CONVENTIONS, Convention, ch
 
 __all__ = ["export_upstream", "import_upstream"]
 
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FILES = ("encodings.pt", "lune.pt", "sol.pt", "meta.pt")
 
 
 def export_upstream(cache: FeatureCache, folder: str | Path, *, name: str | None = None) -> list[Path]:
-    """Write upstream's files, each whole or not at all.
+    """Write upstream's files, all of them or none.
 
     The text mask has no place in them. Without one of the experts its file is left out.
 
@@ -46,18 +49,30 @@ def export_upstream(cache: FeatureCache, folder: str | Path, *, name: str | None
 
     Raises:
         CacheError: one of the files is there already.
+        OSError: one can't be written.
     """
     folder = Path(folder)
     there = [str(folder / file) for file in FILES if (folder / file).exists()]
     if there:
         raise CacheError(f"{', '.join(there)} exist already: give another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
+    written: list[Path] = []
 
     def write(file: str, values: dict[str, Any]) -> None:
         write_whole(folder / file, lambda path: torch.save(values, path))
         written.append(folder / file)
 
+    try:
+        _write_all(cache, write, cache.folder.resolve().name if name is None else name)
+    except BaseException:
+        # A part of the set would be in the way of the next try, and upstream would take it for all.
+        for path in written:
+            path.unlink(missing_ok=True)
+        raise
+    return written
+
+
+def _write_all(cache: FeatureCache, write: Callable[[str, dict[str, Any]], None], name: str) -> None:
     latents = cache.stacked("latents")
     write(
         "encodings.pt",
@@ -76,8 +91,7 @@ def export_upstream(cache: FeatureCache, folder: str | Path, *, name: str | None
     if cache.has_sol:
         stats, spatial = cache.stacked("sol_stats"), cache.stacked("sol_maps")
         write("sol.pt", {"stats": stats, "spatial": spatial, "t_buckets": buckets, "dtype": stats.dtype})
-    write("meta.pt", {"name": cache.folder.resolve().name if name is None else name})
-    return written
+    write("meta.pt", {"name": name})
 
 
 def import_upstream(
@@ -110,8 +124,11 @@ def import_upstream(
     prompts = encodings.get("prompts")
     if not isinstance(prompts, (list, tuple)) or not all(isinstance(text, str) for text in prompts):
         raise CacheError(f"{source / 'encodings.pt'}: prompts is not a list of texts")
-    for i, text in enumerate(prompts):
-        check_text(text, f"{source / 'encodings.pt'}: prompts[{i}]")
+    try:
+        for i, text in enumerate(prompts):
+            check_text(text, f"{source / 'encodings.pt'}: prompts[{i}]")
+    except ValueError as error:
+        raise CacheError(str(error)) from None
     states = encodings["t5_embeds"]
     tensors = {
         "latents": encodings["latents"],
@@ -157,21 +174,38 @@ def import_upstream(
 
 
 def _read(file: Path, **dimensions: int) -> dict[str, Any]:
-    """The file's dict; the named tensors are there with so many dimensions."""
+    """The file's dict; the named tensors are there with so many dimensions, floats that the file holds."""
     try:
-        values = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises a dozen kinds for damaged or foreign files
-        raise CacheError(f"{file} cannot be read: {str(error).splitlines()[0]}") from error
+        values = read_torch(file)
+    except CheckpointError as error:
+        raise CacheError(str(error)) from None
     if not isinstance(values, Mapping):
         raise CacheError(f"{file} holds a {type(values).__name__} instead of a dict")
+    values = dict(values)
+    if "t_buckets" in dimensions and isinstance(values.get("t_buckets"), (list, tuple)):
+        values["t_buckets"] = _listed_times(file, values["t_buckets"])
     for name, count in dimensions.items():
         value = values.get(name)
-        if name == "t_buckets" and isinstance(value, (list, tuple)):
-            values = {**values, name: torch.tensor(value)}
-        elif not isinstance(value, Tensor) or value.ndim != count:
+        if not isinstance(value, Tensor) or value.ndim != count:
             shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise CacheError(f"{file}: {name} must be a tensor of {count} dimensions, got {shape}")
-    return dict(values)
+        plain = value.layout is torch.strided and value.device.type == "cpu" and value.dtype in _FLOATS
+        if not plain:
+            raise CacheError(
+                f"{file}: {name} must be a plain tensor of floats, got {value.dtype}, {value.layout}, on "
+                f"{value.device}"
+            )
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            # A view that repeats a few numbers: however large it says to be, the file is not.
+            raise CacheError(f"{file}: {name} says it has the shape {list(value.shape)}, but holds less")
+    return values
+
+
+def _listed_times(file: Path, times: Sequence[Any]) -> Tensor:
+    numbers = [value.item() if isinstance(value, Tensor) and value.numel() == 1 else value for value in times]
+    if not all(isinstance(value, int | float) and abs(value) < 1e300 for value in numbers):
+        raise CacheError(f"{file}: t_buckets must be numbers")
+    return torch.tensor(numbers, dtype=torch.float64)
 
 
 def _buckets(file: Path, values: Mapping[str, Any], *names: str) -> tuple[float, ...]:
@@ -194,4 +228,7 @@ def _name(source: Path) -> str:
     name = _read(source / "meta.pt").get("name")
     if not isinstance(name, str):
         raise CacheError(f"{source / 'meta.pt'} has no name")
-    return name
+    try:
+        return check_text(name, f"{source / 'meta.pt'}: name")
+    except ValueError as error:
+        raise CacheError(str(error)) from None

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from moe_sampler.kernels import (
     philox_normal,
 )
 from moe_sampler.kernels.noise import seeds_tensor
+from moe_sampler.pipelines.choices import CONVENTIONS, Convention
 from moe_sampler.sampling.paths import FlowPath, Path, VPPath
 from moe_sampler.tinyflux.features.capture import CaptureError, capture_self_attention
 
@@ -38,10 +39,6 @@ __all__ = ["CONVENTIONS", "T_BUCKETS", "Convention", "ExpertFeatures", "Features
 
 T_BUCKETS = tuple((5 + 10 * i) / 100 for i in range(10))
 """0.05, 0.15 ... 0.95: where caches hold features, unless told otherwise."""
-
-Convention = Literal["sample", "tiny-flux-v4"]
-CONVENTIONS: tuple[str, ...] = get_args(Convention)
-
 
 Inputs = Iterator[tuple[Tensor, Tensor]]
 """(What an expert sees, the timestep it is told) of every pass through it."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal, cast, overload
 
 import torch
@@ -18,6 +19,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
+from moe_sampler._files import whole_folder
 from moe_sampler.tinyflux.model.checks import check_inputs
 from moe_sampler.tinyflux.model.conditioning import (
     AttentionInputs,
@@ -110,7 +112,13 @@ class TinyFlux(ModelMixin, ConfigMixin):
         nn.Module.to(self, *args, **kwargs)
         return self
 
-    # Loading and saving: `save_pretrained` is diffusers' own.
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As diffusers' own, all files of it or, with an OSError that names the folder, none."""
+        folder = Path(save_directory)
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", folder.resolve().name)  # not that of the folder written to first
+        with whole_folder(folder) as partial:
+            super().save_pretrained(partial, *args, **kwargs)
 
     @overload
     @classmethod

@@ -776,6 +776,8 @@ def test_the_command(tmp_path):
         (("cache", tmp_path / "x"), "give a SOURCE"),
         (("cache", tmp_path / "x", pictures, "--demo"), "give a SOURCE"),
         (("cache", tmp_path / "x", "--demo", "--teachers", "david"), 'unknown --teachers "david": use sol'),
+        (("cache", tmp_path / "x", "--demo", "--convention", "upstream"), "use sample or tiny-flux-v4"),
+        (("cache", tmp_path / "x", "--demo", "--dtype", "int8"), 'unknown --dtype "int8": use float32'),
         (("cache", tmp_path / "x", "--demo", "--size", "big"), "not a size"),
         (("cache", tmp_path / "x", "--demo", "--vae", tmp_path), "no model's folder"),
         (("cache", tmp_path / "x", "--demo", "--device", "toaster"), "not a device"),
