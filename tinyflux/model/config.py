@@ -160,7 +160,7 @@ class TinyFluxConfig:
             "num_double_layers": 2,
             "num_single_layers": 3,
             "axes_dims_rope": (8, 12, 12),
-            "lune_expert_dim": 128,
+            "lune_expert_dim": 160,
             "lune_hidden_dim": 128,
             "sol_hidden_dim": 64,
         }

@@ -115,7 +115,7 @@ def test_the_buckets():
 def test_features_are_those_of_each_experts_own_path(demo, demo_pipeline, latents):
     times = (0.0, 0.05, 0.31, 0.5, 0.95, 1.0)
     features = demo(latents, PROMPTS, seeds=[5, 6, 7, 8], t=times)
-    assert [tuple(f.shape) for f in features] == [(4, 6, 128), (4, 6, 3), (4, 6, 8, 8)]
+    assert [tuple(f.shape) for f in features] == [(4, 6, 160), (4, 6, 3), (4, 6, 8, 8)]
     assert {f.dtype for f in features} == {torch.float32}
     noise = philox_normal(latents.shape, [5, 6, 7, 8])
     with torch.no_grad():
