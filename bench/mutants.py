@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import gc
 import importlib
+import math
 import multiprocessing
 import os
 import shutil
@@ -38,6 +39,7 @@ ROOT = Path(__file__).parents[1]
 OURS = ("moe_sampler", "bench", "tests", "conftest", "__main__", "__mp_main__")
 LEFT_OUT = shutil.ignore_patterns(".git", "__pycache__", "*.egg-info", ".*_cache", "runs", "_build", ".venv")
 KILLED, SURVIVED, UNREACHED = "killed", "survived", "unreached"
+_PATIENCE = 60  # seconds, where a machine has more to do
 _fork = multiprocessing.get_context("fork")
 
 
@@ -89,10 +91,14 @@ class Watch:
 
 
 class Chosen:
-    """pytest plugin: runs these tests alone, in this order."""
+    """pytest plugin: runs these tests alone, in this order, and ends the process in one that hangs."""
 
-    def __init__(self, tests: Sequence[str]) -> None:
+    def __init__(self, tests: Sequence[str], baseline: Baseline) -> None:
         self.order = {test: index for index, test in enumerate(tests)}
+        self.seconds = baseline.seconds
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        signal.alarm(_PATIENCE + 10 * math.ceil(self.seconds.get(nodeid, 0.0)))
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         found = [item for item in items if item.nodeid in self.order]
@@ -171,23 +177,23 @@ def watch_tests(copy: Path, tests: Sequence[str]) -> Baseline:
     return baseline
 
 
-def _run_chosen(copy: Path, tests: Sequence[str]) -> None:
+def _run_chosen(copy: Path, tests: Sequence[str], baseline: Baseline) -> None:
     _enter(copy)
+    signal.alarm(2 * _PATIENCE)
     sys.dont_write_bytecode = True  # a mutant's would outlive it
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
-    os._exit(_pytest(["-x", *sorted({test.partition("::")[0] for test in tests})], Chosen(tests)))
+    os._exit(_pytest(["-x", *sorted({test.partition("::")[0] for test in tests})], Chosen(tests, baseline)))
 
 
 def verdict(copy: Path, tests: Sequence[str], baseline: Baseline) -> str:
     """Whether tests of the copy fail, in a process of their own."""
-    process = _fork.Process(target=_run_chosen, args=(copy, tests))
+    process = _fork.Process(target=_run_chosen, args=(copy, tests, baseline))
     process.start()
     assert process.pid is not None
-    process.join(30.0 + 5.0 * sum(baseline.seconds.get(test, 0.0) for test in tests))
+    process.join()
     found = SURVIVED if process.exitcode == 0 else KILLED
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.join()
+        os.killpg(process.pid, signal.SIGKILL)  # what its tests started
     return found
 
 

@@ -69,6 +69,18 @@ def test_a_seed_draws_the_same_faults_in_the_sources_order(checkout):
     assert len(faults.chosen_of(found, 10_000, 0)) == len(found)
 
 
+def test_a_fault_that_hangs_is_noticed(checkout, monkeypatch):
+    monkeypatch.setattr(mutants, "ROOT", checkout)
+    monkeypatch.setattr(mutants, "_PATIENCE", 2)
+    (checkout / "tests" / "test_part.py").write_text(
+        "def test_that_never_ends():\n    while True:\n        pass\n"
+    )
+    baseline = mutants.Baseline()
+    with mutants.copied_checkout() as copy:
+        test = "tests/test_part.py::test_that_never_ends"
+        assert mutants.verdict(copy, [test], baseline) == mutants.KILLED
+
+
 def test_tests_are_those_beside_the_source():
     assert mutants.tests_beside("moe_sampler/sampling") == "tests/sampling"
     assert mutants.tests_beside("moe_sampler/pipelines/offload.py") == "tests/pipelines"
