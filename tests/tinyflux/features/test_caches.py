@@ -89,7 +89,11 @@ def test_a_cache_holds_what_the_encoders_and_experts_say(built, encoders, teache
         with torch.no_grad():
             latents = demo_pipeline.vae.encode(pixels).latents * demo_pipeline.vae.config.scaling_factor
             tokens = demo_pipeline.tokenizer(
-                sample.caption, padding="max_length", max_length=32, truncation=True, return_tensors="pt"
+                sample.caption,
+                padding="max_length",
+                max_length=encoders.clip.max_length,
+                truncation=True,
+                return_tensors="pt",
             )
             text = demo_pipeline.text_encoder(tokens.input_ids)
         close = {"rtol": 2e-3, "atol": 2e-3}
@@ -384,7 +388,7 @@ def test_changed_settings_are_refused_with_what_changed(copy, built, encoders, t
     with pytest.raises(CacheError, match="experts"):
         build_cache(copy, DemoScenes(10), encoders, None, **SETTINGS)
     shorter = TextEncoder(encoders.clip.model, encoders.clip.tokenizer, 20)
-    with pytest.raises(CacheError, match=r"encoders\.clip\.max_length: 32, now 20"):
+    with pytest.raises(CacheError, match=r"encoders\.clip\.max_length: \d+, now 20"):
         build_cache(copy, DemoScenes(10), StudentEncoders(encoders.vae, shorter), teachers, **SETTINGS)
     assert contents(copy) == before
 
@@ -572,13 +576,14 @@ def test_a_prompt_that_is_cut_is_told_unless_it_is_counted(encoders, demo_pipeli
 
 def test_each_text_encoder_counts_what_it_cuts(tmp_path, encoders, demo_pipeline, caplog):
     config = T5Config(vocab_size=len(demo_pipeline.tokenizer), d_model=24, d_kv=8, d_ff=16, num_layers=1)
-    t5 = TextEncoder(T5EncoderModel(config).eval(), demo_pipeline.tokenizer, 40)
+    length = encoders.clip.max_length
+    t5 = TextEncoder(T5EncoderModel(config).eval(), demo_pipeline.tokenizer, length + 8)
     both = StudentEncoders(encoders.vae, encoders.clip, t5)
-    source = Told("castle " * 35, "castle " * 60, "a castle")
+    source = Told("castle " * (length + 3), "castle " * 2 * length, "a castle")
     build_cache(tmp_path / "cache", source, both, None, **SETTINGS)
     assert [record.getMessage().split(" and are cut")[0] for record in caplog.records] == [
-        f"2 of 3 captions are longer than CLIPTextModel's {encoders.clip.max_length} tokens",
-        "1 of 3 captions are longer than T5EncoderModel's 40 tokens",
+        f"2 of 3 captions are longer than CLIPTextModel's {length} tokens",
+        f"1 of 3 captions are longer than T5EncoderModel's {length + 8} tokens",
     ]
 
 
@@ -644,7 +649,8 @@ def test_many_sources_in_one_run(tmp_path, built, encoders, demo_pipeline):
     assert batch["has_lune"].tolist() == [True] * 10 + [False] * 5
     assert batch["has_sol"].tolist() == [True] * 13 + [False] * 2
     assert batch["source"].tolist() == [0] * 10 + [1] * 3 + [2] * 2
-    assert batch["lune"].shape == (15, 3, 128) and batch["sol_maps"].shape == (15, 3, 8, 8)
+    width = demo_pipeline.unet_lune.config["block_out_channels"][-1]
+    assert batch["lune"].shape == (15, 3, width) and batch["sol_maps"].shape == (15, 3, 8, 8)
     assert torch.equal(batch["sol_maps"][10], caches[1][0]["sol_maps"])
     assert torch.equal(both[-1]["latents"], caches[2][1]["latents"])
     assert batch["caption"][13] == caches[2].caption(0)
