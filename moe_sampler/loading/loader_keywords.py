@@ -59,7 +59,10 @@ def without_loader_keywords(given: Mapping[str, Any]) -> dict[str, Any]:
         if name in _TRUE_ALREADY:
             fine, instead = _TRUE_ALREADY[name]
             if not any(value is one or (isinstance(one, str) and value == one) for one in fine):
-                raise ValueError(f"{name}={value!r} is not supported: {instead}")
+                # A model's repr goes on for pages.
+                plain = isinstance(value, str | int | float | dict | list | type(None))
+                shown = repr(value) if plain and len(repr(value)) < 100 else type(value).__name__
+                raise ValueError(f"{name}={shown} is not supported: {instead}")
     return {name: value for name, value in given.items() if name not in _TRUE_ALREADY}
 
 

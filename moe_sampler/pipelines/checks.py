@@ -101,9 +101,20 @@ class Start:
         """
         generator = list(generator) if isinstance(generator, tuple) else generator
         _check_generator(generator, seed, shape[0])
-        if latents is not None and tuple(latents.shape) != tuple(shape):
-            raise ValueError(f"latents must have shape {tuple(shape)}, got {tuple(latents.shape)}")
+        if latents is not None:
+            _check_latents(latents, tuple(shape))
         return cls(seeds_of(seed, shape[0]) if generator is None else None, generator, latents)
+
+
+def _check_latents(latents: Any, shape: tuple[int, ...]) -> None:
+    import torch
+
+    if not isinstance(latents, torch.Tensor):
+        raise ValueError(f"latents must be a tensor, got {type(latents).__name__}")
+    if not latents.is_floating_point():
+        raise ValueError(f"latents must be floats, got {latents.dtype}")
+    if tuple(latents.shape) != shape:
+        raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}")
 
 
 def check_strength(strength: Any, image: Any, latents: Any) -> float | None:

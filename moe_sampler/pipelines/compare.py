@@ -117,7 +117,7 @@ def compare(
     wrong = naive_plan(experts, right)
     alone = [pipe.plan(e.name, num_inference_steps, experts=experts) for e in experts]
     asked = [(text, each) for text in prompts for each in seeds]
-    call = dict(
+    call: dict[str, Any] = dict(
         prompt=[text for text, _ in asked],
         seed=[each for _, each in asked],
         negative_prompt=negative_prompt,

@@ -82,7 +82,8 @@ class Expert:
             raise ValueError(f"{self.name}: shift must lie between {low:g} and {high:g}, got {self.shift:g}")
         if self.guidance_scale > MOST_GUIDANCE:
             raise ValueError(
-                f"{self.name}: the guidance scale may be at most {MOST_GUIDANCE:g}, got {self.guidance_scale:g}"
+                f"{self.name}: the guidance scale may be at most {MOST_GUIDANCE:g}, got "
+                f"{self.guidance_scale:g}"
             )
         if not 0 <= self.eta <= 1:
             raise ValueError(f"{self.name}: eta must lie between 0 and 1, got {self.eta}")

@@ -153,10 +153,10 @@ def _router(data: Mapping[str, Any]) -> Any:
         raise ValueError(f"router.type must be one of {', '.join(_ROUTERS)}, got {kind!r}")
     if kind in ("Boundary", "Crossfade"):
         return typed(_ROUTERS[kind], fields, "router")
-    named = "spans" if kind == "Spans" else "steps"
+    made, named = (Spans, "spans") if kind == "Spans" else (PerStep, "steps")
     if fields.keys() != {named} or not isinstance(fields[named], list):
         raise TypeError(f"router of type {kind} must have a list of {named}")
-    return _ROUTERS[kind](fields[named])
+    return made(fields[named])
 
 
 def compile_again(recipe: Recipe) -> SamplingPlan | None:

@@ -395,6 +395,27 @@ def test_loaders_keywords_that_cannot_be_followed_are_named(keyword, monkeypatch
         HybridPipeline.from_pretrained(experts_path(), **keyword)
 
 
+def test_a_model_given_by_the_wrong_name_is_one_line(demo_pipeline):
+    for keyword in (dict(unet=demo_pipeline.unet_sol), dict(scheduler=demo_pipeline.scheduler_sol)):
+        with pytest.raises(ValueError, match=r"^\w+=(UNet2DConditionModel|\w+Scheduler) is not") as error:
+            HybridPipeline.from_pretrained(experts_path(), **keyword)
+        assert len(str(error.value)) < 200 and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("latents", "message"),
+    [
+        (np.zeros((1, 4, 16, 16), np.float32), "latents must be a tensor, got ndarray"),
+        ([[0.0]], "latents must be a tensor, got list"),
+        (torch.zeros(1, 4, 16, 16, dtype=torch.int64), r"latents must be floats, got torch\.int64"),
+        (torch.zeros(1, 4, 9, 9), "latents must have shape"),
+    ],
+)
+def test_latents_that_are_none(demo_pipeline, latents, message):
+    with pytest.raises(ValueError, match=message):
+        demo_pipeline(PROMPT, num_inference_steps=2, latents=latents)
+
+
 def test_there_is_no_one_scheduler(demo_pipeline):
     with pytest.raises(AttributeError, match="scheduler_sol and scheduler_lune"):
         demo_pipeline.scheduler = demo_pipeline.scheduler_sol
