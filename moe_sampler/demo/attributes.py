@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -109,6 +111,10 @@ class ImageEncoder(nn.Module):
             self.stages.append(nn.Sequential(down, norms[0], nn.SiLU(), within, norms[1], nn.SiLU()))
             previous = count
         self.project = nn.Linear(previous * 16 + sum(channels), width)
+
+    def layers(self) -> list[nn.Module]:
+        """Of all stages, in order."""
+        return [layer for stage in self.stages for layer in cast(nn.Sequential, stage)]
 
     def forward(self, images: Tensor) -> Tensor:
         means = []

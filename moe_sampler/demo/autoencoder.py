@@ -106,7 +106,7 @@ def decoder_loss(
 def feature_distance(eye: ImageEncoder, output: Tensor, target: Tensor, depth: int = 4) -> Tensor:
     """Mean squared distance of the first `depth` activations, each position scaled to unit length."""
     total, seen = output.new_zeros(()), 0
-    for layer in eye.layers:
+    for layer in eye.layers():
         output, target = layer(output), layer(target)
         if isinstance(layer, nn.SiLU):
             difference = F.normalize(output, dim=1) - F.normalize(target, dim=1)
