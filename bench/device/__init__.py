@@ -3,4 +3,4 @@
 from __future__ import annotations
 
 PARTS = {"card": 20, "tests": 120, "kernels": 45, "pipelines": 215, "student": 140}
-"""In order of value, with their shares of the time, as an H200 took it. What is left over goes to the next."""
+"""In order of value, with their shares of the time. What a part leaves over goes to those after it."""
