@@ -49,7 +49,8 @@ class Baseline:
 
     passed: bool = False
     tests: dict[str, dict[int, set[str]]] = field(default_factory=dict)
-    """By file and line, the tests that execute it; "" where it ran outside of any one test."""
+    """By file and line, who executes it: tests, files or classes of tests by their fixtures, and "" where it
+    ran outside of them."""
     seconds: dict[str, float] = field(default_factory=dict)
     modules: list[str] = field(default_factory=list)
 
@@ -59,7 +60,10 @@ class Baseline:
         found = set().union(*(by_line.get(line, ()) for line in mutant.lines))
         if found and (mutant.at_import or "" in found):
             found = set().union(*by_line.values())
-        return sorted(found - {""}, key=lambda test: self.seconds.get(test, 0.0))
+        # A fixture of a file is every test's there.
+        names = found - {""}
+        tests = [t for t in self.seconds if any(t == n or t.startswith(f"{n}::") for n in names)]
+        return sorted(tests, key=self.seconds.__getitem__)
 
 
 class Watch:
@@ -79,9 +83,10 @@ class Watch:
     def pytest_runtest_logreport(self, report: Any) -> None:
         self.seconds[report.nodeid] += report.duration
 
-    def pytest_fixture_setup(self, fixturedef: Any) -> None:
+    def pytest_fixture_setup(self, fixturedef: Any, request: Any) -> None:
         # What several tests share is made by whichever comes first.
-        self.coverage.switch_context(self.current if fixturedef.scope == "function" else "")
+        of_one = fixturedef.scope == "function"
+        self.coverage.switch_context(self.current if of_one else request.node.nodeid)
 
     def pytest_fixture_post_finalizer(self) -> None:
         self.coverage.switch_context(self.current)

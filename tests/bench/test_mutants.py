@@ -26,14 +26,29 @@ def over(x: "int") -> bool:
     return x > LIMIT
 
 
+def twice(x):
+    return x * 2
+
+
 def unused(x):
     return x + 1
 '''
-TESTS = """from moe_sampler.part import over
+TESTS = """import pytest
+
+from moe_sampler.part import over, twice
+
+
+@pytest.fixture(scope="module")
+def doubled():
+    return twice(3)
 
 
 def test_over():
     assert over(4) and not over(3)
+
+
+def test_twice(doubled):
+    assert doubled == 6
 """
 
 
@@ -90,7 +105,7 @@ def test_tests_are_those_beside_the_source():
 
 def test_what_is_said_of_each(checkout):
     survive, unseen = ["if x <= 0:", "if x < 1:"], ["return x - 1", "return x + 2"]
-    planted = ["LIMIT = 4", "return x >= LIMIT", *survive, *unseen]
+    planted = ["LIMIT = 4", "return x >= LIMIT", "return x * 3", *survive, *unseen]
     numbers = {change(mutant): str(mutant.number) for mutant in faults.mutants_of(checkout, ["moe_sampler"])}
     typed = ["moe_sampler", "--tests", "tests", "--only", *(numbers[line] for line in planted)]
     code = f"from pathlib import Path; from bench import mutants; mutants.ROOT = Path({str(checkout)!r})"
@@ -107,5 +122,5 @@ def test_what_is_said_of_each(checkout):
         found = [part for part in said if part[0].startswith(f"{word}: ")]
         assert [part[-1].strip(" +") for part in found] == lines
         assert [part[0].split()[1] for part in found] == [numbers[line] for line in lines]
-    assert said[-1][-2].split() == ["all", "2", "2", "2", "33%"]
+    assert said[-1][-2].split() == ["all", "3", "2", "2", "43%"]
     assert (checkout / "moe_sampler" / "part.py").read_text() == PART
