@@ -59,6 +59,8 @@ def _tile(q: Tensor) -> tuple[int, int, int, int]:
     Measured on an H200: two or three times as many programs at once hide more than larger tiles save.
     """
     size = q.shape[3]
+    if math.gcd(8, *q.stride()[:3]) < 8:
+        return 64, 32, 4, _REGISTERS  # each element has an address of its own
     if q.dtype == torch.float32:
         return (64, 32, 4, _REGISTERS) if size <= _SPLIT else (64, 64, 8, _REGISTERS)
     return 64, 32, 4, 128 if size <= _NARROW else 168 if size <= _WIDE else _REGISTERS

@@ -313,8 +313,8 @@ def test_a_judge_that_is_trained_is_only_loaded(tmp_path):
     tensors = {f"ema.{name}": value for name, value in average.items()}
     tensors |= {f"model.{name}": torch.zeros_like(value) for name, value in average.items()}
     path = tmp_path / "evaluator.safetensors"
-    save_file(tensors, path, {"step": "1200"})
-    assert trained_steps(path) == 1200 and trained_steps(tmp_path / "absent.safetensors") == 0
+    save_file(tensors, path, {"step": "6000"})
+    assert trained_steps(path) == 6000 and trained_steps(tmp_path / "absent.safetensors") == 0
     loaded = train_evaluator(None, tmp_path)
     assert not loaded.training
     assert all(bool((p == 0.25).all()) for p in loaded.parameters())

@@ -371,7 +371,7 @@ def without(key):
         ),
         (lambda t: prefixed("net.", t), r'missing: .* and \d+ more; .*The keys have the prefix "net."'),
         (lambda t: {**t, "a": torch.ones(1), "b": torch.ones(1)}, "unexpected: a, b$"),
-        (lambda t: {**t, "conv_in.bias": torch.ones(7)}, r"misshapen: conv_in.bias \(7 instead of 32\)"),
+        (lambda t: {**t, "conv_in.bias": torch.ones(7)}, r"misshapen: conv_in.bias \(7 instead of 64\)"),
         (lambda t: {**t, "conv_in.bias": torch.ones(32).char()}, r"not floats: conv_in.bias \(torch.int8\)"),
         (
             lambda t: {**t, "conv_in.weight": torch.ones(32, 9, 3, 3)},

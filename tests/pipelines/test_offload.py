@@ -210,7 +210,8 @@ def held() -> int:
     """Bytes on the CPU that some tensor still holds."""
     gc.collect()
     tensors = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
-    storages = [each.untyped_storage() for each in tensors if each.device.type == "cpu"]
+    dense = [each for each in tensors if each.device.type == "cpu" and each.layout == torch.strided]
+    storages = [each.untyped_storage() for each in dense]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 

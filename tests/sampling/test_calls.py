@@ -76,14 +76,22 @@ def test_experts_fit_a_plan_whatever_guides_them(router):
         (
             dataclasses.replace(Expert.sol(), path=VPPath.scaled_linear()),
             Expert.lune(),
-            "another sol: at step 0",
+            "another sol: its noise path is",
         ),
-        (dataclasses.replace(Expert.sol(), prediction="epsilon"), Expert.lune(), "another sol: at step 0"),
-        (Expert.sol(), dataclasses.replace(Expert.lune(), prediction="sample"), "another lune: at step 5"),
+        (
+            dataclasses.replace(Expert.sol(), prediction="epsilon"),
+            Expert.lune(),
+            "another sol: it predicts v_prediction there, and this sol predicts epsilon",
+        ),
+        (
+            Expert.sol(),
+            dataclasses.replace(Expert.lune(), prediction="sample"),
+            "another lune: it predicts flow_prediction there, and this lune predicts sample",
+        ),
         (
             Expert.sol(),
             dataclasses.replace(Expert.lune(), prediction="reversed_flow_prediction"),
-            "another lune: at step 5, noise level 0.7",
+            "another lune: it predicts flow_prediction there, and this lune predicts reversed",
         ),
     ],
 )
@@ -92,6 +100,9 @@ def test_experts_that_would_misread_a_plan_are_named(sol, lune, message):
     given = [expert for expert in (sol, lune) if expert is not None] or [Expert.sd15()]
     with pytest.raises(ValueError, match=message):
         check_fits(compiled, given)
+    older = dataclasses.replace(compiled, made_from=None)  # one that doesn't say: its rows do
+    with pytest.raises(ValueError, match=r"another|calls"):
+        check_fits(older, given)
 
 
 @pytest.mark.parametrize("column", ["p", "q_cond_0", "q_uncond_0"])
