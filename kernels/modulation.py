@@ -384,7 +384,7 @@ def _rms_norm_modulate_sums_kernel(
         own = sample.to(tl.int64)[:, None]
         mask = (sample < batch)[:, None] & inside[None, :]
         if along_ptr is not None:
-            total = _column_sums(along_ptr, sample, column, batch, chunks, width, SAMPLES, ROWS, BLOCK)
+            total = _column_sums(along_ptr, own, column, mask, chunks, width, SAMPLES, ROWS, BLOCK)
             if dscale_ptr is not None:
                 dscale = (weight * total).to(dscale_ptr.dtype.element_ty)
                 tl.store(dscale_ptr + own * width + column[None, :], dscale, mask=mask)
@@ -393,7 +393,7 @@ def _rms_norm_modulate_sums_kernel(
                 total += total * scale.to(tl.float32)
             dweight += tl.sum(total, axis=0)
         if dshift_ptr is not None:
-            total = _column_sums(along_shift_ptr, sample, column, batch, chunks, width, SAMPLES, ROWS, BLOCK)
+            total = _column_sums(along_shift_ptr, own, column, mask, chunks, width, SAMPLES, ROWS, BLOCK)
             dshift = total.to(dshift_ptr.dtype.element_ty)
             tl.store(dshift_ptr + own * width + column[None, :], dshift, mask=mask)
     if dweight_ptr is not None:
@@ -402,20 +402,15 @@ def _rms_norm_modulate_sums_kernel(
 
 @_jit.jit
 def _column_sums(
-    ptr,
-    sample,
-    column,
-    batch,
-    chunks,
-    width,
-    SAMPLES: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ptr, sample, column, mask, chunks, width, SAMPLES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """[SAMPLES, BLOCK]: the sums of each sample's `chunks` rows."""
+    """[SAMPLES, BLOCK]: the sums of each sample's `chunks` rows, where `mask` has any.
+
+    sample: int64 [SAMPLES, 1]. mask: [SAMPLES, BLOCK].
+    """
     row = tl.arange(0, ROWS)[None, :, None]
-    first = (sample.to(tl.int64) * chunks)[:, None, None]
-    here = (sample < batch)[:, None, None] & (column < width)[None, None, :]
+    first = (sample * chunks)[:, :, None]
+    here = mask[:, None, :]
     total = tl.zeros((SAMPLES, ROWS, BLOCK), tl.float32)
     for done in range(0, chunks, ROWS):
         rows = done + row

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from .drawing import Canvas, Colour, across, blend, jitter, lit, product
+from .drawing import COUNTS, Canvas, Colour, across, blend, jitter, lit, product
 from .sky import TIMES, draw_sky
-from .trees import COUNTS, conifer, plant_row
+from .trees import conifer, plant_row
 
 ATTRIBUTES = {
     "time": ("day", "dusk", "night", "dawn"),
@@ -38,8 +38,6 @@ _GROUND = {
     "forest": (70, 118, 62),
 }
 _CENTRE = {"left": 20.0, "centre": 32.0, "right": 44.0}
-_TOWERS = {"one": 1, "two": 2, "three": 3}
-_ROWS = _TOWERS
 _WALL_HALF = {1: 13.0, 2: 11.5, 3: 12.5}
 _REACH = {1: 13.5, 2: 17.5, 3: 18.0}
 """How far a castle with so many towers reaches from its centre."""
@@ -69,7 +67,7 @@ def draw(canvas: Canvas, attributes: dict[str, str], rng: np.random.Generator) -
     centre = _CENTRE[attributes["position"]] + rng.uniform(-1.5, 1.5)
     horizon = rng.uniform(42, 46)
     base = horizon + rng.uniform(4, 6) if ground != "lake" else horizon + rng.uniform(1.5, 2.5)
-    reach = _REACH[_TOWERS[attributes["towers"]]]
+    reach = _REACH[COUNTS[attributes["towers"]]]
     beside = {"left": (0.5, centre - reach), "right": (centre + reach, 63.5)}
     low, high = beside[attributes["sun"]]
     behind_trees = ground == "forest" or attributes.get("trees_side") == attributes["sun"]
@@ -120,7 +118,7 @@ def _castle(canvas: Canvas, attributes: dict[str, str], centre: float, base: flo
     light = TIMES[attributes["time"]].light
     stone = jitter(lit(_STONE[attributes["stone"]], light), rng, 5)
     window = TIMES[attributes["time"]].window
-    count = _TOWERS[attributes["towers"]]
+    count = COUNTS[attributes["towers"]]
     wall_height, wall_half = rng.uniform(11, 14), _WALL_HALF[count]
     masonry = canvas.masonry(2.6, 4.0, 0.10)
     wall = blend(stone, (0, 0, 0), 0.10)
@@ -160,7 +158,7 @@ def _tower(canvas, attributes, x, width, top, base, stone: Colour, window: Colou
         eave, tip = half + 1.6, top - width * 1.25
         shade = across(x - eave, x + eave, 1.18, 0.66)
         canvas.polygon([(x - eave, top + 0.6), (x + eave, top + 0.6), (x, tip)], colour, shade)
-    for row in range(_ROWS[attributes["rows"]]):
+    for row in range(COUNTS[attributes["rows"]]):
         high = top + 5.0 + 5.9 * row
         canvas.ellipse(x, high, 1.4, 1.4, window)
         canvas.rectangle(x - 1.4, high, x + 1.4, high + 2.4, window)

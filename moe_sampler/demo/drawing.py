@@ -14,6 +14,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 SIZE = 64
+COUNTS = {"none": 0, "one": 1, "two": 2, "three": 3}
+"""What an attribute that counts things says."""
 SUPERSAMPLING = 4
 _FIELD = 512
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .drawing import Canvas, across, blend, jitter, product
+from .drawing import COUNTS, Canvas, across, blend, jitter, product
 
 ATTRIBUTES = {
     "hair": ("black", "brown", "blond", "red", "white"),
@@ -111,15 +111,15 @@ def _balloons(canvas: Canvas, attributes, span: tuple[float, float], person: flo
     """All of one colour, in `span`; their strings meet behind the person's shoulder."""
     lost = _TOO_CLOSE.get(attributes["background"])
     colour = jitter(_BALLOON[str(rng.choice([name for name in _BALLOON if name != lost]))], rng, 5)
-    count = {"one": 1, "two": 2, "three": 3}[attributes["balloons"]]
+    count = COUNTS[attributes["balloons"]]
     left, right = span[0] + 3.6, span[1] - 3.6
     middle = rng.uniform(left + 3.6, right - 3.6) if right - left > 7.2 else (left + right) / 2
-    sides = np.array([-1, 1, -1]) * rng.choice((-1.0, 1.0))
+    sides = np.array([-1, 1, -1])[:count] * rng.choice((-1.0, 1.0))
     y = rng.uniform(8, 11) + np.arange(count) * (11.0 if count == 2 else 9.4)
     if count == 1:
         y, sides = rng.uniform(10, 24, 1), np.zeros(1)
     dark = blend(colour, (20, 10, 20), 0.45)
-    places = [(middle + side * 3.4, height) for side, height in zip(sides, y, strict=False)]
+    places = [(middle + side * 3.4, height) for side, height in zip(sides, y, strict=True)]
     hand = person + (14 if middle > person else -14)
     for x, height in places:
         canvas.line([(x, height + 4), (0.4 * middle + 0.6 * hand, 44), (hand, 54)], 0.5, (70, 62, 66))

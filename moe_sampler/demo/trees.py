@@ -8,7 +8,6 @@ import numpy as np
 
 from .drawing import Canvas, Colour, across, blend, jitter, lit
 
-COUNTS = {"none": 0, "one": 1, "two": 2, "three": 3}
 _SMALL, _LARGE = 3.7, 4.4  # radius of a crown
 
 

@@ -9,10 +9,11 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from .._readers import typed
-from .betas import betas_from_config
+from .betas import BETA_SCHEDULES, betas_from_config
 from .experts import Expert
 from .paths import FlowPath, Path, VPPath
 from .routers import Boundary, Crossfade, PerStep, Spans
+from .scheduler_configs import vp_path_from_config
 
 if TYPE_CHECKING:
     from .plan import SamplingPlan
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 __all__ = ["ExpertRecipe", "Recipe", "compile_again"]
 
 MOST_TIMESTEPS = 100_000
-_NAMED = ("linear", "scaled_linear", "squaredcos_cap_v2")
 _ROUTERS = {cls.__name__: cls for cls in (Boundary, Crossfade, Spans, PerStep)}
 
 
@@ -116,7 +116,7 @@ def _betas_data(betas: tuple[float, ...]) -> Mapping[str, Any]:
     """The keys of a diffusers config that say these betas: a schedule's name and ends, else all of them."""
     for digits in (12, None):  # the last digits are those of a square root, squared
         start, end = (value if digits is None else round(value, digits) for value in (betas[0], betas[-1]))
-        for name in _NAMED:
+        for name in BETA_SCHEDULES:
             said = {"beta_schedule": name, "beta_start": start, "beta_end": end}
             said |= {"num_train_timesteps": len(betas)}
             if tuple(betas_from_config(said).tolist()) == betas:
@@ -144,7 +144,7 @@ def _path(data: Mapping[str, Any]) -> Path:
     count = betas.num_train_timesteps if betas.trained_betas is None else len(betas.trained_betas)
     if not 1 <= count <= MOST_TIMESTEPS:
         raise ValueError(f"path must have 1 to {MOST_TIMESTEPS} timesteps, got {count}")
-    return VPPath(tuple(betas_from_config(dataclasses.asdict(betas))), steps_offset=betas.steps_offset)
+    return vp_path_from_config(dataclasses.asdict(betas))
 
 
 def _router(data: Mapping[str, Any]) -> Any:

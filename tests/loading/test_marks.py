@@ -71,6 +71,15 @@ def test_marks_that_agree_change_nothing(tmp_path, name, training, metadata, ten
     assert (expert.prediction, expert.path, expert.shift) == (plain.prediction, plain.path, plain.shift)
 
 
+def assert_refused(name, file, training, message):
+    """In one line, by whoever loads the file and by whoever only asks what it was trained on."""
+    with pytest.raises(CheckpointError, match=message) as error:
+        load(name, file, training)
+    assert len(str(error.value).splitlines()) == 1
+    with pytest.raises(CheckpointError, match=message):
+        find_training(name, ExpertSource(file, training), Hub())
+
+
 @pytest.mark.parametrize(
     ("name", "training", "metadata", "tensors", "message"),
     [
@@ -89,11 +98,7 @@ def test_marks_that_agree_change_nothing(tmp_path, name, training, metadata, ten
 )
 def test_marks_that_contradict_are_refused(tmp_path, name, training, metadata, tensors, message):
     file = marked(tmp_path, metadata, tensors)
-    with pytest.raises(CheckpointError, match=message) as error:
-        load(name, file, training)
-    assert len(str(error.value).splitlines()) == 1
-    with pytest.raises(CheckpointError, match=message):
-        find_training(name, ExpertSource(file, training), Hub())
+    assert_refused(name, file, training, message)
 
 
 def torch_marked(folder, outer=(), tensors=(), suffix=".ckpt"):
@@ -148,11 +153,7 @@ def test_marks_of_torch_files_count_as_those_of_safetensors(
 )
 def test_marks_of_torch_files_that_contradict_are_refused(tmp_path, name, training, outer, tensors, message):
     file = torch_marked(tmp_path, outer, tensors)
-    with pytest.raises(CheckpointError, match=message) as error:
-        load(name, file, training)
-    assert len(str(error.value).splitlines()) == 1
-    with pytest.raises(CheckpointError, match=message):
-        find_training(name, ExpertSource(file, training), Hub())
+    assert_refused(name, file, training, message)
 
 
 def test_a_trainers_velocity_contradicts_neither_v_nor_a_flow(tmp_path):
