@@ -138,16 +138,30 @@ class AttributeReader(nn.Module):
         return features, self.heads(F.silu(features))
 
 
+_MOST_SHIFT = 2
+
+
 def augment(images: Tensor, draws: Draws, strength: float) -> Tensor:
     """Shifts, blur, noise and tone changes, so that a classifier reads content and not pixel statistics."""
-    rng = draws.generators("augment")[0]
-    dy, dx = rng.integers(-2, 3, 2)
-    images = torch.roll(F.pad(images, (2, 2, 2, 2), mode="replicate"), (int(dy), int(dx)), (2, 3))[
-        ..., 2:-2, 2:-2
-    ]
-    if rng.uniform() < 0.4:
-        images = F.interpolate(F.avg_pool2d(images, 2), scale_factor=2, mode="bilinear")
+    images = _shifted(images, *(draws.integers(f"shift {axis}", 2 * _MOST_SHIFT + 1) for axis in "yx"))
+    blurred = F.interpolate(F.avg_pool2d(images, 2), scale_factor=2, mode="bilinear")
+    images = torch.where(_each(draws.uniform("blur") < 0.4), blurred, images)
     tones = torch.stack([draws.uniform(f"tone {channel}") for channel in range(3)], 1).float()
     gain = 1 + strength * 0.3 * (2 * tones[:, :, None, None] - 1)
-    noise = strength * 0.3 * rng.uniform() * philox_normal(images.shape, draws.seeds("pixels"))
-    return images * gain + noise
+    amount = _each(strength * 0.3 * draws.uniform("noise").float())
+    return images * gain + amount * philox_normal(images.shape, draws.seeds("pixels"))
+
+
+def _shifted(images: Tensor, down: Tensor, right: Tensor) -> Tensor:
+    """Each of [B, C, H, W] cut out of itself with its borders repeated, so many pixels from the corner."""
+    height, width = images.shape[2:]
+    padded = F.pad(images, (_MOST_SHIFT,) * 4, mode="replicate").permute(0, 2, 3, 1)
+    rows = down[:, None] + torch.arange(height, device=images.device)
+    columns = right[:, None] + torch.arange(width, device=images.device)
+    which = torch.arange(len(images), device=images.device)[:, None, None]
+    return padded[which, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def _each(values: Tensor) -> Tensor:
+    """[B] to [B, 1, 1, 1]."""
+    return values[:, None, None, None]

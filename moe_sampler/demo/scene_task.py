@@ -52,6 +52,7 @@ class SceneTask:
     """
 
     weights_name = "model.safetensors"
+    steps_alike = True
 
     def __init__(self, name: str, model: nn.Module, loss: SceneLoss, scenes: int) -> None:
         self.name, self.model, self.data, self._loss = name, model, _Numbers(scenes), loss

@@ -45,7 +45,10 @@ EXPERTS = ("trunk", "sol", "lune")
 TRAINED = ("autoencoder", "text", "trunk", "decoder", "sol", "lune")
 
 
-_ON_CUDA = {"mixed_precision": "bf16", "checkpointing_steps": 2000, "logging_steps": 50}
+_ON_CUDA = {
+    **{"mixed_precision": "bf16", "cuda_graph": True},
+    **{"checkpointing_steps": 2000, "logging_steps": 50},
+}
 
 
 @dataclass(frozen=True)

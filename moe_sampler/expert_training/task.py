@@ -54,6 +54,7 @@ class ExpertTask:
     """
 
     weights_name = "diffusion_pytorch_model.safetensors"
+    steps_alike = True
 
     def __init__(
         self,

@@ -43,34 +43,69 @@ class Draws:
         """The same draws elsewhere."""
         return Draws(self.seed, self.step, self.places, self.total, device)
 
+    def values(self, kind: str, stream: str, *more: float) -> Tensor:
+        """What the method `kind` gives with these arguments, on the host."""
+        if kind == "ramp":
+            return torch.tensor(_ramp(self.step, *more))
+        drawn = getattr(_Kinds, kind)(self._generator(stream), self.total, *more)
+        return torch.from_numpy(drawn[self.places.start : self.places.stop].copy())
+
+    def tensor(self, kind: str, stream: str, *more: float) -> Tensor:
+        """The same, on the draws' device."""
+        return to_device(self.values(kind, stream, *more), self.device)
+
     def _generator(self, stream: str, *more: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, zlib.crc32(stream.encode()), self.step, *more])
 
-    def _own(self, values: np.ndarray) -> Tensor:
-        return to_device(torch.from_numpy(values[self.places.start : self.places.stop].copy()), self.device)
-
     def uniform(self, stream: str) -> Tensor:
         """float64 [B] in [0, 1)."""
-        return self._own(self._generator(stream).uniform(size=self.total))
+        return self.tensor("uniform", stream)
 
     def stratified(self, stream: str) -> Tensor:
         """float64 [B] in [0, 1): the global batch has one in each of as many equal parts, in random order."""
-        generator = self._generator(stream)
-        parts = np.arange(self.total) + generator.uniform(size=self.total)
-        return self._own(generator.permutation(parts / self.total))
+        return self.tensor("stratified", stream)
 
     def normal(self, stream: str) -> Tensor:
         """float64 [B] of N(0, 1)."""
-        return self._own(self._generator(stream).standard_normal(self.total))
+        return self.tensor("normal", stream)
 
     def integers(self, stream: str, below: int) -> Tensor:
         """int64 [B] in [0, below)."""
-        return self._own(self._generator(stream).integers(below, size=self.total))
+        return self.tensor("integers", stream, below)
 
     def seeds(self, stream: str) -> Tensor:
         """int64 [B], for `philox_normal` and the training pairs."""
-        return self._own(self._generator(stream).integers(2**62, size=self.total))
+        return self.tensor("integers", stream, 2**62)
+
+    def ramp(self, steps: int) -> Tensor:
+        """float32 []: 0 at the run's first step, rising to 1 after `steps`; nothing random."""
+        return self.tensor("ramp", "", steps)
 
     def generators(self, stream: str) -> list[np.random.Generator]:
         """One a sample, for what no array of numbers does, such as the words of a caption."""
         return [self._generator(stream, place) for place in self.places]
+
+
+def _ramp(step: int, steps: float) -> float:
+    return min(1.0, step / steps) if steps else 1.0
+
+
+class _Kinds:
+    """Of a whole global batch: [total]."""
+
+    @staticmethod
+    def uniform(generator: np.random.Generator, total: int) -> np.ndarray:
+        return generator.uniform(size=total)
+
+    @staticmethod
+    def stratified(generator: np.random.Generator, total: int) -> np.ndarray:
+        parts = np.arange(total) + generator.uniform(size=total)
+        return generator.permutation(parts / total)
+
+    @staticmethod
+    def normal(generator: np.random.Generator, total: int) -> np.ndarray:
+        return generator.standard_normal(total)
+
+    @staticmethod
+    def integers(generator: np.random.Generator, total: int, below: int) -> np.ndarray:
+        return generator.integers(below, size=total)

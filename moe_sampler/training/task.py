@@ -35,10 +35,16 @@ class Task(Protocol):
         model: what is trained, where `requires_grad`; a diffusers model (`ModelMixin`).
         data: a dataset with a length; torch's `default_collate` or the task's own `collate` makes batches.
         weights_name: of the file that the trained model's tensors go to, beside its config.
+        steps_alike: whether `loss` asks the device for the same operations at every step, of batches of one
+            shape: nothing is decided on the host, and what isn't a tensor in a batch isn't looked at. Then
+            the step can be recorded (`cuda_graph`).
     """
 
     name: str
     weights_name: str
+
+    @property
+    def steps_alike(self) -> bool: ...
 
     @property
     def model(self) -> nn.Module: ...

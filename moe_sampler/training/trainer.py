@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from .._files import write_text
 from ..errors import CheckpointError, NonFiniteError
 from .agreement import StopAgreement
+from .captured import CapturedStep, check_capture
 from .draws import Draws
 from .interrupts import Interrupts, interrupts
 from .observer import Observer
@@ -84,6 +85,10 @@ class Trainer:
         self._go_on_with(settings)
         self.window = Window()
         self._agreement = StopAgreement(self.run.accelerator)
+        self._captured: CapturedStep | None = None
+        if settings.cuda_graph:
+            check_capture(task, settings, self.run.accelerator)
+            self._captured = CapturedStep(self._work, self.run.optimizer, self.run.accelerator.device)
         self._skipped_in_a_row = 0
 
     def _go_on_with(self, settings: TrainingSettings) -> None:
@@ -175,19 +180,37 @@ class Trainer:
         batches: of `loader`. rate: the learning rate. noted: signals that came.
         """
         run, plan, accelerator = self.run, self.run.plan, self.run.accelerator
+        draws = [
+            Draws(self.settings.seed, run.step, places, plan.total, accelerator.device)
+            for places in (
+                plan.places(micro, accelerator.process_index) for micro in range(plan.accumulation)
+            )
+        ]
+        own = [next(batches) for _ in draws]
+        if self._captured is not None:
+            found, norm = self._captured(own, draws, rate)
+        else:
+            own = (send_to_device(batch, accelerator.device, non_blocking=True) for batch in own)
+            found, norm = self._work(own, draws, rate)
+        self.window.add(run.step, found, norm)
+        run.step += 1
+        return self._agreement.ask(noted.signal is not None)
+
+    def _work(
+        self, batches: Iterable[Any], draws: Sequence[Draws], rate: float | Tensor
+    ) -> tuple[list[Losses], Tensor]:
+        """What the device does in a step. Returns its micro-batches' losses and the gradient's norm."""
+        run, accelerator = self.run, self.run.accelerator
         if self.settings.torch_compile:
             torch.compiler.cudagraph_mark_step_begin()
         for group in run.optimizer.param_groups:
             group["lr"] = rate
         found: list[Losses] = []
-        for micro in range(plan.accumulation):
-            batch = send_to_device(next(batches), accelerator.device, non_blocking=True)
-            places = plan.places(micro, accelerator.process_index)
-            draws = Draws(self.settings.seed, run.step, places, plan.total, accelerator.device)
-            last = micro + 1 == plan.accumulation
+        for batch, drawn in zip(batches, draws, strict=True):
+            last = len(found) + 1 == len(draws)
             with contextlib.nullcontext() if last else accelerator.no_sync(run.model):
-                losses = self.task.loss(run.model, batch, draws)
-                accelerator.backward(_telling(losses.loss) / plan.accumulation)
+                losses = self.task.loss(run.model, batch, drawn)
+                accelerator.backward(_telling(losses.loss) / len(draws))
             found.append(_kept(losses, copy=self.settings.torch_compile))
         norm = accelerator.clip_grad_norm_(run.parameters, self.settings.max_grad_norm or math.inf)
         if isinstance(norm, DTensor):
@@ -198,9 +221,7 @@ class Trainer:
         if run.average is not None:
             run.average.update(made)
         run.optimizer.zero_grad(set_to_none=True)
-        self.window.add(run.step, found, norm)
-        run.step += 1
-        return self._agreement.ask(noted.signal is not None)
+        return found, norm
 
     def read_window(self) -> bool:
         """Read what the steps since the last time came to, which waits for the device.

@@ -56,6 +56,11 @@ class TrainingSettings:
         Literal["default", "reduce-overhead", "max-autotune"],
         "How: reduce-overhead replays CUDA graphs, for small models that the host can't keep busy.",
     ] = "default"
+    cuda_graph: Annotated[
+        bool,
+        "Record the whole step as one CUDA graph and replay it: for models so small that a GPU is done with "
+        "each operation before the host has launched the next.",
+    ] = False
     use_ema: Annotated[bool, "Average the weights; the average is what is validated and saved."] = True
     ema_decay: Annotated[float, "Largest decay of the average; it warms up to it."] = 0.9995
     seed: Annotated[int, "Of the order of samples, noise, times and dropout."] = 0
@@ -105,3 +110,8 @@ class TrainingSettings:
             )
         if self.lr_decay_steps and self.lr_scheduler != "warmup_stable_decay":
             raise ValueError("lr_decay_steps is for lr_scheduler warmup_stable_decay alone")
+        if self.cuda_graph and self.torch_compile and self.torch_compile_mode != "default":
+            raise ValueError(
+                f"torch_compile_mode {self.torch_compile_mode} makes CUDA graphs of its own: beside cuda_graph "
+                "use default"
+            )

@@ -34,7 +34,6 @@ def student_loss(
     batch: Mapping[str, Any],
     draws: Draws,
     *,
-    step: int,
     objective: ObjectiveSettings,
     time: TimeSettings,
     teachers: FeatureTeachers | None = None,
@@ -46,8 +45,7 @@ def student_loss(
         model: `student`, maybe wrapped for several processes or compiled.
         student: the model itself.
         batch: of a cache's items (`FeatureCache`, `MultiSource`), on the draws' device.
-        draws: where all random numbers are from.
-        step: the optimizer's, for warm-ups.
+        draws: where all random numbers are from, and how far warm-ups are.
         objective: for which `check_objective` found everything there.
         time: how times are drawn.
         teachers: of the features.
@@ -60,8 +58,9 @@ def student_loss(
     config = student.config
     height, width = batch["latents"].shape[2:]
     size = (height, width)
-    # Drawn on the host, where the experts' calls are planned, and brought to the device.
-    here = draws.on("cpu")
+    # Where experts run in the loop it is drawn on the host, which plans their calls, and then brought over.
+    planned = routed is not None or (teachers is not None and teachers.planned)
+    here = draws.on("cpu") if planned else draws
     noise_here = sample_noise(time, here)
     taught_here = ~_drawn(here, "teacher_dropout", objective.teacher_dropout)
     noise, taught_rows = (to_device(drawn, draws.device) for drawn in (noise_here, taught_here))
@@ -99,7 +98,7 @@ def student_loss(
     velocity = velocity_error(pair.target, objective.velocity_loss)
     per_sample, terms = velocity, {"velocity": velocity}
     if objective.distill_weight:
-        weight = objective.distill_weight * _ramp(step, objective.distill_warmup_steps)
+        weight = objective.distill_weight * here.ramp(objective.distill_warmup_steps)
         share_here = weight * objective.mix(noise_here) * taught_here
         target = _routed_velocity(_there(routed, "routed"), pair.noisy, noise_here, batch, share_here)
         share = to_device(share_here, draws.device)
@@ -108,7 +107,7 @@ def student_loss(
     if objective.min_snr_gamma is not None:
         snr = min_snr_weight(1 - noise, noise, objective.min_snr_gamma, "reversed_flow_prediction")
         per_sample = snr * per_sample
-    for name, weight, error in _feature_errors(objective, step, student, out, taught):
+    for name, weight, error in _feature_errors(objective, draws, student, out, taught):
         terms[name] = error
         per_sample = per_sample + weight * error
     means = {name: term.detach().mean() for name, term in terms.items()}
@@ -118,10 +117,6 @@ def student_loss(
 def _drawn(draws: Draws, stream: str, rate: float) -> Tensor:
     """bool [B]: each sample with probability `rate`."""
     return draws.uniform(stream) < rate
-
-
-def _ramp(step: int, warmup_steps: int) -> float:
-    return min(1.0, step / warmup_steps) if warmup_steps else 1.0
 
 
 def tokens(images: Tensor) -> Tensor:
@@ -175,13 +170,13 @@ def _routed_velocity(
 
 
 def _feature_errors(
-    objective: ObjectiveSettings, step: int, student: TinyFlux, out: TinyFluxOutput, taught: Taught | None
-) -> list[tuple[str, float, Tensor]]:
-    """(name, weight, error [B]) of every expert feature that is learned."""
+    objective: ObjectiveSettings, draws: Draws, student: TinyFlux, out: TinyFluxOutput, taught: Taught | None
+) -> list[tuple[str, Tensor, Tensor]]:
+    """(name, weight [], error [B]) of every expert feature that is learned."""
     if not (objective.lune_weight or objective.sol_stats_weight or objective.sol_map_weight):
         return []
     found, delta, taught = [], objective.huber_delta, _there(taught, "teachers")
-    lune, sol = (_ramp(step, n) for n in (objective.lune_warmup_steps, objective.sol_warmup_steps))
+    lune, sol = (draws.ramp(n) for n in (objective.lune_warmup_steps, objective.sol_warmup_steps))
     if objective.lune_weight:
         predicted = _there(out.lune_pred, "a student with use_lune_expert")
         error = _error(objective.lune_loss, predicted, _there(taught.lune, "Lune's features"), delta)

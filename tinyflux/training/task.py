@@ -63,6 +63,11 @@ class StudentTask:
         self.validation_batch_size, self.paint = validation_batch_size, paint
         self.about = dict(about or {})
 
+    @property
+    def steps_alike(self) -> bool:
+        """Without experts in the loop, whose calls are planned on the host."""
+        return self.routed is None and (self.teachers is None or not self.teachers.planned)
+
     def loss(self, model: nn.Module, batch: Mapping[str, Any], draws: Draws) -> Losses:
         """See `student_loss`."""
         return student_loss(
@@ -70,7 +75,6 @@ class StudentTask:
             self.model,
             batch,
             draws,
-            step=draws.step,
             objective=self.objective,
             time=self.time,
             teachers=self.teachers,

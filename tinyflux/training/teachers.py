@@ -48,13 +48,14 @@ class FeatureTeachers(Protocol):
 
     Attributes:
         teaches: which of "sol" and "lune" give features.
+        planned: whether it runs experts, whose calls are planned on the host.
     """
 
     teaches: tuple[str, ...]
+    planned: bool
 
     def features(self, batch: Mapping[str, Any], t: Tensor, draws: Draws) -> Taught:
-        """Of a batch of a cache's items at times t, float32 [B] on the host, where the experts' calls are
-        planned."""
+        """Of a batch of a cache's items at times t, float32 [B], on the host if it is planned there."""
         ...
 
 
@@ -64,6 +65,8 @@ class CachedTeachers:
     Args:
         data: what the batches are from.
     """
+
+    planned = False
 
     def __init__(self, data: FeatureCache | MultiSource) -> None:
         self.teaches = tuple(name for name in ("sol", "lune") if getattr(data, f"has_{name}"))
@@ -102,6 +105,8 @@ class LiveTeachers:
         ValueError: t_buckets without a seed, or the other way round; experts in upstream's convention, which
             knows no time between buckets.
     """
+
+    planned = True
 
     def __init__(
         self,

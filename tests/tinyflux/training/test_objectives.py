@@ -68,6 +68,7 @@ class Told:
     """Teachers that say what the batch holds, of the samples with these captions or all."""
 
     teaches = ("sol", "lune")
+    planned = False
 
     def __init__(self, lune=None, sol=None) -> None:
         self.lune, self.sol = lune, sol
@@ -107,7 +108,7 @@ class Recorder(torch.nn.Module):
         return out
 
 
-def draws_of(count: int = COUNT, places=None, step: int = 3) -> Draws:
+def draws_of(count: int = COUNT, places=None, step: int = 10) -> Draws:
     return Draws(7, step, range(count) if places is None else places, count)
 
 
@@ -117,18 +118,17 @@ def loss_of(student, batch, objective, *, step=10, draws=None, model=None, **tea
         student if model is None else model,
         student,
         batch,
-        draws or draws_of(len(batch["latents"])),
-        step=step,
+        draws or draws_of(len(batch["latents"]), step=step),
         objective=objective,
         time=TIME,
         **teachers,
     )
 
 
-def by_hand(student, batch) -> tuple:
+def by_hand(student, batch, step: int = 10) -> tuple:
     """(s, x_t, x0 - noise, output at x_t) without anything real."""
-    s = sample_noise(TIME, draws_of())
-    noise = philox_normal(batch["latents"].shape, draws_of().seeds("noise"))
+    s = sample_noise(TIME, draws_of(step=step))
+    noise = philox_normal(batch["latents"].shape, draws_of(step=step).seeds("noise"))
     level = s.view(-1, 1, 1, 1)
     noisy = (1 - level) * batch["latents"] + level * noise
     out = student(
@@ -242,7 +242,7 @@ def test_sols_statistics_and_map(batch, unit_mean):
     found = loss_of(
         student, batch, plain(sol_stats_weight=0.3, sol_map_weight=0.2, sol_warmup_steps=5), step=5
     )
-    _, _, _, out = by_hand(student, batch)
+    _, _, _, out = by_hand(student, batch, step=5)
     maps = batch["sol_map"].double() * (SIDE**2 if unit_mean else 1)
     stats = ((out.pred_stats - batch["sol_stats"]) ** 2).mean()
     spatial = ((out.pred_spatial - maps) ** 2).mean()

@@ -164,7 +164,6 @@ def test_a_step_of_training_with_every_teacher(caches, experts, demo_pipeline, k
         student,
         batch_of(caches["both"], range(4)),
         draws(4),
-        step=0,
         objective=objective,
         time=TimeSettings(),
         teachers=teachers,
