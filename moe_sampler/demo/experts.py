@@ -79,24 +79,26 @@ def lune_scheduler() -> FlowMatchEulerDiscreteScheduler:
     return FlowMatchEulerDiscreteScheduler(**LUNE_SCHEDULER)
 
 
+def latent_images(name: str, scenes: SceneSet, latents: np.ndarray) -> LatentImages:
+    """What stage "trunk", "sol" or "lune" trains on.
+
+    latents: float32 [N, 2, 4, 16, 16], scaled to unit variance: full, structure.
+    """
+    full, structure = (torch.from_numpy(np.ascontiguousarray(latents[:, i])) for i in (0, 1))
+    about = {"kind": "demo scenes", "first": scenes.first, "images": len(scenes)}
+    _, _, structure_below = OBJECTIVES[name]
+    captions = Captions.of(scenes.words.texts)
+    return LatentImages(full, captions, about, structure if structure_below else None)
+
+
 def expert_task(
-    name: str,
-    unet: ModelMixin,
-    scenes: SceneSet,
-    latents: np.ndarray,
-    states: np.ndarray,
-    text: TextStates,
+    name: str, unet: ModelMixin, data: LatentImages, states: np.ndarray, text: TextStates
 ) -> ExpertTask:
     """Stage "trunk", "sol" or "lune".
 
-    latents: float32 [N, 2, 4, 16, 16], scaled to unit variance: full, structure. states: of the scenes'
-    texts, as `encode_texts` makes them.
+    states: of the data's texts, as `encode_texts` makes them.
     """
     kind, levels, structure_below = OBJECTIVES[name]
-    full, structure = (torch.from_numpy(np.ascontiguousarray(latents[:, i])) for i in (0, 1))
-    about = {"kind": "demo scenes", "first": scenes.first, "images": len(scenes)}
-    captions = Captions.of(scenes.words.texts)
-    data = LatentImages(full, captions, about, structure if structure_below else None)
     settings = ExpertSettings(structure_below=structure_below, caption_dropout=CAPTION_DROP)
     objective = Objective(kind, settings, levels)
     texts = StatesTable(torch.from_numpy(states))

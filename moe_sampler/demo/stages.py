@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,13 +14,16 @@ from diffusers import AutoencoderTiny, ConfigMixin, ModelMixin
 from torch import nn
 from transformers import CLIPTokenizer
 
-from ..expert_training import ExpertTask, TextStates
+from ..expert_training import ExpertTask, LatentImages, TextStates
+from ..training.interrupts import Interrupts
+from ..training.trainer import Trainer
+from ..training.training_settings import TrainingSettings
 from .autoencoder import decoder_loss, encode_all, joint_loss, new_autoencoder
 from .data import SceneSet, write_array
-from .experts import encode_texts, expert_task, new_unet
+from .experts import OBJECTIVES, encode_texts, expert_task, latent_images, new_unet
 from .export import export_experts
 from .scene_task import SceneTask, run_stage, stage_settings
-from .text import TextTrainer, new_text_encoder, text_loss
+from .text import WIDTH, TextTrainer, new_text_encoder, text_loss
 from .tokenizer import write_tokenizer
 from .weights import fill, read_average, trained_steps
 
@@ -70,7 +74,7 @@ class Recipe:
 
 
 SHIPPED = Recipe(
-    scenes=24_000,
+    scenes=48_000,
     width=32,
     decoder_width=48,
     channels=(64, 96, 160),
@@ -82,10 +86,9 @@ SHIPPED = Recipe(
         "sol": stage_settings(2800, 1.5e-3, 24),
         "lune": stage_settings(5000, 1.5e-3, 24),
     },
-    # A GPU is done with smaller batches of such small models before the host has launched the next step.
     large_batches={
         **{"autoencoder": 256, "text": 512, "decoder": 128},
-        **{"trunk": 1024, "sol": 1024, "lune": 1024},
+        **{"trunk": 512, "sol": 512, "lune": 512},
     },
 )
 """What made the experts that ship, in the minutes that docs/DEMO.md names."""
@@ -110,6 +113,7 @@ class Workshop:
     device: str = "cpu"
     timed: bool = False
     large: bool = False
+    compiled: bool = False
 
     @property
     def checkpoints(self) -> Path:
@@ -188,6 +192,8 @@ class Workshop:
             found["train_batch_size"] = self.recipe.large_batches[name]
         if self.device == "cuda":
             found |= _ON_CUDA
+        if self.compiled and name in EXPERTS:
+            found["torch_compile"] = True
         return found
 
     def train(self, name: str, deadline: float | None = None) -> None:
@@ -202,7 +208,8 @@ class Workshop:
         if name in EXPERTS:
             states = np.load(self.states_file, mmap_mode="c")  # what is read of it all processes share
             unet = self.unet(name, trained=False)
-            return expert_task(name, unet, self.scenes(), np.load(self.latents_file), states, self.text())
+            data = latent_images(name, self.scenes(), np.load(self.latents_file))
+            return expert_task(name, unet, data, states, self.text())
         scenes = self.scenes()
         if name == "autoencoder":
             model = self.autoencoder(trained=False)
@@ -218,6 +225,21 @@ class Workshop:
 
     def text(self) -> TextStates:
         return TextStates(self.text_trainer().text, self.tokenizer())
+
+    def precompile(self, name: str) -> None:
+        """Make a step of one of EXPERTS, of nothing, so that its stage finds it compiled in torch's cache."""
+        settings = {**self.settings(name), "cuda_graph": False}
+        count = settings["train_batch_size"]
+        latents = torch.zeros(count, 4, 16, 16)
+        data = LatentImages(latents, [""] * count, {}, latents if OBJECTIVES[name][2] else None)
+        tokenizer = self.tokenizer()
+        text = TextStates(new_text_encoder(tokenizer), tokenizer)
+        states = np.zeros((1, tokenizer.model_max_length, WIDTH), np.float16)
+        unet = _channels_last(new_unet(self.recipe.channels))
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = TrainingSettings(output_dir=Path(folder), seed=0, **settings)
+            trainer = Trainer(expert_task(name, unet, data, states, text), arguments, quiet=True)
+            trainer.make_step(iter(trainer.loader()), 0.0, Interrupts())
 
     def encode(self) -> None:
         """Cache the states of all texts, all latents, scaled to unit variance, and the scale."""

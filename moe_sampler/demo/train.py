@@ -29,9 +29,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from .._files import claim, sole_user
 from .record import RunRecord
-from .stages import SHARES, SHIPPED, STAGES, TRAINED, WAVES, Recipe, Workshop
+from .stages import EXPERTS, SHARES, SHIPPED, STAGES, TRAINED, WAVES, Recipe, Workshop
 
 DEVICES = ("cpu", "cuda")
+COMPILES_FROM = 4.0
+"""Minutes of a run on a GPU, from which on it pays to compile the experts: a step then takes about half the
+time, and compiling about a minute of several cores, while the stages before them run."""
 _NAMES = ("checkpoints", "scenes", "tokenizer", "*.npy", "run.json")
 
 
@@ -82,7 +85,10 @@ def train_demo(
     claim(folder, "demo training", _NAMES)
     with sole_user(folder, "trained in"), _bars(quiet) as bars:
         run = _Run(folder, seed, recipe, device, minutes)
+        compiling = _begin_compiling(run, stage)
         for wave in WAVES:
+            if any(name in EXPERTS for chain in wave for name in chain):
+                _wait_for(compiling)
             wanted = [tuple(name for name in chain if stage in ("all", name)) for chain in wave]
             if any(wanted):
                 _run_wave(run, wanted, Path(output), bars)
@@ -126,7 +132,8 @@ class _Run:
         self._seconds = None if minutes is None else 60 * minutes
         if record.scenes is not None:
             recipe = dataclasses.replace(recipe, scenes=record.scenes)
-        self.workshop = Workshop(folder, seed, recipe, device, timed, record.large)
+        compiled = device == "cuda" and minutes is not None and minutes >= COMPILES_FROM
+        self.workshop = Workshop(folder, seed, recipe, device, timed, record.large, compiled)
         self._write()
 
     def settle_scenes(self, count: int) -> None:
@@ -183,6 +190,29 @@ def _check_finished(workshop: Workshop, wave: tuple[tuple[str, ...], ...], stage
     for name in (name for chain in wave for name in chain):
         if not workshop.finished(name):
             raise ValueError(f'stage "{stage}" needs stage "{name}" first')
+
+
+def _begin_compiling(run: _Run, stage: str) -> list[BaseProcess]:
+    """Processes that compile what the experts' stages will run: the trunk's is Lune's."""
+    workshop = run.workshop
+    if not workshop.compiled or stage != "all" or workshop.finished("trunk"):
+        return []
+    workshop.tokenizer()
+    context = _context(workshop.device)
+    processes = [
+        context.Process(target=workshop.precompile, args=(name,), daemon=True) for name in ("lune", "sol")
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def _wait_for(compiling: list[BaseProcess]) -> None:
+    for process in compiling:
+        process.join()
+        if process.exitcode:
+            raise RuntimeError("the experts couldn't be compiled: the error is above")
+    compiling.clear()
 
 
 def _run_wave(run: _Run, chains: list[tuple[str, ...]], output: Path, bars: Progress) -> None:

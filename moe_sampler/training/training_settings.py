@@ -112,6 +112,6 @@ class TrainingSettings:
             raise ValueError("lr_decay_steps is for lr_scheduler warmup_stable_decay alone")
         if self.cuda_graph and self.torch_compile and self.torch_compile_mode != "default":
             raise ValueError(
-                f"torch_compile_mode {self.torch_compile_mode} makes CUDA graphs of its own: beside cuda_graph "
+                f"torch_compile_mode {self.torch_compile_mode} makes CUDA graphs of its own; beside ours "
                 "use default"
             )

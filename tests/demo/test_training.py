@@ -12,8 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from bench.demo.evaluator import new_evaluator, train_evaluator
 from moe_sampler._files import claim
+from moe_sampler.demo import stages
 from moe_sampler.demo.attributes import labels
 from moe_sampler.demo.captions import describe
+from moe_sampler.demo.experts import new_unet
 from moe_sampler.demo.record import RunRecord
 from moe_sampler.demo.scene_task import run_stage, stage_settings
 from moe_sampler.demo.scenes import draw_scene
@@ -247,10 +249,33 @@ def test_a_gpus_settings(tmp_path):
     """Large batches belong to the run, precision to the device."""
     shop = Workshop(tmp_path, recipe=SHIPPED, device="cuda", timed=True, large=True)
     lune = TrainingSettings(output_dir=tmp_path, **shop.settings("lune"))
-    assert (lune.train_batch_size, lune.mixed_precision) == (1024, "bf16")
+    assert (lune.train_batch_size, lune.mixed_precision) == (512, "bf16")
     here = dataclasses.replace(shop, device="cpu").settings("lune")
-    assert here["train_batch_size"] == 1024 and "mixed_precision" not in here
+    assert here["train_batch_size"] == 512 and "mixed_precision" not in here
     assert dataclasses.replace(shop, large=False).settings("lune")["train_batch_size"] == 24
+
+
+@pytest.mark.parametrize("name", ["lune", "sol"])
+def test_what_is_compiled_ahead_is_what_the_stage_runs(trained, monkeypatch, name):
+    """The same shapes and dtypes, of the same settings: else it would be compiled once more."""
+    seen: list = []
+
+    def watched(channels):
+        unet = new_unet(channels)
+        unet.register_forward_pre_hook(
+            lambda module, inputs, named: seen.append(
+                [(v.shape, v.dtype, v.stride()) for v in (*inputs, *named.values()) if torch.is_tensor(v)]
+            ),
+            with_kwargs=True,
+        )
+        return unet
+
+    monkeypatch.setattr(stages, "new_unet", watched)
+    trained.precompile(name)
+    settings = {**trained.settings(name), "output_dir": trained.folder / "unused"}
+    trainer = Trainer(trained.task(name), TrainingSettings(**settings), quiet=True)
+    trainer.make_step(iter(trainer.loader()), 1e-3, Interrupts())
+    assert len(seen) == 2 and seen[0] and seen[0] == seen[1]
 
 
 @pytest.mark.gpu
