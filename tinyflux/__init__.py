@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from moe_sampler._lazy import lazy_names
 
 if TYPE_CHECKING:
+    from moe_sampler.tinyflux.features.block_maps import BlockMaps
     from moe_sampler.tinyflux.features.cache_build import Teachers, build_cache
     from moe_sampler.tinyflux.features.cache_read import FeatureCache, MultiSource, at_time
     from moe_sampler.tinyflux.features.encoders import StudentEncoders, TextEncoder
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from moe_sampler.tinyflux.sampling.expert import StudentModel, tinyflux_expert
     from moe_sampler.tinyflux.sampling.guided import GuidedRouter
     from moe_sampler.tinyflux.sampling.pipeline import StudentPipeline
+    from moe_sampler.tinyflux.training.alignment import Alignment, CachedMaps, LiveMaps, Maps, MapTeacher
+    from moe_sampler.tinyflux.training.alignment_settings import AlignmentSettings
     from moe_sampler.tinyflux.training.noise_curve import NoiseCurve
     from moe_sampler.tinyflux.training.objective_settings import ObjectiveSettings, check_objective
     from moe_sampler.tinyflux.training.objectives import student_loss
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 
 # diffusers takes seconds to import: who asks for a name pays for what that name needs.
 _NAMES = {
+    "features.block_maps": ("BlockMaps",),
     "features.cache_build": ("Teachers", "build_cache"),
     "features.cache_read": ("FeatureCache", "MultiSource", "at_time"),
     "model.config": ("TinyFluxConfig",),
@@ -41,6 +45,8 @@ _NAMES = {
     "sampling.guided": ("GuidedRouter",),
     "model.loading": ("load_tinyflux",),
     "model.tinyflux": ("TinyFlux", "TinyFluxOutput"),
+    "training.alignment": ("Alignment", "CachedMaps", "LiveMaps", "MapTeacher", "Maps"),
+    "training.alignment_settings": ("AlignmentSettings",),
     "training.noise_curve": ("NoiseCurve",),
     "training.objective_settings": ("ObjectiveSettings", "check_objective"),
     "training.objectives": ("student_loss",),
@@ -60,13 +66,20 @@ _NAMES = {
 
 __all__ = [
     "T_BUCKETS",
+    "Alignment",
+    "AlignmentSettings",
+    "BlockMaps",
+    "CachedMaps",
     "CachedTeachers",
     "ExpertFeatures",
     "FeatureCache",
     "FeatureTeachers",
     "Features",
     "GuidedRouter",
+    "LiveMaps",
     "LiveTeachers",
+    "MapTeacher",
+    "Maps",
     "MultiSource",
     "NoiseCurve",
     "ObjectiveSettings",

@@ -82,6 +82,17 @@ def cache(
     convention: Annotated[
         str, typer.Option(help=f"How features are extracted. {conventions_help()}.")
     ] = CONVENTIONS[0],
+    maps: Annotated[
+        str | None,
+        typer.Option(
+            help="Also keep a block's feature maps, for alignment, at these times, as 0.75 or 0.5,0.75.",
+            show_default=False,
+        ),
+    ] = None,
+    map_block: Annotated[
+        str | None, typer.Option(help="Of --maps: mid_block, up_blocks.0 ... Default: the middle.")
+    ] = None,
+    map_expert: Annotated[str, typer.Option(help="Of --maps: sol or lune.")] = "lune",
     seed: Annotated[int, typer.Option(help="Sample i's noise has seed + i.")] = 0,
     dtype: Annotated[str, typer.Option(help=f"On disk: {any_of(DTYPES)}.")] = "float16",
     shard_size: Annotated[int, typer.Option(help="Samples a file.")] = 256,
@@ -104,6 +115,12 @@ def cache(
     check_choice("--convention", convention, CONVENTIONS)
     check_choice("--dtype", dtype, DTYPES)
     times = None if buckets is None else _numbers(buckets)
+    map_times = None if maps is None else _numbers(maps)
+    if map_times is None and map_block is not None:
+        raise ValueError("--map-block is for --maps")
+    check_choice("--map-expert", map_expert, ("sol", "lune"))
+    if map_times is not None and map_expert not in _TEACHERS[teachers]:
+        raise ValueError(f"--maps of {map_expert} need it among the teachers, which are {teachers}")
     from ..data.scenes import DemoScenes
     from ..data.sources import open_source
 
@@ -111,7 +128,8 @@ def cache(
     computer = _device(device)
     from moe_sampler.tinyflux.features.cache_build import build_cache
 
-    teaching, student, default = _models(experts, teachers, convention, encoders, computer)
+    wanted = None if map_times is None else (map_expert, map_block, map_times)
+    teaching, student, default = _models(experts, teachers, convention, encoders, computer, wanted)
     height, width = default if size is None else _size(size)
     settings: dict[str, Any] = {} if times is None else {"t_buckets": times}
     first = int(os.environ.get("RANK", "0")) == 0
@@ -158,12 +176,18 @@ def _device(name: str | None) -> Any:
 
 
 def _models(
-    experts: Path | None, teachers: str, convention: str, options: EncoderOptions, device: Any
+    experts: Path | None,
+    teachers: str,
+    convention: str,
+    options: EncoderOptions,
+    device: Any,
+    maps: tuple[str, str | None, list[float]] | None = None,
 ) -> tuple[Teachers | None, StudentEncoders, tuple[int, int]]:
     """(What teaches, what encodes for the student, the experts' image size)."""
     import torch
 
     quiet()
+    from moe_sampler.tinyflux.features.block_maps import BlockMaps
     from moe_sampler.tinyflux.features.cache_build import Teachers
     from moe_sampler.tinyflux.features.encoders import StudentEncoders, TextEncoder, find_t5
 
@@ -176,7 +200,10 @@ def _models(
     pipe = HybridPipeline.from_pretrained(experts or experts_path(), dtype=dtype).to(device)
     side = pipe.unet_sol.config.sample_size * pipe.vae_scale_factor
     names = _TEACHERS[teachers]
-    teaching = Teachers.from_pipeline(pipe, names, convention=convention) if names else None
+    kept: dict[str, Any] = {"convention": convention}
+    if maps is not None:
+        kept |= {"maps": BlockMaps.from_pipeline(pipe, *maps[:2]), "map_times": maps[2]}
+    teaching = Teachers.from_pipeline(pipe, names, **kept) if names else None
     encoders, vae, clip, t5 = options.encoders, options.vae, options.clip, options.t5
     if encoders is None and vae is None and clip is None and t5 is None:
         text = TextEncoder(pipe.text_encoder, pipe.tokenizer)
@@ -202,6 +229,9 @@ def check(folder: Folder) -> None:
         if opened.manifest.t_buckets:
             times = ", ".join(f"{t:g}" for t in opened.manifest.t_buckets)
             typer.echo(f"  features at t = {times} ({opened.manifest.settings['convention']})")
+        if opened.maps_made is not None:
+            at = ", ".join(f"{t:g}" for t in opened.maps_made["t"])
+            typer.echo(f"  maps of {opened.maps_made['expert']}'s {opened.maps_made['block']} at t = {at}")
 
 
 @app.command()

@@ -113,13 +113,13 @@ class FedDraws(Draws):
     def generators(self, stream: str) -> list[np.random.Generator]:
         raise SettingsError("cuda_graph: the loss wants random numbers that are no tensors")
 
-    def tensor(self, kind: str, stream: str, *more: float) -> Tensor:
-        key = (kind, stream, *more)
+    def tensor(self, kind: str, of: Any, *more: Any) -> Tensor:
+        key = (kind, of, *more)
         if self._given is None:
             self.asked[key] = None
             return super().tensor(*key)
         if key not in self._given:
-            raise SettingsError(f"cuda_graph: the loss drew {stream or kind} at one step and not at another")
+            raise SettingsError(f"cuda_graph: the loss drew {of} at one step and not at another")
         return self._given[key]
 
 

@@ -8,6 +8,8 @@ any device; to a GPU it is copied in the background.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,16 +45,16 @@ class Draws:
         """The same draws elsewhere."""
         return Draws(self.seed, self.step, self.places, self.total, device)
 
-    def values(self, kind: str, stream: str, *more: float) -> Tensor:
+    def values(self, kind: str, of: Any, *more: Any) -> Tensor:
         """What the method `kind` gives with these arguments, on the host."""
-        if kind == "ramp":
-            return torch.tensor(_ramp(self.step, *more))
-        drawn = getattr(_Kinds, kind)(self._generator(stream), self.total, *more)
+        if kind == "scheduled":
+            return torch.tensor(of(self.step, *more), dtype=torch.float32)
+        drawn = getattr(_Kinds, kind)(self._generator(of), self.total, *more)
         return torch.from_numpy(drawn[self.places.start : self.places.stop].copy())
 
-    def tensor(self, kind: str, stream: str, *more: float) -> Tensor:
+    def tensor(self, kind: str, of: Any, *more: Any) -> Tensor:
         """The same, on the draws' device."""
-        return to_device(self.values(kind, stream, *more), self.device)
+        return to_device(self.values(kind, of, *more), self.device)
 
     def _generator(self, stream: str, *more: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, zlib.crc32(stream.encode()), self.step, *more])
@@ -77,17 +79,15 @@ class Draws:
         """int64 [B], for `philox_normal` and the training pairs."""
         return self.tensor("integers", stream, 2**62)
 
-    def ramp(self, steps: int) -> Tensor:
-        """float32 []: 0 at the run's first step, rising to 1 after `steps`; nothing random."""
-        return self.tensor("ramp", "", steps)
+    def scheduled(self, value: Callable[..., float], *arguments: float) -> Tensor:
+        """float32 []: value(step, *arguments), a number that follows from the step alone, such as a weight that
+        warms up. As what is drawn, it is a tensor, so that a step may be recorded and replayed with the next
+        step's; `value` is the same function at every step."""
+        return self.tensor("scheduled", value, *arguments)
 
     def generators(self, stream: str) -> list[np.random.Generator]:
         """One a sample, for what no array of numbers does, such as the words of a caption."""
         return [self._generator(stream, place) for place in self.places]
-
-
-def _ramp(step: int, steps: float) -> float:
-    return min(1.0, step / steps) if steps else 1.0
 
 
 class _Kinds:

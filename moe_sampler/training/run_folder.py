@@ -118,7 +118,8 @@ class RunFolder:
 
     def _write_model(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
         folder.mkdir(parents=True)
-        write_tensors(folder / self.task.weights_name, tensors, {"format": "pt"})
+        shipped = getattr(self.task, "shipped", dict)
+        write_tensors(folder / self.task.weights_name, shipped(tensors), {"format": "pt"})
         save_config = getattr(self.task.model, "save_config", None)
         if save_config is not None:
             save_config(folder)

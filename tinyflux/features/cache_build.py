@@ -22,10 +22,12 @@ from moe_sampler import __version__
 from moe_sampler.data.captions import check_text, report_cut
 from moe_sampler.data.pictures import fit_image, to_rgb
 from moe_sampler.data.samples import CaptionedImage, Source
+from moe_sampler.kernels.noise import seeds_tensor
 from moe_sampler.loading.fingerprint import fingerprint
 from moe_sampler.pipelines import choices
 from moe_sampler.pipelines.latents import encode_images
 from moe_sampler.pipelines.prompts import cut_silently
+from moe_sampler.tinyflux.features.block_maps import BlockMaps
 from moe_sampler.tinyflux.features.cache_format import Manifest
 from moe_sampler.tinyflux.features.cache_shards import build_shards
 from moe_sampler.tinyflux.features.encoders import StudentEncoders, TextEncoder
@@ -34,6 +36,8 @@ from moe_sampler.tinyflux.features.extraction import T_BUCKETS, ExpertFeatures, 
 __all__ = ["Teachers", "build_cache"]
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in choices.DTYPES}
+MAP_TIMES = (0.75,)
+"""At little noise a diffusion model's features say most of an image (DIFT, arXiv:2306.03881)."""
 _PREVIEW = 64
 _FULL = ("prompt_mask", "sol_stats", "sol_maps", "previews")  # small or not floats: kept as they are
 
@@ -46,17 +50,39 @@ class Teachers:
         features: of Sol, Lune or both, with their text encoder.
         vae: the experts' own.
         text_encoder: the model behind `features.encode_prompt`, for the manifest's fingerprint.
+        maps: of one of these experts, to align a student's tokens with; None for none.
+        map_times: increasing times they are taken at.
+
+    Raises:
+        ValueError: maps of another expert, or without times.
     """
 
     features: ExpertFeatures
     vae: AutoencoderKL | AutoencoderTiny
     text_encoder: nn.Module
+    maps: BlockMaps | None = None
+    map_times: tuple[float, ...] = MAP_TIMES
+
+    def __post_init__(self) -> None:
+        if self.maps is not None:
+            object.__setattr__(self, "map_times", check_buckets(self.map_times))
+            if self.maps.expert not in self.features.teachers:
+                teachers = ", ".join(self.features.teachers)
+                raise ValueError(f"the maps are {self.maps.expert}'s, but the teachers are {teachers}")
 
     @classmethod
-    def from_pipeline(cls, pipe: Any, teachers: Sequence[str] = ("sol", "lune"), **settings: Any) -> Teachers:
+    def from_pipeline(
+        cls,
+        pipe: Any,
+        teachers: Sequence[str] = ("sol", "lune"),
+        *,
+        maps: BlockMaps | None = None,
+        map_times: Sequence[float] = MAP_TIMES,
+        **settings: Any,
+    ) -> Teachers:
         """The experts of a HybridPipeline; `teachers` and `settings` as `ExpertFeatures.from_pipeline`."""
         features = ExpertFeatures.from_pipeline(pipe, teachers, **settings)
-        return cls(features, pipe.vae, pipe.text_encoder)
+        return cls(features, pipe.vae, pipe.text_encoder, maps, tuple(map_times))
 
     def describe(self) -> dict[str, Any]:
         described: dict[str, Any] = {
@@ -172,6 +198,9 @@ def _manifest(
         "shard_size": shard_size,
         "micro_batch": micro_batch,
     }
+    if teachers is not None and teachers.maps is not None:
+        maps = teachers.maps
+        settings["maps"] = {"expert": maps.expert, "block": maps.block, "t": list(teachers.map_times)}
     experts = None if teachers is None else teachers.describe()
     return Manifest(settings, encoders.describe(), experts, len(source), (), __version__)
 
@@ -240,13 +269,12 @@ class _Work:
         }
         if self.teachers is not None:
             same = self.teachers.vae is self.encoders.vae
-            features = self.teachers.features(
-                latents if same else encode_images(self.teachers.vae, images),
-                captions,
-                seeds=[self.settings["seed"] + i for i in indices],
-                t=self.settings["t_buckets"],
-            )
+            seen = latents if same else encode_images(self.teachers.vae, images)
+            seeds = [self.settings["seed"] + i for i in indices]
+            features = self.teachers.features(seen, captions, seeds=seeds, t=self.settings["t_buckets"])
             found |= {name: value for name, value in features._asdict().items() if value is not None}
+            if self.teachers.maps is not None:
+                found["block_maps"] = self._block_maps(self.teachers.maps, seen, captions, seeds)
         for name, value in found.items():
             value = value.to("cpu", value.dtype if name in _FULL else self.dtype)
             if value.is_floating_point() and not value.isfinite().all():
@@ -257,6 +285,14 @@ class _Work:
                 )
             found[name] = value
         return found | {"captions": captions}
+
+    def _block_maps(self, maps: BlockMaps, latents: Tensor, captions: list[str], seeds: list[int]) -> Tensor:
+        """[B, M, channels, h, w]."""
+        own = seeds_tensor(seeds, latents.device)
+        levels = [
+            torch.full((len(latents),), 1 - t, device=latents.device) for t in self.settings["maps"]["t"]
+        ]
+        return torch.stack([maps(latents, captions, seeds=own, noise=level) for level in levels], 1)
 
 
 def _previews(images: list[Any]) -> Tensor:

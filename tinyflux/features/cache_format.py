@@ -39,6 +39,7 @@ TENSORS = {
     "lune": "[N, T, channels], where Lune taught",
     "sol_stats": "float32 [N, T, 3], where Sol taught",
     "sol_maps": "float32 [N, T, S, S], where Sol taught",
+    "block_maps": "[N, M, channels, h, w], a block's output at M times of its own, where that was asked for",
     "previews": "uint8 [N, h, w, 3], small pictures, where there were images",
     "captions": "uint8, the captions' UTF-8, one after the other",
     "caption_ends": "int64 [N], where each ends",

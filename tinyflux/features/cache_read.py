@@ -23,7 +23,7 @@ from moe_sampler.tinyflux.features.cache_format import (
 
 __all__ = ["FeatureCache", "MultiSource", "at_time"]
 
-LUNE, SOL = ("lune",), ("sol_stats", "sol_maps")
+LUNE, SOL, MAPS = ("lune",), ("sol_stats", "sol_maps"), ("block_maps",)
 _NOT_ITEMS = ("captions", "caption_ends", "previews")
 
 
@@ -77,10 +77,12 @@ class FeatureCache(Dataset):
 
     An item holds `latents`, `prompt_embeds`, `prompt_mask`, `pooled_prompt_embeds`, `caption`, its `index` in
     this cache, and where their experts taught `lune`, `sol_stats` and `sol_maps` at every time of `t_buckets`
-    (shapes: `TENSORS`, without N). `at_time` interpolates them.
+    (shapes: `TENSORS`, without N). `at_time` interpolates them. Where the cache has them, and `maps` says so,
+    `block_maps` are at `map_times`.
 
     Args:
         folder: of the cache.
+        maps: read a cache's block maps, which are large.
         verify: compare every shard's checksum now, which reads them once. Missing, cut off or exchanged
             shards are found without it.
 
@@ -88,8 +90,9 @@ class FeatureCache(Dataset):
         CacheError: not a cache, not finished, or a shard that isn't as it was written, by name.
     """
 
-    def __init__(self, folder: str | Path, *, verify: bool = True) -> None:
+    def __init__(self, folder: str | Path, *, verify: bool = True, maps: bool = True) -> None:
         self.folder = Path(folder)
+        self._unread = _NOT_ITEMS if maps else (*_NOT_ITEMS, *MAPS)
         self.manifest = read_manifest(self.folder)
         if not self.manifest.complete:
             raise CacheError(
@@ -129,6 +132,16 @@ class FeatureCache(Dataset):
     def has_sol(self) -> bool:
         return SOL[0] in self.shapes
 
+    @property
+    def has_maps(self) -> bool:
+        """Whether items have `block_maps`."""
+        return MAPS[0] in self.shapes and MAPS[0] not in self._unread
+
+    @property
+    def maps_made(self) -> dict[str, Any] | None:
+        """Of block maps: the `expert`, its `block`, and the times `t`."""
+        return self.manifest.settings.get("maps")
+
     def __len__(self) -> int:
         return self.manifest.length
 
@@ -147,7 +160,7 @@ class FeatureCache(Dataset):
         tensors, place = self._find(index)
         # Copies: who changes an item in place doesn't change what the next epoch reads.
         item: dict[str, Any] = {
-            name: tensor[place].clone() for name, tensor in tensors.items() if name not in _NOT_ITEMS
+            name: tensor[place].clone() for name, tensor in tensors.items() if name not in self._unread
         }
         item["caption"] = self.caption(index)
         item["index"] = torch.tensor(index % len(self))
@@ -170,8 +183,9 @@ class FeatureCache(Dataset):
 class MultiSource(Dataset):
     """Several caches as one dataset, one after the other.
 
-    Items are those of `FeatureCache`, plus `has_lune` and `has_sol`, bool tensors: where they are False the
-    sample's cache has no such expert, and its features are placeholders that must not be learned from.
+    Items are those of `FeatureCache`, plus `has_lune`, `has_sol` and `has_maps`, bool tensors: where they are
+    False the sample's cache has no such features, and those there are placeholders that must not be learned
+    from.
     `source` says which cache an item is from.
 
     Args:
@@ -198,7 +212,7 @@ class MultiSource(Dataset):
         shapes = {name: shape for cache in self.caches for name, shape in cache.shapes.items()}
         self._absent = {
             name: torch.zeros(shapes[name][1:], dtype=getattr(torch, shapes[name][0]))
-            for name in (*LUNE, *SOL)
+            for name in (*LUNE, *SOL, *(MAPS if self.has_maps else ()))
             if name in shapes
         }
 
@@ -218,6 +232,16 @@ class MultiSource(Dataset):
         """Whether any cache has Sol's."""
         return any(cache.has_sol for cache in self.caches)
 
+    @property
+    def has_maps(self) -> bool:
+        """Whether any cache has block maps."""
+        return any(cache.has_maps for cache in self.caches)
+
+    @property
+    def maps_made(self) -> dict[str, Any] | None:
+        """As `FeatureCache.maps_made`, of all."""
+        return next((cache.maps_made for cache in self.caches if cache.has_maps), None)
+
     def __len__(self) -> int:
         return self._ends[-1]
 
@@ -233,6 +257,7 @@ class MultiSource(Dataset):
         return item | {
             "has_lune": torch.tensor(cache.has_lune),
             "has_sol": torch.tensor(cache.has_sol),
+            "has_maps": torch.tensor(cache.has_maps),
             "source": which,
         }
 
@@ -243,6 +268,8 @@ def _facts(cache: FeatureCache) -> dict[str, Any]:
     facts = {f"the shape of {name}": shape for name, shape in cache.shapes.items() if name != "previews"}
     if cache.has_lune or cache.has_sol:
         facts |= {"t_buckets": manifest.t_buckets, "convention": manifest.settings["convention"]}
+    if cache.has_maps:
+        facts["block maps"] = cache.maps_made
     for kind, parts in (("encoders", manifest.encoders), ("experts", manifest.experts)):
         facts |= {f"{kind}.{name}": part for name, part in (parts or {}).items()}
     return facts

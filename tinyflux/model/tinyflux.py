@@ -20,6 +20,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from moe_sampler._files import whole_folder
+from moe_sampler.tinyflux.model.alignment import AlignmentProjector
 from moe_sampler.tinyflux.model.checks import check_inputs
 from moe_sampler.tinyflux.model.conditioning import (
     AttentionInputs,
@@ -34,6 +35,8 @@ from moe_sampler.tinyflux.model.predictors import LunePredictor, SolPrior
 
 __all__ = ["TinyFlux", "TinyFluxOutput"]
 
+PROJECTOR = "projector."
+"""Begins the names of the tensors that are trained along and not saved."""
 _LOADERS_OWN = {
     *("subfolder", "torch_dtype", "device", "revision", "token", "cache_dir", "local_files_only"),
     *("force_download",),
@@ -52,6 +55,7 @@ class TinyFluxOutput(BaseOutput):
         pred_spatial: [B, S, S], Sol's predicted map.
         spatial_importance: [B, S, S], the map that was used.
         temperature: [B, heads], of the attention.
+        aligned: [B, N, channels], what `projector` makes of the tokens within the model, where asked for.
     """
 
     sample: Tensor
@@ -61,6 +65,7 @@ class TinyFluxOutput(BaseOutput):
     pred_spatial: Tensor | None = None
     spatial_importance: Tensor | None = None
     temperature: Tensor | None = None
+    aligned: Tensor | None = None
 
 
 class TinyFlux(ModelMixin, ConfigMixin):
@@ -104,6 +109,8 @@ class TinyFlux(ModelMixin, ConfigMixin):
         self.single_blocks = nn.ModuleList(SingleBlock(config) for _ in range(config.num_single_layers))
         self.final_norm = RMSNorm(width)
         self.final_linear = linear(width, config.in_channels, gain=0.0)
+        self.projector: AlignmentProjector | None = None
+        self._projected_after = 0
         self.register_load_state_dict_pre_hook(self._leave_out_ignored)
 
     # diffusers' own is a wrapper without a signature.
@@ -179,8 +186,26 @@ class TinyFlux(ModelMixin, ConfigMixin):
 
     def ignores(self, name: str) -> bool:
         """Whether `load_state_dict` takes no notice of a tensor: without Sol's prior nothing uses the
-        attentions' `spatial_to_mod`, which some checkpoints hold nevertheless."""
+        attentions' `spatial_to_mod`, which some checkpoints hold nevertheless; a training's projector is of
+        no use after it."""
+        if self.projector is None and name.startswith(PROJECTOR):
+            return True
         return self.sol_prior is None and ".attn.spatial_to_mod." in name
+
+    def align_after(self, block: int, projector: AlignmentProjector) -> None:
+        """Train a projector of the image tokens along, which `forward(align=True)` returns.
+
+        Args:
+            block: how many blocks the tokens have gone through, double ones first.
+            projector: becomes a part of the model, and none of what a training saves.
+
+        Raises:
+            ValueError: more blocks than there are, or none.
+        """
+        blocks = len(self.double_blocks) + len(self.single_blocks)
+        if not 1 <= block <= blocks:
+            raise ValueError(f"tokens are aligned after 1 to {blocks} blocks, got {block}")
+        self.projector, self._projected_after = projector, block
 
     @staticmethod
     def _leave_out_ignored(model: TinyFlux, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
@@ -236,6 +261,7 @@ class TinyFlux(ModelMixin, ConfigMixin):
         sol_spatial: Tensor | None = None,
         lune_mask: Tensor | None = None,
         sol_mask: Tensor | None = None,
+        align: bool = False,
         return_dict: bool = True,
     ) -> TinyFluxOutput | tuple[Tensor]:
         """The velocity data - noise at t.
@@ -256,14 +282,18 @@ class TinyFlux(ModelMixin, ConfigMixin):
             sol_spatial: [B, S, S], the real map of Sol's attention.
             lune_mask, sol_mask: bool [B], the samples that use the real features given, all by default; the
                 others use predicted ones.
+            align: also return what `projector` makes of the tokens (`align_after`), as `aligned`.
             return_dict: False returns `(sample,)`.
 
         Tensors may have any float dtype; the work is done in the model's (or autocast's), but times, rotary
         angles and Sol's modulation are float32.
 
         Raises:
-            ValueError: shapes that don't fit, real features for an expert that the model doesn't have.
+            ValueError: shapes that don't fit, real features for an expert that the model doesn't have,
+                `align` without a projector.
         """
+        if align and self.projector is None:
+            raise ValueError("align is for a model in training that has a projector: call align_after first")
         size = check_inputs(
             self.config,
             size,
@@ -325,13 +355,19 @@ class TinyFlux(ModelMixin, ConfigMixin):
             )
             shared = shared[0]._replace(text_factor=factor), shared[1]
         img, txt = self.img_in(hidden_states.to(dtype)), self.txt_in(text)
-        out = self._blocks(txt, img, F.silu(vec), shared, modulations)
+        out, within = self._blocks(txt, img, F.silu(vec), shared, modulations, self._projected_after)
         sample = self.final_linear(self.final_norm(out))
         if not return_dict:
             return (sample,)
+        aligned = None
+        if align:
+            assert self.projector is not None and size is not None and within is not None
+            aligned = self.projector(within, size)
         if sol is None:
-            return TinyFluxOutput(sample, signal, lune)
-        return TinyFluxOutput(sample, signal, lune, sol.stats, sol.spatial, sol.importance, sol.temperature)
+            return TinyFluxOutput(sample, signal, lune, aligned=aligned)
+        return TinyFluxOutput(
+            *(sample, signal, lune, sol.stats, sol.spatial, sol.importance, sol.temperature, aligned)
+        )
 
     def _text_vector(self, text: Tensor, pooled: Tensor, mask: Tensor | None) -> Tensor:
         """[B, D] of the pooled text and the text tokens, weighted by the softmax of their means."""
@@ -353,17 +389,24 @@ class TinyFlux(ModelMixin, ConfigMixin):
         conditioning: Tensor,
         shared: tuple[AttentionInputs, AttentionInputs],
         modulations: Sequence[Tensor | None],
-    ) -> Tensor:
-        """[B, N, D] of the image after all blocks."""
-        doubles, length = len(self.double_blocks), txt.shape[1]
-        for block, modulation in zip(self.double_blocks, modulations[:doubles], strict=True):
+        kept: int = 0,
+    ) -> tuple[Tensor, Tensor | None]:
+        """[B, N, D] of the image after all blocks, and after the first `kept` of them."""
+        doubles, length, within = len(self.double_blocks), txt.shape[1], None
+        for number, (block, modulation) in enumerate(
+            zip(self.double_blocks, modulations[:doubles], strict=True), 1
+        ):
             txt, img = self._run(block, txt, img, conditioning, shared[0], modulation)
+            within = img if number == kept else within
         if not self.single_blocks:
-            return img
+            return img, within
         x = torch.cat([txt, img], 1)
-        for block, modulation in zip(self.single_blocks, modulations[doubles:], strict=True):
+        for number, (block, modulation) in enumerate(
+            zip(self.single_blocks, modulations[doubles:], strict=True), doubles + 1
+        ):
             x = self._run(block, x, conditioning, shared[1], modulation)
-        return x[:, length:].contiguous()
+            within = x[:, length:].contiguous() if number == kept else within
+        return x[:, length:].contiguous(), within
 
     def _run(self, block: nn.Module, *args: Any) -> Any:
         checkpointed = self._gradient_checkpointing_func if self.gradient_checkpointing else None

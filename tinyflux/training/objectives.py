@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from moe_sampler._transfers import to_device
 from moe_sampler.kernels import flow_training_pair, min_snr_weight, weighted_mse
 from moe_sampler.tinyflux.model.tinyflux import TinyFlux, TinyFluxOutput
+from moe_sampler.tinyflux.training.alignment import Alignment
 from moe_sampler.tinyflux.training.objective_settings import ObjectiveSettings
 from moe_sampler.tinyflux.training.routed import RoutedTeachers
 from moe_sampler.tinyflux.training.teachers import FeatureTeachers, Taught
@@ -38,6 +39,7 @@ def student_loss(
     time: TimeSettings,
     teachers: FeatureTeachers | None = None,
     routed: RoutedTeachers | None = None,
+    alignment: Alignment | None = None,
 ) -> Losses:
     """The loss of a batch, a mean over all its samples: one without a teacher counts as zero there.
 
@@ -50,10 +52,11 @@ def student_loss(
         time: how times are drawn.
         teachers: of the features.
         routed: experts whose velocity is distilled.
+        alignment: of the student's tokens, for which it was prepared.
 
     Returns:
-        terms: "velocity" and, where they have a weight, "lune", "sol_stats", "sol_map" and "distill", before
-        min-SNR and their weights. per_sample: the velocity's.
+        terms: "velocity" and, where they have a weight, "lune", "sol_stats", "sol_map", "distill" and
+        "align", before min-SNR and their weights. per_sample: the velocity's.
     """
     config = student.config
     height, width = batch["latents"].shape[2:]
@@ -87,6 +90,7 @@ def student_loss(
             config["text_dropout"] if objective.text_dropout is None else objective.text_dropout,
         ),
         **_real_features(config, taught, _drawn(draws, "feature_input", objective.feature_input)),
+        **({} if alignment is None else {"align": True}),
     )
     weight_map = _weight_map(objective.sol_weight_map, taught)
 
@@ -98,7 +102,7 @@ def student_loss(
     velocity = velocity_error(pair.target, objective.velocity_loss)
     per_sample, terms = velocity, {"velocity": velocity}
     if objective.distill_weight:
-        weight = objective.distill_weight * here.ramp(objective.distill_warmup_steps)
+        weight = objective.distill_weight * here.scheduled(_ramp, objective.distill_warmup_steps)
         share_here = weight * objective.mix(noise_here) * taught_here
         target = _routed_velocity(_there(routed, "routed"), pair.noisy, noise_here, batch, share_here)
         share = to_device(share_here, draws.device)
@@ -110,6 +114,10 @@ def student_loss(
     for name, weight, error in _feature_errors(objective, draws, student, out, taught):
         terms[name] = error
         per_sample = per_sample + weight * error
+    if alignment is not None:
+        aligned = _there(out.aligned, "a student with a projector")
+        terms["align"] = alignment.errors(aligned, size, batch, noise, draws) * taught_rows
+        per_sample = per_sample + alignment.weight(draws) * terms["align"]
     means = {name: term.detach().mean() for name, term in terms.items()}
     return Losses(per_sample.mean(), means, velocity.detach(), noise)
 
@@ -117,6 +125,10 @@ def student_loss(
 def _drawn(draws: Draws, stream: str, rate: float) -> Tensor:
     """bool [B]: each sample with probability `rate`."""
     return draws.uniform(stream) < rate
+
+
+def _ramp(step: int, warmup_steps: float) -> float:
+    return min(1.0, step / warmup_steps) if warmup_steps else 1.0
 
 
 def tokens(images: Tensor) -> Tensor:
@@ -176,7 +188,7 @@ def _feature_errors(
     if not (objective.lune_weight or objective.sol_stats_weight or objective.sol_map_weight):
         return []
     found, delta, taught = [], objective.huber_delta, _there(taught, "teachers")
-    lune, sol = (draws.ramp(n) for n in (objective.lune_warmup_steps, objective.sol_warmup_steps))
+    lune, sol = (draws.scheduled(_ramp, n) for n in (objective.lune_warmup_steps, objective.sol_warmup_steps))
     if objective.lune_weight:
         predicted = _there(out.lune_pred, "a student with use_lune_expert")
         error = _error(objective.lune_loss, predicted, _there(taught.lune, "Lune's features"), delta)

@@ -10,13 +10,16 @@ from PIL import Image
 from torch.utils.data import Subset
 
 from moe_sampler.demo import experts_path
+from moe_sampler.loading.fingerprint import fingerprint
 from moe_sampler.pipelines.hybrid import HybridPipeline
 from moe_sampler.pipelines.prompts import cut_silently
+from moe_sampler.tinyflux.features.block_maps import BlockMaps
 from moe_sampler.tinyflux.features.cache_read import FeatureCache, MultiSource
 from moe_sampler.tinyflux.features.extraction import ExpertFeatures
 from moe_sampler.tinyflux.model.config import TinyFluxConfig
 from moe_sampler.tinyflux.model.tinyflux import TinyFlux
 from moe_sampler.tinyflux.sampling.pipeline import StudentPipeline
+from moe_sampler.tinyflux.training.alignment import Alignment, CachedMaps, LiveMaps
 from moe_sampler.tinyflux.training.objective_settings import check_objective
 from moe_sampler.tinyflux.training.routed import RoutedTeachers
 from moe_sampler.tinyflux.training.settings import StudentSettings
@@ -52,7 +55,9 @@ def train(settings: StudentSettings, *, quiet: bool = False) -> dict[str, Any]:
 
 def new_task(settings: StudentSettings) -> StudentTask:
     """The student, its data and its teachers, checked against each other."""
-    caches = [FeatureCache(folder, verify=settings.data.verify) for folder in settings.data.caches]
+    aligned = settings.alignment.align_weight > 0
+    maps = aligned and settings.alignment.align_maps == "cached"
+    caches = [FeatureCache(path, verify=settings.data.verify, maps=maps) for path in settings.data.caches]
     data = MultiSource(caches)
     held_out = settings.data.held_out
     if held_out >= len(data):
@@ -75,6 +80,10 @@ def new_task(settings: StudentSettings) -> StudentTask:
         () if teachers is None else teachers.teaches,
         routed is not None,
     )
+    alignment = None
+    if aligned:
+        alignment = Alignment(settings.alignment, _map_teacher(settings, data, pipe))
+        alignment.prepare(model, settings.training.seed)
     kept = len(data) - held_out
     validation = settings.validation
     return StudentTask(
@@ -84,6 +93,7 @@ def new_task(settings: StudentSettings) -> StudentTask:
         time=settings.time,
         teachers=teachers,
         routed=routed,
+        alignment=alignment,
         held_out=Subset(data, range(kept, len(data))) if held_out else None,
         noise_levels=validation.noise_levels,
         validation_batch_size=validation.validation_batch_size,
@@ -125,8 +135,9 @@ def _check_data(model: TinyFlux, cache: FeatureCache) -> None:
 
 def _experts(settings: StudentSettings, caches: list[FeatureCache]) -> HybridPipeline | None:
     """Experts to run in the loop, or None where nothing needs them."""
-    teachers, objective = settings.teachers, settings.objective
-    if teachers.features == "cached" and not objective.distill_weight:
+    teachers, objective, alignment = settings.teachers, settings.objective, settings.alignment
+    live_maps = alignment.align_weight > 0 and alignment.align_maps == "live"
+    if teachers.features == "cached" and not objective.distill_weight and not live_maps:
         return None
     source = _pipeline_of(settings)
     if source is None:
@@ -154,6 +165,32 @@ def _feature_teachers(
     if pipe is not None and settings.teachers.features == "live":
         return LiveTeachers(ExpertFeatures.from_pipeline(pipe), offload=settings.teachers.offload)
     return CachedTeachers(data) if data.has_lune or data.has_sol else None
+
+
+def _map_teacher(
+    settings: StudentSettings, data: MultiSource, pipe: HybridPipeline | None
+) -> CachedMaps | LiveMaps:
+    wanted = settings.alignment
+    if pipe is None or wanted.align_maps == "cached":
+        return CachedMaps(data, wanted)
+    try:
+        expert = BlockMaps.from_pipeline(pipe, wanted.align_expert or "lune", wanted.align_block)
+    except ValueError as error:
+        raise SettingsError(f"align_block: {error}") from None
+    if all(_same_text(cache, pipe) for cache in data.caches):
+        expert.encode_prompt = None  # a batch has the experts' text states: nothing is encoded in a step
+    return LiveMaps(expert, offload=settings.teachers.offload)
+
+
+def _same_text(cache: FeatureCache, pipe: HybridPipeline) -> bool:
+    """Whether a cache's text states are what the experts' own text encoder says."""
+    made = cache.manifest.encoders or {}
+    length = (made.get("clip") or {}).get("max_length")
+    return (
+        made.get("text_states") == "clip"
+        and length == pipe.tokenizer.model_max_length
+        and made["clip"]["fingerprint"] == fingerprint(pipe.text_encoder)
+    )
 
 
 def _painter(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from moe_sampler.data.captions import check_text
+from moe_sampler.tinyflux.training.alignment_settings import AlignmentSettings
 from moe_sampler.tinyflux.training.objective_settings import ObjectiveSettings
 from moe_sampler.tinyflux.training.time_settings import TimeSettings
 from moe_sampler.training import SettingsError, TrainingSettings
@@ -113,6 +114,9 @@ class StudentSettings:
     data: Annotated[DataSettings, "On what"]
     model: Annotated[ModelSettings, "What"] = field(default_factory=ModelSettings)
     objective: Annotated[ObjectiveSettings, "For what"] = field(default_factory=ObjectiveSettings)
+    alignment: Annotated[AlignmentSettings, "Whose features its tokens follow"] = field(
+        default_factory=AlignmentSettings
+    )
     time: Annotated[TimeSettings, "At which times"] = field(default_factory=TimeSettings)
     teachers: Annotated[TeacherSettings, "Who teaches"] = field(default_factory=TeacherSettings)
     validation: Annotated[ValidationSettings, "How it is looked at"] = field(

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from moe_sampler.kernels import flow_training_pair, weighted_mse
-from moe_sampler.tinyflux.model.tinyflux import TinyFlux
+from moe_sampler.tinyflux.model.tinyflux import PROJECTOR, TinyFlux
+from moe_sampler.tinyflux.training.alignment import Alignment
 from moe_sampler.tinyflux.training.objective_settings import ObjectiveSettings
 from moe_sampler.tinyflux.training.objectives import student_loss, tokens
 from moe_sampler.tinyflux.training.routed import RoutedTeachers
@@ -31,7 +32,7 @@ class StudentTask:
     Args:
         model: the student.
         data: items as `FeatureCache` and `MultiSource` have them.
-        objective, time, teachers, routed: as `student_loss` takes them.
+        objective, time, teachers, routed, alignment: as `student_loss` takes them.
         held_out: likewise, for validation; None for none.
         noise_levels: at which held-out velocities are measured.
         validation_batch_size: samples at once.
@@ -51,6 +52,7 @@ class StudentTask:
         time: TimeSettings,
         teachers: FeatureTeachers | None = None,
         routed: RoutedTeachers | None = None,
+        alignment: Alignment | None = None,
         held_out: Dataset | None = None,
         noise_levels: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
         validation_batch_size: int = 32,
@@ -59,13 +61,14 @@ class StudentTask:
     ) -> None:
         self.model, self.data = model, data
         self.objective, self.time, self.teachers, self.routed = objective, time, teachers, routed
+        self.alignment = alignment
         self.held_out, self.noise_levels = held_out, tuple(noise_levels)
         self.validation_batch_size, self.paint = validation_batch_size, paint
         self.about = dict(about or {})
 
     @property
     def steps_alike(self) -> bool:
-        """Without experts in the loop, whose calls are planned on the host."""
+        """Without experts in the loop whose calls are planned on the host."""
         return self.routed is None and (self.teachers is None or not self.teachers.planned)
 
     def loss(self, model: nn.Module, batch: Mapping[str, Any], draws: Draws) -> Losses:
@@ -79,6 +82,7 @@ class StudentTask:
             time=self.time,
             teachers=self.teachers,
             routed=self.routed,
+            alignment=self.alignment,
         )
 
     def validate(self, model: nn.Module) -> dict[str, float]:
@@ -127,12 +131,18 @@ class StudentTask:
         """What `paint` makes."""
         return [] if self.paint is None else self.paint(self.model)
 
+    def shipped(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Without the projector, which only the alignment needs."""
+        return {name: tensor for name, tensor in tensors.items() if not name.startswith(PROJECTOR)}
+
     def describe(self) -> dict[str, Any]:
         """The data, the student's config and what teaches it."""
         return {
             "summary": "A TinyFlux student, trained with moe-sampler.",
             "tags": ["tinyflux", "text-to-image"],
-            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "parameters": sum(
+                tensor.numel() for tensor in self.shipped(dict(self.model.named_parameters())).values()
+            ),
             "samples": length(self.data),
             "held-out samples": 0 if self.held_out is None else length(self.held_out),
             **self.about,
