@@ -349,7 +349,7 @@ def test_the_loss_has_the_weighted_error_of_samples_that_have_teachers():
     def loss(step: int, **more):
         draws = draws_of(count, step)
         given = {"objective": objective, "time": TimeSettings(), **more}
-        return student_loss(student, student, batch, draws, step=step, **given)
+        return student_loss(student, student, batch, draws, **given)
 
     plain, whole, over = loss(3), loss(3, alignment=alignment), loss(100, alignment=alignment)
     taught = draws_of(count).uniform("teacher_dropout") >= 0.5
