@@ -30,8 +30,8 @@ WARM_UP = 3
 """Steps that are made as usual before: kernels are compiled, libraries choose theirs, tables are brought."""
 _ALIGNMENT = 64
 
-Work = Callable[[Sequence[Any], Sequence[Draws], Tensor], tuple[list[Losses], Tensor]]
-"""(batches and draws of the micro-batches, the learning rate) -> (their losses, the gradient's norm)."""
+Work = Callable[[Any, Draws, Tensor], tuple[Losses, Tensor]]
+"""(batch, draws, learning rate) -> (losses, the gradient's norm)."""
 
 
 def check_capture(task: Task, settings: TrainingSettings, accelerator: Accelerator) -> None:
@@ -46,6 +46,11 @@ def check_capture(task: Task, settings: TrainingSettings, accelerator: Accelerat
         raise SettingsError("cuda_graph is for one process: several have to wait for each other in a step")
     if accelerator.scaler is not None:
         raise SettingsError("cuda_graph: fp16's gradient scaling decides on the host; use bf16 or no")
+    if settings.gradient_accumulation_steps > 1:
+        raise SettingsError(
+            "cuda_graph is for steps of one batch: with gradient_accumulation_steps 1 a larger "
+            "train_batch_size does the same"
+        )
     if settings.use_8bit_adam:
         raise SettingsError("cuda_graph: 8-bit AdamW can't be told on the device to leave a step out")
     if settings.gradient_checkpointing:
@@ -126,7 +131,7 @@ class FedDraws(Draws):
 class _Recorded(NamedTuple):
     graph: torch.cuda.CUDAGraph
     inputs: Inputs
-    found: list[Losses]
+    found: Losses
     norm: Tensor
 
 
@@ -144,25 +149,23 @@ class CapturedStep:
         self._work, self._optimizer, self._device = work, optimizer, device
         # Autograd goes backward on the stream of the forward pass: the same one before and in the recording.
         self._stream = torch.cuda.Stream(device)
-        self._asked: list[list[tuple[Any, ...]]] = []
+        self._asked: list[tuple[Any, ...]] = []
         self._made = 0
         self._recorded: _Recorded | None = None
 
-    def __call__(
-        self, batches: Sequence[Any], draws: Sequence[Draws], rate: float
-    ) -> tuple[list[Losses], Tensor]:
-        """A step. batches: of its micro-batches, on the host. rate: the learning rate.
+    def __call__(self, batch: Any, draws: Draws, rate: float) -> tuple[Losses, Tensor]:
+        """A step. batch: on the host. rate: the learning rate.
 
         Returns what `work` does, in memory of its own.
 
         Raises:
             SettingsError: something in the step can't be recorded.
-            ValueError: batches of other shapes than before.
+            ValueError: a batch of other shapes than before.
         """
-        leaves, structure = pytree.tree_flatten(list(batches))
+        leaves, structure = pytree.tree_flatten(batch)
         values = [torch.tensor(rate), *(leaf for leaf in leaves if isinstance(leaf, Tensor))]
 
-        def rebuilt(tensors: Sequence[Tensor]) -> list[Any]:
+        def rebuilt(tensors: Sequence[Tensor]) -> Any:
             own = iter(tensors)
             whole = [next(own) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             return pytree.tree_unflatten(whole, structure)
@@ -170,47 +173,47 @@ class CapturedStep:
         if self._made < WARM_UP:
             self._made += 1
             return self._as_usual(values, rebuilt, draws)
-        drawn = [own.values(*key) for own, asked in zip(draws, self._asked, strict=True) for key in asked]
+        drawn = [draws.values(*key) for key in self._asked]
         if self._recorded is None:
             self._recorded = self._record(values, drawn, rebuilt, draws)
         else:
             self._recorded.inputs.fill([*values, *drawn])
         self._recorded.graph.replay()
-        return [_copied(losses) for losses in self._recorded.found], self._recorded.norm.clone()
+        return _copied(self._recorded.found), self._recorded.norm.clone()
 
     def _as_usual(
-        self, values: list[Tensor], rebuilt: Callable[[Sequence[Tensor]], list[Any]], draws: Sequence[Draws]
-    ) -> tuple[list[Losses], Tensor]:
-        learning = [FedDraws(own) for own in draws]
+        self, values: list[Tensor], rebuilt: Callable[[Sequence[Tensor]], Any], draws: Draws
+    ) -> tuple[Losses, Tensor]:
+        learning = FedDraws(draws)
         here = torch.cuda.current_stream(self._device)
         rate, *tensors = Inputs(values, self._device).tensors
         self._stream.wait_stream(here)
         with torch.cuda.stream(self._stream):
             found = self._work(rebuilt(tensors), learning, rate)
         here.wait_stream(self._stream)
-        self._asked = [list(own.asked) for own in learning]
+        self._asked = list(learning.asked)
         return found
 
     def _record(
         self,
         values: list[Tensor],
         drawn: list[Tensor],
-        rebuilt: Callable[[Sequence[Tensor]], list[Any]],
-        draws: Sequence[Draws],
+        rebuilt: Callable[[Sequence[Tensor]], Any],
+        draws: Draws,
     ) -> _Recorded:
         inputs = Inputs([*values, *drawn], self._device)
         rate, *tensors = inputs.tensors[: len(values)]
-        rest = iter(inputs.tensors[len(values) :])
-        given = [
-            FedDraws(own, {key: next(rest) for key in asked})
-            for own, asked in zip(draws, self._asked, strict=True)
-        ]
+        given = FedDraws(draws, dict(zip(self._asked, inputs.tensors[len(values) :], strict=True)))
         for group in self._optimizer.param_groups:
             group["capturable"] = True
         graph = torch.cuda.CUDAGraph()
         try:
-            # Threads that read data may allocate pinned memory meanwhile.
-            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            # A recording that fails doesn't leave its stream by itself. Threads that read data may allocate
+            # pinned memory meanwhile.
+            with (
+                torch.cuda.stream(self._stream),
+                torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
+            ):
                 found, norm = self._work(rebuilt(tensors), given, rate)
         except RuntimeError as error:
             raise SettingsError(

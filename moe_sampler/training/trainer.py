@@ -88,7 +88,7 @@ class Trainer:
         self._captured: CapturedStep | None = None
         if settings.cuda_graph:
             check_capture(task, settings, self.run.accelerator)
-            self._captured = CapturedStep(self._work, self.run.optimizer, self.run.accelerator.device)
+            self._captured = CapturedStep(self._one_batch, self.run.optimizer, self.run.accelerator.device)
         self._skipped_in_a_row = 0
 
     def _go_on_with(self, settings: TrainingSettings) -> None:
@@ -188,13 +188,18 @@ class Trainer:
         ]
         own = [next(batches) for _ in draws]
         if self._captured is not None:
-            found, norm = self._captured(own, draws, rate)
+            losses, norm = self._captured(own[0], draws[0], rate)
+            found = [losses]
         else:
             own = (send_to_device(batch, accelerator.device, non_blocking=True) for batch in own)
             found, norm = self._work(own, draws, rate)
         self.window.add(run.step, found, norm)
         run.step += 1
         return self._agreement.ask(noted.signal is not None)
+
+    def _one_batch(self, batch: Any, draws: Draws, rate: Tensor) -> tuple[Losses, Tensor]:
+        (losses,), norm = self._work([batch], [draws], rate)
+        return losses, norm
 
     def _work(
         self, batches: Iterable[Any], draws: Sequence[Draws], rate: float | Tensor

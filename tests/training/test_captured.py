@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -88,6 +92,7 @@ def test_what_cant_be_recorded_is_refused_before_any_work(tmp_path):
     "change, message",
     [
         ({"use_8bit_adam": True}, "8-bit"),
+        ({"gradient_accumulation_steps": 2}, "steps of one batch"),
         ({"gradient_checkpointing": True}, "checkpointing"),
         ({"processes": 2}, "one process"),
         ({"scaler": object()}, "fp16"),
@@ -116,13 +121,11 @@ def test_each_refusal_says_why(tmp_path, change, message):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_on_cuda_a_recorded_run_is_the_same_run(tmp_path, accumulation):
-    """Weights, average and moments, with steps that are left out among those replayed, to the bit."""
+def test_on_cuda_a_recorded_run_is_the_same_run(tmp_path):
+    """Weights, average and moments, with steps that are left out among those replayed, to rounding."""
     changes = {
         "on_nonfinite": "skip",
         "max_train_steps": 16,
-        "gradient_accumulation_steps": accumulation,
         "checkpointing_steps": 16,
     }
     made = [
@@ -185,12 +188,19 @@ def test_on_cuda_a_replayed_step_neither_waits_nor_launches_more_than_it_must(tm
     trainer.read_window()
 
 
+class Waits(Alike):
+    def loss(self, model, batch, draws):
+        assert float(batch[0].sum()) < 1e9
+        return super().loss(model, batch, draws)
+
+
 @pytest.mark.gpu
 def test_on_cuda_a_step_that_waits_is_refused_by_name(tmp_path):
-    class Waits(Alike):
-        def loss(self, model, batch, draws):
-            assert float(batch[0].sum()) < 1e9
-            return super().loss(model, batch, draws)
-
-    with pytest.raises(SettingsError, match="the step can't be recorded"):
-        train(tmp_path / "run", Waits(), cuda_graph=True)
+    """In a process of its own: torch's allocator takes a recording that failed for one that goes on."""
+    code = (
+        f"from test_captured import Waits, train; train({str(tmp_path / 'run')!r}, Waits(), cuda_graph=True)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    assert done.returncode and "SettingsError: cuda_graph: the step can't be recorded" in done.stderr
