@@ -56,7 +56,7 @@ def train_demo(
 
     Args:
         output: folder to write the experts to, replaced as a whole at the end.
-        work_dir: keeps scenes (600 MB), texts (800 MB), latents and checkpoints.
+        work_dir: keeps scenes (1.2 GB), texts (1.6 GB), latents and checkpoints.
         stage: "all", or one of `STAGES` whose predecessors are done.
         seed: seed of initial weights, batches and noise. The scenes are always the same.
         recipe: sizes and lengths; the defaults made the experts that ship.
