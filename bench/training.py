@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bench.measure import COMPILED, DEVICE, OURS, Call, Comparison
 from moe_sampler.kernels import flow_training_pair, philox_normal, rms_norm_modulate, rope_qk, weighted_mse
-from moe_sampler.kernels.conversions import shift_sigma
+from moe_sampler.kernels.shift import shift_sigma
 
 SUITE = "training"
 DTYPES = (torch.float32, torch.bfloat16)

@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from moe_sampler.kernels import _jit
 from moe_sampler.kernels._dispatch import FLOATS, Operator, check_no_overlap, check_tensor
+from moe_sampler.kernels.shift import shift_sigma
 
 if TYPE_CHECKING:
     import triton.language as tl
 
 _BLOCK = 1024
 _FLOAT32 = (torch.float32,)
-Number = TypeVar("Number", float, np.ndarray, Tensor)
-
-
-def shift_sigma(sigma: Number, shift: float) -> Number:
-    """k·s / (1 + (k − 1)·s): the noise level s of a flow, moved towards noise for k > 1.
-
-    sigma: a float, NumPy array or torch tensor of levels, 1 = noise; 0 and 1 stay where they are.
-    """
-    return shift * sigma / (1 + (shift - 1) * sigma)
 
 
 def _per_sample(value: Tensor, like: Tensor) -> Tensor:

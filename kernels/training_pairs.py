@@ -23,8 +23,8 @@ from torch import Tensor
 
 from moe_sampler.kernels import _jit
 from moe_sampler.kernels._dispatch import FLOATS, Operator, check_tensor
-from moe_sampler.kernels.conversions import shift_sigma
 from moe_sampler.kernels.noise import check_counter, fill_normal
+from moe_sampler.kernels.shift import shift_sigma
 
 if TYPE_CHECKING:
     import triton.language as tl

@@ -8,6 +8,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import moe_sampler.kernels
 import moe_sampler.tinyflux
 import moe_sampler.training
 
@@ -82,6 +83,27 @@ assert not torch.cuda.is_initialized()
     )
 
 
+def imported_by(command: list[str], cwd) -> set[str]:
+    """Top-level packages that a command has imported by its end."""
+    code = f"""
+import atexit, sys
+atexit.register(lambda: print("IMPORTED", *{{name.split(".")[0] for name in sys.modules}}))
+sys.argv = ["moe-sampler", *{command!r}]
+from moe_sampler.cli import main
+main()
+"""
+    *_, last = (line for line in python(code, cwd).splitlines() if line.startswith("IMPORTED"))
+    return set(last.split())
+
+
+def test_a_plan_is_made_without_torch(tmp_path):
+    """Nor anything else that takes longer to import than all of the planning."""
+    heavy = {"torch", "triton", "diffusers", "transformers", "accelerate", "peft", "scipy", "huggingface_hub"}
+    for options in (["--json"], ["--image", "plan.png", "--router", "crossfade 0.8 0.6"]):
+        assert not imported_by(["plan", *options], tmp_path) & heavy, options
+    assert (tmp_path / "plan.png").is_file()
+
+
 def test_the_package_is_typed_and_versioned():
     from importlib.metadata import version
     from importlib.resources import files
@@ -105,7 +127,7 @@ def test_a_type_checker_sees_what_an_import_gives():
         assert (link if "." in package else root / package).resolve() == root / folder
         assert root / folder in checked
 
-    for module in (moe_sampler, moe_sampler.tinyflux, moe_sampler.training):
+    for module in (moe_sampler, moe_sampler.kernels, moe_sampler.tinyflux, moe_sampler.training):
         told = {}
         for node in ast.walk(ast.parse(Path(module.__file__).read_text(encoding="utf-8"))):
             if isinstance(node, ast.If) and getattr(node.test, "id", None) == "TYPE_CHECKING":
@@ -168,5 +190,6 @@ def test_imports_go_one_way():
             if not under(module, tinyflux):
                 assert not [name for name in ours if under(name, tinyflux)], module
         if under(module, kernels):
-            others = {name for name in ours if not under(name, kernels)} - {"moe_sampler"}
+            shared = {"moe_sampler", "moe_sampler._lazy", "moe_sampler._lazy.lazy_names"}  # not the sampler
+            others = {name for name in ours if not under(name, kernels)} - shared
             assert not others, (module, others)

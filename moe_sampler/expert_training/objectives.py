@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from moe_sampler.kernels import ddpm_training_pair, flow_training_pair, weighted_mse
-from moe_sampler.kernels.conversions import shift_sigma
 from moe_sampler.kernels.loss_weights import MinSNR
+from moe_sampler.kernels.shift import shift_sigma
 from moe_sampler.kernels.training_pairs import TrainingPair
 
 from .._transfers import OnDevice

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
 
 from .._readers import read_json
 from ..errors import CheckpointError, first_line, listed
 from .state_dicts import refuse
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "INDEX",

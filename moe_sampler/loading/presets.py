@@ -124,7 +124,7 @@ def training_config(training: str | Mapping[str, Any]) -> dict[str, Any]:
                 f'unknown kind of expert "{training}": use {", ".join(TRAINING)}, or give a scheduler config'
             )
         return dict(TRAINING[training])
-    from ..sampling import scheduler_configs  # brings torch
+    from ..sampling import scheduler_configs
 
     config = dict(training)
     scheduler = config.get("_class_name")

@@ -8,14 +8,16 @@ import re
 import zipfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from .._readers import check_regular
 from ..errors import CheckpointError, first_line, listed
 from .hub import SUFFIXES
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "check_fit",
@@ -81,6 +83,8 @@ def read_torch(file: Path) -> Any:
     Raises:
         CheckpointError: damaged, of another format, or with anything in it but data.
     """
+    import torch  # reading configs and headers of safetensors needs none
+
     check_regular(file)
     _refuse_disguised(file)
     try:
@@ -119,6 +123,8 @@ def torch_header(file: Path) -> tuple[dict[str, str], list[str]]:
     Raises:
         CheckpointError: as `read_torch`, or several state dicts.
     """
+    import torch
+
     metadata: dict[str, str] = {}
     keys: dict[str, None] = {}
     waiting = [(level, 0) for level in _levels(read_torch(file), file) if isinstance(level, Mapping)]
@@ -136,6 +142,8 @@ def torch_header(file: Path) -> tuple[dict[str, str], list[str]]:
 
 def _state_dict(saved: Any, file: Path) -> dict[str, torch.Tensor]:
     """The weights among what a trainer saved."""
+    import torch
+
     saved = _levels(saved, file)[-1]
     if not isinstance(saved, Mapping) or not saved or not all(torch.is_tensor(v) for v in saved.values()):
         found = listed(list(saved)) if isinstance(saved, Mapping) else type(saved).__name__
@@ -203,7 +211,7 @@ def refuse(where: str | Path, model: str, problems: Mapping[str, Sequence[Any]],
         raise CheckpointError(f"{text}. {hint}" if hint else text)
 
 
-Guess = Callable[[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor], Collection[str]], str]
+Guess = Callable[[Mapping[str, "torch.Tensor"], Mapping[str, "torch.Tensor"], Collection[str]], str]
 
 
 def check_fit(

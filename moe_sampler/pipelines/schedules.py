@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
-from moe_sampler.kernels.conversions import shift_sigma
+from moe_sampler.kernels.shift import shift_sigma
 
 from ..sampling.experts import Expert
 from ..sampling.plan import SamplingPlan

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from .._numbers import number
 from .paths import FlowPath, Level, Path, VPPath
 from .predictions import Prediction, check_prediction
 from .scheduler_configs import SOLVER_OF_SCHEDULER, check_scheduler_config, path_from_scheduler_config
 from .solvers import Solver, check_solver
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["SHIFTS", "Expert"]
 
@@ -35,7 +36,7 @@ class Expert:
         model: `model(sample, timestep, **conditioning)` with sample [B or 2B, ...] of `dtype` and timestep a
             0-d tensor (int64 on a discrete path, float32 else); returns the prediction, or a tuple that
             starts with it, or a diffusers output. Only sampling needs it, planning doesn't.
-        dtype: what the model eats.
+        dtype: what the model eats; None is float32.
         solver: "ddpm", "ddim", "euler", "heun" (two model evaluations a step), "dpmpp_2m" or "dpmpp_2m_sde".
         eta: DDIM's share of noise, 0 to 1.
         shift: k of the shifted sigmas, on flow paths, in `SHIFTS`.
@@ -56,7 +57,7 @@ class Expert:
     path: Path
     prediction: Prediction
     model: Callable[..., Any] | None = None
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype | None = None
     solver: Solver = "dpmpp_2m"
     eta: float = 0.0
     shift: float = 3.0

@@ -91,7 +91,7 @@ class _Inputs:
 
     def _buffer(self, parity: int, slot: int, call: ExpertCall) -> torch.Tensor:
         batch = self._x.shape[0] * (2 if call.guided else 1)
-        key = (parity, slot, batch, self._experts[call.name].dtype)
+        key = (parity, slot, batch, self._experts[call.name].dtype or torch.float32)
         if key not in self._buffers:
             self._buffers[key] = torch.empty(
                 (batch, *self._x.shape[1:]), dtype=key[-1], device=self._x.device

@@ -15,7 +15,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from moe_sampler.kernels.conversions import shift_sigma
+from moe_sampler.kernels.shift import shift_sigma
 
 from .betas import linear, scaled_linear
 

@@ -7,9 +7,7 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from moe_sampler._readers import parse_json, typed
 from moe_sampler.kernels.rows import COLUMNS, INDEX, ROW_WIDTH, check_row
@@ -17,6 +15,9 @@ from moe_sampler.kernels.rows import COLUMNS, INDEX, ROW_WIDTH, check_row
 from .paths import Level
 from .recipe import Recipe, compile_again
 from .solvers import HEUN_CORRECTOR
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["ExpertCall", "PlanStep", "SamplingPlan"]
 
@@ -146,6 +147,8 @@ class SamplingPlan:
 
     def table(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """[steps, ROW_WIDTH] float32: one row a step, as `sampler_step_` reads it."""
+        import torch  # planning needs none
+
         for step in self.steps:
             check_row(step.row)
         table = torch.zeros(len(self.steps), ROW_WIDTH)

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+import numpy as np
 
-from moe_sampler.kernels.conversions import shift_sigma
 from moe_sampler.kernels.rows import COLUMNS
+from moe_sampler.kernels.shift import shift_sigma
 
 from .._numbers import number, whole
 from .calls import expert_call
@@ -27,7 +27,7 @@ __all__ = ["ExpertCall", "PlanStep", "SamplingPlan", "plan"]
 _DEFAULT_STEPS = 20
 MAX_STEPS = 10_000
 """Ten times the timesteps that models are trained on: more steps than that are a slip of the hand."""
-_LARGEST = torch.finfo(torch.float32).max
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, slots=True)

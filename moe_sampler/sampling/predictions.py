@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
-import torch
-
-from moe_sampler.kernels import velocity_to_epsilon
+from typing import TYPE_CHECKING, Literal, get_args
 
 from .paths import Level
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "PREDICTIONS",
@@ -16,7 +15,6 @@ __all__ = [
     "add_noise",
     "check_prediction",
     "epsilon_to_x0",
-    "velocity_to_epsilon",
     "velocity_to_x0",
     "x0_coefficients",
     "x0_to_epsilon",

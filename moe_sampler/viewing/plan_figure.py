@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image, ImageColor, ImageDraw
 
-from moe_sampler.kernels import shift_sigma
+from moe_sampler.kernels.shift import shift_sigma
 
 from ..sampling.plan import PlanStep, SamplingPlan
 from .images import check_writable, save_png

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch.library import opcheck
 
-from moe_sampler.kernels.attention_statistics import (
+from moe_sampler.kernels.attention import (
     AttentionStatistics,
     attention_statistics,
     combine_statistics,
@@ -254,7 +254,7 @@ SD15 = [(64, 40)] * 5 + [(32, 80)] * 5 + [(16, 160)] * 5 + [(8, 160)]
 
 MEMORY = """
 import torch
-from moe_sampler.kernels.attention_statistics import attention_statistics
+from moe_sampler.kernels.attention import attention_statistics
 
 def peak():
     with open("/proc/self/status") as status:

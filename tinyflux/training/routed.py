@@ -115,7 +115,7 @@ class RoutedTeachers:
         """One expert's velocity, [B, C, h, w]."""
         told, scales, from_x, from_output = zip(*(_terms(expert, s) for s in levels), strict=True)
         column = (-1, 1, 1, 1)
-        sample = (x * _tensor(scales, x).view(column)).to(expert.dtype)
+        sample = (x * _tensor(scales, x).view(column)).to(expert.dtype or torch.float32)
         module = self._offload.get(expert.name)
         home = nullcontext() if module is None else resident([module], x.device, offload=True)
         with home:
