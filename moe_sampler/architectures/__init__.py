@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
-from .protocol import Architecture, ModelShape, WatchableArchitecture
+from .protocol import Architecture, ModelShape, ReusableArchitecture, WatchableArchitecture
 from .unet import SD15_UNET, UNET
 
 if TYPE_CHECKING:
@@ -20,11 +20,14 @@ __all__ = [
     "DEFAULT_CONFIG",
     "Architecture",
     "ModelShape",
+    "ReusableArchitecture",
     "WatchableArchitecture",
     "architecture_of",
     "build",
     "named_architecture",
     "register",
+    "reusable",
+    "reuse_share",
     "shape_of",
     "watchable",
 ]
@@ -87,6 +90,40 @@ def watchable(model: Any) -> WatchableArchitecture:
     if not hasattr(found, "self_attention_layers"):
         raise TypeError(f"the layers of a {found.class_name} can't be watched")
     return found
+
+
+def reusable(model: Any) -> ReusableArchitecture:
+    """As `architecture_of`, for who lets calls reuse features.
+
+    Raises:
+        TypeError: as `architecture_of`.
+        ValueError: a model whose outermost layers can't be run alone, and what to do about it.
+    """
+    found: Any = architecture_of(model)
+    _check_reusable(found)
+    if model is not _uncompiled(model):
+        raise ValueError(
+            f"a {found.class_name} in torch.compile's wrapper has no layers to run alone: compile its blocks "
+            '(compile_repeated_blocks, or speed="max") instead, or leave out reuse'
+        )
+    found.check_reusable(model)
+    return found
+
+
+def reuse_share(config: Mapping[str, Any]) -> float:
+    """What a call that reuses features costs of a full one, from a model's config.
+
+    Raises:
+        ValueError: a model whose features can't be reused.
+    """
+    found: Any = named_architecture(config)
+    _check_reusable(found)
+    return found.reuse_share(config)
+
+
+def _check_reusable(architecture: Any) -> None:
+    if not hasattr(architecture, "call_reusing"):
+        raise ValueError(f"features of a {architecture.class_name} can't be reused: leave out reuse")
 
 
 def _uncompiled(model: Any) -> Any:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
     from torch import Tensor, nn
 
-__all__ = ["Architecture", "ModelShape", "WatchableArchitecture"]
+__all__ = ["Architecture", "ModelShape", "ReusableArchitecture", "WatchableArchitecture"]
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,39 @@ class Architecture(Protocol):
             expected: the model's own.
             unexpected: names that the model doesn't have.
         """
+        ...
+
+
+class ReusableArchitecture(Architecture, Protocol):
+    """An architecture whose outermost layers can be run alone, with the features of everything deeper from an
+    earlier call (see `sampling.reuse`)."""
+
+    def check_reusable(self, model: Any) -> None:
+        """Raise ValueError, with what to do, for a model of this class that can't, as it is or as it is
+        wrapped."""
+        ...
+
+    def call_recording(
+        self, model: Any, x: Tensor, timestep: Tensor, prompt_embeds: Tensor, **conditioning: Any
+    ) -> tuple[Tensor, Tensor]:
+        """As `call`, to the last bit, with the deep features [B, ...]."""
+        ...
+
+    def call_reusing(
+        self,
+        model: Any,
+        x: Tensor,
+        timestep: Tensor,
+        prompt_embeds: Tensor,
+        features: Tensor,
+        **conditioning: Any,
+    ) -> Tensor:
+        """The prediction, computed in the outermost layers alone; with the features of a call of the same
+        inputs that is `call`'s to the last bit."""
+        ...
+
+    def reuse_share(self, config: Mapping[str, Any]) -> float:
+        """What such a call costs of a full one, in multiplications, at the size the model was made for."""
         ...
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Collection, Mapping
+from functools import lru_cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +52,9 @@ _DEFAULTS = {
     "block_out_channels": (320, 640, 1280, 1280),
 }
 
+_TOKENS = 77
+"""Of CLIP's prompts."""
+
 _ORIGINAL = "model.diffusion_model."
 _ORIGINAL_BLOCKS = ("input_blocks.", "middle_block.", "output_blocks.", "time_embed.")
 
@@ -66,7 +71,7 @@ _FOREIGN = (
 
 
 class UNet:
-    """The UNet as an `Architecture` whose layers can be watched."""
+    """The UNet as an `Architecture` whose features can be reused and whose layers can be watched."""
 
     class_name = "UNet2DConditionModel"
     prefixes = ("unet.",)
@@ -133,6 +138,44 @@ class UNet:
             )
         return ""
 
+    # Reusing its features
+
+    def check_reusable(self, model: UNet2DConditionModel) -> None:
+        from .unet_reuse import check_reusable
+
+        check_reusable(model)
+
+    def call_recording(
+        self,
+        model: UNet2DConditionModel,
+        x: Tensor,
+        timestep: Tensor,
+        prompt_embeds: Tensor,
+        **conditioning: Any,
+    ) -> tuple[Tensor, Tensor]:
+        from .unet_reuse import recording_model
+
+        recording, last = recording_model(model)
+        output = self.call(recording, x, timestep, prompt_embeds, **conditioning)
+        assert last.features is not None  # the call left them there
+        return output, last.features
+
+    def call_reusing(
+        self,
+        model: UNet2DConditionModel,
+        x: Tensor,
+        timestep: Tensor,
+        prompt_embeds: Tensor,
+        features: Tensor,
+        **conditioning: Any,
+    ) -> Tensor:
+        from .unet_reuse import reusing_model
+
+        return self.call(reusing_model(model, features), x, timestep, prompt_embeds, **conditioning)
+
+    def reuse_share(self, config: Mapping[str, Any]) -> float:
+        return _reuse_share(json.dumps({**config, "_name_or_path": None}, sort_keys=True, default=list))
+
     # Watching its layers
 
     def block_channels(self, model: UNet2DConditionModel) -> dict[str, int]:
@@ -167,3 +210,20 @@ class UNet:
 
 
 UNET = UNet()
+
+
+@lru_cache(maxsize=16)
+def _reuse_share(config: str) -> float:
+    import torch
+
+    from .unet_reuse import check_reusable, share_of_outer_layers
+
+    own: dict[str, Any] = json.loads(config)
+    shape = UNET.shape(own)
+    side = shape.sample_size or 64
+    with torch.device("meta"):
+        model: Any = UNET.build(own)
+        check_reusable(model)
+        x = torch.empty(1, shape.in_channels, side, side)
+        text = torch.empty(1, _TOKENS, shape.cross_attention_dim)
+        return share_of_outer_layers(model, (x, torch.empty((), dtype=torch.int64), text))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["ByExpert", "number", "over_previous", "split_name", "steps_over", "whole", "window"]
+__all__ = ["ByExpert", "full_calls", "number", "over_previous", "split_name", "steps_over", "whole", "window"]
 
 _NAMED = re.compile(r"([a-z][a-z0-9_]*)=(.*)", re.DOTALL)
 
@@ -96,6 +96,17 @@ def window(text: str) -> list[float]:
     if len(levels) != 2:
         raise ValueError("give HIGH:LOW, as in 0.9:0.3")
     return [number(level) for level in levels]
+
+
+def full_calls(text: str) -> int | list[int] | list[list[float]]:
+    """K; N,N,...; or LEVEL:K,LEVEL:K,..."""
+    parts = text.split(",")
+    if ":" in text:
+        pairs = [part.split(":") for part in parts]
+        if any(len(pair) != 2 for pair in pairs):
+            raise ValueError("give LEVEL:K, as in 0.5:2,0:4")
+        return [[number(level), whole(every)] for level, every in pairs]
+    return whole(text) if len(parts) == 1 else [whole(part) for part in parts]
 
 
 def over_previous(previous: Mapping[str, Any], names: Sequence[str], **given: ByExpert) -> dict[str, Any]:

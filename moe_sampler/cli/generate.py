@@ -97,7 +97,7 @@ def generate(
         record, call = settings | plan_settings(plan), call_of(settings, names) | {"plan": plan}
     else:
         record, call = record_defaults(settings, defaults, names), call_of(settings, names)
-        plan = compile_plan(configs, defaults, call)
+        plan = compile_plan(configs, defaults, call, model.reuse_shares)
     computer = Machine.read(where, previous)
     sizes = model.size(settings, start)
     if not out.quiet:

@@ -165,6 +165,21 @@ class Model:
         configs = {name: find_training(name, sources.get(name, own), self._hub()) for name in names}
         return configs, default_settings(list(names), index)
 
+    def reuse_shares(self, names: Sequence[str]) -> dict[str, float]:
+        """What calls of these experts that reuse features cost of a full one, from their models' configs."""
+        from ..architectures import reuse_share
+        from ..loading.expert_files import find_model_config
+        from ..loading.presets import ExpertSource
+
+        base, sources = self._parts()
+        revision = self.settings.get("revision")
+        own = ExpertSource(base, revision=revision)
+        configs = {
+            name: find_model_config(name, sources.get(name, own), base, revision, self._hub())
+            for name in names
+        }
+        return {name: reuse_share(config) for name, config in configs.items()}
+
     def sizes(self) -> tuple[int, int]:
         """The side of the images the model was made for, and what height and width must be multiples of, in
         pixels. Downloads what isn't there yet."""

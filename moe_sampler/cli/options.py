@@ -25,6 +25,7 @@ __all__ = [
     "ModelOptions",
     "OutputOptions",
     "PipelineOptions",
+    "ReuseOptions",
     "RunOptions",
     "ScaleOptions",
     "SizeOptions",
@@ -197,7 +198,32 @@ class SteppingOptions(ScaleOptions, SolverOptions):
 
 
 @dataclass(frozen=True)
-class RunOptions(SteppingOptions, StepOptions):
+class ReuseOptions:
+    """What a run costs."""
+
+    reuse: Annotated[
+        list[str] | None,
+        option(
+            "Full passes through a model: every K-th, the others reuse its deep features at a tenth of the "
+            "cost; or each one's number from 0, as in 0,3,5; or every K-th down to a noise level, as in "
+            "0.5:2,0:4. Default: all.",
+            STEPS,
+            metavar="K|N,N...|LEVEL:K,...|NAME=...",
+        ),
+    ] = None
+    budget: Annotated[
+        float | None,
+        option(
+            "What an image may cost, in full passes through a model (a guided step takes two): chooses how "
+            "many of the steps are taken and which reuse features.",
+            STEPS,
+            metavar="PASSES",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class RunOptions(ReuseOptions, SteppingOptions, StepOptions):
     """All that a plan is made of."""
 
 

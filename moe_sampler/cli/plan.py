@@ -52,7 +52,8 @@ def plan(
         check_strength(strength, "an image", None)
     configs, defaults = model.training()
     settings = merge_runs({}, run, list(configs))
-    compiled = compile_plan(configs, defaults, call_of(settings, list(configs)) | {"strength": strength})
+    call = call_of(settings, list(configs)) | {"strength": strength}
+    compiled = compile_plan(configs, defaults, call, model.reuse_shares)
     if as_json:
         typer.echo(compiled.to_json(indent=2))
     elif not (sys.stdout.isatty() and _print_table(compiled)):

@@ -18,7 +18,7 @@ __all__ = ["find_plan", "plan_settings", "without_plan"]
 
 DECIDED = (
     *("expert", "num_inference_steps", "handoff", "router", "solver", "shift", "eta", "strength"),
-    *("guidance_scale", "guidance_window", "guidance_rescale"),
+    *("guidance_scale", "guidance_window", "guidance_rescale", "reuse", "budget"),
     *("sol_weight", "lune_weight", "upstream_schedule"),
 )
 """Settings that a plan takes the place of."""

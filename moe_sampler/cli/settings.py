@@ -6,10 +6,10 @@ all experts it is that value or a mapping by name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .by_name import ByExpert, number, over_previous, steps_over, whole, window
+from .by_name import ByExpert, full_calls, number, over_previous, steps_over, whole, window
 from .options import RunOptions
 from .routers import parse_router
 
@@ -23,9 +23,12 @@ __all__ = [
     "scales_in_full",
 ]
 
+Shares = Callable[[Sequence[str]], Mapping[str, float]]
+
 _CALL_KEYS = (
     *("negative_prompt", "seed", "expert", "num_inference_steps", "handoff", "shift", "solver", "eta"),
     *("guidance_scale", "guidance_window", "guidance_rescale", "height", "width", "strength"),
+    *("reuse", "budget"),
 )
 """Settings that the pipeline's call takes as they are."""
 
@@ -75,6 +78,8 @@ def merge_runs(previous: Mapping[str, Any], run: RunOptions, names: Sequence[str
         eta=ByExpert.read("--eta", run.eta, number),
         guidance_window=ByExpert.read("--guidance-window", run.guidance_window, window),
         guidance_rescale=ByExpert.read("--guidance-rescale", run.guidance_rescale, number),
+        reuse=ByExpert.read("--reuse", run.reuse, full_calls),
+        budget=ByExpert("--budget", run.budget),
     )
 
 
@@ -87,18 +92,33 @@ def call_of(settings: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]
 
 
 def planned_experts(
-    configs: Mapping[str, Mapping[str, Any]], defaults: Mapping[str, Any], call: Mapping[str, Any]
+    configs: Mapping[str, Mapping[str, Any]],
+    defaults: Mapping[str, Any],
+    call: Mapping[str, Any],
+    reuse_shares: Shares | None = None,
 ) -> tuple[Any, ...]:
-    """The experts as the pipeline will plan them for `call`, from their scheduler configs alone."""
-    from ..pipelines.settings import guidance_scales, hybrid_experts
+    """The experts as the pipeline will plan them for `call`, from their scheduler configs alone.
 
-    guidance = guidance_scales(call.get("guidance_scale"), defaults, list(configs))
-    own = ("shift", "solver", "eta", "guidance_rescale", "guidance_window")
-    return hybrid_experts(configs, guidance, **{key: call.get(key) for key in own})
+    reuse_shares: of `Model`, asked where calls may reuse features.
+    """
+    from ..pipelines.settings import by_expert, guidance_scales, hybrid_experts
+
+    names = list(configs)
+    guidance = guidance_scales(call.get("guidance_scale"), defaults, names)
+    own = ("shift", "solver", "eta", "guidance_rescale", "guidance_window", "reuse")
+    settings = {key: call.get(key) for key in own}
+    reused = by_expert("reuse", call.get("reuse"), names)
+    asked = [name for name in names if reused[name] is not None or call.get("budget") is not None]
+    if asked and reuse_shares is not None:
+        settings["reuse_share"] = reuse_shares(asked)
+    return hybrid_experts(configs, guidance, **settings)
 
 
 def compile_plan(
-    configs: Mapping[str, Mapping[str, Any]], defaults: Mapping[str, Any], call: Mapping[str, Any]
+    configs: Mapping[str, Mapping[str, Any]],
+    defaults: Mapping[str, Any],
+    call: Mapping[str, Any],
+    reuse_shares: Shares | None = None,
 ) -> Any:
     """The plan the pipeline will run for `call`.
 
@@ -106,13 +126,25 @@ def compile_plan(
         configs: scheduler configs by expert, from noise to data.
         defaults: the model's.
         call: from `call_of`.
+        reuse_shares: as `planned_experts` takes it.
     """
+    from ..pipelines.budget import within_budget
     from ..pipelines.settings import enter_plan, hybrid_plan
+    from ..sampling.routers import PerStep
 
-    experts = planned_experts(configs, defaults, call)
-    route = ("expert", "num_inference_steps", "handoff", "router")
-    whole = hybrid_plan(experts, defaults, **{key: call[key] for key in route if key in call})
-    return whole if call.get("strength") is None else enter_plan(experts, whole, call["strength"])
+    route = {key: call[key] for key in ("expert", "num_inference_steps", "handoff", "router") if key in call}
+
+    def compiled(experts: Sequence[Any], count: int | None = None) -> Any:
+        own = route if count is None else route | {"num_inference_steps": count}
+        whole = hybrid_plan(experts, defaults, **own)
+        return whole if call.get("strength") is None else enter_plan(experts, whole, call["strength"])
+
+    experts = planned_experts(configs, defaults, call, reuse_shares)
+    if call.get("budget") is None:
+        return compiled(experts)
+    most = call.get("num_inference_steps", defaults["num_inference_steps"])
+    most = None if isinstance(route.get("router"), PerStep) else most
+    return within_budget(call["budget"], experts, most, compiled).plan
 
 
 def scales_in_full(given: Any, defaults: Mapping[str, float]) -> dict[str, float]:

@@ -15,7 +15,7 @@ from .hub import WEIGHTS, Hub, Place, component_patterns, component_variant
 from .marks import read_marks, with_marks
 from .presets import TRAINING, ExpertSource, training_config
 
-__all__ = ["ExpertFiles", "find_base", "find_expert", "find_training", "read_base_index"]
+__all__ = ["ExpertFiles", "find_base", "find_expert", "find_model_config", "find_training", "read_base_index"]
 
 
 @dataclass(frozen=True)
@@ -176,6 +176,27 @@ def find_training(name: str, source: ExpertSource | str | Path, hub: Hub) -> dic
     path = _locate(name, source, hub, None, weights=False)
     beside = _model_folder(path, name)[1] if path.is_dir() else None
     return _training(name, source, beside, [path] if path.is_file() else [])
+
+
+def find_model_config(
+    name: str, source: ExpertSource, base: str | os.PathLike, revision: str | None, hub: Hub
+) -> Mapping[str, Any]:
+    """The config of an expert's model, as `find_expert` says it; of the hub, configs alone are downloaded.
+
+    Args:
+        name: of the expert.
+        source: where it is.
+        base, revision: whose model's config counts for single files.
+        hub: for hub ids.
+
+    Raises:
+        CheckpointError: it isn't there.
+    """
+    path = _locate(name, source, hub, None, weights=False)
+    if path.is_dir():
+        return read_config(_model_folder(path, name)[0] / "config.json")
+    configs = ["unet/config.json", "unet_*/config.json"]
+    return _base_config(_look_for_base(base, hub, revision).local(configs))
 
 
 def find_expert(

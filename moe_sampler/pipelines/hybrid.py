@@ -15,14 +15,17 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from ..architectures import architecture_of, shape_of
+from ..architectures import reuse_share, shape_of
+from ..architectures.expert_model import ExpertModel
 from ..data.arrays import Picture
 from ..loading.parts import check_experts_fit, check_names
 from ..sampling.experts import Expert
 from ..sampling.plan import SamplingPlan
+from ..sampling.reuse import Reuse
 from ..sampling.routers import PerStep, Router
 from .adapters import AdapterMixin
 from .base import config_of
+from .budget import EVERY, within_budget
 from .callbacks import GuidanceMixin, StepEnd
 from .checks import Request, Start, check_size, check_strength
 from .encoding import EncodingMixin
@@ -41,6 +44,7 @@ from .prompts import (
 from .queue import PlanRun, run_plan
 from .schedules import Schedule, scheduled_plan
 from .settings import (
+    by_expert,
     check_defaults,
     default_settings,
     enter_plan,
@@ -150,6 +154,7 @@ class HybridPipeline(PretrainedMixin, EncodingMixin, AdapterMixin, GuidanceMixin
         guidance_scale: float | Mapping[str, float] | None = None,
         guidance_rescale: float | Mapping[str, float] | None = None,
         guidance_window: tuple[float, float] | Mapping[str, tuple[float, float]] | None = None,
+        reuse: Reuse | Mapping[str, Reuse] | None = None,
     ) -> tuple[Expert, ...]:
         """The experts as the planner sees them, from noise to data; None leaves a setting at this model's
         default, a mapping sets it by expert."""
@@ -164,16 +169,20 @@ class HybridPipeline(PretrainedMixin, EncodingMixin, AdapterMixin, GuidanceMixin
             eta=eta,
             guidance_rescale=guidance_rescale,
             guidance_window=guidance_window,
+            reuse=reuse,
+            reuse_share=self._reuse_shares(by_expert("reuse", reuse, names)),
         )
         return tuple(self._with_model(expert, self.expert_unet(expert.name)) for expert in experts)
 
+    def _reuse_shares(self, reuse: Mapping[str, Reuse | None]) -> dict[str, float]:
+        """What calls that reuse features cost, of the experts that have any."""
+        return {
+            name: reuse_share(self.expert_unet(name).config) for name, own in reuse.items() if own is not None
+        }
+
     def _with_model(self, expert: Expert, unet: ModelMixin) -> Expert:
-        architecture, dtype = architecture_of(unet), self._dtype_of(unet)
-
-        def model(x: torch.Tensor, timestep: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
-            return architecture.call(unet, x, timestep, prompt_embeds.to(dtype))
-
-        return dataclasses.replace(expert, model=model, dtype=dtype)
+        dtype = self._dtype_of(unet)
+        return dataclasses.replace(expert, model=ExpertModel(unet, dtype), dtype=dtype)
 
     def plan(
         self,
@@ -187,16 +196,30 @@ class HybridPipeline(PretrainedMixin, EncodingMixin, AdapterMixin, GuidanceMixin
         strength: float | None = None,
         timesteps: Schedule | None = None,
         sigmas: Schedule | None = None,
+        budget: float | None = None,
     ) -> SamplingPlan:
         """The plan `__call__` runs with the same arguments; `experts` from `HybridPipeline.experts`."""
         experts = self.experts() if experts is None else experts
         steps = own_steps(num_inference_steps, self.expert_names, sol=sol_steps, lune=lune_steps)
         route = {"num_inference_steps": steps, "handoff": handoff, "router": router}
-        if timesteps is None and sigmas is None:
-            whole = hybrid_plan(experts, self.config, expert=expert, **route)
-        else:
-            whole = scheduled_plan(experts, timesteps, sigmas, expert=expert, **route)
-        return whole if strength is None else enter_plan(experts, whole, strength)
+        listed = timesteps is not None or sigmas is not None
+
+        def compiled(experts: Sequence[Expert], count: int | None = None) -> SamplingPlan:
+            own = {"expert": expert, **route}
+            own |= {} if count is None else {"num_inference_steps": count}
+            if listed:
+                whole = scheduled_plan(experts, timesteps, sigmas, **own)
+            else:
+                whole = hybrid_plan(experts, self.config, **own)
+            return whole if strength is None else enter_plan(experts, whole, strength)
+
+        if budget is None:
+            return compiled(experts)
+        shares = self._reuse_shares(dict.fromkeys(self.expert_names, EVERY[-1]))
+        priced = [dataclasses.replace(e, reuse_share=shares[e.name]) for e in experts]
+        fixed = listed or isinstance(router, PerStep)
+        most = None if fixed else self.config["num_inference_steps"] if steps is None else steps
+        return within_budget(budget, priced, most, compiled).plan
 
     @property
     def interrupt(self) -> bool:
@@ -298,6 +321,8 @@ class HybridPipeline(PretrainedMixin, EncodingMixin, AdapterMixin, GuidanceMixin
         clip_skip: int | None = None,
         guidance_rescale: float | Mapping[str, float] | None = None,
         guidance_window: tuple[float, float] | Mapping[str, tuple[float, float]] | None = None,
+        reuse: Reuse | Mapping[str, Reuse] | None = None,
+        budget: float | None = None,
     ) -> HybridPipelineOutput:
         """Make images. Arguments diffusers' pipelines have mean what they mean there; settings of experts are
         one value for all, or a mapping by name. The others:
@@ -328,6 +353,11 @@ class HybridPipeline(PretrainedMixin, EncodingMixin, AdapterMixin, GuidanceMixin
             shift: k of the shifted sigmas of flow experts.
             solver: as `Expert` takes it.
             guidance_rescale, guidance_window: as `Expert` takes them.
+            reuse: which calls of a model are full, as `Expert` takes it: `reuse=3`, every third; the others
+                reuse its deep features and cost a tenth or less.
+            budget: what an image may cost, in full passes through a model (guidance takes two a step): the
+                plan has as many of the steps as that pays for, with calls that reuse features where
+                full ones would be too many. Where `reuse` is given it stays.
             clip_skip: last layers of CLIP that are left out, for the prompt.
             callback_on_step_end: diffusers' signature (pipeline, step, timestep, kwargs), called for every
                 batch; it may return a dict with new `latents`, `prompt_embeds` ([2B, ...], the negative ones
@@ -351,6 +381,7 @@ class HybridPipeline(PretrainedMixin, EncodingMixin, AdapterMixin, GuidanceMixin
             "eta": eta,
             "guidance_rescale": guidance_rescale,
             "guidance_window": guidance_window,
+            "reuse": reuse,
         }
         route = {
             "num_inference_steps": own_steps(num_inference_steps, names, sol=sol_steps, lune=lune_steps),
@@ -358,6 +389,7 @@ class HybridPipeline(PretrainedMixin, EncodingMixin, AdapterMixin, GuidanceMixin
             "router": router,
             "timesteps": timesteps,
             "sigmas": sigmas,
+            "budget": budget,
         }
         prompt, negative_prompt = as_list(prompt), as_list(negative_prompt)
         channels = self.text_encoder.config.hidden_size

@@ -99,6 +99,8 @@ class ExpertSettings(TypedDict, total=False):
     eta: float | Mapping[str, float] | None
     guidance_rescale: float | Mapping[str, float] | None
     guidance_window: Sequence[float] | Mapping[str, Sequence[float]] | None
+    reuse: Any
+    reuse_share: Mapping[str, float] | None
 
 
 def guidance_scales(

@@ -14,6 +14,7 @@ from .paths import Level
 from .plan import ExpertCall, PlanStep, SamplingPlan
 from .predictions import x0_coefficients
 from .recipe import ExpertRecipe
+from .reuse import repaired
 
 __all__ = ["check_fits", "expert_call", "with_guidance"]
 
@@ -122,7 +123,8 @@ def with_guidance(
     scale = max(float(scale), 1.0)
     steps = [_guided(step, known, scale) for step in plan.steps[since:]]
     # No setting of the experts says "from a step on".
-    return dataclasses.replace(plan, steps=(*plan.steps[:since], *steps), made_from=None)
+    changed = repaired((*plan.steps[:since], *steps))  # a call that is guided now may find no features
+    return dataclasses.replace(plan, steps=changed, made_from=None)
 
 
 def _guided(step: PlanStep, experts: dict[str, Expert], scale: float) -> PlanStep:
@@ -132,5 +134,5 @@ def _guided(step: PlanStep, experts: dict[str, Expert], scale: float) -> PlanSte
         call, _, (row[f"q_cond_{slot}"], row[f"q_uncond_{slot}"]) = expert_call(
             expert, planned.weight, step.level
         )
-        calls.append(call)
+        calls.append(dataclasses.replace(call, share=planned.share))
     return dataclasses.replace(step, calls=tuple(calls), row=tuple(row[name] for name in COLUMNS))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .._numbers import number
 from .paths import FlowPath, Level, Path, VPPath
 from .predictions import Prediction, check_prediction
+from .reuse import Reuse, read_reuse
 from .scheduler_configs import SOLVER_OF_SCHEDULER, check_scheduler_config, path_from_scheduler_config
 from .solvers import Solver, check_solver
 
@@ -51,6 +52,12 @@ class Expert:
             latents and is meant for pixel-space models.
         set_alpha_to_one: whether a run's last step goes to the data or, on a discrete path, to the level of
             timestep 0, which keeps a little noise: diffusers' name, of its DDIM.
+        reuse: which calls of the model are full; the others compute its outermost layers alone and reuse the
+            deep features of the last full one (arXiv:2312.00858). A number k: every k-th. A list of numbers
+            from 0: those of the expert's calls. Pairs ((noise, k), ...): every k-th down to that noise level,
+            the last one 0. None: all. The first call of a stretch is always full, and so is a guided one
+            after unguided ones.
+        reuse_share: what a call that reuses costs of a full one, for `SamplingPlan.cost`.
     """
 
     name: str
@@ -67,6 +74,8 @@ class Expert:
     guidance_window: tuple[float, float] | None = None
     guidance_rescale: float = 0.0
     set_alpha_to_one: bool = True
+    reuse: Reuse | None = None
+    reuse_share: float = 0.1
 
     def __post_init__(self) -> None:
         check_prediction(self.prediction)
@@ -93,6 +102,9 @@ class Expert:
             object.__setattr__(self, "clip_sample_range", clip)
             if not clip > 0:
                 raise ValueError(f"{self.name}: clip_sample_range must be positive, got {clip}")
+        object.__setattr__(self, "reuse", read_reuse(f"{self.name}: reuse", self.reuse))
+        if not 0 < number(f"{self.name}: reuse_share", self.reuse_share) < 1:
+            raise ValueError(f"{self.name}: reuse_share must lie between 0 and 1, got {self.reuse_share}")
         if not 0 <= self.guidance_rescale <= 1:
             raise ValueError(
                 f"{self.name}: guidance_rescale must lie between 0 and 1, got {self.guidance_rescale}"

@@ -11,9 +11,10 @@ from moe_sampler.kernels import philox_normal, sampler_step_
 from moe_sampler.kernels.noise import normal_of_steps, seeds_tensor
 
 from .experts import Expert
+from .features import KeptFeatures
 from .finite import FiniteWatch
 from .guidance import Conditioning, GuidanceInputs, rescaled_guidance
-from .plan import ExpertCall, SamplingPlan
+from .plan import ExpertCall, PlanStep, SamplingPlan
 from .predictions import add_noise
 
 __all__ = ["SamplingRun", "initial_latents", "noised", "sample"]
@@ -198,6 +199,8 @@ class SamplingRun:
             raise ValueError(f"{batch} samples need as many seeds, got {len(seeds)}")
         self._told = cond, uncond
         self._guidance = GuidanceInputs(plan, list(self._experts), batch, cond, uncond)
+        self._calls = KeptFeatures(self._models)
+        self._calls.check(plan, 0, batch)
         self._seeds, self._noise, self._callback = seeds, noise, callback
         self._keep_x0 = keep_x0 and callback is not None
         self._on_device = self._changed = False
@@ -211,6 +214,7 @@ class SamplingRun:
         plan.check()
         if [s.level for s in plan.steps] != [s.level for s in self.plan.steps]:
             raise ValueError("a run can only follow a plan with its own noise levels")
+        self._calls.check(plan, self.index, self.x.shape[0])
         self._change(plan, *self._told)
         if self._on_device:
             self._table = plan.table(self.x.device)
@@ -284,10 +288,10 @@ class SamplingRun:
             self._finite.check()
 
     def _predict(
-        self, call: ExpertCall, x: torch.Tensor, timestep: torch.Tensor, conditioning: dict[str, torch.Tensor]
+        self, call: ExpertCall, following: PlanStep | None, x: torch.Tensor, timestep: torch.Tensor
     ) -> torch.Tensor:
-        output = self._models[call.name](x, timestep, **conditioning)
-        output = output if isinstance(output, torch.Tensor) else output[0]
+        conditioning = self._conditioning[call.name, call.guided]
+        output = self._calls.call(call, following, x, timestep, conditioning)
         if call.guidance_rescale:
             return rescaled_guidance(output, call.guidance_scale, call.guidance_rescale)
         return output.contiguous()
@@ -300,8 +304,9 @@ class SamplingRun:
     ) -> list[torch.Tensor]:
         """One model evaluation and one launch; returns the next step's model inputs."""
         index, step = self.index, self.plan.steps[self.index]
+        coming = self.plan.steps[index + 1] if index + 1 < len(self.plan) else None
         outputs = [
-            self._predict(call, model_input, timestep, self._conditioning[call.name, call.guided])
+            self._predict(call, coming, model_input, timestep)
             for call, model_input, timestep in zip(step.calls, current, self._timesteps[index], strict=True)
         ]
         following = () if index + 1 == until else self.plan.steps[index + 1].calls

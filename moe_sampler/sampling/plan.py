@@ -14,6 +14,7 @@ from moe_sampler.kernels.rows import COLUMNS, INDEX, ROW_WIDTH, check_row
 
 from .paths import Level
 from .recipe import Recipe, compile_again
+from .reuse import check_reuse
 from .solvers import HEUN_CORRECTOR
 
 if TYPE_CHECKING:
@@ -22,9 +23,10 @@ if TYPE_CHECKING:
 __all__ = ["ExpertCall", "PlanStep", "SamplingPlan"]
 
 MOST_STEPS = 100_000
-_FORMAT = 5
-_READABLE_FORMATS = (1, 2, 3, 4, 5)
-"""1 knew no guidance rescale, 2 no start from an image, 3 no digest, 4 not what it was compiled from."""
+_FORMAT = 6
+_READABLE_FORMATS = (1, 2, 3, 4, 5, 6)
+"""1 knew no guidance rescale, 2 no start from an image, 3 no digest, 4 not what it was compiled from, 5 no
+reuse of features."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +43,17 @@ class ExpertCall:
     guidance_rescale: float = 0.0
     """Share of the guided prediction that is scaled back to the conditional one's standard deviation: the one
     thing that depends on the data, so it is no coefficient of the row."""
+    share: float = 1.0
+    """How much of a full pass it computes; below 1 the rest is reused from the expert's last full call (see
+    `reuse`)."""
 
     @property
     def guided(self) -> bool:
         return self.guidance_scale != 1.0
+
+    @property
+    def reuses(self) -> bool:
+        return self.share < 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +131,17 @@ class SamplingPlan:
         return sum(2 if call.guided else 1 for step in self.steps for call in step.calls)
 
     @property
+    def cost(self) -> float:
+        """What a sample costs, in full passes through a model: as `model_calls`, but a call that reuses
+        features counts as the share of a pass that it computes."""
+        return sum(call.share * (2 if call.guided else 1) for step in self.steps for call in step.calls)
+
+    @property
+    def reuses(self) -> bool:
+        """Whether any call reuses features of an earlier one."""
+        return any(call.reuses for step in self.steps for call in step.calls)
+
+    @property
     def guided(self) -> bool:
         """Whether any step uses classifier-free guidance."""
         return any(call.guided for step in self.steps for call in step.calls)
@@ -139,6 +159,9 @@ class SamplingPlan:
             if not 1 <= len(step.calls) <= 2:
                 raise ValueError(f"step {index} of the plan calls {len(step.calls)} experts: one or two work")
             check_row(step.row)
+            if not all(0.0 < call.share <= 1.0 for call in step.calls):
+                raise ValueError(f"step {index} of the plan has a call whose share is not in (0, 1]")
+        check_reuse(self.steps)
         if self.steps[0].reads_history:
             raise ValueError(
                 "the plan's first step reads the prediction of a step before it, so its beginning was cut "
@@ -220,7 +243,7 @@ class SamplingPlan:
 
     def _display_rows(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """Header and cells of the printed plan."""
-        header = (
+        header: tuple[str, ...] = (
             "step",
             "expert",
             "timestep",
@@ -253,6 +276,10 @@ class SamplingPlan:
                     f"{step.coefficients['n']:.4f}",
                 )
             )
+        if self.reuses:  # a column that says nothing else
+            header = (*header, "pass")
+            passes = [" + ".join("reuse" if c.reuses else "full" for c in s.calls) for s in self.steps]
+            cells = [(*row, each) for row, each in zip(cells, passes, strict=True)]
         return header, cells
 
     def __str__(self) -> str:
@@ -262,9 +289,12 @@ class SamplingPlan:
             "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
             for row in [header, *cells]
         ]
-        return "\n".join(
-            [f"{len(self.noise_levels)} steps, {self.model_calls} model calls per sample", *lines]
-        )
+        return "\n".join([f"{len(self.noise_levels)} steps, {self.calls_and_cost()}", *lines])
+
+    def calls_and_cost(self) -> str:
+        """How many passes through a model it takes and, with reuse, what these cost, in words."""
+        calls = f"{self.model_calls} model call{'s' * (self.model_calls != 1)} per sample"
+        return f"{calls} at the cost of {self.cost:.1f}" if self.reuses else calls
 
 
 def _digest(body: dict[str, Any]) -> str:
@@ -289,7 +319,7 @@ def _difference(one: PlanStep, other: PlanStep) -> str | None:
         mine, theirs = getattr(one, side), getattr(other, side)
         pairs += [(side, mine.alpha, theirs.alpha), (side, mine.sigma, theirs.sigma)]
     for mine, theirs in zip(one.calls, other.calls, strict=True):
-        for name in ("weight", "timestep", "guidance_scale", "input_scale", "guidance_rescale"):
+        for name in ("weight", "timestep", "guidance_scale", "input_scale", "guidance_rescale", "share"):
             pairs.append((name, getattr(mine, name), getattr(theirs, name)))
     return next((name for name, a, b in pairs if not _close(a, b)), None)
 

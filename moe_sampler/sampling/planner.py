@@ -19,6 +19,7 @@ from .experts import Expert
 from .paths import Level
 from .plan import ExpertCall, PlanStep, SamplingPlan
 from .recipe import Recipe
+from .reuse import marked
 from .routers import PerStep, Router, Spans, active_experts, lead_expert, lead_spans
 from .solvers import HEUN_CORRECTOR, SolverRow, heun_corrector_row, solver_row
 
@@ -357,4 +358,5 @@ def plan(
     initial_scale = nodes[0].lead.path.initial_scale(nodes[0].level)
     work = [(node.noise, node.weights) for node in nodes]
     recipe = Recipe.of(known.values(), router, steps, (start, end), given, work)
-    return SamplingPlan(_compile(known, evaluations), initial_scale, from_image, recipe)
+    compiled = marked(_compile(known, evaluations), known)
+    return SamplingPlan(compiled, initial_scale, from_image, recipe)

@@ -40,6 +40,8 @@ class ExpertRecipe:
     guidance_rescale: float
     clip_sample_range: float | None
     set_alpha_to_one: bool
+    reuse: Any = None
+    reuse_share: float = 0.1
 
     @classmethod
     def of(cls, expert: Expert) -> ExpertRecipe:

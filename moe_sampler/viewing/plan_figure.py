@@ -127,6 +127,9 @@ def expert_summary(plan: SamplingPlan, name: str) -> list[str]:
         lines.append(f"solver {', '.join(solvers)}" + (" (adds noise)" if fresh else ""))
     first, last = calls[0].timestep, calls[-1].timestep
     lines.append(f"timesteps {first:.4g} to {last:.4g}" if len(calls) > 1 else f"timestep {first:.4g}")
+    reusing = sum(call.reuses for call in calls)
+    if reusing:
+        lines.append(f"{reusing} of {len(calls)} calls reuse features")
     k = _shift(plan, name) if own else None
     if k is not None:
         lines.append(f"shift {k:.3g}")
@@ -247,18 +250,21 @@ def _draw_handoffs(canvas: _Canvas, plan: SamplingPlan) -> None:
 
 
 def _draw_strip(canvas: _Canvas, plan: SamplingPlan, colors: Mapping[str, Color]) -> None:
-    """Each step's experts, stacked by weight, in the order of their appearance."""
+    """Each step's experts, stacked by weight, in the order of their appearance; pale where they reuse
+    features."""
     count, (top, bottom) = len(plan), _STRIP
     width = (_RIGHT - _LEFT) / count
     gap = 1.0 if width > 8 else 0.0
     for i, step in enumerate(plan.steps):
         y = top
         for name in plan.experts:
-            weight = next((call.weight for call in step.calls if call.name == name), 0.0)
-            if not weight:
+            call = next((call for call in step.calls if call.name == name), None)
+            weight = 0.0 if call is None else call.weight
+            if call is None or not weight:
                 continue
             below = y + weight * (bottom - top)
-            canvas.box(_x(i, count) + gap / 2, y, _x(i + 1, count) - gap / 2, below, colors[name])
+            color = pale(colors[name], 0.45) if call.reuses else colors[name]
+            canvas.box(_x(i, count) + gap / 2, y, _x(i + 1, count) - gap / 2, below, color)
             text = f"{weight:.0%}"
             if 0.3 < weight < 1.0 and width > canvas.text_width(text, 11) + 4:
                 canvas.text(_x(i + 0.5, count), (y + below) / 2, text, 11, (255, 255, 255), "mm")
@@ -281,8 +287,7 @@ def draw_plan(plan: SamplingPlan, path: str | Path | None = None) -> Image.Image
         check_writable(Path(path))
     colors, legend = expert_colors(plan), {name: expert_summary(plan, name) for name in plan.experts}
     canvas = _Canvas(_WIDTH, max(_HEIGHT, _TOP + sum(36 + 20 * len(lines) for lines in legend.values())))
-    calls = f"{plan.model_calls} model call{'s' * (plan.model_calls != 1)} per sample"
-    count = f"{len(plan)} step{'s' * (len(plan) != 1)}, {calls}"
+    count = f"{len(plan)} step{'s' * (len(plan) != 1)}, {plan.calls_and_cost()}"
     canvas.text(_RIGHT, 20, count, 14, FAINT, "ra")
     *others, last = (name.title() for name in plan.experts)
     title = f"{', '.join(others)} and {last}" if others else last

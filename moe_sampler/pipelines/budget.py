@@ -1,0 +1,107 @@
+"""Steps and reuse for a cost: what a plan may cost decides how many steps it has and how many are full."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from .._numbers import number
+from ..sampling.experts import Expert
+from ..sampling.plan import SamplingPlan
+from ..sampling.reuse import Reuse
+
+__all__ = ["Budgeted", "within_budget"]
+
+EVERY = (1, 2, 3)
+"""How sparse full calls may become before steps become fewer."""
+
+
+@dataclass(frozen=True)
+class Budgeted:
+    """A plan for a budget, and the settings that make it.
+
+    Args:
+        plan: the plan.
+        steps: in all; None where they were given one by one.
+        reuse: by expert, as `Expert` takes it.
+    """
+
+    plan: SamplingPlan
+    steps: int | None
+    reuse: Mapping[str, Reuse | None]
+
+
+def within_budget(
+    budget: float,
+    experts: Sequence[Expert],
+    steps: int | Mapping[str, int] | None,
+    compiled: Callable[[Sequence[Expert], int | None], SamplingPlan],
+) -> Budgeted:
+    """The plan with the most steps that costs no more; of those with as many, the one with the most full
+    calls. Experts whose reuse was given keep it.
+
+    Args:
+        budget: of `SamplingPlan.cost`, full passes a sample.
+        experts: the plan's.
+        steps: at most so many in all; None where they are given one by one.
+        compiled: the plan of experts and a number of steps.
+
+    Raises:
+        ValueError: no such plan, with the cost of the cheapest one; steps by expert.
+    """
+    budget = number("the budget", budget)
+    if isinstance(steps, Mapping):
+        raise ValueError("a budget chooses the number of steps: give at most how many in all, not by expert")
+    settled = all(expert.reuse is not None for expert in experts)
+    least = compiled(_reusing(experts, EVERY[-1]), steps).cost
+    found: Budgeted | None = None
+    for every in EVERY[:1] if settled else EVERY:
+        own = _reusing(experts, every)
+
+        def attempt(count: int | None, own: Sequence[Expert] = own) -> SamplingPlan | None:
+            nonlocal least
+            try:
+                made = compiled(own, count)
+            except ValueError:  # too few for so many experts: with `steps` there is a plan
+                return None
+            least = min(least, made.cost)
+            return made
+
+        fewest = 0 if found is None or found.steps is None else found.steps
+        best = _most(attempt, budget, fewest, steps)
+        if best is not None:
+            plan, count = best
+            found = Budgeted(plan, count, {expert.name: expert.reuse for expert in own})
+        if found is not None and found.steps == steps:
+            break
+    if found is None:
+        raise ValueError(
+            f"no plan of at most {steps} steps costs {budget:g} full passes: the cheapest costs {least:.1f}"
+            if steps is not None
+            else f"these steps cost at least {least:.1f} full passes, more than {budget:g}"
+        )
+    return found
+
+
+def _reusing(experts: Sequence[Expert], every: int) -> list[Expert]:
+    return [e if e.reuse is not None else dataclasses.replace(e, reuse=every) for e in experts]
+
+
+def _most(
+    attempt: Callable[[int | None], SamplingPlan | None], budget: float, fewest: int, most: int | None
+) -> tuple[SamplingPlan, int | None] | None:
+    """The attempt with the most steps within the budget, of more than `fewest`; cost grows with steps."""
+    if most is None:
+        made = attempt(None)
+        return None if made is None or made.cost > budget else (made, None)
+    best = None
+    low, high = fewest, most  # the answer lies in (low, high], or there is none
+    while low < high:
+        middle = (low + high + 1) // 2
+        made = attempt(middle)
+        if made is not None and made.cost > budget:
+            high = middle - 1
+        else:
+            best, low = best if made is None else (made, middle), middle
+    return best
