@@ -128,6 +128,7 @@ def _sources(value: Any) -> bool:
 
 _level = _number(0, 1)
 _any_number = _number(-1e6, 1e6)
+_full_calls = _either(_whole(1, _MOST), _several(_whole(0, _MOST)), _several(_row(_level, _whole(1, _MOST))))
 _weight = _either(_any_number, _several(_row(_level, _any_number)))
 _CHECKS: dict[str, _Check] = {
     "prompt": lambda value: value is not None and _text(value),
@@ -149,6 +150,8 @@ _CHECKS: dict[str, _Check] = {
     "solver": _by_name(_text),
     "negative_prompt": _by_name(_text),
     "guidance_window": _by_name(_row(_any_number, _any_number)),
+    "reuse": _by_name(_full_calls),
+    "budget": _number(0, 1e6),
     "sources": _sources,
     "loras": _several(_row(_text, _text, _any_number), 100),
     "plan": lambda value: isinstance(value, dict),

@@ -64,6 +64,9 @@ def test_settings_are_of_their_types_or_refused(name, value):
         ("sources", {"sol": {"weights": "a", "code": "b"}}),
         ("prompt", ["a castle"]),
         ("plan", "sol"),
+        ("reuse", "3"),
+        ("reuse", [[0.5, 0]]),
+        ("budget", "12"),
     ],
 )
 def test_what_was_tampered_with_is_one_line_before_any_work(tmp_path, name, value, monkeypatch):
@@ -130,7 +133,10 @@ def test_ctrl_c_keeps_the_images_of_finished_batches(tmp_path, monkeypatch, more
 
 @pytest.mark.parametrize(
     "more",
-    [("--seed", "-1"), ("--seed", str(2**63)), ("--guidance", "1000"), ("--guidance", "-3")],
+    [
+        *(("--seed", "-1"), ("--seed", str(2**63)), ("--guidance", "1000"), ("--guidance", "-3")),
+        *(("--budget", "3"), ("--reuse", "0.95:1,0:2")),
+    ],
     ids=" ".join,
 )
 def test_whatever_an_image_is_made_with_makes_it_again(tmp_path, monkeypatch, more):
