@@ -67,7 +67,7 @@ def compare(
     computer = Machine.read(where, {})
     model.size(settings)
     seeds = seed or [0]
-    record = record_defaults(settings, defaults, names) | dict(model.settings) | {"dtype": computer.dtype}
+    record = record_defaults(settings, defaults, names) | dict(model.settings) | computer.settings
     record |= {"prompts": prompts, "seeds": seeds}
     check_room(output, record)
     if not quiet:

@@ -104,7 +104,7 @@ def generate(
         warn_of_strange_words(model, pictures.prompts, settings.get("negative_prompt"))
 
     pipe = model.load(computer, loras, text_encoder)
-    record |= sizes | dict(model.settings) | {"dtype": computer.dtype}
+    record |= sizes | dict(model.settings) | computer.settings
     pictures.make(pipe, plan, call | sizes | {"image": start}, where.batch_size, record)
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from .._numbers import whole
-from ..pipelines.choices import DTYPES, MAX_IMAGES, OFFLOADS, Offload, check_choice
-from .options import MachineOptions
+from ..pipelines.choices import DTYPES, MAX_IMAGES, OFFLOADS, SPEEDS, Offload, Speed, check_choice
+from .options import MachineOptions, SpeedOptions
 
 __all__ = ["Machine", "check_device", "quiet"]
 
@@ -45,12 +45,13 @@ class Machine:
     Args:
         device: as torch calls it.
         dtype: of the models, as torch calls it.
-        offload: as the pipeline takes it.
+        offload, speed: as the pipeline takes them.
     """
 
     device: str
     dtype: str
     offload: Offload
+    speed: Speed = "none"
 
     @classmethod
     def read(cls, options: MachineOptions, previous: Mapping[str, Any]) -> Machine:
@@ -65,10 +66,21 @@ class Machine:
             raise ValueError("--offload model moves components to a GPU: on a CPU use --offload expert")
         if options.batch_size is not None:
             whole("--batch-size", options.batch_size, MAX_IMAGES)
-        own = "float16" if wanted.type == "cuda" else "float32"
+        asked = options.speed if isinstance(options, SpeedOptions) else None
+        speed = check_choice("speed", asked or previous.get("speed", "none"), SPEEDS)
+        own = "auto" if speed != "none" else "float16" if wanted.type == "cuda" else "float32"
         given = options.dtype or previous.get("dtype") or own
+        if given == "auto":
+            from ..pipelines.speed import fast_dtype
+
+            given = str(fast_dtype(wanted)).removeprefix("torch.")
         dtype = check_choice("dtype", _SHORT.get(given, given), DTYPES)
-        return cls(device, dtype, offload)
+        return cls(device, dtype, offload, speed)
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What an image remembers of it."""
+        return {"dtype": self.dtype} | ({} if self.speed == "none" else {"speed": self.speed})
 
     @property
     def torch_dtype(self) -> Any:

@@ -233,6 +233,7 @@ class Model:
             variant=self.settings.get("variant"),
             revision=self.settings.get("revision"),
             offload=machine.offload,
+            speed=machine.speed,
             device=machine.device,
             local_files_only=self.local_files_only,
         )

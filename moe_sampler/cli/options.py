@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from ..loading.presets import PRESETS, TRAINING
-from ..pipelines.choices import DTYPES, OFFLOADS, any_of
+from ..pipelines.choices import DTYPES, OFFLOADS, SPEEDS, any_of
 from ..sampling.solvers import SOLVERS
 from .routers import EXAMPLES
 
@@ -30,6 +30,7 @@ __all__ = [
     "ScaleOptions",
     "SizeOptions",
     "SolverOptions",
+    "SpeedOptions",
     "SteppingOptions",
     "given_flags",
     "option",
@@ -298,7 +299,12 @@ class MachineOptions:
     ] = None
     dtype: Annotated[
         str | None,
-        option(f"{any_of(DTYPES)}. Default: float16 on CUDA, else float32.", MACHINE, metavar="TYPE"),
+        option(
+            f"{any_of((*DTYPES, 'auto'))}, what the device computes fastest in. Default: float16 on CUDA, "
+            "else float32.",
+            MACHINE,
+            metavar="TYPE",
+        ),
     ] = None
     offload: Annotated[
         str,
@@ -336,7 +342,22 @@ class LoraOptions:
 
 
 @dataclass(frozen=True)
-class PipelineOptions(MachineOptions, LoraOptions, ModelOptions):
+class SpeedOptions:
+    """What makes the models faster."""
+
+    speed: Annotated[
+        str | None,
+        option(
+            "fast: --dtype auto, and weights laid out as they are read. max: also compiled, which takes minutes "
+            "before the first image of a size. Default: none.",
+            MACHINE,
+            metavar="|".join(SPEEDS),
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class PipelineOptions(SpeedOptions, MachineOptions, LoraOptions, ModelOptions):
     """All that the pipeline is loaded with."""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,11 +13,13 @@ Dtype = torch.dtype | str
 Dtypes = Dtype | Mapping[str, Dtype]
 
 
-def _read(given: Any) -> torch.dtype:
+def _read(given: Any, auto: Callable[[], torch.dtype] | None) -> torch.dtype:
     name = str(given).removeprefix("torch.")
+    if name == "auto" and auto is not None:
+        return auto()
     if name == "auto":
         raise ValueError(
-            'dtype="auto" is not supported: name one, such as float16, or one by component, '
+            'dtype="auto" is for loading: name one here, such as float16, or one by component, '
             '{"default": "float16", "vae": "float32"}'
         )
     dtype = getattr(torch, name, None) if isinstance(given, str) else given
@@ -26,11 +28,12 @@ def _read(given: Any) -> torch.dtype:
     return dtype
 
 
-def read_dtypes(dtype: Any, torch_dtype: Any = None) -> Any:
+def read_dtypes(dtype: Any, torch_dtype: Any = None, auto: Callable[[], torch.dtype] | None = None) -> Any:
     """The dtype of all models or by component, with "default" for the others; None where neither was given.
 
     Args:
         dtype, torch_dtype: one of them: a `torch.dtype`, its name, or a mapping of these by component.
+        auto: what "auto" is; without it that is refused.
 
     Raises:
         ValueError: both, or no number format.
@@ -39,5 +42,5 @@ def read_dtypes(dtype: Any, torch_dtype: Any = None) -> Any:
         raise ValueError("dtype and torch_dtype are the same: give one of them")
     given = torch_dtype if dtype is None else dtype
     if isinstance(given, Mapping):
-        return {name: _read(one) for name, one in given.items()}
-    return None if given is None else _read(given)
+        return {name: _read(one, auto) for name, one in given.items()}
+    return None if given is None else _read(given, auto)

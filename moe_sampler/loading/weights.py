@@ -58,6 +58,12 @@ def file_tensors(files: ExpertFiles, expected: Mapping[str, torch.Tensor]) -> Te
     return tensors
 
 
+def _laid_out(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The tensor in the memory layout of another, which may be on the meta device."""
+    last = like.ndim == 4 and not like.is_contiguous()
+    return tensor.contiguous(memory_format=torch.channels_last) if last else tensor
+
+
 class ExpertWeights:
     """A model's own parameters, wherever they are: adapters added later are not among them.
 
@@ -179,7 +185,7 @@ class ExpertWeights:
                 sources, since_mapped = {}, 0
                 sources = self._sources()
             tensor = sources[key].to(device, self._parameter(key).dtype, non_blocking=True)
-            self._put(key, aligned(tensor))
+            self._put(key, _laid_out(aligned(tensor), self._parameter(key)))
             since_mapped += tensor.numel() * tensor.element_size()
 
     def _parameters(self) -> list[torch.nn.Parameter]:

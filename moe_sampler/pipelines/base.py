@@ -18,6 +18,7 @@ from ..loading.parts import scheduler_from_config
 from ..loading.presets import training_config
 from ..loading.weights import ExpertWeights
 from .offload import ExpertOffload, Offload, check_offload
+from .speed import Speed, check_speed, compile_blocks, lay_out
 
 __all__ = ["ExpertPipeline", "config_of"]
 
@@ -38,6 +39,7 @@ class ExpertPipeline(DiffusionPipeline):
         self.expert_names = tuple(n.removeprefix("unet_") for n in components if n.startswith("unet_"))
         self._weights: dict[str, ExpertWeights] = {}
         self._offload: ExpertOffload | None = None
+        self._speed: Speed = "none"
         self._findings: dict[tuple, tuple[list[tuple], Any]] = {}
         self.register_modules(**components)
         self.register_to_config(**settings)
@@ -236,6 +238,32 @@ class ExpertPipeline(DiffusionPipeline):
     def _with_expert(self, expert: str) -> Any:
         """A block in which an expert's weights are in memory."""
         return nullcontext() if self._offload is None else self._offload.using(expert)
+
+    @property
+    def speed(self) -> Speed:
+        """Which of `set_speed`'s levels is on."""
+        return self._speed
+
+    def set_speed(self, speed: Speed) -> None:
+        """Make the experts and the VAE faster, in the number format they are in.
+
+        Args:
+            speed: "none": as they are. "fast": the weights of convolutions lie as they are read (channels
+                last). "max": also compiled, block by block; the first image of each size takes longer, and
+                torch keeps what it compiled for other processes.
+
+        Raises:
+            ValueError: an unknown level; "max" for a model without repeated blocks; less than "max" after it.
+        """
+        check_speed(speed)
+        if self._speed == "max" and speed != "max":
+            raise ValueError("what is compiled stays so: load the pipeline again")
+        experts = [self.expert_unet(name) for name in self.expert_names]
+        if speed == "max":
+            for model in experts:
+                compile_blocks(model)
+        lay_out([*experts, self.vae], channels_last=speed != "none")
+        self._speed = speed
 
     def compile(self, **kwargs: Any) -> None:
         """`torch.compile` every expert; kwargs are for it. Each size's first image takes longer."""

@@ -13,8 +13,10 @@ __all__ = [
     "MAX_SIDE",
     "OFFLOADS",
     "OUTPUT_TYPES",
+    "SPEEDS",
     "Convention",
     "Offload",
+    "Speed",
     "any_of",
     "check_choice",
     "conventions_help",
@@ -24,6 +26,9 @@ T = TypeVar("T")
 
 Offload = Literal["none", "expert", "model"]
 OFFLOADS: tuple[Offload, ...] = get_args(Offload)
+Speed = Literal["none", "fast", "max"]
+SPEEDS: tuple[Speed, ...] = get_args(Speed)
+"""How far models are made faster: not at all; in what costs nothing beforehand; and compiled."""
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 MAX_IMAGES = 10_000
 """Of one call, which holds the latents of them all."""

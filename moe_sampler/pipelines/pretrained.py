@@ -24,6 +24,7 @@ from .base import ExpertPipeline
 from .generic import CARD, write_code_reference
 from .offload import Offload, check_offload
 from .settings import DEFAULTS
+from .speed import Speed, check_speed, fast_dtype
 
 __all__ = ["PretrainedMixin"]
 
@@ -46,6 +47,7 @@ class PretrainedMixin(ExpertPipeline):
         variant: str | None = None,
         revision: str | None = None,
         offload: Offload = "none",
+        speed: Speed = "none",
         device: torch.device | str | None = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
@@ -66,10 +68,11 @@ class PretrainedMixin(ExpertPipeline):
                 (see `ExpertSource`, which also takes a revision and other training settings).
             experts: experts by any name, in the order they work in; they follow those above.
             dtype, torch_dtype: of all models, or by component with "default" for the others; torch's, or by
-                name. float32.
+                name; "auto" is what `device` computes fastest in (see `speed.fast_dtype`). float32.
             variant: prefer `*.<variant>.safetensors`, such as "fp16".
             revision: of the base on the hub.
             offload, device: see `set_offload`.
+            speed: see `set_speed`; beside "none", `dtype` is "auto" unless it is given.
             cache_dir, local_files_only, token, force_download: for the hub.
             parts: components to use instead of loading them, default settings (`handoff`,
                 `num_inference_steps`, `<name>_guidance`), and keywords of diffusers' loaders, of which those
@@ -80,6 +83,7 @@ class PretrainedMixin(ExpertPipeline):
             ValueError: parts that don't fit each other, or a loader's keyword that can't be followed.
         """
         check_offload(offload)
+        check_speed(speed)
         named = {"sol": sol, "lune": lune, "sd15": sd15}
         given = {name: source for name, source in named.items() if source is not None} | dict(experts or {})
         base = pretrained_model_name_or_path
@@ -88,8 +92,10 @@ class PretrainedMixin(ExpertPipeline):
             base, given = known.base if base is None else base, {**known.experts, **given}
         if base is None:
             raise ValueError("give the folder or hub id of the base, or preset=")
-        dtypes = read_dtypes(dtype, torch_dtype)
         device_map, device = device_of_map(parts.pop("device_map", None), device)
+        if dtype is None and torch_dtype is None and speed != "none":
+            dtype = "auto"
+        dtypes = read_dtypes(dtype, torch_dtype, auto=lambda: fast_dtype(device))
         modules, settings = _split(without_loader_keywords({**parts, "device_map": device_map}))
         loaded = load_parts(
             base,
@@ -108,6 +114,8 @@ class PretrainedMixin(ExpertPipeline):
         pipe._weights.update(loaded.weights)
         if offload != "none" or device is not None:
             pipe.set_offload(offload, device)
+        if speed != "none":
+            pipe.set_speed(speed)
         return pipe
 
     @classmethod

@@ -1,0 +1,64 @@
+"""What makes models faster without changing what is sampled: number format, memory layout, compilation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from .choices import SPEEDS, Speed, check_choice
+
+__all__ = ["SPEEDS", "Speed", "check_speed", "compile_blocks", "fast_dtype", "lay_out"]
+
+
+def check_speed(speed: str) -> None:
+    check_choice("speed", speed, SPEEDS)
+
+
+def fast_dtype(device: torch.device | str | None = None) -> torch.dtype:
+    """The number format that a device computes fastest in without scaling: bfloat16 where it is in silicon
+    (CUDA from compute capability 8, CPUs with AVX-512 BF16 or AMX), float16 on older CUDA devices, float32
+    elsewhere.
+
+    device: by default CUDA where it is, else the CPU.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    if device.type == "cpu" and _cpu_has_bfloat16():
+        return torch.bfloat16
+    return torch.float32
+
+
+def _cpu_has_bfloat16() -> bool:
+    # torch has no public name for it.
+    return any(
+        getattr(torch.cpu, f"_is_{name}_supported", lambda: False)() for name in ("avx512_bf16", "amx_tile")
+    )
+
+
+def lay_out(models: Iterable[torch.nn.Module], channels_last: bool) -> None:
+    """Keep the weights of convolutions in the order that they are read in, or in torch's own; in place."""
+    wanted = torch.channels_last if channels_last else torch.contiguous_format
+    for model in models:
+        for parameter in model.parameters():
+            if parameter.ndim == 4:
+                parameter.data = parameter.data.contiguous(memory_format=wanted)
+
+
+def compile_blocks(model: Any) -> None:
+    """Compile a model's repeated blocks, as diffusers names them, each for the sizes it meets; one that is
+    compiled already stays so.
+
+    Raises:
+        ValueError: a model whose class names none.
+    """
+    names = getattr(model, "_repeated_blocks", None)
+    if not names:
+        raise ValueError(f'a {type(model).__name__} has no repeated blocks to compile: use speed="fast"')
+    for module in model.modules():
+        if type(module).__name__ in names and module._compiled_call_impl is None:
+            module.compile(dynamic=False)

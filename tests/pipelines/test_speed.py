@@ -1,0 +1,122 @@
+"""What `speed` does to a pipeline's models, and that it leaves the sampler alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from moe_sampler import HybridPipeline
+from moe_sampler.cli import app
+from moe_sampler.demo import experts_path
+from moe_sampler.pipelines import speed as speeds
+from moe_sampler.pipelines.speed import fast_dtype
+from moe_sampler.viewing.images import read_settings
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+QUICK = dict(seed=3, num_inference_steps=2, output_type="latent")
+
+
+def load(**kwargs) -> HybridPipeline:
+    pipe = HybridPipeline.from_pretrained(experts_path(), **kwargs)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def laid_out(model: torch.nn.Module) -> set[bool]:
+    """Of all weights of convolutions that are more than a matrix: whether channels come last."""
+    return {
+        p.stride()[1] == 1 for p in model.parameters() if p.ndim == 4 and p.shape[1] > 1 and p.shape[2] > 1
+    }
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "silicon", "expected"),
+    [
+        ("cpu", None, True, torch.bfloat16),
+        ("cpu", None, False, torch.float32),
+        ("cuda:1", (9, 0), False, torch.bfloat16),
+        ("cuda", (8, 0), False, torch.bfloat16),
+        ("cuda", (7, 5), True, torch.float16),
+        ("mps", None, True, torch.float32),
+        (None, None, True, torch.bfloat16),
+    ],
+)
+def test_the_number_format_a_device_is_fastest_in(monkeypatch, device, capability, silicon, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(speeds, "_cpu_has_bfloat16", lambda: silicon)
+    assert fast_dtype(device) == expected
+
+
+def test_auto_is_for_loading(monkeypatch):
+    monkeypatch.setattr(speeds, "_cpu_has_bfloat16", lambda: True)
+    pipe = load(dtype={"default": "auto", "vae": "float32"})
+    assert (
+        pipe.unet_sol.dtype == pipe.text_encoder.dtype == torch.bfloat16 and pipe.vae.dtype == torch.float32
+    )
+    with pytest.raises(ValueError, match="auto"):
+        HybridPipeline.from_pipe(pipe, dtype="auto")
+
+
+def test_fast_is_the_same_image_but_for_rounding(monkeypatch):
+    plain = load()
+    expected = plain("a castle", **QUICK).images
+    fast = load(speed="fast", dtype="float32")
+    assert fast.speed == "fast" and laid_out(fast.unet_lune) == laid_out(fast.vae) == {True}
+    made = fast("a castle", **QUICK).images
+    assert (made - expected).abs().max() < 1e-3
+    fast.set_speed("none")
+    assert laid_out(fast.unet_lune) == {False}
+    assert torch.equal(fast("a castle", **QUICK).images, expected)
+
+    monkeypatch.setattr(speeds, "_cpu_has_bfloat16", lambda: True)
+    assert load(speed="fast").unet_sol.dtype == torch.bfloat16
+    assert load(speed="fast", dtype="float16").unet_sol.dtype == torch.float16
+    with pytest.raises(ValueError, match='unknown speed "faster": use none, fast or max'):
+        load(speed="faster")
+
+
+def test_the_layout_stays_when_experts_come_and_go():
+    kept = load(speed="fast", dtype="float32")
+    expected = kept("a castle", **QUICK, reuse=2).images
+    pipe = load(speed="fast", dtype="float32", offload="expert")
+    for _ in range(2):
+        assert torch.equal(pipe("a castle", **QUICK, reuse=2).images, expected)
+    pipe.set_offload("none")
+    assert laid_out(pipe.unet_sol) == {True}
+
+
+def test_max_compiles_every_repeated_block_for_its_sizes(monkeypatch):
+    compiled = []
+    compile_itself = torch.nn.Module.compile
+
+    def eager(module, **kwargs):
+        compiled.append((type(module).__name__, kwargs))
+        compile_itself(module, backend="eager", **kwargs)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", eager)
+    plain = load()("a castle", **QUICK, reuse=2).images
+    pipe = load(speed="max", dtype="float32")
+    blocks = [m for n in ("sol", "lune") for m in pipe.expert_unet(n).modules()]
+    count = sum(type(m).__name__ == "BasicTransformerBlock" for m in blocks)
+    assert compiled == [("BasicTransformerBlock", {"dynamic": False})] * count and count > 0
+    pipe.set_speed("max")
+    assert len(compiled) == count
+    made = pipe("a castle", **QUICK, reuse=2).images  # features are reused beside compiled blocks
+    assert (made - plain).abs().max() < 1e-3
+    with pytest.raises(ValueError, match="load the pipeline again"):
+        pipe.set_speed("none")
+
+
+def test_the_command_remembers_what_it_was_made_with(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(speeds, "_cpu_has_bfloat16", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for options in (["a castle", "--steps", "2", "--speed", "fast", "-o", "a.png"], ["--like", "a.png"]):
+        result = CliRunner().invoke(app, ["generate", *options])
+        assert result.exit_code == 0, result.output
+    settings = read_settings("a.png")
+    assert (settings["dtype"], settings["speed"]) == ("bfloat16", "fast")
+    assert read_settings("image.png") == settings
