@@ -348,8 +348,8 @@ class SpeedOptions:
     speed: Annotated[
         str | None,
         option(
-            "fast: --dtype auto, and weights laid out as they are read. max: also compiled, which takes minutes "
-            "before the first image of a size. Default: none.",
+            "fast: --dtype auto, and weights laid out as they are read. max: also compiled, which takes "
+            "minutes before the first image of a size. Default: none.",
             MACHINE,
             metavar="|".join(SPEEDS),
         ),
