@@ -43,14 +43,17 @@ def check_reusable(model: UNet2DConditionModel) -> None:
             f"features can be reused in a UNet that ends in a {' or '.join(_SPLITTABLE)}, and this one ends "
             f"in a {type(block).__name__}: leave out reuse"
         )
+    if any(hasattr(module, "_diffusers_hook") and "forward" in vars(module) for module in (model, block)):
+        raise ValueError("features can't be reused with diffusers' group offloading: leave out reuse")
+    if "forward" in vars(model) and not hasattr(model, "_hf_hook"):
+        raise ValueError(
+            "this UNet's forward was replaced by another, which its outermost layers alone would not run: "
+            "leave out reuse"
+        )
     if model._compiled_call_impl is not None:
         raise ValueError(
             "a UNet that is compiled as a whole has no layers to run alone: compile its blocks "
             '(compile_repeated_blocks, or speed="max") instead, or leave out reuse'
-        )
-    if any(hasattr(module, "_diffusers_hook") and "forward" in vars(module) for module in (model, block)):
-        raise ValueError(
-            "features can't be reused under diffusers' hooks (group offloading): leave out reuse"
         )
 
 

@@ -106,6 +106,10 @@ def test_what_cannot_is_said_with_what_to_do():
     with pytest.raises(ValueError, match="ends in a AttnUpBlock2D: leave out reuse"):
         reuse_share(config(up_block_types=[CROSS, "AttnUpBlock2D"], down_block_types=["DownBlock2D"] * 2))
     model = unet()
+    model.forward = lambda *inputs, **more: (inputs[0],)
+    with pytest.raises(ValueError, match="forward was replaced"):
+        reusable(model)
+    del model.forward
     with pytest.raises(ValueError, match=r"torch.compile's wrapper.*compile its blocks"):
         reusable(torch.compile(model, backend="eager"))
     model.compile(backend="eager")

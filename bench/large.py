@@ -1,0 +1,167 @@
+"""End to end at Stable Diffusion 1.5's size: images a second, at equal steps, guidance and number format.
+
+Random weights, which make noise at the price of pictures; 256x256 on a CPU, 512x512 on CUDA. One UNet of a
+number format serves every provider of it, as both of our experts and as diffusers' one.
+
+`python -m bench.large` takes ten minutes on two idle cores and 6 GB of memory, prints the table and writes
+bench/results/large.csv.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
+from diffusers import UNet2DConditionModel as UNet
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from bench.make_random_sd15 import TEXT_ENCODER, VAE, random_weights
+from bench.measure import DEVICE, OURS, Call, environment
+from bench.report import RESULTS, markdown, write_csv
+from moe_sampler import HybridPipeline
+from moe_sampler.architectures.unet import SD15_UNET
+from moe_sampler.demo import experts_path
+from moe_sampler.loading.folders import load_tokenizer
+from moe_sampler.pipelines.speed import fast_dtype
+
+STEPS, PROMPT, GUIDANCE = 20, "a castle with two towers, at dusk", 7.5
+SIDE = 512 if DEVICE == "cuda" else 256
+REUSE = (2, 3)
+CONFIGS: dict[str, Any] = {"unet": SD15_UNET, "vae": VAE, "text_encoder": TEXT_ENCODER}
+
+
+def _filled(model: torch.nn.Module, seed: int, dtype: torch.dtype) -> Any:
+    model.load_state_dict(random_weights(model, seed, dtype), assign=True)
+    return model.to(DEVICE).eval()
+
+
+def _modules(dtype: torch.dtype) -> dict[str, Any]:
+    """VAE, text encoder, tokenizer and UNet of a number format."""
+    from transformers import CLIPTokenizer
+
+    made = {
+        "vae": lambda: AutoencoderKL.from_config(CONFIGS["vae"]),
+        "text_encoder": lambda: CLIPTextModel(CLIPTextConfig(**CONFIGS["text_encoder"])),
+        "unet": lambda: UNet.from_config(dict(CONFIGS["unet"])),
+    }
+    filled = {name: _filled(make(), seed, dtype) for seed, (name, make) in enumerate(made.items())}
+    return {**filled, "tokenizer": load_tokenizer(CLIPTokenizer, experts_path() / "tokenizer")}
+
+
+def _ours(modules: dict[str, Any]) -> HybridPipeline:
+    unet = modules["unet"]
+    shared = {name: modules[name] for name in ("vae", "text_encoder", "tokenizer")}
+    schedulers = {
+        "scheduler_sol": DDPMScheduler(prediction_type="v_prediction"),
+        "scheduler_lune": FlowMatchEulerDiscreteScheduler(shift=2.0),
+    }
+    pipe = HybridPipeline(**shared, unet_sol=unet, unet_lune=unet, **schedulers, handoff=0.7)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _theirs(modules: dict[str, Any]) -> StableDiffusionPipeline:
+    absent: dict[str, Any] = {"safety_checker": None, "feature_extractor": None}
+    scheduler = DDPMScheduler(prediction_type="v_prediction")
+    pipe = StableDiffusionPipeline(**modules, **absent, scheduler=scheduler, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def providers() -> dict[str, Call]:
+    """By name, a call that makes one image. diffusers' faster ones are what its guide to speed offers here:
+    number format, channels last, and DeepCache where it is installed."""
+    shared: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
+    shared |= {"height": SIDE, "width": SIDE, "output_type": "np"}
+    fast = fast_dtype(DEVICE)
+    name = str(fast).removeprefix("torch.")
+
+    def theirs(pipe: StableDiffusionPipeline) -> Call:
+        return lambda: pipe(PROMPT, generator=torch.Generator().manual_seed(0), **shared)
+
+    def ours(pipe: HybridPipeline, **settings: Any) -> Call:
+        return lambda: pipe(PROMPT, seed=0, **shared, **settings)
+
+    plain, quick = _modules(torch.float32), _modules(fast)
+    fast_pipe = _ours(quick)
+    fast_pipe.set_speed("fast")
+    own = _ours(plain)
+    found: dict[str, Call] = {
+        "diffusers, float32": theirs(_theirs(plain)),
+        f"diffusers, {name}, channels last": theirs(_theirs(quick)),
+        f"{OURS}, float32": ours(own),
+        f"{OURS}, fast": ours(fast_pipe),
+    }
+    for every in REUSE:
+        found[f"{OURS}, fast, 1 of {every} full"] = ours(fast_pipe, reuse=every)
+    if importlib.util.find_spec("DeepCache") is not None:
+        found[f"diffusers, {name}, DeepCache 1 of 3"] = _deep_cache(_theirs(quick), theirs)
+    return found
+
+
+def _deep_cache(pipe: StableDiffusionPipeline, call: Callable[[Any], Call]) -> Call:
+    """It replaces the UNet's blocks' forwards while it is on, so only for the call."""
+    from DeepCache import DeepCacheSDHelper  # pyright: ignore[reportMissingImports]: optional
+
+    helper = DeepCacheSDHelper(pipe=pipe)
+    helper.set_params(cache_interval=3, cache_branch_id=0)
+    plain = call(pipe)
+
+    def cached() -> Any:
+        helper.enable()
+        try:
+            return plain()
+        finally:
+            helper.disable()
+
+    return cached
+
+
+def interleaved(calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every call, the providers taking turns in an order that moves on by one every round; a first
+    call of each doesn't count."""
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    for turn in range(rounds + 1):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            start = time.perf_counter()
+            calls[name]()
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
+            if turn:
+                taken[name].append(time.perf_counter() - start)
+    return taken
+
+
+def rows(rounds: int = 3) -> list[dict[str, object]]:
+    """One row a provider."""
+    medians = {name: float(np.median(each)) for name, each in interleaved(providers(), rounds).items()}
+    slow = medians["diffusers, float32"]
+    return [
+        {
+            "size": f"{SIDE}x{SIDE}",
+            "steps": STEPS,
+            "provider": name,
+            "seconds_an_image": f"{median:.2f}",
+            "times_diffusers": f"{slow / median:.2f}",
+            "rounds": rounds,
+            **environment(),
+        }
+        for name, median in medians.items()
+    ]
+
+
+def main() -> None:
+    table = rows()
+    write_csv(table, RESULTS / "large.csv")
+    print(markdown(table, list(table[0])))
+
+
+if __name__ == "__main__":
+    main()
