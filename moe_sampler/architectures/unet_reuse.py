@@ -60,6 +60,7 @@ def check_reusable(model: UNet2DConditionModel) -> None:
 def recording_model(model: UNet2DConditionModel) -> tuple[UNet2DConditionModel, LastLayer]:
     """The same model, which computes the same to the last bit; and its last layer, which has the features
     when it was called."""
+    _bring(model)
     *others, block = model.up_blocks
     last = LastLayer(_layers(block, slice(-1, None)))
     first = [_layers(block, slice(None, -1), inner=True)] if len(block.resnets) > 1 else []
@@ -68,12 +69,18 @@ def recording_model(model: UNet2DConditionModel) -> tuple[UNet2DConditionModel, 
 
 def reusing_model(model: UNet2DConditionModel, features: Tensor) -> UNet2DConditionModel:
     """The outermost layers, with deep features [B, channels, h, w] from a call of `recording_model`."""
-    hook = getattr(model, "_hf_hook", None)
-    if hook is not None:
-        hook.pre_forward(model)  # accelerate's, which brings the weights to the device
+    _bring(model)
     last = LastLayer(_layers(model.up_blocks[-1], slice(-1, None)), features)
     empty = {"down_blocks": nn.ModuleList(), "mid_block": None}
     return _with_parts(model, **empty, up_blocks=nn.ModuleList([last]))
+
+
+def _bring(model: Any) -> None:
+    """What accelerate's hooks, which are not part of a model that shares its weights, do before a call: they
+    bring the weights to the device."""
+    hook = getattr(model, "_hf_hook", None)
+    if hook is not None:
+        hook.pre_forward(model)
 
 
 def _layers(block: Any, layers: slice, inner: bool = False) -> Any:

@@ -88,6 +88,26 @@ def test_adapters_act_in_calls_of_both_kinds():
     assert torch.equal(UNET.call_reusing(model, *inputs(), features), expected)
 
 
+@torch.no_grad()
+def test_weights_that_accelerate_brings_are_brought_for_calls_of_both_kinds():
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    class Bring(ModelHook):
+        calls = 0
+
+        def pre_forward(self, module, *inputs, **more):
+            self.calls += 1
+            return inputs, more
+
+    model, hook = unet(), Bring()
+    expected = UNET.call(model, *inputs())
+    add_hook_to_module(model, hook)
+    reusable(model).check_reusable(model)
+    output, features = UNET.call_recording(model, *inputs())
+    assert hook.calls == 1 and torch.equal(output, expected)
+    assert torch.equal(UNET.call_reusing(model, *inputs(), features), expected) and hook.calls == 2
+
+
 def test_what_it_costs_is_counted():
     """By hand, of a model whose outermost layer is convolutions: two floating-point operations a weight and
     pixel, beside the linear layers of the timestep."""
