@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-Number = TypeVar("Number", "float", "np.ndarray", "Tensor")
+Number = TypeVar("Number", float, "np.ndarray", "Tensor")
 
 
 def shift_sigma(sigma: Number, shift: float) -> Number:

@@ -123,7 +123,9 @@ def reuse_share(config: Mapping[str, Any]) -> float:
 
 def _check_reusable(architecture: Any) -> None:
     if not hasattr(architecture, "call_reusing"):
-        raise ValueError(f"features of a {architecture.class_name} can't be reused: leave out reuse and budget")
+        raise ValueError(
+            f"features of a {architecture.class_name} can't be reused: leave out reuse and budget"
+        )
 
 
 def _uncompiled(model: Any) -> Any:

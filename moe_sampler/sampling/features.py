@@ -36,11 +36,11 @@ class KeptFeatures:
             if not hasattr(model, "reusing"):
                 raise ValueError(
                     f"the plan lets {name} reuse features, and its model can't: give the expert "
-                    "moe_sampler.architectures.ExpertModel(model), or plan without reuse"
+                    "moe_sampler.architectures.expert_model.ExpertModel(model), or plan without reuse"
                 )
             model.check_reusable()
         have = {name: len(own) > batch for name, own in self._features.items()}
-        check_reuse(plan.steps[index:], have)
+        check_reuse(plan.steps[index:], have, index)
 
     def call(
         self,

@@ -38,7 +38,7 @@ the run; or every k-th down to a noise level, `((0.5, 2), (0.0, 4))`."""
 class ReusableModel(Protocol):
     """What a model must be for calls that reuse its features, beside a callable as `Expert` has it.
 
-    `moe_sampler.architectures.ExpertModel` makes one of a model.
+    `moe_sampler.architectures.expert_model.ExpertModel` makes one of a model.
     """
 
     def check_reusable(self) -> None:
@@ -167,15 +167,16 @@ def repaired(steps: Iterable[PlanStep]) -> tuple[PlanStep, ...]:
     return tuple(result)
 
 
-def check_reuse(steps: Iterable[PlanStep], have: Mapping[str, bool] | None = None) -> None:
+def check_reuse(steps: Iterable[PlanStep], have: Mapping[str, bool] | None = None, first: int = 0) -> None:
     """Raise ValueError unless every call that reuses features finds them.
 
     Args:
         steps: to be run, in order.
         have: as `FullCalls` takes it.
+        first: the first step's number, for messages.
     """
     state = FullCalls(have)
-    for index, step in enumerate(steps):
+    for index, step in enumerate(steps, first):
 
         def full(call: ExpertCall, serves: bool, index=index) -> bool:
             if call.reuses and not serves:

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_every_provider_makes_an_image(monkeypatch):
-    text = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    text = {"vocab_size": 49408, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
     text |= {"num_attention_heads": 2, "max_position_embeddings": 77}
     unet = {"sample_size": 8, "cross_attention_dim": 32, "norm_num_groups": 8, "attention_head_dim": 2}
     unet |= {"block_out_channels": [16, 32], "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"]}

@@ -135,7 +135,7 @@ def test_ctrl_c_keeps_the_images_of_finished_batches(tmp_path, monkeypatch, more
     "more",
     [
         *(("--seed", "-1"), ("--seed", str(2**63)), ("--guidance", "1000"), ("--guidance", "-3")),
-        *(("--budget", "3"), ("--reuse", "0.95:1,0:2")),
+        *(("--budget", "5"), ("--reuse", "0.95:1,0:2")),
     ],
     ids=" ".join,
 )
