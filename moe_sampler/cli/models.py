@@ -73,7 +73,8 @@ def merge_models(previous: Mapping[str, Any], options: ModelOptions) -> dict[str
     based = options.model is not None or options.preset is not None or "sources" in previous
     if settings["sources"] and not based:
         raise ValueError(
-            "say what the experts share (VAE, text encoder): give --preset sd15, or --model FOLDER or ID"
+            "say what the experts share (VAE, text encoder): give --preset sd15, or the folder or "
+            "hub id of a base"
         )
     return {"model": settings["model"]} | {k: settings[k] for k in _MODEL_KEYS[1:] if settings[k]}
 

@@ -73,7 +73,8 @@ class StudentRunOptions(ScaleOptions, SolverOptions):
     upstream_schedule: Annotated[
         bool | None,
         option(
-            "The student's steps crowd near the data, as checkpoints trained upstream need.",
+            "The student's steps crowd near the data, as checkpoints trained upstream need. Default: as its "
+            "config says.",
             STEPS,
             "--upstream-schedule/--no-upstream-schedule",
         ),
@@ -110,6 +111,7 @@ def sample(
     A weight is the expert's share of the prediction, the student has the rest. The settings are in each PNG's
     metadata, for --like.
     """
+    from moe_sampler.tinyflux.model.loading import load_config
     from moe_sampler.tinyflux.sampling.expert import STUDENT as NAME
 
     # What is wrong with the settings, the folder or the machine shows before any weights are read.
@@ -123,6 +125,8 @@ def sample(
     plan = find_plan(out.plan, previous, run)
     previous = previous if plan is None else without_plan(previous)
     model = Model.read(where, previous)
+    ema = bool(merged(previous, {"ema": of.ema}).get("ema"))
+    known = load_config(student, ema=ema, local_files_only=where.local_files_only)
     plain = {"height": size.height, "width": size.width, **vars(of)}
     settings = pictures.settings | merged(previous, plain)
     weights = _weights(previous, run)
@@ -130,7 +134,7 @@ def sample(
     configs, defaults = model.training() if guided else ({}, {})
     names = (NAME, *configs)
     if plan is None:
-        settings |= weights | _run_settings(previous, run, defaults, names)
+        settings |= weights | _run_settings(previous, run, defaults, names, known.schedule == "data")
     negative = ByExpert.read("--negative", size.negative, known=names)
     settings |= over_previous(previous, names, negative_prompt=negative)
     call = {key: settings[key] for key in _CALL if key in settings}
@@ -140,7 +144,8 @@ def sample(
     call |= {} if plan is None else {"plan": plan}
     computer = Machine.read(where, previous)
 
-    pipe = _load(student, model, settings, computer, guided)
+    named = known.encoders is not None and not model.settings.get("model") and model.preset is None
+    pipe = _load(student, model, settings, computer, guided, None if guided or named else model.shared)
     record = {"student": local_place(student)} | settings | dict(model.settings) | {"dtype": computer.dtype}
     pictures.make(pipe, compiled, call, where.batch_size, record)
 
@@ -157,6 +162,7 @@ def _run_settings(
     run: StudentRunOptions,
     defaults: Mapping[str, Any],
     names: Sequence[str],
+    upstreams: bool,
 ) -> dict[str, Any]:
     """Steps, guidance, solvers and handoff, with the defaults spelled out, so that the record means the same
     when those change."""
@@ -174,7 +180,8 @@ def _run_settings(
     own = {student: GUIDANCE_SCALE} | {name: defaults[f"{name}_guidance"] for name in guides}
     settings["guidance_scale"] = scales_in_full(settings.get("guidance_scale"), own)
     plain = {"handoff": run.handoff, "upstream_schedule": run.upstream_schedule}
-    found = {"num_inference_steps": 20} | ({"handoff": defaults["handoff"]} if guides else {})
+    found: dict[str, Any] = {"num_inference_steps": 20, "upstream_schedule": upstreams}
+    found |= {"handoff": defaults["handoff"]} if guides else {}
     return found | merged(previous, plain) | settings | steps_over(previous, steps, names)
 
 
@@ -226,8 +233,15 @@ def _checked_plan(
     return guided_plan(student, guides, router, call.get("num_inference_steps"))
 
 
-def _load(student: str, model: Model, settings: Mapping[str, Any], machine: Machine, guided: bool) -> Any:
-    """The pipeline."""
+def _load(
+    student: str,
+    model: Model,
+    settings: Mapping[str, Any],
+    machine: Machine,
+    guided: bool,
+    encoders: str | None,
+) -> Any:
+    """The pipeline. encoders: where the settings name none."""
     from moe_sampler.tinyflux.sampling.pipeline import StudentPipeline
 
     quiet()
@@ -236,7 +250,7 @@ def _load(student: str, model: Model, settings: Mapping[str, Any], machine: Mach
     return StudentPipeline.from_pretrained(
         student,
         experts,
-        encoders=settings.get("encoders", None if guided else model.shared),
+        encoders=settings.get("encoders", encoders),
         dtype=machine.torch_dtype,
         device=machine.device,
         **own,

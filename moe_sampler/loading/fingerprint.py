@@ -2,20 +2,84 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
+from collections.abc import Iterator
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["fingerprint"]
+__all__ = ["fingerprint", "portable_fingerprint", "same_weights"]
+
+_SAMPLES = 256
+_ROUNDING = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}
+"""The largest relative error of a number that is rounded to a format."""
+_FINEST = 2.0**-24
+"""float16's steps near zero."""
 
 
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 of a model's tensors: names, dtypes, shapes and bytes."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        flat = tensor.detach().to("cpu").contiguous().flatten()
-        digest.update(memoryview(flat.view(torch.uint8).numpy()))
+    for name, flat, shape in _flat_tensors(model):
+        digest.update(json.dumps([name, str(flat.dtype), shape]).encode())
+        digest.update(_bytes_of(flat))
     return digest.hexdigest()
+
+
+def portable_fingerprint(model: nn.Module) -> str:
+    """As `fingerprint`, but for `same_weights` to compare with that of another precision.
+
+    "bytes:layout:formats:values": `fingerprint`; SHA-256 of names and shapes, and the bytes of tensors that
+    hold no floats; dtypes of those that do; 256 of their values, evenly spread, as float32 in base64.
+    """
+    layout, floats = hashlib.sha256(), []
+    for name, flat, shape in _flat_tensors(model):
+        layout.update(json.dumps([name, shape]).encode())
+        if flat.is_floating_point():
+            floats.append(flat)
+        else:
+            layout.update(_bytes_of(flat))
+    formats = sorted({str(flat.dtype).removeprefix("torch.") for flat in floats})
+    values = base64.b64encode(_spread(floats).tobytes()).decode()
+    return ":".join((fingerprint(model), layout.hexdigest(), ",".join(formats), values))
+
+
+def same_weights(one: str, other: str) -> bool:
+    """Whether two portable fingerprints are of the same weights.
+
+    In one precision to the bit. In two, as far as the coarser one's rounding shows: weights that differ by
+    less than that cannot be told apart.
+    """
+    parts, others = one.split(":"), other.split(":")
+    if len(parts) < 4 or len(others) < 4 or parts[2] == others[2]:  # older ones are the first part alone
+        return parts[0] == others[0]
+    if parts[1] != others[1]:
+        return False
+    ours, theirs = (np.frombuffer(base64.b64decode(p[3]), "<f4").astype(np.float64) for p in (parts, others))
+    errors = sorted(_ROUNDING.get(name, 0.0) for p in (parts, others) for name in p[2].split(","))
+    allowed = sum(errors[-2:]) * np.maximum(abs(ours), abs(theirs)) + _FINEST
+    return bool((abs(ours - theirs) <= allowed).all())
+
+
+def _flat_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, list[int]]]:
+    for name, tensor in sorted(model.state_dict().items()):
+        yield name, tensor.detach().to("cpu").contiguous().flatten(), list(tensor.shape)
+
+
+def _bytes_of(flat: Tensor) -> memoryview:
+    return memoryview(flat.view(torch.uint8).numpy())
+
+
+def _spread(floats: list[Tensor]) -> np.ndarray:
+    """Values at evenly spread places of all tensors, one after the other."""
+    total = sum(len(flat) for flat in floats)
+    places = np.linspace(0, total - 1, min(_SAMPLES, total)).astype(np.int64)
+    found, first = [np.empty(0, "<f4")], 0
+    for flat in floats:
+        own = places[(places >= first) & (places < first + len(flat))] - first
+        found.append(flat[torch.from_numpy(own)].float().numpy().astype("<f4"))
+        first += len(flat)
+    return np.concatenate(found)

@@ -103,13 +103,21 @@ def expert_names(index: dict[str, Any]) -> list[str]:
     return [name for name in dict.fromkeys([*order, *sorted(found)]) if name in found]
 
 
-def load_strictly(load: Callable[..., Any], source: str | os.PathLike, model: str, **kwargs: Any) -> Any:
+def load_strictly(
+    load: Callable[..., Any],
+    source: str | os.PathLike,
+    model: str,
+    *,
+    others: Sequence[str] = (),
+    **kwargs: Any,
+) -> Any:
     """What a `from_pretrained` of diffusers or transformers makes of a source, strict.
 
     Args:
         load: it.
         source: folder or hub id.
         model: class, for the message.
+        others: beginnings of names that belong to parts of a larger model, which are left out.
         kwargs: for it.
 
     Raises:
@@ -120,7 +128,9 @@ def load_strictly(load: Callable[..., Any], source: str | os.PathLike, model: st
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{source} cannot be loaded as {model}: {first_line(error)}") from error
     kinds = ("missing", "unexpected", "mismatched")
-    refuse(str(source), model, {kind: sorted(info.get(f"{kind}_keys") or [], key=str) for kind in kinds})
+    found = {kind: sorted(info.get(f"{kind}_keys") or [], key=str) for kind in kinds}
+    found["unexpected"] = [name for name in found["unexpected"] if not str(name).startswith(tuple(others))]
+    refuse(str(source), model, found)
     return loaded
 
 
@@ -131,7 +141,7 @@ def load_component(cls: Any, folder: Path, dtype: torch.dtype | None = None, **k
         cls: a diffusers or transformers model class.
         folder: config and weights.
         dtype: of the weights; by default what their library chooses.
-        kwargs: for `from_pretrained`.
+        kwargs: for `from_pretrained`, and `others` as `load_strictly` takes it.
 
     Raises:
         CheckpointError: as `load_strictly`.

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,18 @@ from moe_sampler import __version__
 from moe_sampler.data.captions import check_text, report_cut
 from moe_sampler.data.pictures import fit_image, to_rgb
 from moe_sampler.data.samples import CaptionedImage, Source
+from moe_sampler.kernels import philox_normal
 from moe_sampler.kernels.noise import seeds_tensor
-from moe_sampler.loading.fingerprint import fingerprint
+from moe_sampler.loading.fingerprint import portable_fingerprint
 from moe_sampler.pipelines import choices
-from moe_sampler.pipelines.latents import encode_images
+from moe_sampler.pipelines.latents import encode_images, latent_scaling
 from moe_sampler.pipelines.prompts import cut_silently
 from moe_sampler.tinyflux.features.block_maps import BlockMaps
-from moe_sampler.tinyflux.features.cache_format import Manifest
+from moe_sampler.tinyflux.features.cache_format import LatentFacts, Manifest
 from moe_sampler.tinyflux.features.cache_shards import build_shards
 from moe_sampler.tinyflux.features.encoders import StudentEncoders, TextEncoder
-from moe_sampler.tinyflux.features.extraction import T_BUCKETS, ExpertFeatures, check_buckets
+from moe_sampler.tinyflux.features.extraction import T_BUCKETS, UPSTREAMS, ExpertFeatures, check_buckets
+from moe_sampler.tinyflux.features.latent_space import same_latents
 
 __all__ = ["Teachers", "build_cache"]
 
@@ -74,7 +77,7 @@ class Teachers:
     def from_pipeline(
         cls,
         pipe: Any,
-        teachers: Sequence[str] = ("sol", "lune"),
+        teachers: Sequence[str] | None = None,
         *,
         maps: BlockMaps | None = None,
         map_times: Sequence[float] = MAP_TIMES,
@@ -86,16 +89,16 @@ class Teachers:
 
     def describe(self) -> dict[str, Any]:
         described: dict[str, Any] = {
-            "vae": {"class": type(self.vae).__name__, "fingerprint": fingerprint(self.vae)},
+            "vae": {"class": type(self.vae).__name__, "fingerprint": portable_fingerprint(self.vae)},
             "text_encoder": {
                 "class": type(self.text_encoder).__name__,
-                "fingerprint": fingerprint(self.text_encoder),
+                "fingerprint": portable_fingerprint(self.text_encoder),
             },
         }
         for name in self.features.teachers:
             path = getattr(self.features, f"{name}_path")
             described[name] = {
-                "fingerprint": fingerprint(getattr(self.features, name)),
+                "fingerprint": portable_fingerprint(getattr(self.features, name)),
                 "path": type(path).__name__,
                 "timesteps": [path.timestep(path.at(s)) for s in (0.25, 0.5, 0.75)],
             }
@@ -193,6 +196,7 @@ def _manifest(
         "t_buckets": [] if teachers is None else list(buckets),
         "convention": None if teachers is None else teachers.features.convention,
         "map_size": None if teachers is None else teachers.features.map_size,
+        "latents": asdict(_latent_facts(encoders, teachers)),
         "seed": seed,
         "dtype": dtype,
         "shard_size": shard_size,
@@ -203,6 +207,14 @@ def _manifest(
         settings["maps"] = {"expert": maps.expert, "block": maps.block, "t": list(teachers.map_times)}
     experts = None if teachers is None else teachers.describe()
     return Manifest(settings, encoders.describe(), experts, len(source), (), __version__)
+
+
+def _latent_facts(encoders: StudentEncoders, teachers: Teachers | None) -> LatentFacts:
+    """The VAE's own scale and shift; upstream's students know neither its shift nor a mask of the text."""
+    scale, shift = latent_scaling(encoders.vae)
+    if teachers is not None and teachers.features.convention == UPSTREAMS:
+        return LatentFacts(False, scale, 0.0, "data")
+    return LatentFacts(True, scale, shift, "noise")
 
 
 class _Work:
@@ -217,6 +229,8 @@ class _Work:
     ) -> None:
         self.source, self.encoders, self.teachers, self.settings = source, encoders, teachers, settings
         self.dtype = DTYPES[settings["dtype"]]
+        self._facts = LatentFacts(**settings["latents"])
+        self._shared = teachers is not None and same_latents(encoders.vae, teachers.vae)
         self._done = 0
         self._cut: dict[TextEncoder, list[str]] = {encoders.clip: []}
         if encoders.t5 is not None:
@@ -259,18 +273,19 @@ class _Work:
         self, indices: range, samples: list[CaptionedImage], images: list[Image.Image], captions: list[str]
     ) -> dict[str, Any]:
         text = self.encoders.text(captions)
-        latents = encode_images(self.encoders.vae, images)
+        seeds = [self.settings["seed"] + i for i in indices]
+        latents = self._latents(images, seeds)
         found = {
             "latents": latents,
             "prompt_embeds": text.states,
-            "prompt_mask": text.mask,
+            "prompt_mask": text.mask if self._facts.text_mask else torch.ones_like(text.mask),
             "pooled_prompt_embeds": text.pooled,
             "previews": _previews(images),
         }
         if self.teachers is not None:
-            same = self.teachers.vae is self.encoders.vae
-            seen = latents if same else encode_images(self.teachers.vae, images)
-            seeds = [self.settings["seed"] + i for i in indices]
+            seen = latents
+            if not self._shared:
+                found["expert_latents"] = seen = encode_images(self.teachers.vae, images)
             features = self.teachers.features(seen, captions, seeds=seeds, t=self.settings["t_buckets"])
             found |= {name: value for name, value in features._asdict().items() if value is not None}
             if self.teachers.maps is not None:
@@ -293,6 +308,16 @@ class _Work:
             torch.full((len(latents),), 1 - t, device=latents.device) for t in self.settings["maps"]["t"]
         ]
         return torch.stack([maps(latents, captions, seeds=own, noise=level) for level in levels], 1)
+
+    def _latents(self, images: list[Image.Image], seeds: list[int]) -> Tensor:
+        """The student's; upstream draws them from what the VAE says, ours are the most likely ones."""
+        scale, shift = self._facts.latent_scale, self._facts.latent_shift
+        assert scale is not None  # only an import doesn't know it
+        noise = None
+        if self.settings["convention"] == UPSTREAMS:
+            own = seeds_tensor(seeds, self.encoders.vae.device)
+            noise = partial(philox_normal, seeds=own, stream=1)  # features take stream 0
+        return encode_images(self.encoders.vae, images, (scale, shift), noise)
 
 
 def _previews(images: list[Any]) -> Tensor:

@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,7 +25,7 @@ from torch import Tensor
 from moe_sampler._files import write_text, write_whole
 from moe_sampler._readers import parse_json, read_json, read_regular, typed
 
-__all__ = ["SCHEMA", "TENSORS", "CacheError", "Manifest", "ShardRecord", "read_manifest"]
+__all__ = ["SCHEMA", "TENSORS", "CacheError", "LatentFacts", "Manifest", "ShardRecord", "read_manifest"]
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -33,6 +33,7 @@ BUILDING = "building"
 _KEY = "moe-sampler"
 TENSORS = {
     "latents": "[N, C, h, w], the student's",
+    "expert_latents": "[N, C, h, w], the experts', where they have a VAE of their own",
     "prompt_embeds": "[N, L, D]",
     "prompt_mask": "bool [N, L], True where a token counts",
     "pooled_prompt_embeds": "[N, P]",
@@ -64,6 +65,16 @@ class ShardRecord:
 
 
 @dataclass(frozen=True)
+class LatentFacts:
+    """What a student's config remembers for sampling, where these are explained; None is the VAE's own."""
+
+    text_mask: bool
+    latent_scale: float | None
+    latent_shift: float
+    schedule: Literal["noise", "data"]
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The whole of manifest.json.
 
@@ -91,6 +102,19 @@ class Manifest:
     def t_buckets(self) -> tuple[float, ...]:
         return tuple(self.settings["t_buckets"])
 
+    @property
+    def latents(self) -> LatentFacts:
+        """What its latents and texts are like; of caches before these were said, what they were then."""
+        vae = (self.encoders or {}).get("vae")
+        vae = vae if isinstance(vae, Mapping) else {}
+        before = {
+            "text_mask": self.encoders is not None,
+            "latent_scale": vae.get("scaling_factor"),
+            "latent_shift": vae.get("shift_factor", 0.0),
+            "schedule": "noise" if self.settings.get("convention") != "tiny-flux-v4" else "data",
+        }
+        return typed(LatentFacts, before | self.settings.get("latents", {}), "manifest.settings.latents")
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
 
@@ -103,6 +127,7 @@ class Manifest:
             for value in values if isinstance(values, list) else [values]:
                 if not isinstance(value, kinds) or isinstance(value, bool) or not math.isfinite(value):
                     raise TypeError(f"manifest.settings.{name} is {value!r}")
+        manifest.latents  # noqa: B018 - or it raises
         if not isinstance(manifest.settings.get("t_buckets"), list):
             raise TypeError("manifest.settings.t_buckets must be a list")
         if not 1 <= manifest.settings.get("shard_size", 0) < 2**31 or not 1 <= manifest.length < 2**40:

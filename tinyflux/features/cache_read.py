@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from moe_sampler.loading.fingerprint import same_weights
 from moe_sampler.tinyflux.features.cache_format import (
     CacheError,
     open_shard,
@@ -23,7 +24,7 @@ from moe_sampler.tinyflux.features.cache_format import (
 
 __all__ = ["FeatureCache", "MultiSource", "at_time"]
 
-LUNE, SOL, MAPS = ("lune",), ("sol_stats", "sol_maps"), ("block_maps",)
+LUNE, SOL, MAPS, OWN = ("lune",), ("sol_stats", "sol_maps"), ("block_maps",), ("expert_latents",)
 _NOT_ITEMS = ("captions", "caption_ends", "previews")
 
 
@@ -77,8 +78,9 @@ class FeatureCache(Dataset):
 
     An item holds `latents`, `prompt_embeds`, `prompt_mask`, `pooled_prompt_embeds`, `caption`, its `index` in
     this cache, and where their experts taught `lune`, `sol_stats` and `sol_maps` at every time of `t_buckets`
-    (shapes: `TENSORS`, without N). `at_time` interpolates them. Where the cache has them, and `maps` says so,
-    `block_maps` are at `map_times`.
+    (shapes: `TENSORS`, without N). `at_time` interpolates them. Where the experts have a VAE of their own
+    `expert_latents` are there, too. Where the cache has them, and `maps` says so, `block_maps` are at
+    `map_times`.
 
     Args:
         folder: of the cache.
@@ -185,8 +187,7 @@ class MultiSource(Dataset):
 
     Items are those of `FeatureCache`, plus `has_lune`, `has_sol` and `has_maps`, bool tensors: where they are
     False the sample's cache has no such features, and those there are placeholders that must not be learned
-    from.
-    `source` says which cache an item is from.
+    from. `source` says which cache an item is from. `expert_latents` are there where all caches have them.
 
     Args:
         caches: made with the same encoders and experts, where they are known, of one shape and dtype, at the
@@ -205,7 +206,7 @@ class MultiSource(Dataset):
         for cache in self.caches:
             for name, fact in _facts(cache).items():
                 other, first = seen.setdefault(name, (fact, cache))
-                if other != fact:
+                if not _agree(other, fact):
                     raise ValueError(
                         f"{first.folder} and {cache.folder} don't go together: they differ in {name}"
                     )
@@ -226,6 +227,11 @@ class MultiSource(Dataset):
     def has_lune(self) -> bool:
         """Whether any cache has Lune's features."""
         return any(cache.has_lune for cache in self.caches)
+
+    @property
+    def has_expert_latents(self) -> bool:
+        """Whether all caches have latents of the experts' own VAE."""
+        return all(OWN[0] in cache.shapes for cache in self.caches)
 
     @property
     def has_sol(self) -> bool:
@@ -254,6 +260,8 @@ class MultiSource(Dataset):
         item = cache[index - self._ends[which] + len(cache)]
         for name, absent in self._absent.items():
             item.setdefault(name, absent.clone())
+        if not self.has_expert_latents:
+            item.pop(OWN[0], None)
         return item | {
             "has_lune": torch.tensor(cache.has_lune),
             "has_sol": torch.tensor(cache.has_sol),
@@ -262,10 +270,20 @@ class MultiSource(Dataset):
         }
 
 
+def _agree(one: Any, other: Any) -> bool:
+    """Whether two facts are the same, whatever precision a model was loaded in."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        alike = {name: same_weights if name == "fingerprint" else _agree for name in one}
+        return one.keys() == other.keys() and all(alike[name](one[name], other[name]) for name in one)
+    return one == other
+
+
 def _facts(cache: FeatureCache) -> dict[str, Any]:
     """What must be the same in all caches of a training run, where a cache has it at all."""
     manifest = cache.manifest
     facts = {f"the shape of {name}": shape for name, shape in cache.shapes.items() if name != "previews"}
+    latents = manifest.latents
+    facts |= {"the text's mask": latents.text_mask, "the latents' shift": latents.latent_shift}
     if cache.has_lune or cache.has_sol:
         facts |= {"t_buckets": manifest.t_buckets, "convention": manifest.settings["convention"]}
     if cache.has_maps:

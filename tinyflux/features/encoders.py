@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
@@ -17,12 +17,15 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
 
 from moe_sampler.errors import CheckpointError
-from moe_sampler.loading.fingerprint import fingerprint
+from moe_sampler.loading.fingerprint import portable_fingerprint
 from moe_sampler.loading.folders import INDEX, load_component, load_tokenizer, read_config
 from moe_sampler.loading.hub import Hub, component_patterns
 from moe_sampler.loading.parts import VAES
 from moe_sampler.pipelines.finite import check_finite
 from moe_sampler.pipelines.prompts import tokenize, warn_of_cuts
+
+if TYPE_CHECKING:
+    from moe_sampler.pipelines.hybrid import HybridPipeline
 
 __all__ = [
     "EncodedText",
@@ -32,8 +35,14 @@ __all__ = [
     "load_vae",
 ]
 
+_T5_LENGTH = 128
 _CLIP_PARTS = ("text_encoder", "tokenizer")
 _T5_PARTS = ("text_encoder_2", "tokenizer_2")
+_OF_WHOLE_MODELS = {
+    CLIPTextModel: ("vision_model.", "visual_projection.", "text_projection.", "logit_scale"),
+    T5EncoderModel: ("decoder.", "lm_head."),
+}
+"""What a CLIPModel or a whole T5 has beside its text encoder, as the published folders of both do."""
 
 
 def _locate(source: str | os.PathLike, *parts: str, hub: Hub | None) -> tuple[Path, ...]:
@@ -139,7 +148,7 @@ class TextEncoder:
         if not tokenizer.is_dir():
             raise CheckpointError(f"{source} has no tokenizer, in it or in {tokenizer}")
         loaded = load_tokenizer(AutoTokenizer, tokenizer)
-        return cls(load_component(kind, folder), loaded, max_length)
+        return cls(load_component(kind, folder, others=_OF_WHOLE_MODELS[kind]), loaded, max_length)
 
     def too_long(self, texts: Sequence[str]) -> list[bool]:
         """Which of them are cut."""
@@ -161,7 +170,7 @@ class TextEncoder:
     def describe(self) -> dict[str, Any]:
         return {
             "class": type(self.model).__name__,
-            "fingerprint": fingerprint(self.model),
+            "fingerprint": portable_fingerprint(self.model),
             "max_length": self.max_length,
         }
 
@@ -181,13 +190,51 @@ class StudentEncoders:
         self.vae, self.clip, self.t5 = vae, clip, t5
 
     @classmethod
+    def gather(
+        cls,
+        experts: HybridPipeline | None = None,
+        *,
+        encoders: str | os.PathLike | None = None,
+        vae: str | os.PathLike | None = None,
+        clip: str | os.PathLike | None = None,
+        t5: str | os.PathLike | None = None,
+        t5_length: int | None = None,
+        device: torch.device | str = "cpu",
+        hub: Hub | None = None,
+    ) -> StudentEncoders:
+        """As `load`, where one place may hold several of them.
+
+        Args:
+            experts: whose VAE and text encoder serve where nothing else is said of all of them, or of one.
+            encoders: a pipeline's folder or hub id with the student's VAE, CLIP and, if it is Flux's, T5.
+            vae, clip, t5: others than these.
+            t5_length: 128 by default.
+
+        Raises:
+            CheckpointError: as `load`.
+            ValueError: nothing says where one of them is.
+        """
+        if experts is not None and (encoders, vae, clip, t5) == (None,) * 4:
+            return cls(experts.vae, TextEncoder(experts.text_encoder, experts.tokenizer))
+        base = encoders if encoders is not None or experts is None else experts.config["_name_or_path"]
+        t5 = find_t5(encoders, hub) if t5 is None and encoders is not None else t5
+        vae, clip = vae or base, clip or base
+        if vae is None or clip is None:
+            raise ValueError(
+                "say which encoders the student was trained with: give encoders, or vae and clip, or the "
+                "experts whose they are"
+            )
+        length = _T5_LENGTH if t5_length is None else t5_length
+        return cls.load(vae, clip, t5, t5_length=length, device=device, hub=hub)
+
+    @classmethod
     def load(
         cls,
         vae: str | os.PathLike,
         clip: str | os.PathLike,
         t5: str | os.PathLike | None = None,
         *,
-        t5_length: int = 128,
+        t5_length: int = _T5_LENGTH,
         device: torch.device | str = "cpu",
         hub: Hub | None = None,
     ) -> StudentEncoders:
@@ -220,7 +267,7 @@ class StudentEncoders:
         return {
             "vae": {
                 "class": type(self.vae).__name__,
-                "fingerprint": fingerprint(self.vae),
+                "fingerprint": portable_fingerprint(self.vae),
                 "scaling_factor": self.vae.config["scaling_factor"],
                 "shift_factor": self.vae.config.get("shift_factor") or 0.0,
             },

@@ -35,8 +35,18 @@ from moe_sampler.tinyflux.features.capture import CaptureError, capture_self_att
 if TYPE_CHECKING:
     from moe_sampler.pipelines.hybrid import HybridPipeline
 
-__all__ = ["CONVENTIONS", "T_BUCKETS", "Convention", "ExpertFeatures", "Features", "check_buckets"]
+__all__ = [
+    "CONVENTIONS",
+    "T_BUCKETS",
+    "UPSTREAMS",
+    "Convention",
+    "ExpertFeatures",
+    "Features",
+    "check_buckets",
+]
 
+UPSTREAMS: Convention = "tiny-flux-v4"
+"""The convention that the published TinyFlux checkpoints were trained with."""
 T_BUCKETS = tuple((5 + 10 * i) / 100 for i in range(10))
 """0.05, 0.15 ... 0.95: where caches hold features, unless told otherwise."""
 
@@ -139,20 +149,25 @@ class ExpertFeatures:
 
     @classmethod
     def from_pipeline(
-        cls, pipe: HybridPipeline, teachers: Sequence[str] = ("sol", "lune"), **settings: Any
+        cls, pipe: HybridPipeline, teachers: Sequence[str] | None = None, **settings: Any
     ) -> ExpertFeatures:
         """The experts of a pipeline, with the paths that its scheduler configs name.
 
         Args:
             pipe: a HybridPipeline.
-            teachers: "sol", "lune" or both.
+            teachers: "sol", "lune" or both; by default those that the pipeline has.
             settings: `map_size` and `convention`.
+
+        Raises:
+            ValueError: a teacher by another name, or one that the pipeline doesn't have.
         """
+        if teachers is None:
+            teachers = [name for name in ("sol", "lune") if name in pipe.expert_names]
         unknown = sorted(set(teachers) - {"sol", "lune"})
         if unknown:
             raise ValueError(f"teachers may be sol and lune, not {', '.join(unknown)}")
         models = {name: pipe.expert_unet(name) for name in teachers}
-        paths = {f"{expert.name}_path": expert.path for expert in pipe.experts()}
+        paths = {f"{expert.name}_path": expert.path for expert in pipe.experts() if expert.name in models}
         return cls(**models, **paths, encode_prompt=pipe.encode_texts, **settings)
 
     @property
@@ -230,7 +245,7 @@ class ExpertFeatures:
                 return torch.full((1,), values[0], device=x0.device)
             return to_device(torch.tensor(values), x0.device)
 
-        if self.convention == "tiny-flux-v4":
+        if self.convention == UPSTREAMS:
             return noise, filled([1000.0 * t for t in times])
         levels = [path.at(1.0 - t) for t in times]
         timesteps = [path.timestep(level) for level in levels]

@@ -46,6 +46,7 @@ def check_inputs(
         "sol_spatial": (batch, side, side),
         "lune_mask": (batch,),
         "sol_mask": (batch,),
+        "lune_kept": (batch, config["lune_hidden_dim"]),
     }
     inputs = {**others, "hidden_states": latents, "encoder_hidden_states": text}
     for name, shape in expected.items():
@@ -61,6 +62,7 @@ def check_inputs(
         ("lune_features", "use_lune_expert"),
         ("sol_stats", "use_sol_prior"),
         ("sol_spatial", "use_sol_prior"),
+        ("lune_kept", "use_lune_expert"),
     ):
         if inputs[name] is not None and not config[option]:
             raise ValueError(f"{name} given, but this model has {option}=False")

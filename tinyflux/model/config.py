@@ -20,19 +20,23 @@ _OPTIONS_OF_V4 = {
     "null_condition": "zero",
     "text_dropout": 0.0,
     "sol_qk_scale": True,
+    "text_mask": False,
+    "schedule": "data",
+    "latent_shift": 0.0,
+    "sample_size": (64, 64),
+    "negative_prompt": "blurry, distorted, low quality",
 }
-# Settings that upstream's config.json may hold beside the architecture, of its losses and of older names.
-_UPSTREAMS_OWN = {
-    "lune_distill_mode",
-    "use_huber_loss",
-    "huber_delta",
-    "use_expert_predictor",
-    "expert_dim",
-    "expert_hidden_dim",
-    "expert_dropout",
+# Settings that upstream's config.json may hold beside the architecture, of its losses.
+_UPSTREAMS_OWN = {"lune_distill_mode", "use_huber_loss", "huber_delta"}
+# Settings of upstream's, with the values that this architecture has.
+_UPSTREAMS_FIXED = {"guidance_embeds": (False,), "t5_pool_mode": ("attention", "mean", "cls")}
+"""What upstream calls t5_pool_mode was never read: its models pool by attention whatever it says."""
+_NAMES_OF_V3 = {
+    "use_expert_predictor": "use_lune_expert",
+    "expert_dim": "lune_expert_dim",
+    "expert_hidden_dim": "lune_hidden_dim",
+    "expert_dropout": "lune_dropout",
 }
-# Settings of upstream's with a single value that this architecture has.
-_UPSTREAMS_FIXED = {"t5_pool_mode": "attention", "guidance_embeds": False}
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,16 @@ class TinyFluxConfig:
         sol_qk_scale: hold the two tensors `sol_prior.spatial_to_qk_scale`, which nothing uses, as the
             published checkpoints do.
 
+    And what it was trained on, which sampling keeps to:
+
+        text_mask: padding of the text doesn't count.
+        schedule: where a shift crowds the sampler's steps, at "noise" or, as upstream does, at "data".
+        latent_scale, latent_shift: of its latents, (encoded - shift) * scale; by default those of its VAE.
+        sample_size: (height, width) of its latents.
+        negative_prompt: what guidance leads away from where no text was never learned; None for the null
+            condition.
+        encoders: where its VAE and text encoders are, as arguments of `StudentEncoders.gather`.
+
     Raises:
         ValueError: values that contradict each other or are out of range.
     """
@@ -100,6 +114,13 @@ class TinyFluxConfig:
     null_condition: Literal["learned", "zero"] = "learned"
     text_dropout: float = 0.1
     sol_qk_scale: bool = False
+    text_mask: bool = True
+    schedule: Literal["noise", "data"] = "noise"
+    latent_scale: float | None = None
+    latent_shift: float | None = None
+    sample_size: tuple[int, int] | None = None
+    negative_prompt: str | None = None
+    encoders: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "axes_dims_rope", tuple(self.axes_dims_rope))
@@ -133,6 +154,14 @@ class TinyFluxConfig:
         for name in ("time_factor", "mlp_ratio"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.sample_size is not None:
+            object.__setattr__(self, "sample_size", tuple(self.sample_size))
+            if len(self.sample_size) != 2 or min(self.sample_size) < 1:
+                raise ValueError(f"sample_size is (height, width) of the latents, got {self.sample_size}")
+        if self.latent_scale is not None and not 0 < self.latent_scale < math.inf:
+            raise ValueError(f"latent_scale must be positive, got {self.latent_scale}")
+        if self.schedule not in ("noise", "data"):
+            raise ValueError(f'schedule must be "noise" or "data", got {self.schedule!r}')
         if self.null_condition not in ("learned", "zero"):
             raise ValueError(f'null_condition must be "learned" or "zero", got {self.null_condition!r}')
 
@@ -178,10 +207,15 @@ class TinyFluxConfig:
         known = {field.name for field in dataclasses.fields(cls)}
         given = {key: value for key, value in config.items() if not key.startswith("_")}
         if not any(option in given for option in _OPTIONS_OF_V4):
-            for key, value in _UPSTREAMS_FIXED.items():
-                if given.get(key, value) != value:
-                    raise ValueError(f"{key} = {given[key]!r} is not supported: checkpoints need {value!r}")
-            own = {*_UPSTREAMS_OWN, *_UPSTREAMS_FIXED}
+            for key, values in _UPSTREAMS_FIXED.items():
+                if given.get(key, values[0]) not in values:
+                    raise ValueError(
+                        f"{key} = {given[key]!r} is not supported: checkpoints need {values[0]!r}"
+                    )
+            own = {*_UPSTREAMS_OWN, *_UPSTREAMS_FIXED, *_NAMES_OF_V3}
+            if "use_expert_predictor" in given and "use_lune_expert" not in given:
+                old = {name: given[key] for key, name in _NAMES_OF_V3.items() if key in given}
+                given = {"use_sol_prior": False, "use_t5_vec": False, "sol_qk_scale": False, **old, **given}
             given = _OPTIONS_OF_V4 | {key: value for key, value in given.items() if key not in own}
         unknown = sorted(set(given) - known)
         if unknown:
@@ -204,7 +238,10 @@ class TinyFluxConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as config.json holds them."""
-        return dataclasses.asdict(self) | {"axes_dims_rope": list(self.axes_dims_rope)}
+        lists = {"axes_dims_rope": list(self.axes_dims_rope)}
+        if self.sample_size is not None:
+            lists["sample_size"] = list(self.sample_size)
+        return dataclasses.asdict(self) | lists
 
     def replace(self, **settings: Any) -> TinyFluxConfig:
         return dataclasses.replace(self, **settings)

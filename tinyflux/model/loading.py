@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from moe_sampler.loading.state_dicts import check_fit, read_safetensors, read_to
 from moe_sampler.tinyflux.model.config import TinyFluxConfig
 from moe_sampler.tinyflux.model.tinyflux import TinyFlux
 
-__all__ = ["config_from_state_dict", "load_tinyflux", "read_state_dict"]
+__all__ = ["config_from_state_dict", "load_config", "load_tinyflux", "read_state_dict"]
 
 WEIGHTS = (
     "diffusion_pytorch_model.safetensors",
@@ -35,6 +37,8 @@ WEIGHTS = (
     "weights.pt",
     "checkpoint.pt",
 )
+LAST_WEIGHTS = ("final.safetensors", "final.pt")
+BEST_WEIGHTS = ("best.safetensors", "best.pt")
 EMA_WEIGHTS = (
     "ema.safetensors",
     "model_ema.safetensors",
@@ -43,7 +47,10 @@ EMA_WEIGHTS = (
     "model_ema.pt",
 )
 CONFIGS = ("config.json", "model_config.json")
-"""File names in the order in which they are looked for."""
+"""File names in the order in which they are looked for; of a trainer's folder the last weights come first,
+`final` or the highest `step_N` or `epoch_N`, then `best`."""
+
+_NUMBERED = re.compile(r"(?:step|epoch)_(\d+)\.(?:safetensors|pt)")
 
 _NESTED = ("model", "state_dict", "model_state_dict", "student", "module")
 _NESTED_EMA = ("ema", "ema_model", "ema_state_dict", "model_ema", "shadow", "shadow_params", *_NESTED)
@@ -66,7 +73,8 @@ def load_tinyflux(
 
     Args:
         source: a folder, a hub id `owner/name`, a hub file `owner/name:file`, or a `.safetensors` or `.pt`
-            file. In folders and repositories the first of `WEIGHTS` counts.
+            file. In folders and repositories the first of `WEIGHTS` counts, then a trainer's `final`, its
+            last `step_N` or `epoch_N` (on this machine alone), and its `best`.
         config: what the model is; else what config.json beside the weights says, else what the file says of
             itself, else, for published checkpoints, what its tensors' shapes say.
         ema: True for averaged weights: the first of `EMA_WEIGHTS` or the only `*_ema` file, or those within a
@@ -86,13 +94,9 @@ def load_tinyflux(
     file, averaged = _weights_file(place, ema)
     state, embedded = read_state_dict(file, ema=averaged)
     if config is None:
-        beside = place.first(CONFIGS)
-        try:
+        beside = _config_file(place)
+        with _describing(file):
             config = _config(read_config(beside) if beside is not None else embedded, state)
-        except (ValueError, TypeError, KeyError) as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(f"the config of {file} does not describe a TinyFlux: {error}") from error
     with torch.device("meta"):
         model = model_class(config)
     model = model.to(torch.float32 if torch_dtype is None else torch_dtype)
@@ -102,6 +106,42 @@ def load_tinyflux(
     model = model.to_empty(device=device)
     model.load_state_dict(state)
     return model.eval()
+
+
+def load_config(source: str | os.PathLike, *, ema: bool | str = False, **hub: Any) -> TinyFluxConfig:
+    """The config of what `load_tinyflux` would load; the weights are read where nothing else says it.
+
+    Raises:
+        CheckpointError: as `load_tinyflux`.
+    """
+    place = Hub(**hub).look(os.fspath(source))
+    beside = _config_file(place)
+    if beside is not None:
+        with _describing(beside):
+            return TinyFluxConfig.from_dict(read_config(beside))
+    file, averaged = _weights_file(place, ema)
+    state, embedded = read_state_dict(file, ema=averaged)
+    with _describing(file):
+        return _config(embedded, state)
+
+
+def _config_file(place: Place) -> Path | None:
+    """The config beside the weights, or at the top of the hub repository whose file they are."""
+    found = place.first(CONFIGS)
+    if found is None and "/" in place.file:
+        found = replace(place, file="").first(CONFIGS)
+    return found
+
+
+@contextmanager
+def _describing(file: Path) -> Iterator[None]:
+    """What is wrong with a config, as a CheckpointError."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"the config of {file} does not describe a TinyFlux: {error}") from error
 
 
 def from_diffusers(load: Callable[..., Any], source: str | os.PathLike, **kwargs: Any) -> Any:
@@ -116,7 +156,7 @@ def _weights_file(place: Place, ema: bool | str) -> tuple[Path, bool]:
     if isinstance(ema, str):
         return place.need([ema]), False
     if not ema:
-        return place.local() if place.is_file else place.need(WEIGHTS), False
+        return place.local() if place.is_file else place.need([*WEIGHTS, *_trainers(place)]), False
     if place.is_file:
         name = Path(place.name)
         own = [f"{name.stem}_ema.safetensors", f"{name.stem}_ema.pt"]
@@ -126,9 +166,22 @@ def _weights_file(place: Place, ema: bool | str) -> tuple[Path, bool]:
         return (place.local(), True) if beside is None else (beside, False)
     others = [] if place.path is None else sorted(place.path.glob("*_ema.*"))
     others = [file.name for file in others if file.suffix in (".safetensors", ".pt")]
-    if len(others) > 1 and place.first(EMA_WEIGHTS) is None:
-        raise CheckpointError(f"{place.path} has several averages, name one: {listed(others)}")
+    if others and place.first(EMA_WEIGHTS) is None:
+        trained = place.first([*_trainers(place), *WEIGHTS])
+        own = () if trained is None else (f"{trained.stem}_ema.safetensors", f"{trained.stem}_ema.pt")
+        if (beside := place.first(own)) is not None:
+            return beside, False
+        if len(others) > 1:
+            raise CheckpointError(f"{place.path} has several averages, name one: {listed(others)}")
     return place.need([*EMA_WEIGHTS, *others]), False
+
+
+def _trainers(place: Place) -> list[str]:
+    """File names of a trainer's weights, in the order in which they count."""
+    found = [] if place.path is None else list(place.path.iterdir())
+    numbers = {file.name: match for file in found if (match := _NUMBERED.fullmatch(file.name))}
+    ordered = sorted(numbers, key=lambda name: (-int(numbers[name][1]), name.endswith(".pt")))
+    return [*LAST_WEIGHTS, *ordered, *BEST_WEIGHTS]
 
 
 # What is in a file
@@ -139,7 +192,8 @@ def read_state_dict(
 ) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """(Tensors by their names in the model, the config that the file holds, or None).
 
-    Trainers nest them, as `model`, `state_dict` and the like, and wrappers prefix `module.` and `_orig_mod.`.
+    Trainers nest them, as `model`, `state_dict` and the like, and wrappers prefix `module.` and `_orig_mod.`;
+    upstream's v3 called Lune's predictor `expert_predictor`.
 
     Args:
         file: `.safetensors`, else a checkpoint of `torch.save`.
@@ -156,7 +210,15 @@ def read_state_dict(
     state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
     while prefix := next((p for p in ("module.", "model.") if all(n.startswith(p) for n in state)), None):
         state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    return state, config
+    return {_name_now(name): _shape_now(name, tensor) for name, tensor in state.items()}, config
+
+
+def _name_now(name: str) -> str:
+    return re.sub("^expert_predictor", "lune_predictor", name)
+
+
+def _shape_now(name: str, tensor: Tensor) -> Tensor:
+    return tensor.reshape(()) if name == "expert_predictor.expert_gate" and tensor.numel() == 1 else tensor
 
 
 def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:

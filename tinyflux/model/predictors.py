@@ -46,14 +46,22 @@ class LunePredictor(nn.Module):
         self.expert_gate = nn.Parameter(torch.zeros(()))
 
     def forward(
-        self, time_and_text: Tensor, features: Tensor | None, real: Tensor | None = None
+        self,
+        time_and_text: Tensor,
+        features: Tensor | None,
+        real: Tensor | None = None,
+        kept: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """([B, D] to add to the conditioning, [B, lune_expert_dim] predicted features).
 
         time_and_text: [B, D + pooled_projection_dim]. features: [B, lune_expert_dim], the real ones, or None.
-        real: bool [B], the samples that use them; all do by default.
+        real: bool [B], the samples that use them; all do by default. kept: [B, lune_hidden_dim], factors of
+        the hidden units in place of what dropout draws.
         """
-        predicted = self.predictor(self.input_proj(time_and_text))
+        predicted = self.input_proj(time_and_text)
+        for layer in self.predictor:
+            dropped = kept is not None and isinstance(layer, nn.Dropout)
+            predicted = predicted * kept.to(predicted.dtype) if dropped else layer(predicted)
         signal = self.output_proj(_real_or(predicted, features, real))
         return torch.sigmoid(self.expert_gate) * signal, predicted
 

@@ -261,6 +261,7 @@ class TinyFlux(ModelMixin, ConfigMixin):
         sol_spatial: Tensor | None = None,
         lune_mask: Tensor | None = None,
         sol_mask: Tensor | None = None,
+        lune_kept: Tensor | None = None,
         align: bool = False,
         return_dict: bool = True,
     ) -> TinyFluxOutput | tuple[Tensor]:
@@ -282,6 +283,8 @@ class TinyFlux(ModelMixin, ConfigMixin):
             sol_spatial: [B, S, S], the real map of Sol's attention.
             lune_mask, sol_mask: bool [B], the samples that use the real features given, all by default; the
                 others use predicted ones.
+            lune_kept: [B, lune_hidden_dim], factors of the hidden units of Lune's predictor: dropout that the
+                caller draws, in place of the model's own.
             align: also return what `projector` makes of the tokens (`align_after`), as `aligned`.
             return_dict: False returns `(sample,)`.
 
@@ -310,6 +313,7 @@ class TinyFlux(ModelMixin, ConfigMixin):
             sol_spatial=sol_spatial,
             lune_mask=lune_mask,
             sol_mask=sol_mask,
+            lune_kept=lune_kept,
         )
         dtype = self.img_in.weight.dtype
         exact = torch.float64 if dtype == torch.float64 else torch.float32
@@ -328,7 +332,7 @@ class TinyFlux(ModelMixin, ConfigMixin):
         signal = lune = sol = None
         if self.lune_predictor is not None:
             features = None if lune_features is None else lune_features.to(dtype)
-            signal, lune = self.lune_predictor(time_and_text, features, lune_mask)
+            signal, lune = self.lune_predictor(time_and_text, features, lune_mask, lune_kept)
             vec = vec + signal
         if self.sol_prior is not None:
             stats = None if sol_stats is None else sol_stats.to(dtype)

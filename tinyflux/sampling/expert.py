@@ -53,7 +53,7 @@ def tinyflux_expert(
     *,
     name: str = STUDENT,
     features: Features | None = None,
-    upstream_schedule: bool = False,
+    upstream_schedule: bool | None = None,
     **settings: Any,
 ) -> Expert:
     """The student as an `Expert` for `moe_sampler.plan` and `moe_sampler.sample`.
@@ -68,7 +68,7 @@ def tinyflux_expert(
         features: real features of the experts at every step, see `StudentModel`.
         upstream_schedule: sample where upstream does, t' = k·t / (1 + (k - 1)·t), which crowds the steps near
             the data. Without it the shift acts on s = 1 - t, as everywhere here, and crowds them near the
-            noise.
+            noise. By default as the student's config says.
         settings: of `Expert`: `shift` (k, 3 by default), `guidance_scale`, `solver` ("euler" by default) ...
 
     Raises:
@@ -80,6 +80,8 @@ def tinyflux_expert(
     settings = {"solver": "euler", "shift": 3.0, **settings}
     if model is not None:
         settings = {"dtype": model.dtype, **settings}
+    if upstream_schedule is None:
+        upstream_schedule = model is not None and model.config["schedule"] == "data"
     if upstream_schedule:
         shift = number("shift", settings["shift"])
         if not shift > 0:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from moe_sampler import HybridPipeline
 from moe_sampler.loading.folders import read_config
 from moe_sampler.loading.hub import Hub
+from moe_sampler.pipelines.latents import latent_scaling
 from moe_sampler.tinyflux.features.encoders import StudentEncoders
+from moe_sampler.tinyflux.features.latent_space import same_latents
 from moe_sampler.tinyflux.model.tinyflux import TinyFlux
 
-__all__ = ["check_experts", "check_student", "default_side", "same_latents"]
+__all__ = ["check_experts", "check_student", "default_side", "scaling_of"]
 
 
 def check_student(student: TinyFlux, encoders: StudentEncoders) -> None:
@@ -40,7 +39,14 @@ def check_student(student: TinyFlux, encoders: StudentEncoders) -> None:
             )
 
 
-def check_experts(encoders: StudentEncoders, experts: HybridPipeline) -> None:
+def scaling_of(student: TinyFlux, vae: Any) -> tuple[float, float]:
+    """(scale, shift) of the student's latents: its own, as far as it knows them, else its VAE's."""
+    scale, shift = latent_scaling(vae)
+    own_scale, own_shift = student.config["latent_scale"], student.config["latent_shift"]
+    return scale if own_scale is None else own_scale, shift if own_shift is None else own_shift
+
+
+def check_experts(student: TinyFlux, encoders: StudentEncoders, experts: HybridPipeline) -> None:
     """Whether experts can work on the student's latents.
 
     Raises:
@@ -48,30 +54,12 @@ def check_experts(encoders: StudentEncoders, experts: HybridPipeline) -> None:
     """
     if experts.offload != "none":
         raise ValueError('experts that guide a student work beside it: load them with offload="none"')
-    if not same_latents(encoders.vae, experts.vae):
+    scaled = scaling_of(student, encoders.vae) == latent_scaling(experts.vae)
+    if not scaled or not same_latents(encoders.vae, experts.vae):
         raise ValueError(
             "the student and the experts work on different latents: experts can only guide a student that "
             "was trained with their own VAE"
         )
-
-
-def same_latents(a: Any, b: Any) -> bool:
-    """Whether two VAEs encode alike; their decoders, and the precision they are held in, may differ."""
-    if a is b:
-        return True
-    scales = [(vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0) for vae in (a, b)]
-    ours, theirs = (
-        {name: x for name, x in vae.state_dict().items() if name.startswith(("encoder.", "quant_conv."))}
-        for vae in (a, b)
-    )
-    if scales[0] != scales[1] or ours.keys() != theirs.keys():
-        return False
-    return all(_equal(x, theirs[name]) for name, x in ours.items())
-
-
-def _equal(x: Tensor, y: Tensor) -> bool:
-    coarse = min(x.dtype, y.dtype, key=lambda dtype: dtype.itemsize)
-    return x.shape == y.shape and torch.equal(x.to("cpu", coarse), y.to("cpu", coarse))
 
 
 def default_side(pipeline: str | os.PathLike, hub: Hub | None = None) -> int | None:

@@ -131,7 +131,7 @@ def guided_experts(
     guidance_scale: float | Mapping[str, float] | None = None,
     shift: float | Mapping[str, float] | None = None,
     solver: str | Mapping[str, str] | None = None,
-    upstream_schedule: bool = False,
+    upstream_schedule: bool | None = None,
 ) -> tuple[Expert, ...]:
     """The student and those who can guide it.
 

@@ -23,10 +23,10 @@ from moe_sampler.pipelines.latents import decode_latents
 from moe_sampler.pipelines.prompts import Negative, check_prompts, negative_embeds
 from moe_sampler.pipelines.queue import PlanRun, run_plan
 from moe_sampler.pipelines.settings import by_expert, given_plan
-from moe_sampler.tinyflux.features.encoders import StudentEncoders, TextEncoder
+from moe_sampler.tinyflux.features.encoders import StudentEncoders
 from moe_sampler.tinyflux.model.tinyflux import TinyFlux
 from moe_sampler.tinyflux.sampling.expert import STUDENT
-from moe_sampler.tinyflux.sampling.fitting import check_experts, check_student, default_side
+from moe_sampler.tinyflux.sampling.fitting import check_experts, check_student, default_side, scaling_of
 from moe_sampler.tinyflux.sampling.guided import GuidedRouter, Weight, guided_experts, guided_plan
 
 if TYPE_CHECKING:
@@ -42,7 +42,8 @@ class StudentPipeline(GuidanceMixin):
         student: predicts.
         encoders: the VAE and text encoders it was trained with.
         experts: with Sol and Lune, or one of them.
-        sample_size: side of the latents where no height and width are given; the experts' by default.
+        sample_size: side of the latents where no height and width are given and the student's config names
+            none; the experts' by default.
 
     Raises:
         ValueError: parts that don't fit each other.
@@ -57,10 +58,11 @@ class StudentPipeline(GuidanceMixin):
     ) -> None:
         check_student(student, encoders)
         if experts is not None:
-            check_experts(encoders, experts)
+            check_experts(student, encoders, experts)
             sample_size = sample_size or shape_of(experts.expert_unet(experts.expert_names[0])).sample_size
         self.student, self.encoders, self.hybrid = student.eval(), encoders, experts
-        self.sample_size = sample_size
+        own = student.config["sample_size"]
+        self.sample_size = (sample_size, sample_size) if own is None else tuple(own)
         self.image_processor = VaeImageProcessor(vae_scale_factor=encoders.scale)
         self._interrupt, self._bar_settings = False, {}
 
@@ -74,7 +76,7 @@ class StudentPipeline(GuidanceMixin):
         vae: str | os.PathLike | None = None,
         clip: str | os.PathLike | None = None,
         t5: str | os.PathLike | None = None,
-        t5_length: int = 128,
+        t5_length: int | None = None,
         ema: bool = False,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
@@ -89,9 +91,9 @@ class StudentPipeline(GuidanceMixin):
             student: what `TinyFlux.from_pretrained` takes, with ema; or a student itself.
             experts: a pipeline's folder or hub id with Sol and Lune, or one that is loaded, to guide the
                 student. Without it the student paints alone.
-            encoders: a pipeline's folder or hub id with the student's VAE and text encoders; the experts'
-                own by default.
-            vae, clip, t5, t5_length: other encoders, as `StudentEncoders.load` takes them.
+            encoders: a pipeline's folder or hub id with the student's VAE and text encoders; by default what
+                the student's config names, else the experts' own.
+            vae, clip, t5, t5_length: other encoders, as `StudentEncoders.gather` takes them.
             dtype: of the student and of experts that are loaded here.
             device: of everything.
             cache_dir, local_files_only, token, force_download: for the hub.
@@ -100,24 +102,20 @@ class StudentPipeline(GuidanceMixin):
             CheckpointError: something cannot be loaded.
             ValueError: parts that don't fit each other, or neither experts nor encoders.
         """
-        from moe_sampler.tinyflux.features.encoders import find_t5
-
-        if experts is None and encoders is None and (vae is None or clip is None):
-            raise ValueError("say which encoders the student was trained with: give encoders= or experts=")
         hub = Hub(cache_dir, local_files_only, token, force_download)
         loaded = isinstance(student, TinyFlux)
         model = (student if loaded else TinyFlux.from_pretrained(student, ema=ema, **vars(hub))).to(dtype)
+        places = {"encoders": encoders, "vae": vae, "clip": clip, "t5": t5}
+        given: dict[str, Any] = places if any(places.values()) else dict(model.config["encoders"] or {})
+        if t5_length is not None:
+            given["t5_length"] = t5_length
+        if experts is None and not given.get("encoders") and not (given.get("vae") and given.get("clip")):
+            raise ValueError("say which encoders the student was trained with: give encoders= or experts=")
         if experts is not None and not isinstance(experts, HybridPipeline):
             experts = HybridPipeline.from_pretrained(experts, dtype=dtype, **vars(hub))
-        if encoders is None and experts is not None and (vae, clip, t5) == (None, None, None):
-            made = StudentEncoders(experts.vae, TextEncoder(experts.text_encoder, experts.tokenizer))
-        else:
-            base = encoders if encoders is not None or experts is None else experts.config["_name_or_path"]
-            t5 = find_t5(encoders, hub) if t5 is None and encoders is not None else t5
-            vae, clip = vae or base, clip or base
-            assert vae is not None and clip is not None, "one of them was given, as was checked first"
-            made = StudentEncoders.load(vae, clip, t5, t5_length=t5_length, hub=hub)
-        side = None if encoders is None else default_side(encoders, hub)
+        made = StudentEncoders.gather(experts, **given, hub=hub)
+        pipeline = given.get("encoders")
+        side = None if pipeline is None else default_side(pipeline, hub)
         return cls(model, made, experts, side).to(device)
 
     def to(self, device: torch.device | str) -> Self:
@@ -154,7 +152,7 @@ class StudentPipeline(GuidanceMixin):
         guidance_scale: float | Mapping[str, float] | None = None,
         shift: float | Mapping[str, float] | None = None,
         solver: str | Mapping[str, str] | None = None,
-        upstream_schedule: bool = False,
+        upstream_schedule: bool | None = None,
     ) -> tuple[Expert, ...]:
         """The student and those who can guide it, as the planner sees them. Settings are one for all, or by
         name; None leaves them to each expert's default."""
@@ -187,19 +185,22 @@ class StudentPipeline(GuidanceMixin):
 
     def encode_prompt(self, texts: Sequence[str], batch_size: int | None = None) -> dict[str, Tensor]:
         """What the student is told of texts, encoded `batch_size` at once: encoder_hidden_states [B, L, D]
-        and pooled_projections [B, P], float32, and encoder_attention_mask, bool [B, L]."""
+        and pooled_projections [B, P], float32, and encoder_attention_mask, bool [B, L], if it knows one."""
         size = batch_size or len(texts)
         parts = [self.encoders.text(texts[i : i + size]) for i in range(0, len(texts), size)]
         named = {
             "encoder_hidden_states": [part.states for part in parts],
             "pooled_projections": [part.pooled for part in parts if part.pooled is not None],
-            "encoder_attention_mask": [part.mask for part in parts],
         }
+        if self.student.config["text_mask"]:
+            named["encoder_attention_mask"] = [part.mask for part in parts]
         return {name: torch.cat(tensors).to(self.device) for name, tensors in named.items()}
 
     def decode_latents(self, latents: Tensor, output_type: str = "pil") -> Any:
         """Images from float32 latents [B, C, h, w]."""
-        return decode_latents(latents, self.encoders.vae, self.image_processor, output_type)
+        vae = self.encoders.vae
+        scaling = scaling_of(self.student, vae)
+        return decode_latents(latents, vae, self.image_processor, output_type, scaling=scaling)
 
     @torch.no_grad()
     def __call__(
@@ -226,22 +227,23 @@ class StudentPipeline(GuidanceMixin):
         batch_size: int | None = None,
         shift: float | Mapping[str, float] | None = None,
         solver: str | Mapping[str, str] | None = None,
-        upstream_schedule: bool = False,
+        upstream_schedule: bool | None = None,
     ) -> HybridPipelineOutput:
         """Make images. Arguments that `HybridPipeline` has mean what they mean there; the student's name, for
         settings by name, is "tinyflux". The others:
 
         Args:
             guidance_scale: 3 for the student and the experts' own defaults, where it isn't given. The
-                student's unconditional side is its null condition, Sol's and Lune's the empty prompt; a
-                negative prompt takes the place of both.
+                student's unconditional side is its null condition, or the negative prompt that its config
+                names, Sol's and Lune's the empty prompt; a negative prompt takes the place of all.
             plan: run this one, from `plan` or `SamplingPlan.from_json`, instead of what the settings below,
                 steps, solvers and guidance would make.
             sol_weight, lune_weight: shares of the prediction, 0 to 1, see `GuidedRouter`; the student has
                 the rest.
             handoff: noise level down to which Sol's weight counts, and from which Lune's does; the experts'
                 own by default.
-            upstream_schedule: as `tinyflux_expert` takes it.
+            upstream_schedule: as `tinyflux_expert` takes it; text mask, latents and size are as the student's
+                config says.
 
         Returns:
             `HybridPipelineOutput`, or with `return_dict=False` the tuple (images,).
@@ -271,7 +273,7 @@ class StudentPipeline(GuidanceMixin):
                 handoff=handoff,
                 shift=shift,
                 solver=solver,
-                upstream_schedule=upstream_schedule or None,
+                upstream_schedule=upstream_schedule,
             )
         cells = (height // self.encoders.scale, width // self.encoders.scale)
         shape = (request.images, self.student.config["in_channels"], *cells)
@@ -291,10 +293,13 @@ class StudentPipeline(GuidanceMixin):
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
         scale = self.encoders.scale
-        if self.sample_size is None and (height is None or width is None):
+        sides = [
+            side * scale if given is None and side is not None else given
+            for given, side in zip((height, width), self.sample_size, strict=True)
+        ]
+        height, width = sides
+        if height is None or width is None:
             raise ValueError("nothing says how large the student's images are: give height and width")
-        side = (self.sample_size or 0) * scale
-        height, width = side if height is None else height, side if width is None else width
         return check_size(height, width, scale if self.hybrid is None else self.hybrid._size_multiple())
 
     def _conditioning(
@@ -323,8 +328,10 @@ class StudentPipeline(GuidanceMixin):
         self, prompts: list[str], negative: Negative | None, cond: dict[str, Tensor], batch_size: int
     ) -> dict[str, Tensor]:
         own = by_expert("negative_prompt", negative, self.expert_names)[STUDENT]
+        own = own or self.student.config["negative_prompt"]
         if own:
             texts = own if isinstance(own, list) else [own]
             encoded = self.encode_prompt(texts, batch_size)
             return {name: value.expand(len(prompts), *value.shape[1:]) for name, value in encoded.items()}
-        return self.student.null_condition(len(prompts), cond["encoder_hidden_states"].shape[1], mask=True)
+        length = cond["encoder_hidden_states"].shape[1]
+        return self.student.null_condition(len(prompts), length, mask=self.student.config["text_mask"])

@@ -98,18 +98,18 @@ class LiveMaps:
     level.
 
     Args:
-        expert: of the student's latent space (`check_shared_latents`). Without `encode_prompt` the batch's
-            `prompt_embeds` are taken for its text states.
+        expert: without `encode_prompt` the batch's `prompt_embeds` are taken for its text states.
+        latents: of the batch, those that it knows, as `teachers.known_latents` finds them.
         offload: bring it to the batch's device for the call alone, and back.
     """
 
-    def __init__(self, expert: BlockMaps, *, offload: bool = False) -> None:
+    def __init__(self, expert: BlockMaps, *, latents: str = "latents", offload: bool = False) -> None:
         self.channels = expert.channels
-        self._expert, self._offload = expert, offload
+        self._expert, self._latents, self._offload = expert, latents, offload
 
     def maps(self, batch: Mapping[str, Any], noise: Tensor, draws: Draws) -> Maps:
         """See `MapTeacher`."""
-        latents = batch["latents"]
+        latents = batch[self._latents]
         with undisturbed(latents.device), resident([self._expert.unet], latents.device, self._offload):
             text = expert_text(batch, self._expert.encode_prompt).to(latents.device)
             found = self._expert(latents.float(), seeds=draws.seeds("noise"), noise=noise, prompt_embeds=text)

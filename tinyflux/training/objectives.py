@@ -6,6 +6,7 @@ Time t runs from noise (0) to data (1), and the student predicts data - noise; a
 from __future__ import annotations
 
 from collections.abc import Mapping
+from statistics import NormalDist
 from typing import Any, TypeVar
 
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_sampler._transfers import to_device
-from moe_sampler.kernels import flow_training_pair, min_snr_weight, weighted_mse
+from moe_sampler.kernels import flow_training_pair, min_snr_weight, philox_normal, weighted_mse
 from moe_sampler.tinyflux.model.tinyflux import TinyFlux, TinyFluxOutput
 from moe_sampler.tinyflux.training.alignment import Alignment
 from moe_sampler.tinyflux.training.objective_settings import ObjectiveSettings
@@ -91,6 +92,7 @@ def student_loss(
         ),
         **_real_features(config, taught, _drawn(draws, "feature_input", objective.feature_input)),
         **({} if alignment is None else {"align": True}),
+        **_dropout(student, draws),
     )
     weight_map = _weight_map(objective.sol_weight_map, taught)
 
@@ -150,6 +152,17 @@ def _real_features(config: Mapping[str, Any], taught: Taught | None, fed: Tensor
     if sol is not None and sol.sol_stats is not None and sol.sol_map is not None:
         given |= {"sol_stats": sol.sol_stats, "sol_spatial": sol.sol_map, "sol_mask": sol.has_sol & fed}
     return given
+
+
+def _dropout(student: TinyFlux, draws: Draws) -> dict[str, Tensor]:
+    """Of Lune's predictor, drawn like all else: so several processes drop what one does."""
+    config, share = student.config, student.config["lune_dropout"]
+    if not student.training or not config["use_lune_expert"] or not share:
+        return {}
+    normal = philox_normal((len(draws), config["lune_hidden_dim"]), draws.seeds("lune_dropout"))
+    if share >= 1:
+        return {"lune_kept": torch.zeros_like(normal)}
+    return {"lune_kept": (normal >= NormalDist().inv_cdf(share)) / (1 - share)}
 
 
 def _weight_map(strength: float, taught: Taught | None) -> Tensor | None:

@@ -2,45 +2,39 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from dataclasses import asdict
 from typing import Any
 
 import torch
-from PIL import Image
 from torch.utils.data import Subset
 
-from moe_sampler.demo import experts_path
-from moe_sampler.loading.fingerprint import fingerprint
+from moe_sampler.data.reports import say
+from moe_sampler.loading.fingerprint import portable_fingerprint, same_weights
 from moe_sampler.pipelines.hybrid import HybridPipeline
-from moe_sampler.pipelines.prompts import cut_silently
 from moe_sampler.tinyflux.features.block_maps import BlockMaps
 from moe_sampler.tinyflux.features.cache_read import FeatureCache, MultiSource
 from moe_sampler.tinyflux.features.extraction import ExpertFeatures
 from moe_sampler.tinyflux.model.config import TinyFluxConfig
 from moe_sampler.tinyflux.model.tinyflux import TinyFlux
-from moe_sampler.tinyflux.sampling.pipeline import StudentPipeline
 from moe_sampler.tinyflux.training.alignment import Alignment, CachedMaps, LiveMaps
+from moe_sampler.tinyflux.training.new_student import SIZES, student_of
 from moe_sampler.tinyflux.training.objective_settings import check_objective
 from moe_sampler.tinyflux.training.routed import RoutedTeachers
 from moe_sampler.tinyflux.training.settings import StudentSettings
+from moe_sampler.tinyflux.training.sheets import encoder_places, expert_places, painter
 from moe_sampler.tinyflux.training.task import StudentTask
 from moe_sampler.tinyflux.training.teachers import (
     CachedTeachers,
     FeatureTeachers,
     LiveTeachers,
+    check_distillable,
     check_shared_latents,
+    known_latents,
 )
 from moe_sampler.training import SettingsError, Trainer
 from moe_sampler.training.settings import to_tables
 
 __all__ = ["new_task", "train"]
-
-_CONFIGS = {
-    "demo": TinyFluxConfig.demo,
-    "deep": TinyFluxConfig.deep,
-    "deep_v4": TinyFluxConfig.deep_v4,
-}
-_SHOWN = 4  # captions of held-out samples, where no prompts are given
 
 
 def train(settings: StudentSettings, *, quiet: bool = False) -> dict[str, Any]:
@@ -62,8 +56,9 @@ def new_task(settings: StudentSettings) -> StudentTask:
     held_out = settings.data.held_out
     if held_out >= len(data):
         raise SettingsError(f"held_out is {held_out}, but there are {len(data)} samples in all")
-    model = _student(settings)
+    model = student_of(settings, caches[0])
     _check_data(model, caches[0])
+    remember(model, caches[0], settings)
     pipe = _experts(settings, caches)
     teachers = _feature_teachers(settings, data, pipe)
     routed = None
@@ -97,7 +92,7 @@ def new_task(settings: StudentSettings) -> StudentTask:
         held_out=Subset(data, range(kept, len(data))) if held_out else None,
         noise_levels=validation.noise_levels,
         validation_batch_size=validation.validation_batch_size,
-        paint=_painter(settings, model, data, kept, pipe),
+        paint=painter(settings, model, data, kept, pipe),
         about={
             "config": {name: value for name, value in model.config.items() if not name.startswith("_")},
             "caches": [_about(cache) for cache in caches],
@@ -106,30 +101,15 @@ def new_task(settings: StudentSettings) -> StudentTask:
     )
 
 
-def _student(settings: StudentSettings) -> TinyFlux:
-    wanted = settings.model
-    if wanted.init_from is not None:
-        return TinyFlux.from_pretrained(wanted.init_from).float()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.training.seed)
-        return TinyFlux(_CONFIGS[wanted.preset](**wanted.changes()))
-
-
 def _check_data(model: TinyFlux, cache: FeatureCache) -> None:
-    for name, setting, axis in (
-        ("latents", "in_channels", 0),
-        ("prompt_embeds", "joint_attention_dim", -1),
-        ("pooled_prompt_embeds", "pooled_projection_dim", -1),
-        ("lune", "lune_expert_dim", -1),
-        ("sol_maps", "sol_spatial_size", -1),
-    ):
+    for setting, (name, axis) in SIZES.items():
         if name not in cache.shapes:
             continue
         size = cache.shapes[name][1:][axis]
         if size != model.config[setting]:
             raise SettingsError(
                 f"{cache.folder} has {name} of {size}, but the student's {setting} is "
-                f"{model.config[setting]}: choose the preset whose sizes these are"
+                f"{model.config[setting]}: these data are of other encoders or experts than the student"
             )
 
 
@@ -139,13 +119,18 @@ def _experts(settings: StudentSettings, caches: list[FeatureCache]) -> HybridPip
     live_maps = alignment.align_weight > 0 and alignment.align_maps == "live"
     if teachers.features == "cached" and not objective.distill_weight and not live_maps:
         return None
-    source = _pipeline_of(settings)
-    if source is None:
-        raise SettingsError("experts in the loop: say where Sol and Lune are with experts")
-    dtype = getattr(torch, teachers.experts_dtype)
-    pipe = HybridPipeline.from_pretrained(source, dtype=dtype)
-    for cache in caches:
-        check_shared_latents(cache.manifest, pipe.vae)
+    places = expert_places(settings)
+    if not places:
+        raise SettingsError("experts in the loop: say where Sol and Lune are with experts or experts_preset")
+    if objective.distill_weight:
+        for cache in caches:
+            check_distillable(cache.manifest)
+    pipe = HybridPipeline.from_pretrained(**places, dtype=getattr(torch, teachers.experts_dtype))
+    if objective.distill_weight:
+        if absent := [name for name in ("sol", "lune") if name not in pipe.expert_names]:
+            raise SettingsError(f"distill_weight needs Sol and Lune, and the experts have no {absent[0]}")
+        for cache in caches:
+            check_shared_latents(cache.manifest, pipe.vae)
     if not teachers.offload and torch.cuda.is_available():
         from accelerate import PartialState
 
@@ -153,17 +138,15 @@ def _experts(settings: StudentSettings, caches: list[FeatureCache]) -> HybridPip
     return pipe
 
 
-def _pipeline_of(settings: StudentSettings) -> str | None:
-    if settings.teachers.experts is not None:
-        return settings.teachers.experts
-    return str(experts_path()) if settings.model.preset == "demo" else None
-
-
 def _feature_teachers(
     settings: StudentSettings, data: MultiSource, pipe: HybridPipeline | None
 ) -> FeatureTeachers | None:
     if pipe is not None and settings.teachers.features == "live":
-        return LiveTeachers(ExpertFeatures.from_pipeline(pipe), offload=settings.teachers.offload)
+        return LiveTeachers(
+            ExpertFeatures.from_pipeline(pipe),
+            latents=known_latents(data, pipe.vae),
+            offload=settings.teachers.offload,
+        )
     return CachedTeachers(data) if data.has_lune or data.has_sol else None
 
 
@@ -179,7 +162,8 @@ def _map_teacher(
         raise SettingsError(f"align_block: {error}") from None
     if all(_same_text(cache, pipe) for cache in data.caches):
         expert.encode_prompt = None  # a batch has the experts' text states: nothing is encoded in a step
-    return LiveMaps(expert, offload=settings.teachers.offload)
+    latents = known_latents(data, pipe.vae)
+    return LiveMaps(expert, latents=latents, offload=settings.teachers.offload)
 
 
 def _same_text(cache: FeatureCache, pipe: HybridPipeline) -> bool:
@@ -189,44 +173,28 @@ def _same_text(cache: FeatureCache, pipe: HybridPipeline) -> bool:
     return (
         made.get("text_states") == "clip"
         and length == pipe.tokenizer.model_max_length
-        and made["clip"]["fingerprint"] == fingerprint(pipe.text_encoder)
+        and same_weights(made["clip"]["fingerprint"], portable_fingerprint(pipe.text_encoder))
     )
 
 
-def _painter(
-    settings: StudentSettings, model: TinyFlux, data: MultiSource, first: int, pipe: HybridPipeline | None
-) -> Any:
-    """Makes the sheet's pictures, or None where nothing says how to encode and decode."""
-    validation = settings.validation
-    source = validation.encoders or _pipeline_of(settings)
-    if source is None:
-        return None
-    count = min(_SHOWN, len(data) - first)
-    prompts = list(validation.prompts) or [data[first + i]["caption"] for i in range(count)]
-    if not prompts:
-        return None
-    found = StudentPipeline.from_pretrained(model, pipe or source, encoders=validation.encoders)
-    found.set_progress_bar_config(disable=True)
-    told = False  # of prompts that are cut
-
-    def paint(student: TinyFlux) -> list[Image.Image]:
-        found.encoders.to(student.device)  # the student is where it belongs
-        height, width = (side * found.encoders.scale for side in data[0]["latents"].shape[1:])
-        nonlocal told
-        with cut_silently() if told else nullcontext():
-            told = True
-            made = found(
-                prompts,
-                height,
-                width,
-                num_inference_steps=validation.num_inference_steps,
-                guidance_scale=validation.guidance_scale,
-                seed=list(range(len(prompts))),
-            )
-        assert not isinstance(made, tuple)
-        return made.images
-
-    return paint
+def remember(model: TinyFlux, cache: FeatureCache, settings: StudentSettings) -> None:
+    """Note in the student's config what it is trained on from here, for whoever samples with it."""
+    dropout = settings.objective.text_dropout
+    found = asdict(cache.manifest.latents) | {"sample_size": list(cache.shapes["latents"][2:])}
+    if model.config["text_dropout"] if dropout is None else dropout:
+        found["negative_prompt"] = None  # the null condition is learned
+    if (places := encoder_places(settings, cache)) is not None:
+        found["encoders"] = places
+    if settings.model.init_from is not None:
+        before = {name: model.config[name] for name in ("text_mask", "latent_shift")}
+        changed = [
+            f"{name} was {value}, now {found[name]}"
+            for name, value in before.items()
+            if value is not None and value != found[name]
+        ]
+        if changed:
+            say(f"{settings.model.init_from} was trained on other data than these: {'; '.join(changed)}")
+    model.register_to_config(**found)
 
 
 def _about(cache: FeatureCache) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from moe_sampler.data.captions import check_text
+from moe_sampler.loading.presets import PRESETS, preset
+from moe_sampler.pipelines.choices import any_of
 from moe_sampler.tinyflux.training.alignment_settings import AlignmentSettings
 from moe_sampler.tinyflux.training.objective_settings import ObjectiveSettings
 from moe_sampler.tinyflux.training.time_settings import TimeSettings
@@ -30,15 +32,32 @@ class ModelSettings:
     lune_dropout: Annotated[float | None, "Dropout of Lune's predictor. Default: the preset's"] = None
     use_lune_expert: Annotated[bool | None, "Whether the student takes Lune's features"] = None
     use_sol_prior: Annotated[bool | None, "Whether the student takes Sol's statistics and map"] = None
+    hidden_size: Annotated[
+        int | None, "Width of the token streams: heads times their width. Default: the preset's"
+    ] = None
+    num_attention_heads: Annotated[int | None, "Heads of every attention. Default: the preset's"] = None
+    attention_head_dim: Annotated[int | None, "Width of a head. Default: the preset's"] = None
+    axes_dims_rope: Annotated[
+        tuple[int, ...],
+        "Parts of a head's width that turn with index, y, x. Default: 1/8, 7/16, 7/16",
+    ] = ()
+    num_double_layers: Annotated[int | None, "Blocks with two streams. Default: the preset's"] = None
+    num_single_layers: Annotated[int | None, "Blocks with one stream. Default: the preset's"] = None
+    mlp_ratio: Annotated[float | None, "Inner width of the MLPs over hidden_size"] = None
+    lune_hidden_dim: Annotated[int | None, "Inner width of Lune's predictor"] = None
+    sol_hidden_dim: Annotated[int | None, "Inner width of Sol's predictors"] = None
+    in_channels: Annotated[int | None, "Channels of the latents. Default: the cache's"] = None
+    joint_attention_dim: Annotated[int | None, "Width of the text's states. Default: the cache's"] = None
+    pooled_projection_dim: Annotated[int | None, "Width of the pooled text. Default: the cache's"] = None
 
     def __post_init__(self) -> None:
         if self.init_from is not None and self.changes():
             raise SettingsError(f"init_from has a config of its own: leave out {', '.join(self.changes())}")
 
-    def changes(self) -> dict[str, bool | float]:
-        """What differs from the preset."""
-        names = ("qk_norm", "lune_dropout", "use_lune_expert", "use_sol_prior")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+    def changes(self) -> dict[str, Any]:
+        """What differs from the preset, as it was given."""
+        own = {field.name: getattr(self, field.name) for field in fields(self)[2:]}
+        return {name: value for name, value in own.items() if value not in (None, ())}
 
 
 @dataclass(frozen=True)
@@ -66,13 +85,35 @@ class TeacherSettings:
     ] = "cached"
     experts: Annotated[
         str | None,
-        "Pipeline folder or hub id with Sol and Lune, for live features and for distillation. Default: the "
-        "demo's where the student is the demo's",
+        "Pipeline folder or hub id with Sol and Lune, or of a Stable Diffusion base for sol and lune: for "
+        "live features and for distillation. Default: the demo's where the student is the demo's",
     ] = None
+    experts_preset: Annotated[str | None, f"Instead, experts by name: {any_of(PRESETS)}"] = None
+    sol: Annotated[
+        str | None, "Sol's weights: a folder, a .safetensors or .pt file, owner/name or owner/name:file"
+    ] = None
+    lune: Annotated[str | None, "Lune's weights, likewise"] = None
     experts_dtype: Annotated[
         Literal["float32", "float16", "bfloat16"], "Precision of experts in the loop"
     ] = "float32"
     offload: Annotated[bool, "Keep experts on the CPU and bring each to the device for its call"] = False
+
+    def __post_init__(self) -> None:
+        if self.experts_preset is not None:
+            try:
+                preset(self.experts_preset)
+            except ValueError as error:
+                raise SettingsError(f"experts_preset: {error}") from None
+
+    def places(self) -> dict[str, str]:
+        """Where the experts are, as `HybridPipeline.from_pretrained` takes it; empty where nothing says."""
+        found = {
+            "pretrained_model_name_or_path": self.experts,
+            "preset": self.experts_preset,
+            "sol": self.sol,
+            "lune": self.lune,
+        }
+        return {name: place for name, place in found.items() if place is not None}
 
 
 @dataclass(frozen=True)
@@ -88,8 +129,12 @@ class ValidationSettings:
     encoders: Annotated[
         str | None,
         "Pipeline folder or hub id with the student's VAE and text encoders, for the sheets. Default: the "
-        "teachers' experts; without either there are no sheets",
+        "teachers' experts, where they are the student's; without either there are no sheets",
     ] = None
+    vae: Annotated[str | None, "Another VAE, or a pipeline that has it"] = None
+    clip: Annotated[str | None, "Another CLIP text encoder, likewise"] = None
+    t5: Annotated[str | None, "T5 encoder, likewise. Default: that of encoders, if it has one"] = None
+    t5_length: Annotated[int | None, "Tokens of T5. Default: those of the cache"] = None
     num_inference_steps: Annotated[int, "Steps of the samples"] = 20
     guidance_scale: Annotated[float, "Guidance scale of the samples"] = 3.0
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_sampler._transfers import OnDevice, to_device
-from moe_sampler.loading.fingerprint import fingerprint
+from moe_sampler.loading.fingerprint import portable_fingerprint, same_weights
 from moe_sampler.pipelines.prompts import cut_silently
 from moe_sampler.tinyflux.features.cache_format import Manifest
 from moe_sampler.tinyflux.features.cache_read import (
@@ -26,7 +26,15 @@ from moe_sampler.tinyflux.features.cache_read import (
 from moe_sampler.tinyflux.features.extraction import ExpertFeatures, check_buckets
 from moe_sampler.training.draws import Draws
 
-__all__ = ["CachedTeachers", "FeatureTeachers", "LiveTeachers", "Taught", "check_shared_latents"]
+__all__ = [
+    "CachedTeachers",
+    "FeatureTeachers",
+    "LiveTeachers",
+    "Taught",
+    "check_distillable",
+    "check_shared_latents",
+    "known_latents",
+]
 
 
 class Taught(NamedTuple):
@@ -91,12 +99,13 @@ class CachedTeachers:
 class LiveTeachers:
     """The experts themselves, run on every batch, without a gradient and in their own dtype.
 
-    They see the very latent that the student sees: its noise, at its time. With `t_buckets` and `seed` they
-    say instead what a cache of these says, which costs two passes a batch and not one.
+    They see the very latent that the student sees: its noise, at its time; or, where their VAE is another
+    one, their own latent of the same picture at that time. With `t_buckets` and `seed` they say instead what
+    a cache of these says, which costs two passes a batch and not one.
 
     Args:
-        experts: of the student's latent space (`check_shared_latents`). If they have no text encoder, the
-            batch's `prompt_embeds` are taken for their text states.
+        experts: if they have no text encoder, the batch's `prompt_embeds` are taken for their text states.
+        latents: of the batch, those that the experts know, as `known_latents` finds them.
         t_buckets: times of the cache to match.
         seed: of that cache.
         offload: bring the experts to the batch's device for the call alone, and back.
@@ -112,6 +121,7 @@ class LiveTeachers:
         self,
         experts: ExpertFeatures,
         *,
+        latents: str = "latents",
         t_buckets: Sequence[float] | None = None,
         seed: int | None = None,
         offload: bool = False,
@@ -121,7 +131,7 @@ class LiveTeachers:
         if experts.convention != "sample":
             raise ValueError('live teachers need experts with convention="sample"')
         self.teaches = experts.teachers
-        self._experts, self._seed, self._offload = experts, seed, offload
+        self._experts, self._seed, self._offload, self._latents = experts, seed, offload, latents
         self._t_buckets = (
             None if t_buckets is None else torch.tensor(check_buckets(t_buckets), dtype=torch.float64)
         )
@@ -140,7 +150,7 @@ class LiveTeachers:
 
     def _extract(self, batch: Mapping[str, Any], seeds: Tensor, t: Tensor) -> list[Tensor | None]:
         text = expert_text(batch, self._experts.encode_prompt).to(batch["latents"].device)
-        found = self._experts(batch["latents"].float(), prompt_embeds=text, seeds=seeds, t=t)
+        found = self._experts(batch[self._latents].float(), prompt_embeds=text, seeds=seeds, t=t)
         return list(found)
 
     def _own(self, batch: Mapping[str, Any], t: Tensor, draws: Draws) -> list[Tensor | None]:
@@ -155,6 +165,38 @@ class LiveTeachers:
         return [None if part is None else between(part[:, 0], part[:, 1], weight) for part in found]
 
 
+def check_distillable(manifest: Manifest) -> None:
+    """Whether a cache's latents may be those of the experts it was made with, from what it says alone.
+
+    Raises:
+        ValueError: they aren't.
+    """
+    own, theirs = ((part or {}).get("vae") for part in (manifest.encoders, manifest.experts))
+    if own is not None and theirs is not None and not same_weights(own["fingerprint"], theirs["fingerprint"]):
+        raise ValueError(
+            "the student's latents are of another VAE than the experts', whose velocity says nothing there: "
+            "set distill_weight to 0; their features can teach it, cached or live"
+        )
+
+
+def known_latents(data: MultiSource, vae: nn.Module) -> str:
+    """What experts with this VAE can be run on: "latents", or the "expert_latents" of caches for a student
+    with another one.
+
+    Raises:
+        ValueError: neither, with what to do.
+    """
+    if data.has_expert_latents:
+        for cache in data.caches:
+            made_with = (cache.manifest.experts or {}).get("vae") or {}
+            if not same_weights(made_with.get("fingerprint", ""), portable_fingerprint(vae)):
+                raise ValueError(f"{cache.folder} was made with other experts, whose VAE was another one")
+        return "expert_latents"
+    for cache in data.caches:
+        check_shared_latents(cache.manifest, vae)
+    return "latents"
+
+
 def check_shared_latents(manifest: Manifest, vae: nn.Module) -> None:
     """Whether a cache's latents are those that experts with this VAE know.
 
@@ -167,10 +209,10 @@ def check_shared_latents(manifest: Manifest, vae: nn.Module) -> None:
             "the cache doesn't say which VAE made its latents, so experts can't be run on them: build it "
             "from images"
         )
-    if made_with["fingerprint"] != fingerprint(vae):
+    if not same_weights(made_with["fingerprint"], portable_fingerprint(vae)):
         raise ValueError(
             "the cache's latents were made with another VAE than the experts', so these can't be run on "
-            "them: build it with the experts' VAE for the student too"
+            "them: build it with these experts, which then see latents of their own"
         )
 
 

@@ -37,6 +37,7 @@ from moe_sampler.tinyflux.features.cache_read import FeatureCache, MultiSource, 
 from moe_sampler.tinyflux.features.cache_shards import KIND, build_shards
 from moe_sampler.tinyflux.features.encoders import StudentEncoders, TextEncoder, find_t5, load_vae
 from moe_sampler.tinyflux.features.extraction import ExpertFeatures
+from moe_sampler.tinyflux.training.teachers import check_shared_latents
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -819,3 +820,24 @@ def test_encoders_from_the_hub(tmp_path, monkeypatch, demo_pipeline):
         TextEncoder.load(CLIPTextModel, "owner/other")
     with pytest.raises(CheckpointError, match="there is no nowhere; give a folder"):
         TextEncoder.load(CLIPTextModel, "nowhere")
+
+
+def test_caches_of_two_precisions_go_together(tmp_path, encoders, demo_pipeline):
+    """As one built on a GPU in half precision and one built on a CPU do."""
+    other = copy_module.deepcopy(demo_pipeline).to(dtype=torch.bfloat16)
+    settings = SETTINGS | {"t_buckets": (0.5,)}
+    folders = {"whole": demo_pipeline, "half": other}
+    for name, pipe in folders.items():
+        teachers = Teachers.from_pipeline(pipe, ("lune",))
+        build_cache(tmp_path / name, DemoScenes(2), encoders, teachers, **settings)
+    whole, half = (FeatureCache(tmp_path / name) for name in folders)
+    assert "expert_latents" not in half.shapes  # the VAE's weights are the same
+    assert len(MultiSource([whole, half])) == 4
+    check_shared_latents(half.manifest, demo_pipeline.vae)
+    check_shared_latents(whole.manifest, other.vae)
+    with torch.no_grad():
+        other.unet_lune.conv_in.weight *= 1.1
+    tuned = Teachers.from_pipeline(other, ("lune",))
+    build_cache(tmp_path / "tuned", DemoScenes(2), encoders, tuned, **settings)
+    with pytest.raises(ValueError, match=r"differ in experts\.lune"):
+        MultiSource([whole, FeatureCache(tmp_path / "tuned")])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -167,3 +169,67 @@ def test_pickles_that_run_code_are_refused(tmp_path):
     (tmp_path / "out" / "encodings.pt").write_bytes(b"PK nonsense")
     with pytest.raises(CacheError, match=r"encodings\.pt is damaged"):
         import_upstream(tmp_path / "out", tmp_path / "back")
+
+
+def write_shards(folder, cache, state, size=3):
+    """As upstream's incremental builders leave them."""
+    export_upstream(cache, folder.with_name("whole"))
+    for kind in ("encodings", "lune", "sol"):
+        (folder / kind).mkdir(parents=True)
+        values = load(folder.with_name("whole") / f"{kind}.pt")
+        for i, first in enumerate(range(0, len(cache), size)):
+            part = {
+                name: value[first : first + size] if name not in ("t_buckets", "dtype") else value
+                for name, value in values.items()
+            }
+            part = {n: v.clone() if isinstance(v, torch.Tensor) else v for n, v in part.items()}
+            torch.save(part, folder / kind / f"shard_{i:04d}.pt")
+    common = {"name": "streamed", "n_samples": len(cache), "build_lune": True, "build_sol": True}
+    (folder / "state.json").write_text(json.dumps(common | state))
+
+
+STATES = {
+    "build_incremental": {"shard_size": 3, "completed_shards": [0, 1, 2]},
+    "build_streaming": {"chunk_size": 3, "completed_chunks": [0, 1, 2]},
+    "build_from_hf_dataset": {"chunk_size": 3, "enc_done": [0, 1, 2], "lune_done": [0, 1, 2]},
+}
+
+
+@pytest.mark.parametrize("builder", STATES)
+def test_shards_of_upstreams_builders(tmp_path, builder):
+    cache = make_cache(tmp_path / "castles")
+    write_shards(tmp_path / "up", cache, STATES[builder])
+    import_upstream(tmp_path / "up", tmp_path / "back", shard_size=4)
+    back = FeatureCache(tmp_path / "back")
+    assert len(back) == 7 and back.manifest.settings["source"]["name"] == "streamed"
+    for i in range(7):
+        before, after = cache[i], back[i]
+        assert before.pop("prompt_mask").shape == after.pop("prompt_mask").shape
+        assert before.pop("caption") == after.pop("caption")
+        assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
+
+
+def test_a_build_that_was_not_finished_is_refused(tmp_path, caplog):
+    write_shards(tmp_path / "up", make_cache(tmp_path / "castles"), STATES["build_incremental"])
+    (tmp_path / "up" / "lune" / "shard_0001.pt").rename(tmp_path / "kept.pt")
+    with pytest.raises(CacheError, match=r"lune lacks shard_0001\.pt: the build wasn't finished"):
+        import_upstream(tmp_path / "up", tmp_path / "back")
+    (tmp_path / "kept.pt").rename(tmp_path / "up" / "lune" / "shard_0001.pt")
+    state = json.loads((tmp_path / "up" / "state.json").read_text())
+    (tmp_path / "up" / "state.json").write_text(json.dumps(state | {"n_samples": 9}))
+    with pytest.raises(CacheError, match=r"has 7 samples, state\.json says 9"):
+        import_upstream(tmp_path / "up", tmp_path / "back")
+    # A stream that ended early is finished all the same.
+    streamed = state | {"n_samples": 9, "completed_chunks": [0, 1, 2]}
+    (tmp_path / "up" / "state.json").write_text(json.dumps(streamed))
+    assert import_upstream(tmp_path / "up", tmp_path / "back").length == 7
+    assert "7 samples of the 9" in caplog.text
+
+
+def test_captions_that_upstream_dropped_are_empty(tmp_path, caplog):
+    """As saving what its incremental builders return does."""
+    export_upstream(make_cache(tmp_path / "castles"), tmp_path / "out")
+    values = load(tmp_path / "out" / "encodings.pt")
+    torch.save(values | {"prompts": None}, tmp_path / "out" / "encodings.pt")
+    import_upstream(tmp_path / "out", tmp_path / "back")
+    assert "no captions" in caplog.text and FeatureCache(tmp_path / "back").caption(3) == ""

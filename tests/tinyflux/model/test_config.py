@@ -9,6 +9,7 @@ import pytest
 from moe_sampler.tinyflux import TinyFluxConfig
 
 KEYS = json.loads((Path(__file__).parents[2] / "fixtures/tinyflux_deep_keys.json").read_text())
+TRAINED_WITH = ("text_mask", "schedule", "latent_shift", "sample_size", "negative_prompt")
 OPTIONS = ("time_factor", "qk_norm", "head_temperature", "unit_mean_map", "null_condition", "text_dropout")
 
 
@@ -18,7 +19,7 @@ def test_upstreams_config_is_deep_v4():
 
 def test_new_models_differ_from_published_ones_in_every_option():
     new, published = TinyFluxConfig.deep().to_dict(), TinyFluxConfig.deep_v4().to_dict()
-    assert {name for name in new if new[name] != published[name]} == {*OPTIONS, "sol_qk_scale"}
+    assert {name for name in new if new[name] != published[name]} == {*OPTIONS, *TRAINED_WITH, "sol_qk_scale"}
     assert new == TinyFluxConfig().to_dict()
 
 
@@ -53,6 +54,9 @@ def test_demo_fits_the_demo_experts():
         ({"text_dropout": -0.1}, "text_dropout"),
         ({"time_factor": 0.0}, "time_factor"),
         ({"null_condition": "empty"}, "null_condition"),
+        ({"schedule": "middle"}, "schedule"),
+        ({"sample_size": (64,)}, "sample_size"),
+        ({"latent_scale": 0.0}, "latent_scale"),
     ],
 )
 def test_refusals(settings, message):
@@ -75,6 +79,17 @@ def test_upstreams_other_settings():
     assert config == TinyFluxConfig.deep_v4()
     with pytest.raises(ValueError, match="guidance_embeds"):
         TinyFluxConfig.from_dict({**KEYS["config"], "guidance_embeds": True})
+    # Upstream's model pools by attention whatever this says.
+    assert TinyFluxConfig.from_dict({**KEYS["config"], "t5_pool_mode": "mean"}) == config
+
+
+def test_upstreams_v3():
+    """It knew Lune alone, by another name."""
+    v3 = {"num_double_layers": 4, "use_expert_predictor": True, "expert_dim": 640, "expert_dropout": 0.2}
+    config = TinyFluxConfig.from_dict(v3 | {"guidance_embeds": False})
+    assert (config.use_lune_expert, config.lune_expert_dim, config.lune_dropout) == (True, 640, 0.2)
+    assert not config.use_sol_prior and not config.use_t5_vec and config.num_double_layers == 4
+    assert not TinyFluxConfig.from_dict(v3 | {"use_expert_predictor": False}).use_lune_expert
 
 
 def test_frozen():

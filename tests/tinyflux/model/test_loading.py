@@ -252,6 +252,64 @@ def test_nothing_there(tmp_path):
         load_tinyflux("nobody/has-this-student")  # offline
 
 
+def test_a_trainers_folder(tmp_path, published, averaged):
+    """Upstream's: `final`, or the last step's, or the best weights, with their averages."""
+    for kind in ("safetensors", "pt"):
+        folder = tmp_path / kind
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(UPSTREAM))
+
+        def write(name, model, folder=folder, kind=kind):
+            state = {n: tensor.clone() for n, tensor in model.state_dict().items()}
+            if kind == "pt":
+                torch.save({"model": state, "step": 3}, folder / f"{name}.pt")
+            else:
+                save_file(state, folder / f"{name}.safetensors")
+
+        for name in ("best", "epoch_2", "step_900"):
+            write(name, averaged)
+        write("step_1000", published)
+        save_file(averaged.state_dict(), folder / "step_1000_ema.safetensors")
+        save_file(published.state_dict(), folder / "best_ema.safetensors")
+        same(load_tinyflux(folder), published)
+        same(load_tinyflux(folder, ema=True), averaged)
+        write("final", averaged)
+        same(load_tinyflux(folder), averaged)
+        for name in (f"final.{kind}", f"step_1000.{kind}", f"step_900.{kind}", f"epoch_2.{kind}"):
+            (folder / name).unlink()
+        same(load_tinyflux(folder), averaged)
+
+
+def test_upstreams_v3(tmp_path):
+    """Its predictor has another name, and its gate one dimension."""
+    config = v4_config(use_sol_prior=False, use_t5_vec=False, sol_qk_scale=False, sol_hidden_dim=256)
+    model = trained(config)
+    state = {n.replace("lune_predictor", "expert_predictor"): t for n, t in model.state_dict().items()}
+    state["expert_predictor.expert_gate"] = state["expert_predictor.expert_gate"].view(1)
+    save_file(state, tmp_path / "model.safetensors")
+    same(load_tinyflux(tmp_path / "model.safetensors"), model)
+    names = {"lune_expert_dim": "expert_dim", "lune_hidden_dim": "expert_hidden_dim"}
+    own = [name for name in UPSTREAM if not name.startswith(("lune_", "sol_", "use_", "freeze_"))]
+    v3 = {name: config.to_dict()[name] for name in own} | {"use_expert_predictor": True}
+    v3 |= {old: getattr(config, name) for name, old in names.items()}
+    (tmp_path / "config.json").write_text(json.dumps(v3))
+    same(load_tinyflux(tmp_path), model)
+
+
+def test_a_file_on_the_hub_has_its_config_at_the_top(upstreams, published, monkeypatch):
+    import huggingface_hub
+
+    files = {"runs/step_7.safetensors": "model.safetensors", "config.json": "config.json"}
+
+    def download(repo, file, **_):
+        if file not in files:
+            raise EntryNotFoundError(file)
+        return str(upstreams / files[file])
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    same(TinyFlux.from_pretrained("owner/student:runs/step_7.safetensors"), published)
+
+
 # What is refused
 
 

@@ -16,7 +16,8 @@ from moe_sampler.cli import app
 from moe_sampler.demo import experts_path
 from moe_sampler.errors import NonFiniteError
 from moe_sampler.tinyflux import StudentEncoders, StudentPipeline, TinyFluxConfig, tinyflux_expert
-from moe_sampler.tinyflux.sampling.fitting import default_side, same_latents
+from moe_sampler.tinyflux.features.latent_space import same_latents
+from moe_sampler.tinyflux.sampling.fitting import default_side
 from moe_sampler.viewing.images import read_settings
 
 PROMPTS = ["a castle at dusk", "a portrait"]

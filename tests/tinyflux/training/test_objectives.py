@@ -480,3 +480,23 @@ def test_the_router_is_a_boundary_or_a_crossfade():
     hard = ObjectiveSettings(distill_handoff_start=0.7, distill_handoff_end=0.7).router()
     assert soft(0.81) == hard(0.71) == {"sol": 1.0} and soft(0.59) == hard(0.69) == {"lune": 1.0}
     assert 0 < soft(0.7)["sol"] < 1
+
+
+def test_dropout_of_lunes_predictor_is_drawn_by_place(batch):
+    """So two processes drop what one does, which torch's own generators would not."""
+    student = trained(new_config(lune_dropout=0.5)).train()
+    told = {"objective": plain(), "time": TIME, "teachers": Told(), "step": 3}
+
+    def errors(places: range) -> torch.Tensor:
+        rows = rows_of(batch, slice(places.start, places.stop))
+        return student_loss(student, student, rows, draws_of(places=places), **told).per_sample
+
+    whole = errors(range(COUNT))
+    torch.testing.assert_close(torch.cat([errors(range(2)), errors(range(2, COUNT))]), whole)
+    recorder = Recorder(student)
+    student_loss(recorder, student, batch, draws_of(), **told)
+    kept = recorder.calls[0][1]["lune_kept"]
+    assert kept.unique().tolist() == [0.0, 2.0] and 0.3 < (kept == 0).float().mean() < 0.7
+    student.eval()
+    student_loss(recorder, student, batch, draws_of(), **told)
+    assert "lune_kept" not in recorder.calls[1][1]

@@ -183,7 +183,7 @@ def test_validation_is_the_velocitys_error_on_held_out_samples(cache, tmp_path):
 def test_two_processes_train_as_one(cache, tmp_path, kind):
     """Twenty steps with the same global batch, by gloo. FSDP's checkpoint goes on in one process."""
     steps = 20 if kind == "DDP" else 3
-    changes = {"model": {"preset": "demo", "lune_dropout": 0.0}, "data": {"held_out": 0}}
+    changes = {"model": {"preset": "demo", "lune_dropout": 0.5}, "data": {"held_out": 0}}
     shared = {"max_train_steps": steps, "checkpointing_steps": steps}
     one = settings(cache, tmp_path / "one", training=shared | {"train_batch_size": 4}, **changes)
     two = tables(cache, tmp_path / "two", training=shared | {"train_batch_size": 2}, **changes)
@@ -233,7 +233,7 @@ def test_every_size_of_a_cache_is_the_students(cache, tmp_path):
         _check_data(model, data)
         data.shapes[name][axis] += 1
         wrong, right = data.shapes[name][axis], model.config[setting]
-        said = rf"has {name} of {wrong}, but the student's {setting} is {right}: choose the preset"
+        said = rf"has {name} of {wrong}, but the student's {setting} is {right}: these data are of other"
         with pytest.raises(SettingsError, match=said):
             _check_data(model, data)
         del data.shapes[name]  # what a cache doesn't have fits
