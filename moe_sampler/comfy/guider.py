@@ -18,8 +18,8 @@ __all__ = ["RoutedGuider"]
 class RoutedGuider(comfy.samplers.CFGGuider):
     """At each sigma of the first expert, the router's experts, each at the same noise level in its own terms.
 
-    Samplers work in the first expert's convention; the others get the state rescaled, which at the same ratio of
-    signal to noise is exact.
+    Samplers work in the first expert's convention; the others get the state rescaled, which at the same ratio
+    of signal to noise is exact.
     """
 
     def __init__(self, experts: Sequence[ExpertSetup], router: RouterSetup | None) -> None:

@@ -23,8 +23,8 @@ def sampled(
 
     Args:
         planned: the plan and its experts.
-        latent: a LATENT; its `noise_mask` says where it is changed, its `batch_index` which images of a larger
-            batch these are.
+        latent: a LATENT; its `noise_mask` says where it is changed, its `batch_index` which images of a
+            larger batch these are.
         seed: of the first image; the steps' own noise counts it up over the batch.
         own_noise: whether the run starts from this package's noise or from ComfyUI's.
     """

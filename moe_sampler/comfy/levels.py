@@ -1,8 +1,8 @@
-"""How a ComfyUI model was trained, read from its `model_sampling`: its sigmas and our levels are the same thing.
+"""How a ComfyUI model was trained, read from its `model_sampling`, whose sigmas are noise levels.
 
-ComfyUI tells a model the sigma of its own convention. Flow models (`CONST`) have x = (1 - sigma) x0 + sigma eps,
-as `FlowPath`. All others (eps, v, EDM, x0) have x = x0 + sigma eps; divided by sqrt(1 + sigma^2) that is a
-`VPPath`. What a model predicts need not be known: ComfyUI turns it into x0.
+ComfyUI tells a model the sigma of its own convention. Flow models (`CONST`) have x = (1 - sigma) x0 +
+sigma eps, as `FlowPath`. All others (eps, v, EDM, x0) have x = x0 + sigma eps; divided by sqrt(1 + sigma^2)
+that is a `VPPath`. What a model predicts need not be known: ComfyUI turns it into x0.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class ModelLevels:
 
     Args:
         path: for the planner.
-        shift: k of the shifted sigmas that the model was trained or patched to be sampled with; 1 where there is
-            none.
+        shift: k of the shifted sigmas that the model was trained or patched to be sampled with; 1 where there
+            is none.
     """
 
     path: VPPath | FlowPath
@@ -67,7 +67,7 @@ class ModelLevels:
         return torch.from_numpy(np.log(self.path.sigmas) - np.log(self.path.alphas))
 
     def sigma(self, timestep: torch.Tensor) -> torch.Tensor:
-        """0-d float32: the model's sigma at one of the path's timesteps (0-d), without waiting for the device."""
+        """0-d float32: the model's sigma at a timestep of the path (0-d). It doesn't wait for the device."""
         if isinstance(self.path, FlowPath):
             return (timestep.double() / self.path.timestep_scale).float()
         table = self._log_sigmas.to(timestep.device)

@@ -30,8 +30,9 @@ class MoEExpert(io.ComfyNode):
             node_id="MoEExpert",
             display_name="MoE Expert",
             category=CATEGORY,
-            description="A model with its conditioning, guidance and solver, as one expert of a run. How it was "
-            "trained (eps, v, flow, zero SNR; its shift) is read from the model. Chain experts from noise to data.",
+            description="A model with its conditioning, guidance and solver, as one expert of a run. How it "
+            "was trained (eps, v, flow, zero SNR; its shift) is read from the model. Chain experts from "
+            "noise to data.",
             inputs=[
                 io.Model.Input("model"),
                 io.Conditioning.Input("positive"),
@@ -101,8 +102,8 @@ class MoERouter(io.ComfyNode):
             node_id="MoERouter",
             display_name="MoE Router",
             category=CATEGORY,
-            description="Who works when, by noise level (1 is pure noise, 0 the image), so that it stays right under "
-            "any step count and shift.",
+            description="Who works when, by noise level (1 is pure noise, 0 the image), so that it stays "
+            "right under any step count and shift.",
             inputs=[
                 io.Combo.Input("kind", options=list(_KINDS), default="handoff"),
                 io.Float.Input(
@@ -120,7 +121,7 @@ class MoERouter(io.ComfyNode):
                     "spans",
                     default="",
                     placeholder="first 0.7 second 0.4 third 0",
-                    tooltip="For any number of experts: each one's name and the noise level its span ends at.",
+                    tooltip="For any number of experts: each one's name and the noise level it ends at.",
                 ),
             ],
             outputs=[Router.Output(display_name="router")],
@@ -142,8 +143,8 @@ class MoEPlan(io.ComfyNode):
             node_id="MoEPlan",
             display_name="MoE Plan",
             category=CATEGORY,
-            description="Compiles the run of some experts, and shows it: every step's noise level, who works there, "
-            "guidance and solver.",
+            description="Compiles the run of some experts, and shows it: every step's noise level, who works "
+            "there, guidance and solver.",
             is_output_node=True,
             inputs=[
                 Experts.Input("experts"),
@@ -189,8 +190,8 @@ class MoESampler(io.ComfyNode):
             node_id="MoESampler",
             display_name="MoE Sampler",
             category=CATEGORY,
-            description="Runs a plan: each step is one call of a model and one fused update. An expert is loaded when "
-            "its part begins.",
+            description="Runs a plan: each step is one call of a model and one fused update. An expert is "
+            "loaded when its part begins.",
             inputs=[
                 Plan.Input("plan"),
                 io.Latent.Input("latent_image"),
@@ -199,8 +200,8 @@ class MoESampler(io.ComfyNode):
                     "noise",
                     options=[_COMFYS, _OWN],
                     default=_COMFYS,
-                    tooltip="ComfyUI: what its own samplers start from. moe-sampler: what our command and pipeline "
-                    "start from, where every image of a batch has a seed of its own, counted up.",
+                    tooltip="ComfyUI: what its own samplers start from. moe-sampler: what the package's "
+                    "command and pipeline start from: each image of a batch has a seed, counted up.",
                 ),
             ],
             outputs=[
@@ -227,8 +228,9 @@ class MoEGuider(io.ComfyNode):
             node_id="MoEGuider",
             display_name="MoE Guider",
             category=CATEGORY,
-            description="The routed experts as a GUIDER, for SamplerCustomAdvanced with any sampler and scheduler. "
-            "Give the scheduler the first expert's model. Solvers, steps and shifts of the experts don't count here.",
+            description="The routed experts as a GUIDER, for SamplerCustomAdvanced with any sampler and "
+            "scheduler. Give the scheduler the first expert's model. Solvers, steps and shifts of the "
+            "experts don't count here.",
             inputs=[Experts.Input("experts"), Router.Input("router", optional=True)],
             outputs=[io.Guider.Output()],
         )
@@ -255,16 +257,16 @@ class LoadSolLune(io.ComfyNode):
             node_id="LoadSolLune",
             display_name="Load Sol/Lune",
             category=CATEGORY,
-            description="Sol (v-prediction, linear betas) or Lune (rectified flow, shift 2) as a model that is "
-            "sampled as it was trained. Text encoder and VAE are Stable Diffusion 1.5's.",
+            description="Sol (v-prediction, linear betas) or Lune (rectified flow, shift 2) as a model that "
+            "is sampled as it was trained. Text encoder and VAE are Stable Diffusion 1.5's.",
             inputs=[
                 io.Combo.Input("expert", options=["sol", "lune"]),
                 io.Combo.Input(
                     "file",
                     options=[_PUBLISHED, *dict.fromkeys(files)],
                     default=_PUBLISHED,
-                    tooltip="Of models/diffusion_models or models/checkpoints: diffusers' or the original names, or a "
-                    "trainer's .pt. The published files are 1.7 GB each.",
+                    tooltip="Of models/diffusion_models or models/checkpoints: diffusers' or the original "
+                    "names, or a trainer's .pt.",
                 ),
             ],
             outputs=[io.Model.Output()],

@@ -1,8 +1,8 @@
 """Experts that ComfyUI has made ready: loaded, patched, their conditioning and ControlNets prepared.
 
-ComfyUI readies a model around a sampler's run (`CFGGuider.sample`), with every hook and patch that a MODEL may
-carry, and clears it up afterwards. So each expert is opened by a sampler that runs what is to be done inside it; a
-second one is opened inside the first.
+ComfyUI readies a model around a sampler's run (`CFGGuider.sample`), with every hook and patch that a MODEL
+may carry, and clears it up afterwards. So each expert is opened by a sampler that runs what is to be done
+inside it; a second one is opened inside the first.
 """
 
 from __future__ import annotations
@@ -81,7 +81,10 @@ class OpenExpert:
 
 
 def load(guider: Any, shape: Sequence[int]) -> None:
-    """An open guider's model back onto the device, if another's arrival drove it away. shape: of the latents."""
+    """An open guider's model back onto the device, if another's arrival drove it away.
+
+    shape: of the latents.
+    """
     patcher = guider.model_patcher
     comfy.sampler_helpers.prepare_sampling(patcher, shape, guider.conds, guider.model_options)
     patcher.model.current_patcher = patcher  # two experts may be one model with different patches
@@ -122,7 +125,7 @@ def opened(
 
     Args:
         experts: at least one.
-        sigmas: by name, the run's levels as each model calls them; some patches look where they are among them.
+        sigmas: by name, the run's levels as each model calls them; some patches look where in them they are.
         work: the run.
         inside: what is to be done.
     """

@@ -38,8 +38,13 @@ class _Models:
 
     def __init__(self, run: PlannedRun, batch: int) -> None:
         self.open = {setup.name: OpenExpert(setup) for setup in run.experts}
-        self.stage: tuple[str, ...] = ()
-        self._batch, self._loaded = batch, ""
+        self._batch = batch
+        self.enter(())
+
+    def enter(self, names: Sequence[str]) -> list[OpenExpert]:
+        """Those that are to be opened for a stage. The last one opened is the one sure to be loaded."""
+        self._shared, self._loaded = len(names) > 1, names[-1] if names else ""
+        return [self.open[name] for name in names]
 
     def experts(self) -> list:
         return [own.setup.expert(self._model(own)) for own in self.open.values()]
@@ -49,7 +54,7 @@ class _Models:
 
         def model(sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
             x, guided = sample[: self._batch], sample.shape[0] > self._batch
-            if len(self.stage) > 1 and self._loaded != setup.name:
+            if self._shared and self._loaded != setup.name:
                 load(expert.guider, x.shape)
             self._loaded = setup.name
             sigma = levels.sigma(timestep)
@@ -97,13 +102,12 @@ def run(planned: PlannedRun, work: Work, seeds: Sequence[int], callback: Callbac
         )
 
     for names, until in _stages(plan):
-        models.stage = names
 
         def advance(latent: torch.Tensor, noise: torch.Tensor, until: int = until) -> None:
             if not running:
                 running.append(begin(latent, noise))
             running[0].advance(until)
 
-        opened([models.open[name] for name in names], sigmas, work, advance)
+        opened(models.enter(names), sigmas, work, advance)
     running[0].check()
     return running[0].x

@@ -59,7 +59,7 @@ class ExpertSetup:
         return ModelLevels.of(self.model.get_model_object("model_sampling"))
 
     def expert(self, model: Any = None) -> Expert:
-        """For the planner, and with its model for the loop. All experts predict x0: that is what ComfyUI gives."""
+        """For the planner, and with its model for the loop. All predict x0: that is what ComfyUI gives."""
         return Expert(
             self.name,
             self.levels.path,
@@ -136,8 +136,8 @@ def check_together(experts: Sequence[ExpertSetup]) -> None:
     for name in others:
         if spaces[name] != spaces[first]:
             raise ValueError(
-                f"{first} works on {_said(spaces[first])} and {name} on {_said(spaces[name])}: experts must share "
-                "one latent space"
+                f"{first} works on {_said(spaces[first])} and {name} on {_said(spaces[name])}: experts must "
+                "share one latent space"
             )
 
 

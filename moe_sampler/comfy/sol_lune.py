@@ -1,4 +1,4 @@
-"""Our loader to a ComfyUI MODEL: Sol, Lune and others of Stable Diffusion 1.5's shape, from any of their files."""
+"""From any file of Sol, Lune or another expert of Stable Diffusion 1.5's shape to a ComfyUI MODEL."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def missing() -> str:
     """Why the real thing can't be tested against here; empty if it can."""
     where = os.environ.get(WHERE)
     if not where:
-        return f"{WHERE} says where ComfyUI's source is ({PYTHON}: its Python, if it isn't this one): it isn't set"
+        return f"{WHERE} isn't set: it says where ComfyUI's source is ({PYTHON}: its Python, if not this one)"
     return "" if (Path(where) / "main.py").is_file() else f"{WHERE} is {where}, which has no main.py"
 
 

@@ -20,10 +20,10 @@ class ConditioningFromFile(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, file, width, height):
+    def execute(cls, file):
         tensors = load_file(f"{folder_paths.get_input_directory()}/{file}")
         cross = tensors.pop("cross")
-        return io.NodeOutput([[cross, {**tensors, "width": width, "height": height}]])
+        return io.NodeOutput([[cross, {**tensors, "width": 64, "height": 64}]])
 
 
 class Nodes(ComfyExtension):

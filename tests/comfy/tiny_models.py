@@ -1,4 +1,4 @@
-"""Models as small as ComfyUI still recognises, with random weights: as diffusers has them, and as single files."""
+"""Models as small as ComfyUI still knows, with random weights: as diffusers has them, and as single files."""
 
 from __future__ import annotations
 
