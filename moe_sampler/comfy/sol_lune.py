@@ -77,9 +77,12 @@ def with_training(model: Any, training: Mapping[str, Any]) -> Any:
 
 def _original_names(tensors: Mapping[str, torch.Tensor], where: str) -> dict[str, torch.Tensor]:
     """A UNet's tensors by Stable Diffusion's original names, from those or from diffusers'."""
+    if any(key.startswith("input_blocks.") for key in tensors):
+        return dict(tensors)
     prefix = "model.diffusion_model."
-    if any(key.startswith((prefix, "input_blocks.")) for key in tensors):
-        return {key.removeprefix(prefix): value for key, value in tensors.items()}
+    whole = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    if whole:  # a checkpoint, whose other parts are other nodes' business
+        return whole
     names = comfy.utils.unet_to_diffusers(_blocks(tensors))
     refuse(where, "UNet", {"unexpected": sorted(key for key in tensors if key not in names)})
     return {names[key]: value for key, value in tensors.items()}

@@ -97,6 +97,26 @@ class ComfyUI:
             raise RuntimeError(error.read().decode()) from None
         return json.loads(said) if said else None
 
+    def as_posted(self, workflow: Mapping[str, Any]) -> dict[str, Any]:
+        """A workflow as files have it, in the API's format: what a page that shows it would post."""
+        known = self.get("/object_info")
+        links = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
+        posted = {}
+        for node in workflow["nodes"]:
+            about = known[node["type"]]
+            wired = {slot["name"]: links[slot["link"]] for slot in node["inputs"] if slot["link"] is not None}
+            values, settings = iter(node["widgets_values"]), {}
+            for group in ("required", "optional"):
+                for name in about["input_order"].get(group, ()):
+                    kind, options = (*about["input"][group][name], {})[:2]
+                    if isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"):
+                        settings[name] = next(values)
+                        if options.get("control_after_generate"):
+                            next(values)
+            assert next(values, None) is None
+            posted[str(node["id"])] = {"class_type": node["type"], "inputs": settings | wired}
+        return posted
+
     def start(self, workflow: Mapping[str, Any]) -> str:
         """The number of a workflow, in the API's format, that is now in the queue."""
         return self.post("/prompt", {"prompt": workflow, "client_id": self.client})["prompt_id"]

@@ -11,11 +11,7 @@ class ConditioningFromFile(io.ComfyNode):
         return io.Schema(
             node_id="ConditioningFromFile",
             category="tests",
-            inputs=[
-                io.String.Input("file"),
-                io.Int.Input("width", default=64),
-                io.Int.Input("height", default=64),
-            ],
+            inputs=[io.String.Input("file")],
             outputs=[io.Conditioning.Output()],
         )
 
