@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 
 import torch
 
@@ -12,7 +13,7 @@ from ..sampling.plan import SamplingPlan
 from .opened import OpenExpert, Work, load, opened
 from .setups import PlannedRun
 
-__all__ = ["noise_of_seeds", "run"]
+__all__ = ["noise_of_seeds", "run", "state_device"]
 
 Callback = Callable[[int, torch.Tensor, torch.Tensor, int], None]
 
@@ -22,6 +23,13 @@ def noise_of_seeds(shape: Sequence[int], seeds: Sequence[int]) -> torch.Tensor:
     from moe_sampler.kernels import philox_normal
 
     return philox_normal(tuple(shape), seeds, stream=INITIAL_NOISE_STREAM)
+
+
+def state_device(device: torch.device) -> torch.device:
+    """Where the state is kept while a model works on `device`: there, if the fused step runs there, else on
+    the CPU. A step then moves one latent each way, which is nothing next to a model's call."""
+    fused = device.type == "cpu" or (device.type == "cuda" and find_spec("triton") is not None)
+    return device if fused else torch.device("cpu")
 
 
 def _stages(plan: SamplingPlan) -> Iterator[tuple[tuple[str, ...], int]]:
@@ -53,12 +61,15 @@ class _Models:
         setup, levels = expert.setup, expert.setup.levels
 
         def model(sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-            x, guided = sample[: self._batch], sample.shape[0] > self._batch
+            guided = sample.shape[0] > self._batch
+            x = sample[: self._batch].to(setup.model.load_device)
             if self._shared and self._loaded != setup.name:
                 load(expert.guider, x.shape)
             self._loaded = setup.name
-            sigma = levels.sigma(timestep)
-            x0 = expert.x0(levels.scaled(x, sigma), sigma, setup.guidance if guided else 1.0)
+            sigma = levels.sigma(timestep).to(x.device)
+            x0 = expert.x0(levels.scaled(x, sigma), sigma, setup.guidance if guided else 1.0).to(
+                sample.device
+            )
             # ComfyUI guides; the row then takes g x0 + (1 - g) x0.
             return torch.cat([x0, x0]) if guided else x0
 
@@ -89,8 +100,9 @@ def run(planned: PlannedRun, work: Work, seeds: Sequence[int], callback: Callbac
     running: list[SamplingRun] = []
 
     def begin(latent: torch.Tensor, noise: torch.Tensor) -> SamplingRun:
-        noise = noise.float()
-        x = noised(plan, latent.float(), noise=noise) if plan.from_image else noise * plan.initial_scale
+        device = state_device(noise.device)
+        noise, latent = noise.to(device, torch.float32), latent.to(device, torch.float32)
+        x = noised(plan, latent, noise=noise) if plan.from_image else noise * plan.initial_scale
         return SamplingRun(
             plan,
             models.experts(),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import types
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -95,7 +95,7 @@ class Model:
     x0: Any
     model_sampling: Any
     latent_format: LatentFormat = field(default_factory=LatentFormat)
-    load_device: torch.device = torch.device("cpu")
+    load_device: str = "cpu"
     calls: list[tuple[float, float]] = field(default_factory=list)
     """(sigma, guidance) of every call."""
 
@@ -107,7 +107,7 @@ class Model:
 
 
 class CFGGuider:
-    opened: list[Model] = []
+    opened: ClassVar[list[Model]] = []
     """Every MODEL that was made ready, in order."""
 
     def __init__(self, model_patcher: Model) -> None:

@@ -418,6 +418,32 @@ def test_an_interrupted_run_leaves_everything_in_order(comfyui, pipeline):
     assert saved(comfyui.run(texts(**nodes))["made"]).isfinite().all()
 
 
+def test_the_example_workflows(comfyui, pipeline):
+    """As a page would post them; that for Sol and Lune is run, with small files in place of the real ones."""
+    files = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in EXAMPLES.glob("*.json")}
+    assert set(files) == {"Sol to Lune", "SDXL base to refiner", "Wan 2.2 text to video"}
+    for name, workflow in files.items():
+        posted = comfyui.as_posted(workflow)
+        if name == "Sol to Lune":
+            for node in posted.values():
+                small = {
+                    "CheckpointLoaderSimple": {"ckpt_name": "sd15.safetensors"},
+                    "EmptyLatentImage": {"width": 64, "height": 64},
+                    "LoadSolLune": {"file": f"{node['inputs'].get('expert')}.safetensors"},
+                    "MoEPlan": {"steps": 4},
+                }
+                node["inputs"] |= small.get(node["class_type"], {})
+            made = comfyui.run(posted)
+            kinds = sorted(posted[node]["class_type"] for node, shown in made.items() if shown)
+            assert kinds == ["MoEPlan", "SaveImage"]
+            continue
+        with pytest.raises(RuntimeError) as refused:
+            comfyui.run(posted)
+        wrong = json.loads(str(refused.value))["node_errors"].values()
+        # Nothing is wrong but that the files aren't there.
+        assert {error["type"] for node in wrong for error in node["errors"]} == {"value_not_in_list"}
+
+
 def conditioning(
     comfyui, name: str, seed: int, tokens: int, width: int, pooled: int = 0
 ) -> tuple[dict, dict]:

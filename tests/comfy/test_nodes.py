@@ -1,9 +1,10 @@
-"""The nodes' own logic, over small stand-ins of ComfyUI, against this package's sampling and exact experts."""
+"""The nodes' own logic, over stand-ins of ComfyUI, against this package's sampling and exact experts."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -333,6 +334,16 @@ def test_patches_are_told_the_runs_sigmas(sol, lune, monkeypatch):
             assert (sigmas - sigma).abs().min() <= 1e-5 * sigma
 
 
+def test_the_state_stays_where_the_fused_step_runs(monkeypatch):
+    from moe_sampler.comfy import running
+
+    cpu, mps, cuda = (torch.device(kind) for kind in ("cpu", "mps", "cuda"))
+    for there in (True, False):
+        monkeypatch.setattr(running, "find_spec", lambda name, there=there: there or None)
+        assert running.state_device(cpu) == running.state_device(mps) == cpu
+        assert running.state_device(cuda) == (cuda if there else cpu)
+
+
 def test_an_interrupt_stops_between_two_calls(sol, lune, monkeypatch):
     monkeypatch.setattr(stand_ins, "interrupted", True)
     setups = [setup("sol", sol, solver="ddim"), setup("lune", lune, solver="euler")]
@@ -352,7 +363,7 @@ class Euler:
 
     def sample(self, model, sigmas, arguments, callback, noise, latent, mask, disable):
         x = noise * (1.0 if self.flow else (1.0 + sigmas[0] ** 2).sqrt())
-        for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+        for sigma, following in itertools.pairwise(sigmas):
             x0 = model(x, sigma.expand(len(x)), arguments["model_options"], arguments["seed"])
             x = x0 + (x - x0) * (following / sigma)
         return x
@@ -386,7 +397,6 @@ def test_the_guider_routes_by_noise_level(sol, lune, gentle_mixture, first, rout
             own = gentle_mixture.x0(x, level.alpha, level.sigma)
             x0 = x0 + weight * own * (0.8 + guidance[name] * 0.2)
         x = target.alpha * x0 + target.sigma * (x - level.alpha * x0) / level.sigma
-    # A flow's pure noise is all noise; the path's first level has a little signal, so what begins differs by that.
     same(made, (x / 0.5).float())
 
 
@@ -553,7 +563,7 @@ print(json.dumps([sorted(quiet), new, sorted(heavy), moe_sampler.__file__, moe_s
 
 
 def test_sampling_needs_nothing_that_comfyui_does_not_bring(tmp_path):
-    """torch, numpy, Pillow, safetensors: a plan, its drawing and a run without diffusers, accelerate or rich."""
+    """A plan, its drawing and a run without diffusers, accelerate or rich."""
     fresh(
         LIKE_COMFYUI
         + """
