@@ -281,14 +281,8 @@ def test_patches_and_regions_are_honoured(comfyui, pipeline):
         region={
             "class_type": "ConditioningSetArea",
             "inputs": {
-                **{
-                    "conditioning": ["negative", 0],
-                    "width": 32,
-                    "height": 64,
-                    "x": 32,
-                    "y": 0,
-                    "strength": 1.0,
-                }
+                **{"conditioning": ["negative", 0], "width": 64, "height": 128, "x": 64, "y": 0},
+                "strength": 1.0,
             },
         },
         early={
