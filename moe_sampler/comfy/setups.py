@@ -10,6 +10,7 @@ from typing import Any
 from ..sampling.experts import Expert
 from ..sampling.planner import SamplingPlan, plan
 from ..sampling.routers import Boundary, Crossfade, Router, Spans
+from ..sampling.solvers import Solver
 from .levels import ModelLevels
 
 __all__ = ["ROUTERS", "ExpertSetup", "PlannedRun", "RouterSetup", "check_together", "planned"]
@@ -40,7 +41,7 @@ class ExpertSetup:
     positive: Any
     negative: Any = None
     guidance: float = 1.0
-    solver: str = "dpmpp_2m"
+    solver: Solver = "dpmpp_2m"
     eta: float = 0.0
     steps: int = 0
     shift: float = 0.0
@@ -108,9 +109,10 @@ class RouterSetup:
             raise ValueError(
                 f'"{self.kind}" is between two experts, but there are {", ".join(names)}: use "spans"'
             )
+        first, then = names
         if self.kind == "crossfade":
-            return Crossfade(*names, self.at, self.until)
-        return Boundary(*names, WAN_BOUNDARIES.get(self.kind, self.at))
+            return Crossfade(first, then, self.at, self.until)
+        return Boundary(first, then, WAN_BOUNDARIES.get(self.kind, self.at))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from ..loading.marks import MARK_TENSORS
 from ..loading.presets import ExpertSource
 from ..loading.state_dicts import check_fit, read_tensors, refuse, without_wrappers
 from ..sampling.experts import Expert
-from ..sampling.paths import VPPath
+from ..sampling.paths import FlowPath, VPPath
 
 __all__ = ["load_expert", "with_training"]
 
@@ -57,22 +57,23 @@ def with_training(model: Any, training: Mapping[str, Any]) -> Any:
         "flow_prediction": comfy.model_sampling.CONST,
         "sample": comfy.model_sampling.X0,
     }
-    path = expert.path
-    discrete = isinstance(path, VPPath)
-    base = (
-        comfy.model_sampling.ModelSamplingDiscrete
-        if discrete
-        else comfy.model_sampling.ModelSamplingDiscreteFlow
-    )
-    sampling = type("ModelSampling", (base, kinds[expert.prediction]), {})(model.model.model_config)
-    if discrete:
+    path, kind = expert.path, kinds[expert.prediction]
+    if isinstance(path, VPPath):
+        sampling = _sampling(comfy.model_sampling.ModelSamplingDiscrete, kind, model)
         signal = np.maximum(path.alphas**2, _SMALLEST_SIGNAL)
         sampling.set_sigmas(torch.from_numpy(np.sqrt((1.0 - signal) / signal)))
     else:
+        assert isinstance(path, FlowPath)  # a scheduler config makes one of the two
+        sampling = _sampling(comfy.model_sampling.ModelSamplingDiscreteFlow, kind, model)
         sampling.set_parameters(shift=expert.shift, multiplier=path.timestep_scale)
     patched = model.clone()
     patched.add_object_patch("model_sampling", sampling)
     return patched
+
+
+def _sampling(schedule: type, kind: type, model: Any) -> Any:
+    """As ComfyUI puts them together."""
+    return type("ModelSampling", (schedule, kind), {})(model.model.model_config)
 
 
 def _original_names(tensors: Mapping[str, torch.Tensor], where: str) -> dict[str, torch.Tensor]:
