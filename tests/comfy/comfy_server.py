@@ -133,7 +133,7 @@ class ComfyUI:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[Iterator[dict[str, Any]]]:
-        """What the server tells a page that shows it, as it comes: its text messages."""
+        """What the server tells a page that shows it, as it comes: messages and previews."""
         host, port = self._address.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=300) as wire:
             key = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="
@@ -160,6 +160,8 @@ class ComfyUI:
             body = stream.read(length)
             if kind & 0x0F == 1:
                 yield json.loads(body)
+            elif kind & 0x0F == 2:
+                yield {"type": "preview"}
 
     def run(self, workflow: Mapping[str, Any]) -> dict[str, list[Path]]:
         """The files that a workflow's nodes wrote, by node."""

@@ -1,6 +1,7 @@
-"""A ComfyUI node that only tests use: conditioning out of a file, instead of text encoders of gigabytes."""
+"""ComfyUI nodes for tests: conditioning out of a file, not from text encoders of gigabytes; sigmas as written."""
 
 import folder_paths
+import torch
 from comfy_api.latest import ComfyExtension, io
 from safetensors.torch import load_file
 
@@ -22,9 +23,24 @@ class ConditioningFromFile(io.ComfyNode):
         return io.NodeOutput([[cross, {**tensors, "width": 64, "height": 64}]])
 
 
+class WrittenSigmas(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="WrittenSigmas",
+            category="tests",
+            inputs=[io.String.Input("sigmas")],
+            outputs=[io.Sigmas.Output()],
+        )
+
+    @classmethod
+    def execute(cls, sigmas):
+        return io.NodeOutput(torch.tensor([float(sigma) for sigma in sigmas.split()]))
+
+
 class Nodes(ComfyExtension):
     async def get_node_list(self):
-        return [ConditioningFromFile]
+        return [ConditioningFromFile, WrittenSigmas]
 
 
 async def comfy_entrypoint():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import os
@@ -212,6 +213,49 @@ def test_a_checkpoints_own_model_fades_into_lune(comfyui, pipeline):
     assert_same_pictures(files["saved"], made.images)
 
 
+def test_a_checkpoint_fades_into_itself_with_a_lora(comfyui, pipeline):
+    """Two MODELs that are one network, whose weights ComfyUI patches in place and back, call by call."""
+    layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v"
+    draw = torch.Generator().manual_seed(40)
+    up, down = (torch.randn(shape, generator=draw) / 4 for shape in ((320, 4), (4, 768)))
+    name = f"lora_unet_{layer.replace('.', '_')}"
+    lora = {
+        f"{name}.lora_up.weight": up,
+        f"{name}.lora_down.weight": down,
+        f"{name}.alpha": torch.tensor(4.0),
+    }
+    save_file(lora, comfyui.put("loras", "style.safetensors"))
+    styled = copy.deepcopy(pipeline.unet_sd15)
+    styled.get_submodule(layer).weight.data += up @ down
+    both = {"plain": pipeline.unet_sd15, "styled": styled}
+    parts = {f"unet_{name}": unet for name, unet in both.items()}
+    parts |= {f"scheduler_{name}": pipeline.scheduler_sd15 for name in both}
+    own = HybridPipeline(pipeline.vae, pipeline.text_encoder, pipeline.tokenizer, **parts)
+    own.set_progress_bar_config(disable=True)
+    model = {"model": ["base", 0], "lora_name": "style.safetensors", "strength_model": 1.0}
+    workflow = texts(
+        patched={"class_type": "LoraLoaderModelOnly", "inputs": model},
+        plain=expert("plain", ["base", 0], solver="ddim"),
+        styled=expert("styled", ["patched", 0], after="plain", solver="ddim"),
+        router=router(kind="crossfade", at=0.9, until=0.2),
+        plan=plan("styled", steps=4),
+        sampler=sampler(2),
+        **decoded(),
+    )
+    files = comfyui.run(workflow)
+    experts = own.experts(guidance_scale=1.0, solver="ddim")
+    pictures = [
+        own(PROMPT, num_images_per_prompt=2, plan=compiled, seed=2).images
+        for compiled in (
+            compile_plan(experts, Crossfade("plain", "styled", 0.9, 0.2), steps=4),
+            compile_plan(experts[0], steps=4),
+        )
+    ]
+    assert_same_pictures(files["saved"], pictures[0])
+    with pytest.raises(AssertionError):
+        assert_same_pictures(files["saved"], pictures[1])
+
+
 def test_stock_samplers_work_on_the_guider(comfyui, pipeline):
     """ComfyUI's Euler on sigmas is DDIM on the same noise levels, whoever predicts there."""
     levels = [VPPath.linear().level(t) for t in (999, 850, 700, 450, 300, 150)]
@@ -223,7 +267,7 @@ def test_stock_samplers_work_on_the_guider(comfyui, pipeline):
         lune=expert("lune", ["lune_model", 0], after="sol", guidance=2.0),
         router=router(at=0.6),
         guider={"class_type": "MoEGuider", "inputs": {"experts": ["lune", 0], "router": ["router", 0]}},
-        sigmas=manual_sigmas([*sigmas, 0.0]),
+        sigmas=written([*sigmas, 0.0]),
         **custom_sampler("guider", seed=9),
         **decoded("sampler"),
     )
@@ -240,8 +284,8 @@ def test_stock_samplers_work_on_the_guider(comfyui, pipeline):
     assert_same_pictures(files["saved"], made.images)
 
 
-def manual_sigmas(sigmas: list[float]) -> dict:
-    return {"class_type": "ManualSigmas", "inputs": {"sigmas": ", ".join(f"{sigma:.9f}" for sigma in sigmas)}}
+def written(sigmas: list[float]) -> dict:
+    return {"class_type": "WrittenSigmas", "inputs": {"sigmas": " ".join(f"{sigma:.9f}" for sigma in sigmas)}}
 
 
 def custom_sampler(guider: str, seed: int, latent: str = "empty") -> dict:
@@ -305,7 +349,7 @@ def test_patches_and_regions_are_honoured(comfyui, pipeline):
                 "cfg": 4.0,
             },
         },
-        sigmas=manual_sigmas([*(level.sigma / level.alpha for level in levels), 0.0]),
+        sigmas=written([*(level.sigma / level.alpha for level in levels), 0.0]),
         **custom_sampler("guider", seed=3),
         **latents(planned="ours", stock="sampler"),
     )
@@ -335,7 +379,7 @@ def test_only_what_is_masked_changes(comfyui, pipeline):
         plan=plan("lune", start=0.8),
         sampler=sampler(1, latent="masked"),
         guider={"class_type": "MoEGuider", "inputs": {"experts": ["lune", 0], "router": ["router", 0]}},
-        sigmas=manual_sigmas([4.0, 2.0, 0.8, 0.0]),
+        sigmas=written([4.0, 2.0, 0.8, 0.0]),
         noise={"class_type": "RandomNoise", "inputs": {"noise_seed": 1}},
         euler={"class_type": "KSamplerSelect", "inputs": {"sampler_name": "euler"}},
         stock={
@@ -401,11 +445,13 @@ def test_an_interrupted_run_leaves_everything_in_order(comfyui, pipeline):
         **latents(made="sampler"),
     }
     with comfyui.listening() as messages:
-        number = comfyui.start(texts(**nodes))
+        number, previews = comfyui.start(texts(**nodes)), 0
         for message in messages:
+            previews += message["type"] == "preview"
             if message["type"] == "progress" and message["data"]["value"] >= 3:
                 assert message["data"]["max"] == 2000
                 break
+        assert previews
         comfyui.post("/interrupt", {})
         assert comfyui.finished(number)["status"]["status_str"] == "error"
     nodes["plan"] = plan("lune", router=None, steps=2)
