@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .._protocols import implements
 from .._transfers import OnDevice
 from ..data.captions import check_text
 from ..data.pictures import fit_image, to_rgb
@@ -35,7 +36,6 @@ DRAWN_CAPTIONS = 8
 """Texts of an image whose source can say the same in other words."""
 
 
-@runtime_checkable
 class DrawnSource(Source, Protocol):
     """A source that can say the same in other words, and draw the same masses without texture."""
 
@@ -165,7 +165,7 @@ def encode_source(
     scale = 2 ** (len(vae.config.block_out_channels) - 1)
     if height < scale or width < scale or height % scale or width % scale:
         raise SettingsError(f"height and width must be multiples of the VAE's {scale}, got {height}×{width}")
-    if structure and not isinstance(source, DrawnSource):
+    if structure and not implements(source, DrawnSource):
         raise SettingsError(
             "structure_below needs structure pictures, which these data don't have: leave it out"
         )
@@ -174,7 +174,7 @@ def encode_source(
         "images": len(source),
         "size": [height, width],
         "structure": structure,
-        "captions": DRAWN_CAPTIONS if isinstance(source, DrawnSource) else 1,
+        "captions": DRAWN_CAPTIONS if implements(source, DrawnSource) else 1,
         "vae": fingerprint(vae),
     }
     stored = {**about, "format": 3}
@@ -211,7 +211,7 @@ def _encode(
             names.append(image.key)
         fitted = [fit_image(to_rgb(image.image, image.key), *size) for image in images]
         latents.append(encode_images(vae, fitted).cpu())
-        if structure and isinstance(source, DrawnSource):
+        if structure and implements(source, DrawnSource):
             flat.append(encode_images(vae, [fit_image(source.structure(i), *size) for i in indices]).cpu())
         progress(indices.stop, len(source))
     found = {"latents": torch.cat(latents), "captions": _packed(captions), "names": _packed(names)}
@@ -220,7 +220,7 @@ def _encode(
 
 def _other_words(source: Source, index: int) -> list[str]:
     """More texts of an image, the same every time."""
-    if not isinstance(source, DrawnSource):
+    if not implements(source, DrawnSource):
         return []
     return [source.caption(index, np.random.default_rng([index, k])) for k in range(1, DRAWN_CAPTIONS)]
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .._numbers import number
+from .._protocols import missing_names
 from .paths import FlowPath, Level, Path, VPPath
 from .predictions import Prediction, check_prediction
 from .reuse import Reuse, read_reuse
@@ -81,9 +82,11 @@ class Expert:
     def __post_init__(self) -> None:
         check_prediction(self.prediction)
         check_solver(self.solver)
-        if not isinstance(self.path, VPPath | FlowPath | Path):
+        missing = missing_names(self.path, Path)
+        if missing:
             raise TypeError(
-                f"{self.name}: path must be a VPPath, a FlowPath or implement moe_sampler.sampling.paths.Path"
+                f"{self.name}: path must be a VPPath, a FlowPath or implement "
+                f"moe_sampler.sampling.paths.Path; {type(self.path).__name__} has no {', '.join(missing)}"
             )
         for setting in ("shift", "eta", "guidance_scale", "guidance_rescale"):
             value = number(f"{self.name}: {setting}", getattr(self, setting))

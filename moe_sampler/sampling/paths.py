@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import numpy as np
 
@@ -47,7 +47,6 @@ class Level:
         return math.log(self.alpha / self.sigma)
 
 
-@runtime_checkable
 class Path(Protocol):
     """What the planner needs to know of a path. Implement it to bring your own."""
 

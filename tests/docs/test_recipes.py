@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "kernels"))
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 FILES = re.findall(r"^```python\n# (\S+\.py)\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
 PATCHES = re.findall(r"^```diff\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
@@ -79,4 +80,9 @@ def test_the_kernel_agrees_with_its_twin_and_moves_each_byte_once(copy):
 
 def test_the_kernel_compiles_without_spills(copy):
     pytest.importorskip("triton", reason="Triton is not available on this platform")
-    assert "9 passed" in run_tests(copy, "tests/kernels/test_aot.py", "-k", "ema")
+    out = run_tests(copy, "tests/kernels/test_aot.py", "-k", "ema")
+    if "9 skipped" in out:  # by the same rule: fenced, but not this Triton's resources
+        from aot_helpers import skip_unless_tuned
+
+        skip_unless_tuned()
+    assert "9 passed" in out

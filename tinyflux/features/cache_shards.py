@@ -15,7 +15,7 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 
-from moe_sampler._files import claim, is_ours, remove, sole_user, sweep, write_text
+from moe_sampler._files import claim, is_ours, remove, sole_user, sweep, write_text, writing
 from moe_sampler._readers import read_json, typed
 from moe_sampler.errors import CheckpointError
 from moe_sampler.tinyflux.features.cache_format import (
@@ -147,14 +147,15 @@ def _begin_building(folder: Path) -> None:
     building = folder / BUILDING
     if not building.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(dir=folder, prefix=f".{BUILDING}.", suffix=".tmp"))
-        try:
-            made.chmod(0o755)
-            claim(made, KIND)
-            made.rename(building)
-        except BaseException:
-            remove(made)
-            raise
+        with writing(building):
+            made = Path(tempfile.mkdtemp(dir=folder, prefix=f".{BUILDING}.", suffix=".tmp"))
+            try:
+                made.chmod(0o755)
+                claim(made, KIND)
+                made.rename(building)
+            except BaseException:
+                remove(made)
+                raise
 
 
 @contextmanager
