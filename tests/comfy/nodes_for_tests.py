@@ -1,4 +1,4 @@
-"""ComfyUI nodes for tests: conditioning out of a file, not from text encoders of gigabytes; sigmas as written."""
+"""ComfyUI nodes for tests: conditioning out of a file, not from text encoders; sigmas as written."""
 
 import folder_paths
 import torch
