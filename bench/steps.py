@@ -45,12 +45,12 @@ class _Latents:
         # A plain float32 model takes the state itself.
         same = not self.guided and self.dtype == torch.float32
         following = [] if same else [torch.empty_like(self.output)]
-        history = torch.zeros_like(x) if expert.solver == "dpmpp_2m" else None
+        history = [torch.zeros_like(x)] if compiled.memories else []
         seeds = torch.arange(len(x), device=DEVICE) if compiled.needs_noise else None
 
         def step() -> Tensor:
             return sampler_step_(
-                x, [self.output], table, STEP, x0_prev=history, next_inputs=following, seeds=seeds
+                x, [self.output], table, STEP, memories=history, next_inputs=following, seeds=seeds
             )
 
         return step

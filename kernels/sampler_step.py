@@ -12,26 +12,30 @@ from torch import Tensor
 from moe_sampler.kernels import _jit
 from moe_sampler.kernels._dispatch import FLOATS, Operator, check_no_overlap, check_tensor, unobserved
 from moe_sampler.kernels.noise import check_counter, fill_normal
-from moe_sampler.kernels.rows import COLUMNS, ROW_WIDTH, check_row
+from moe_sampler.kernels.rows import INDEX, MOST_EXPERTS, MOST_MEMORIES, ROW_WIDTH, check_row
 
 if TYPE_CHECKING:
     import triton.language as tl
 
 _BLOCK = 1024
 _FLOAT32 = (torch.float32,)
+_DECAYS, _KEEPS, _WEIGHTS = INDEX["d_0"], INDEX["keep_x"], INDEX["q_cond_0"]
+_SCALES, _CLIP = INDEX["scale_0"], INDEX["clip"]
+_OUTPUT_NAMES = tuple(f"outputs[{slot}]" for slot in range(MOST_EXPERTS))
+_NEXT_NAMES = tuple(f"next_inputs[{slot}]" for slot in range(MOST_EXPERTS))
+_MEMORY_NAMES = tuple(f"memories[{age}]" for age in range(MOST_MEMORIES))
 
 
 class Step(NamedTuple):
     """The operator's arguments, as `sampler_step_` describes them."""
 
     x: Tensor
-    output_0: Tensor
-    output_1: Tensor | None
+    outputs: Sequence[Tensor]
     table: Tensor
     step: int
-    x0_prev: Tensor | None = None
-    next_0: Tensor | None = None
-    next_1: Tensor | None = None
+    memories: Sequence[Tensor] = ()
+    x0: Tensor | None = None
+    next_inputs: Sequence[Tensor] = ()
     seeds: Tensor | None = None
     noise: Tensor | None = None
     stream: int = 0
@@ -44,20 +48,21 @@ def _check(s: Step) -> None:
     device, shape = s.x.device, s.x.shape
     doubled = (2 * shape[0], *shape[1:])
     check_tensor("x", s.x, device, _FLOAT32)
-    check_tensor("outputs[0]", s.output_0, device, FLOATS, shape, doubled)
-    if s.output_1 is not None:
-        check_tensor("outputs[1]", s.output_1, device, FLOATS, shape, doubled)
+    for name, output in zip(_OUTPUT_NAMES, s.outputs, strict=False):
+        check_tensor(name, output, device, FLOATS, shape, doubled)
     check_tensor("table", s.table, device, _FLOAT32)
     if s.table.ndim != 2 or s.table.shape[1] != ROW_WIDTH:
         raise ValueError(f"table must have shape [steps, {ROW_WIDTH}], got {list(s.table.shape)}")
     if not 0 <= s.step < s.table.shape[0]:
         raise ValueError(f"step {s.step} is outside the table, which has {s.table.shape[0]} rows")
-    if s.x0_prev is not None:
-        check_tensor("x0_prev", s.x0_prev, device, _FLOAT32, shape)
-    if s.next_0 is not None:
-        check_tensor("next_inputs[0]", s.next_0, device, FLOATS, shape, doubled)
-    if s.next_1 is not None:
-        check_tensor("next_inputs[1]", s.next_1, device, FLOATS, shape, doubled)
+    if s.memories:
+        for name, memory in zip(_MEMORY_NAMES, s.memories, strict=False):
+            check_tensor(name, memory, device, _FLOAT32, shape)
+    if s.x0 is not None:
+        check_tensor("x0", s.x0, device, _FLOAT32, shape)
+    if s.next_inputs:
+        for name, buffer in zip(_NEXT_NAMES, s.next_inputs, strict=False):
+            check_tensor(name, buffer, device, FLOATS, shape, doubled)
     if s.seeds is not None:
         if s.noise is not None:
             raise ValueError("give either seeds or noise, not both")
@@ -70,20 +75,19 @@ def _check(s: Step) -> None:
 
 
 def _check_memory(s: Step) -> None:
-    check_no_overlap(
-        written=(
-            ("x", s.x),
-            ("x0_prev", s.x0_prev),
-            ("next_inputs[0]", s.next_0),
-            ("next_inputs[1]", s.next_1),
-        ),
-        read=(("outputs[0]", s.output_0), ("outputs[1]", s.output_1), ("noise", s.noise)),
-    )
+    written, read = [("x", s.x)], [*zip(_OUTPUT_NAMES, s.outputs, strict=False)]
+    if s.memories:
+        written += zip(_MEMORY_NAMES, s.memories, strict=False)
+    if s.x0 is not None:
+        written.append(("x0", s.x0))
+    if s.next_inputs:
+        written += zip(_NEXT_NAMES, s.next_inputs, strict=False)
+    if s.noise is not None:
+        read.append(("noise", s.noise))
+    check_no_overlap(written, read)
 
 
-def _add_output(x: Tensor, output: Tensor | None, cond: float, uncond: float) -> None:
-    if output is None:
-        return
+def _add_output(x: Tensor, output: Tensor, cond: float, uncond: float) -> None:
     if output.shape[0] == x.shape[0]:
         x.add_(output, alpha=cond)
     else:
@@ -91,9 +95,7 @@ def _add_output(x: Tensor, output: Tensor | None, cond: float, uncond: float) ->
         x.add_(first, alpha=uncond).add_(second, alpha=cond)
 
 
-def _write_next(buffer: Tensor | None, x: Tensor, scale: float) -> None:
-    if buffer is None:
-        return
+def _write_next(buffer: Tensor, x: Tensor, scale: float) -> None:
     scaled = x if scale == 1.0 else x * scale
     if buffer.shape[0] == x.shape[0]:
         buffer.copy_(scaled)
@@ -101,43 +103,79 @@ def _write_next(buffer: Tensor | None, x: Tensor, scale: float) -> None:
         torch.cat((scaled, scaled), out=buffer)
 
 
+def _memories_of(s: Step, row: Sequence[float]) -> tuple[Sequence[float], Sequence[float] | None]:
+    """A row's d of the memories, newest first, and what it keeps, if anything.
+
+    Raises a ValueError for memories that aren't given.
+    """
+    decays, keeps = row[_DECAYS:_KEEPS], row[_KEEPS:_WEIGHTS]
+    if any(decays[len(s.memories) :]) or (any(keeps) and not s.memories):
+        raise ValueError(f"row {s.step} reads or keeps more memories than the {len(s.memories)} given")
+    return decays, keeps if any(keeps) else None
+
+
+def _kept(x: Tensor, x0: Tensor, noise: Tensor | None, weights: Sequence[float]) -> Tensor:
+    """keep_x·x + keep_x0·x0 + keep_n·z, in new memory unless it is x0 itself."""
+    of_x, of_x0, of_noise = weights
+    kept = x0 if of_x0 == 1.0 else x0 * of_x0
+    if of_x != 0.0:
+        kept = torch.add(kept, x, alpha=of_x)
+    if of_noise != 0.0 and noise is not None:
+        kept = torch.add(kept, noise, alpha=of_noise)
+    return kept
+
+
 def _twin(*arguments: Any) -> None:
     s = Step(*arguments)
     _check(s)
     _check_memory(s)
-    row = s.table[s.step].tolist()[: len(COLUMNS)]
+    row = s.table[s.step].tolist()
     check_row(row)
-    p, a, b, d, n, clip, cond_0, uncond_0, cond_1, uncond_1, scale_0, scale_1 = row
-    if n != 0.0 and s.seeds is None and s.noise is None:
-        raise ValueError(f"row {s.step} adds noise (n = {n:g}): give seeds or noise")
-    x = s.x
-    if s.x0_prev is None and clip == math.inf:
+    p, a, b, n = row[:_DECAYS]
+    clip = row[_CLIP]
+    decays = keeps = None
+    if any(row[_DECAYS:_WEIGHTS]):
+        decays, keeps = _memories_of(s, row)
+    x, noise = s.x, None
+    if n != 0.0:
+        if s.seeds is None and s.noise is None:
+            raise ValueError(f"row {s.step} adds noise (n = {n:g}): give seeds or noise")
+        noise = s.noise
+        if s.seeds is not None:
+            noise = fill_normal(torch.empty_like(x), s.seeds, s.step, s.stream)
+    if s.x0 is None and keeps is None and clip == math.inf:
         # Nobody sees x0, so its coefficients fold into the update: half the passes over memory.
         change = a + b * p - 1.0
         if abs(change) > 2.0**-24:  # else none, but for the rounding of a and b: an Euler step of a flow
             x.add_(x, alpha=change)  # x.mul_ would make a tensor of its factor first
-        _add_output(x, s.output_0, b * cond_0, b * uncond_0)
-        _add_output(x, s.output_1, b * cond_1, b * uncond_1)
+        at = _WEIGHTS
+        for output in s.outputs:
+            _add_output(x, output, b * row[at], b * row[at + 1])
+            at += 2
+        kept = None
     else:
-        x0 = x * p
-        _add_output(x0, s.output_0, cond_0, uncond_0)
-        _add_output(x0, s.output_1, cond_1, uncond_1)
+        x0 = torch.mul(x, p, out=s.x0)
+        at = _WEIGHTS
+        for output in s.outputs:
+            _add_output(x0, output, row[at], row[at + 1])
+            at += 2
         if clip != math.inf:
             x0.clamp_(-clip, clip)
+        kept = None if keeps is None else _kept(x, x0, noise, keeps)
         x.mul_(a).add_(x0, alpha=b)
-        if s.x0_prev is not None:
-            if d != 0.0:
-                x.add_(s.x0_prev, alpha=d)
-            s.x0_prev.copy_(x0)
-    if n != 0.0 and s.noise is not None:
-        x.add_(s.noise, alpha=n)
-    elif n != 0.0 and s.seeds is not None:
-        x.add_(fill_normal(torch.empty_like(x), s.seeds, s.step, s.stream), alpha=n)
+    if decays is not None:
+        for memory, decay in zip(s.memories, decays, strict=False):
+            if decay != 0.0:
+                x.add_(memory, alpha=decay)
+    if kept is not None:
+        s.memories[-1].copy_(kept)
+    if noise is not None:
+        x.add_(noise, alpha=n)
     # NaN and infinities survive a sum, which is a fraction of the work of asking every element.
     if s.nonfinite is not None and not math.isfinite(x.sum().item()):
         s.nonfinite[s.step] = 1
-    _write_next(s.next_0, x, scale_0)
-    _write_next(s.next_1, x, scale_1)
+    for buffer, scale in zip(s.next_inputs, row[_SCALES:], strict=False):
+        _write_next(buffer, x, scale)
 
 
 @_jit.jit(do_not_specialize=("batch", "step", "stream"))
@@ -145,10 +183,17 @@ def _sampler_step_kernel(
     x_ptr,
     output_0_ptr,
     output_1_ptr,
+    output_2_ptr,
+    output_3_ptr,
     table_ptr,
-    x0_prev_ptr,
+    memory_0_ptr,
+    memory_1_ptr,
+    memory_2_ptr,
+    x0_ptr,
     next_0_ptr,
     next_1_ptr,
+    next_2_ptr,
+    next_3_ptr,
     seeds_ptr,
     noise_ptr,
     nonfinite_ptr,
@@ -158,16 +203,21 @@ def _sampler_step_kernel(
     stream,
     OUTPUT_0_GUIDED: tl.constexpr,
     OUTPUT_1_GUIDED: tl.constexpr,
+    OUTPUT_2_GUIDED: tl.constexpr,
+    OUTPUT_3_GUIDED: tl.constexpr,
     NEXT_0_TWICE: tl.constexpr,
     NEXT_1_TWICE: tl.constexpr,
+    NEXT_2_TWICE: tl.constexpr,
+    NEXT_3_TWICE: tl.constexpr,
     BLOCK: tl.constexpr,
     ROW_WIDTH: tl.constexpr,
 ):
-    """x0 = clamp(p·x + Σ_e q_cond_e·cond_e + q_uncond_e·uncond_e);  x ← a·x + b·x0 + d·x0_prev + n·z.
+    """x0 = clamp(p·x + Σ_e q_cond_e·cond_e + q_uncond_e·uncond_e);  x ← a·x + b·x0 + Σ_k d_k·memory_k + n·z.
 
-    x, x0_prev, noise: float32 [batch, numel]. output_e, next_e: [batch, numel], or [2·batch, numel] where
-    GUIDED or TWICE. table: float32 [steps, ROW_WIDTH]. seeds: int64 [batch]. nonfinite: int32 [steps]. Absent
-    pointers are None.
+    x, memory_k, x0, noise: float32 [batch, numel]. output_e, next_e: [batch, numel], or [2·batch, numel]
+    where GUIDED or TWICE. table: float32 [steps, ROW_WIDTH]. seeds: int64 [batch]. nonfinite: int32 [steps].
+    Absent pointers are None; of outputs, memories and next inputs the first ones are given. What the row
+    keeps goes to the last memory given.
     A program owns BLOCK consecutive elements of one sample.
     """
     sample, base, start, inside, mask = _jit.sample_offsets(numel, BLOCK)
@@ -176,41 +226,69 @@ def _sampler_step_kernel(
     row = table_ptr + step.to(tl.int64) * ROW_WIDTH
     a = tl.load(row + 1)
     b = tl.load(row + 2)
-    n = tl.load(row + 4)
-    clip = tl.load(row + 5)
+    n = tl.load(row + 3)
+    clip = tl.load(row + 22)
 
     x = tl.load(x_ptr + here, mask=mask, other=0.0)
     x0 = tl.load(row + 0) * x
-    x0 += _weighted_output(output_0_ptr, row + 6, here, half, mask, OUTPUT_0_GUIDED)
+    x0 += _weighted_output(output_0_ptr, row + 10, here, half, mask, OUTPUT_0_GUIDED)
     if output_1_ptr is not None:
-        x0 += _weighted_output(output_1_ptr, row + 8, here, half, mask, OUTPUT_1_GUIDED)
+        x0 += _weighted_output(output_1_ptr, row + 12, here, half, mask, OUTPUT_1_GUIDED)
+    if output_2_ptr is not None:
+        x0 += _weighted_output(output_2_ptr, row + 14, here, half, mask, OUTPUT_2_GUIDED)
+    if output_3_ptr is not None:
+        x0 += _weighted_output(output_3_ptr, row + 16, here, half, mask, OUTPUT_3_GUIDED)
     # A NaN from a model must stay visible, also through an infinite clip.
     x0 = tl.maximum(x0, -clip, propagate_nan=tl.PropagateNan.ALL)
     x0 = tl.minimum(x0, clip, propagate_nan=tl.PropagateNan.ALL)
+    if x0_ptr is not None:
+        tl.store(x0_ptr + here, x0, mask=mask)
+    kept = x
+    if memory_0_ptr is not None:
+        kept = tl.load(row + 7) * x + tl.load(row + 8) * x0
     x = a * x + b * x0
-    if x0_prev_ptr is not None:
-        # Before the first step the buffer may hold anything; d = 0 leaves it unread.
-        d = tl.load(row + 3)
-        used = inside < tl.where(d != 0.0, numel, 0)
-        x += d * tl.load(x0_prev_ptr + here, mask=used, other=0.0)
-        # Beside half-precision outputs a thread loads eight numbers here and stores four: not the same ones.
-        tl.debug_barrier()
-        tl.store(x0_prev_ptr + here, x0, mask=mask)
+    if memory_0_ptr is not None:
+        x += _remembered(memory_0_ptr, row + 4, here, inside, numel)
+    if memory_1_ptr is not None:
+        x += _remembered(memory_1_ptr, row + 5, here, inside, numel)
+    if memory_2_ptr is not None:
+        x += _remembered(memory_2_ptr, row + 6, here, inside, numel)
     if noise_ptr is not None:
         used = inside < tl.where(n != 0.0, numel, 0)
-        x += n * tl.load(noise_ptr + here, mask=used, other=0.0)
+        z = tl.load(noise_ptr + here, mask=used, other=0.0)
+        x += n * z
+        if memory_0_ptr is not None:
+            kept += tl.load(row + 9) * z
     if seeds_ptr is not None:  # noqa: SIM102 - known when compiling, the inner condition is not
         if n != 0.0:
-            x += n * _jit.normal(tl.load(seeds_ptr + sample), step, stream, start, BLOCK)
+            z = _jit.normal(tl.load(seeds_ptr + sample), step, stream, start, BLOCK)
+            x += n * z
+            if memory_0_ptr is not None:
+                kept += tl.load(row + 9) * z
     tl.store(x_ptr + here, x, mask=mask)
+    if memory_0_ptr is not None:
+        # Beside half-precision outputs a thread loads eight numbers here and stores four: not the same ones.
+        tl.debug_barrier()
+        keeps = (tl.load(row + 7) != 0.0) | (tl.load(row + 8) != 0.0) | (tl.load(row + 9) != 0.0)
+        changed = inside < tl.where(keeps, numel, 0)
+        if memory_2_ptr is not None:
+            tl.store(memory_2_ptr + here, kept, mask=changed)
+        elif memory_1_ptr is not None:
+            tl.store(memory_1_ptr + here, kept, mask=changed)
+        else:
+            tl.store(memory_0_ptr + here, kept, mask=changed)
     if nonfinite_ptr is not None:
         # Whoever finds one writes the same; nobody writes in a run that stays finite.
         bad = mask & ((x != x) | (tl.abs(x) == float("inf")))
         tl.store(nonfinite_ptr + (inside * 0 + step), 1, mask=bad)
     if next_0_ptr is not None:
-        _store_next(next_0_ptr, x, row + 10, here, half, mask, NEXT_0_TWICE)
+        _store_next(next_0_ptr, x, row + 18, here, half, mask, NEXT_0_TWICE)
     if next_1_ptr is not None:
-        _store_next(next_1_ptr, x, row + 11, here, half, mask, NEXT_1_TWICE)
+        _store_next(next_1_ptr, x, row + 19, here, half, mask, NEXT_1_TWICE)
+    if next_2_ptr is not None:
+        _store_next(next_2_ptr, x, row + 20, here, half, mask, NEXT_2_TWICE)
+    if next_3_ptr is not None:
+        _store_next(next_3_ptr, x, row + 21, here, half, mask, NEXT_3_TWICE)
 
 
 @_jit.jit
@@ -222,6 +300,14 @@ def _weighted_output(output_ptr, weights_ptr, here, half, mask, GUIDED: tl.const
         return tl.load(weights_ptr) * cond + tl.load(weights_ptr + 1) * uncond
     else:
         return tl.load(weights_ptr) * tl.load(output_ptr + here, mask=mask, other=0.0).to(tl.float32)
+
+
+@_jit.jit
+def _remembered(memory_ptr, weight_ptr, here, inside, numel):
+    """d·memory. Before it was kept the buffer may hold anything; d = 0 leaves it unread."""
+    d = tl.load(weight_ptr)
+    used = inside < tl.where(d != 0.0, numel, 0)
+    return d * tl.load(memory_ptr + here, mask=used, other=0.0)
 
 
 @_jit.jit
@@ -237,32 +323,35 @@ def launch_of(s: Step) -> _jit.Launch:
     _jit.load_triton()
     batch = s.x.shape[0]
     numel = s.x.numel() // max(batch, 1)
+    outputs = _padded(s.outputs, MOST_EXPERTS)
+    next_inputs = _padded(s.next_inputs, MOST_EXPERTS)
 
     def doubled(tensor: Tensor | None) -> bool:
         return tensor is not None and tensor.shape[0] != batch
 
     pointers = (
         s.x,
-        s.output_0,
-        s.output_1,
+        *outputs,
         s.table,
-        s.x0_prev,
-        s.next_0,
-        s.next_1,
+        *_padded(s.memories, MOST_MEMORIES),
+        s.x0,
+        *next_inputs,
         s.seeds,
         s.noise,
         s.nonfinite,
     )
     constants = {
-        "OUTPUT_0_GUIDED": doubled(s.output_0),
-        "OUTPUT_1_GUIDED": doubled(s.output_1),
-        "NEXT_0_TWICE": doubled(s.next_0),
-        "NEXT_1_TWICE": doubled(s.next_1),
+        **{f"OUTPUT_{i}_GUIDED": doubled(output) for i, output in enumerate(outputs)},
+        **{f"NEXT_{i}_TWICE": doubled(buffer) for i, buffer in enumerate(next_inputs)},
         "BLOCK": _BLOCK,
         "ROW_WIDTH": ROW_WIDTH,
     }
     grid = _jit.blocks(numel, batch, _BLOCK)
     return _jit.Launch(_sampler_step_kernel, grid, (*pointers, numel, batch, s.step, s.stream), constants)
+
+
+def _padded(tensors: Sequence[Tensor], count: int) -> list[Tensor | None]:
+    return [*tensors, *[None] * (count - len(tensors))]
 
 
 def _launch(*arguments: Any) -> None:
@@ -273,9 +362,9 @@ def _launch(*arguments: Any) -> None:
 
 
 _operator = Operator(
-    "sampler_step_(Tensor(a!) x, Tensor output_0, Tensor? output_1, Tensor table, SymInt step, "
-    "Tensor(b!)? x0_prev, Tensor(c!)? next_0, Tensor(d!)? next_1, "
-    "Tensor? seeds, Tensor? noise, SymInt stream, Tensor(e!)? nonfinite=None) -> ()",
+    "sampler_step_(Tensor(a!) x, Tensor[] outputs, Tensor table, SymInt step, Tensor(b!)[] memories, "
+    "Tensor(c!)? x0, Tensor(d!)[] next_inputs, Tensor? seeds, Tensor? noise, SymInt stream, "
+    "Tensor(e!)? nonfinite=None) -> ()",
     twin=_twin,
     launch=_launch,
     fake=lambda *arguments: _check(Step(*arguments)),
@@ -288,7 +377,8 @@ def sampler_step_(
     table: Tensor,
     step: int,
     *,
-    x0_prev: Tensor | None = None,
+    memories: Sequence[Tensor] = (),
+    x0: Tensor | None = None,
     next_inputs: Sequence[Tensor] = (),
     seeds: Tensor | None = None,
     noise: Tensor | None = None,
@@ -299,31 +389,35 @@ def sampler_step_(
     """Advance the state by row `step` of the table, in place, and return it.
 
         x0 = p·x + Σ_e (q_cond_e·output_e_cond + q_uncond_e·output_e_uncond), clamped to [−clip, clip]
-        x ← a·x + b·x0 + d·x0_prev + n·z;   x0_prev ← x0;   next_inputs[e] ← scale_e·x
+        x ← a·x + b·x0 + Σ_k d_k·memories[k] + n·z;   next_inputs[e] ← scale_e·x
+        memories[-1] ← keep_x·x + keep_x0·x0 + keep_n·z, of the x before, where one of the three is not 0
 
     Everything is computed in float32, whatever the dtypes of the models. All tensors are contiguous, on one
     device, and none that is written shares memory with another.
 
-    x: float32 [B, ...]. outputs: one or two model outputs, each [B, ...] (multiplied by q_cond alone) or
+    x: float32 [B, ...]. outputs: one to four model outputs, each [B, ...] (multiplied by q_cond alone) or
     [2B, ...] (guided: first half unconditional, second half conditional), float32, float16 or bfloat16.
-    table: float32 [steps, ROW_WIDTH]. x0_prev: float32 [B, ...], read where d ≠ 0, then overwritten.
-    next_inputs: up to two buffers, each [B, ...] or [2B, ...] (x written twice, for guidance), float32,
+    table: float32 [steps, ROW_WIDTH]. memories: up to three, float32 [B, ...], newest first, each read where
+    its d ≠ 0; then what the row keeps is written over the last of them, which so becomes the newest:
+    `[*memories[-1:], *memories[:-1]]` is what the next row takes. x0: float32 [B, ...], overwritten with it.
+    next_inputs: up to four buffers, each [B, ...] or [2B, ...] (x written twice, for guidance), float32,
     float16 or bfloat16; they belong to the next step's models, so they need not resemble `outputs`.
     seeds: int64 [B] for z = philox_normal(x.shape, seeds, step, stream=stream), made inside the kernel; or
-    noise: float32 [B, ...]; where n = 0 neither is touched. Without both the noise term is absent: for a row
-    with n ≠ 0 this is an error on the CPU, and goes unnoticed on CUDA, where the row cannot be read without
-    waiting for the device; so it is with a coefficient that is not finite, which `make_row` refuses to write.
+    noise: float32 [B, ...]; where n = 0 neither is touched, and keep_n counts for nothing. Without both the
+    noise term is absent: for a row with n ≠ 0 this is an error on the CPU, and goes unnoticed on CUDA, where
+    the row cannot be read without waiting for the device; so it is with memories that are missing, and with a
+    coefficient that is not finite, which `make_row` refuses to write.
     nonfinite: int32 [steps], whose element `step` becomes 1 if x holds NaN or an infinity afterwards, and is
     left alone otherwise.
     backend: None picks Triton for CUDA tensors and torch for CPU tensors.
     """
-    if isinstance(outputs, Tensor) or not 1 <= len(outputs) <= 2:
-        raise ValueError("outputs must be a list of one or two tensors")
-    if isinstance(next_inputs, Tensor) or len(next_inputs) > 2:
-        raise ValueError("next_inputs must be a list of at most two tensors")
-    second = outputs[1] if len(outputs) == 2 else None
-    next_0 = next_inputs[0] if next_inputs else None
-    next_1 = next_inputs[1] if len(next_inputs) == 2 else None
+    # A tensor has a length, too; to ask whether it is one takes longer.
+    if not isinstance(outputs, (list, tuple)) or not 1 <= len(outputs) <= MOST_EXPERTS:
+        raise ValueError(f"outputs must be a list of 1 to {MOST_EXPERTS} tensors")
+    if not isinstance(memories, (list, tuple)) or len(memories) > MOST_MEMORIES:
+        raise ValueError(f"memories must be a list of 0 to {MOST_MEMORIES} tensors")
+    if not isinstance(next_inputs, (list, tuple)) or len(next_inputs) > MOST_EXPERTS:
+        raise ValueError(f"next_inputs must be a list of 0 to {MOST_EXPERTS} tensors")
     run = _twin if backend is None and unobserved(x) else _operator.on(backend, x.device)
-    run(x, outputs[0], second, table, step, x0_prev, next_0, next_1, seeds, noise, stream, nonfinite)
+    run(x, outputs, table, step, memories, x0, next_inputs, seeds, noise, stream, nonfinite)
     return x

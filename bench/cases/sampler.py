@@ -20,7 +20,8 @@ def _step(
     *,
     experts: int = 1,
     guided: bool = False,
-    history: bool = False,
+    memories: int = 0,
+    x0: bool = False,
     seeds: bool = False,
     noise: bool = False,
     nexts: int = 0,
@@ -28,21 +29,18 @@ def _step(
     x, table = make(shape), make((50, ROW_WIDTH))
     outputs = [make(_twice(shape) if guided else shape, dtype) for _ in range(experts)]
     next_inputs = [make(_twice(shape) if guided else shape, dtype) for _ in range(nexts)]
-    previous = make(shape) if history else None
+    remembered = [make(shape) for _ in range(memories)]
+    prediction = make(shape) if x0 else None
     drawn = make(shape[:1], torch.int64) if seeds else None
     given = make(shape) if noise else None
-    second = outputs[1] if experts == 2 else None
-    first_next, second_next = (*next_inputs, None, None)[:2]
-    step = sampler_step.Step(
-        x, outputs[0], second, table, 3, previous, first_next, second_next, drawn, given, 0
-    )
-    present = tuple(t for t in (previous, given) if t is not None)
-    written = tuple(t for t in (previous,) if t is not None)
+    step = sampler_step.Step(x, outputs, table, 3, remembered, prediction, next_inputs, drawn, given)
+    noises = () if given is None else (given,)
+    predictions = () if prediction is None else (prediction,)
     cached = (table,) if drawn is None else (table, drawn)
     return Built(
         sampler_step.launch_of(step),
-        (x, *outputs, *present),
-        (x, *written, *next_inputs),
+        (x, *outputs, *remembered, *noises),
+        (x, *remembered[-1:], *predictions, *next_inputs),
         cached,
     )
 
@@ -51,13 +49,22 @@ STEPS = {
     "one output": {},
     "guided, next input": {"guided": True, "nexts": 1},
     "guided, noise in the kernel, next input": {"guided": True, "seeds": True, "nexts": 1},
-    "noise tensor, history": {"noise": True, "history": True},
-    "crossfade: four outputs, history, noise, next inputs": {
+    "noise tensor, one memory": {"noise": True, "memories": 1},
+    "guided, three memories, next input": {"guided": True, "memories": 3, "nexts": 1},
+    "crossfade: four outputs, one memory, noise, next inputs": {
         "experts": 2,
         "guided": True,
-        "history": True,
+        "memories": 1,
         "seeds": True,
         "nexts": 2,
+    },
+    "four experts: eight outputs, three memories, x0, noise, next inputs": {
+        "experts": 4,
+        "guided": True,
+        "memories": 3,
+        "x0": True,
+        "seeds": True,
+        "nexts": 4,
     },
 }
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_sampler.kernels import COLUMNS
+from moe_sampler.kernels.rows import COLUMNS, MOST_EXPERTS, MOST_MEMORIES
 
 __all__ = ["FORMULAS", "LONG_SUMS", "named_arguments", "prepare"]
 
@@ -62,23 +62,25 @@ def _sampler_step(a: Arguments) -> dict[str, Tensor]:
     row: dict[str, float] = dict(zip(COLUMNS, a["table"][a["step"]].tolist(), strict=False))
     x = a["x"]
     x0 = row["p"] * x
-    for i in (0, 1):
+    for i in range(MOST_EXPERTS):
         if a[f"output_{i}"] is None:
             continue
         parts = a[f"output_{i}"].chunk(2) if a[f"OUTPUT_{i}_GUIDED"] else (None, a[f"output_{i}"])
         for name, part in zip(("q_uncond", "q_cond"), parts, strict=True):
             x0 = x0 if part is None else x0 + row[f"{name}_{i}"] * part
     x0 = x0.clamp(-row["clip"], row["clip"])
-    x = row["a"] * x + row["b"] * x0
-    written = {}
-    if a["x0_prev"] is not None:
-        x = x + row["d"] * a["x0_prev"]
-        written["x0_prev"] = x0
-    if a["noise"] is not None:
-        x = x + row["n"] * a["noise"]
+    z = torch.zeros_like(x) if a["noise"] is None else a["noise"]
     if a["seeds"] is not None:
-        x = x + row["n"] * normal(a["seeds"], a["step"], a["stream"], x)
-    for i in (0, 1):
+        z = normal(a["seeds"], a["step"], a["stream"], x)
+    kept = row["keep_x"] * x + row["keep_x0"] * x0 + row["keep_n"] * z
+    x = row["a"] * x + row["b"] * x0 + row["n"] * z
+    memories = [f"memory_{i}" for i in range(MOST_MEMORIES) if a[f"memory_{i}"] is not None]
+    for i, name in enumerate(memories):
+        x = x + row[f"d_{i}"] * a[name]
+    written = {memories[-1]: kept} if memories else {}
+    if a["x0"] is not None:
+        written["x0"] = x0
+    for i in range(MOST_EXPERTS):
         if a[f"next_{i}"] is not None:
             scaled = row[f"scale_{i}"] * x
             written[f"next_{i}"] = torch.cat([scaled, scaled]) if a[f"NEXT_{i}_TWICE"] else scaled

@@ -15,6 +15,7 @@ import typer
 
 from ..loading.presets import PRESETS, TRAINING
 from ..pipelines.choices import DTYPES, OFFLOADS, SPEEDS, any_of
+from ..sampling.scheduler_names import KNOWN_NAMES
 from ..sampling.solvers import SOLVERS
 from .routers import EXAMPLES
 
@@ -135,7 +136,12 @@ class SolverOptions:
 
     solver: Annotated[
         list[str] | None,
-        option(f"{any_of(SOLVERS)}. Default: each expert's own.", STEPS, metavar="SOLVER|NAME=SOLVER"),
+        option(
+            f"{any_of(SOLVERS)}; or diffusers' {', '.join(KNOWN_NAMES)} (also with _karras, _exponential or "
+            "_beta), or a scheduler's class. Default: each expert's own.",
+            STEPS,
+            metavar="SOLVER|NAME=SOLVER",
+        ),
     ] = None
     shift: Annotated[
         list[str] | None,

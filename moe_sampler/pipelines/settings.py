@@ -10,9 +10,10 @@ from typing import Any, TypedDict, Unpack
 from .._numbers import number
 from ..sampling.calls import check_fits
 from ..sampling.experts import Expert
-from ..sampling.plan import SamplingPlan
+from ..sampling.plan import PlanStep, SamplingPlan
 from ..sampling.planner import plan, read_steps
 from ..sampling.routers import Boundary, PerStep, Router, Spans, inner_level
+from ..sampling.scheduler_names import is_borrowed
 
 __all__ = [
     "DEFAULTS",
@@ -95,7 +96,7 @@ class ExpertSettings(TypedDict, total=False):
     """Settings that are one for all experts, or by expert; None leaves them to each expert's training."""
 
     shift: float | Mapping[str, float] | None
-    solver: str | Mapping[str, str] | None
+    solver: Any
     eta: float | Mapping[str, float] | None
     guidance_rescale: float | Mapping[str, float] | None
     guidance_window: Sequence[float] | Mapping[str, Sequence[float]] | None
@@ -155,6 +156,8 @@ def _planned(
     """`plan`, but what was asked for before, as by a pipeline that makes one image after another, is at hand.
     Not for a user's own routers, which may change."""
     steps = read_steps(steps)
+    if not all(isinstance(expert.solver, str) for expert in experts):  # a scheduler may be changed
+        return plan(experts, router, steps=steps)
     # Without their models, which what is kept would keep in memory.
     known = tuple(replace(expert, model=None) for expert in experts)
     return _plan(known, router, tuple(steps.items()) if isinstance(steps, Mapping) else steps)
@@ -268,9 +271,27 @@ def enter_plan(experts: Sequence[Expert], whole: SamplingPlan, strength: float) 
     # Planned anew rather than cut: a multistep solver has no history where the run begins.
     late = nodes[len(nodes) - count :]
     used = [e for e in experts if e.name in {call.name for step in late for call in step.calls}]
+    if any(is_borrowed(e.solver) for e in used):
+        return replace(_entered_by_spans(used, late), from_image=True)
     router = PerStep([{call.name: call.weight for call in step.calls} for step in late])
     entered = plan(used, router, noise_levels=[step.level.noise for step in late])
     return replace(entered, from_image=True)
+
+
+def _entered_by_spans(experts: Sequence[Expert], late: Sequence[PlanStep]) -> SamplingPlan:
+    """The last steps of a plan whose experts' schedulers bring their own levels: as many steps of each, from
+    the first of their levels on."""
+    if any(len(step.calls) > 1 for step in late):
+        raise ValueError(
+            "a start from an image cannot mix experts where a scheduler is a solver: hand over at one level, "
+            "or use a solver that is built in"
+        )
+    counts = {e.name: sum(step.calls[0].name == e.name for step in late) for e in experts}
+    starts = {step.calls[0].name: step.level.noise for step in reversed(late)}
+    names = sorted(starts, key=starts.__getitem__, reverse=True)
+    ends = [*(starts[name] for name in names[1:]), 0.0]
+    router = Spans(tuple(zip(names, ends, strict=True)))
+    return plan(experts, router, steps=counts, start=late[0].level.noise)
 
 
 def given_plan(

@@ -15,15 +15,24 @@ from .plan import ExpertCall, PlanStep, SamplingPlan
 from .predictions import x0_coefficients
 from .recipe import ExpertRecipe
 from .reuse import repaired
+from .scheduler_names import is_borrowed
+from .trails import means
 
 __all__ = ["check_fits", "expert_call", "with_guidance"]
 
 
-def expert_call(expert: Expert, weight: float, state: Level) -> tuple[ExpertCall, float, tuple[float, float]]:
-    """An expert's call at the state's level, with its share of p and its (q_cond, q_uncond)."""
+def expert_call(
+    expert: Expert, weight: float, state: Level, told: float | None = None
+) -> tuple[ExpertCall, float, tuple[float, float]]:
+    """An expert's call at the state's level, with its share of p and its (q_cond, q_uncond).
+
+    told: the timestep that its scheduler tells it, which may be the nearest whole one to the level.
+    """
     own = expert.path.at(state.noise)
-    timestep = expert.path.timestep(own)
-    if expert.path.discrete and abs(timestep - round(timestep)) < 1e-6:
+    timestep = expert.path.timestep(own) if told is None else told
+    if told is not None:
+        own = state
+    elif expert.path.discrete and abs(timestep - round(timestep)) < 1e-6:
         timestep = round(timestep)
         own = expert.path.level(timestep)
     scale = 1.0 if own == state else own.sigma / state.sigma
@@ -97,7 +106,7 @@ def _misread(step: PlanStep, experts: dict[str, Expert]) -> str | None:
             "guidance_window": None,
         }
         expert = dataclasses.replace(experts[planned.name], **guidance)
-        call, share, q = expert_call(expert, planned.weight, step.level)
+        call, share, q = expert_call(expert, planned.weight, step.level, _told(step, planned, expert))
         p += share
         pairs = [
             (planned.timestep, call.timestep),
@@ -107,6 +116,15 @@ def _misread(step: PlanStep, experts: dict[str, Expert]) -> str | None:
         if not all(math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9) for a, b in pairs):
             return planned.name
     return None if math.isclose(found["p"], p, rel_tol=1e-6, abs_tol=1e-9) else step.calls[0].name
+
+
+def _told(step: PlanStep, planned: ExpertCall, expert: Expert) -> float | None:
+    """The timestep that a scheduler tells the leading expert, if one does and it is the level's, to a whole
+    number."""
+    leads = planned.weight == max(call.weight for call in step.calls)
+    if not leads or not is_borrowed(step.solver.removesuffix("_corrector")):
+        return None
+    return planned.timestep if means(expert.path, planned.timestep, step.level) else None
 
 
 def with_guidance(
@@ -131,8 +149,9 @@ def _guided(step: PlanStep, experts: dict[str, Expert], scale: float) -> PlanSte
     row, calls = step.coefficients, []
     for slot, planned in enumerate(step.calls):
         expert = dataclasses.replace(experts[planned.name], guidance_scale=scale, guidance_window=None)
+        told = _told(step, planned, expert)
         call, _, (row[f"q_cond_{slot}"], row[f"q_uncond_{slot}"]) = expert_call(
-            expert, planned.weight, step.level
+            expert, planned.weight, step.level, told
         )
         calls.append(dataclasses.replace(call, share=planned.share))
     return dataclasses.replace(step, calls=tuple(calls), row=tuple(row[name] for name in COLUMNS))

@@ -12,7 +12,8 @@ from .paths import FlowPath, Level, Path, VPPath
 from .predictions import Prediction, check_prediction
 from .reuse import Reuse, read_reuse
 from .scheduler_configs import SOLVER_OF_SCHEDULER, check_scheduler_config, path_from_scheduler_config
-from .solvers import Solver, check_solver
+from .scheduler_names import check_scheduler, check_solver_name
+from .solvers import Solver
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +40,10 @@ class Expert:
             0-d tensor (int64 on a discrete path, float32 else); returns the prediction, or a tuple that
             starts with it, or a diffusers output. Only sampling needs it, planning doesn't.
         dtype: what the model eats; None is float32.
-        solver: "ddpm", "ddim", "euler", "heun" (two model evaluations a step), "dpmpp_2m" or "dpmpp_2m_sde".
+        solver: "ddpm", "ddim", "euler", "heun" (two model evaluations a step), "dpmpp_2m" or "dpmpp_2m_sde",
+            which are built in; or whatever diffusers brings: one of its schedulers, a scheduler's class name,
+            or a name people know (`scheduler_names.KNOWN_NAMES`), like "unipc", "euler_a", "dpmpp_3m_sde" or
+            "dpmpp_2m_karras". A scheduler's levels come with it.
         eta: DDIM's share of noise, 0 to 1.
         shift: k of the shifted sigmas, on flow paths, in `SHIFTS`.
         spacing: timestep spacing on discrete paths, "trailing", "leading" or "linspace".
@@ -67,7 +71,7 @@ class Expert:
     prediction: Prediction
     model: Callable[..., Any] | None = None
     dtype: torch.dtype | None = None
-    solver: Solver = "dpmpp_2m"
+    solver: Any = "dpmpp_2m"
     eta: float = 0.0
     shift: float = 3.0
     spacing: str = "trailing"
@@ -81,7 +85,10 @@ class Expert:
 
     def __post_init__(self) -> None:
         check_prediction(self.prediction)
-        check_solver(self.solver)
+        if isinstance(self.solver, str):
+            check_solver_name(self.solver)
+        else:
+            check_scheduler(self.solver)
         missing = missing_names(self.path, Path)
         if missing:
             raise TypeError(

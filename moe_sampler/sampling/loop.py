@@ -156,7 +156,7 @@ class SamplingRun:
         index: the plan step to be run next; `len(plan)` when the run is done.
         x: [B, ...] float32, the state, updated in place.
         x0: [B, ...] float32, the last step's prediction, or None before the first step and where nothing
-            needs it (no multistep solver, no callback).
+            needs it (no solver that remembers it, no callback).
         interrupted: set it to True, from a callback or from anywhere, and no more models are called; set it
             back to False to go on.
     """
@@ -242,10 +242,8 @@ class SamplingRun:
                 self._noise = _NoiseAhead(noisy, self.x, seeds)
             else:
                 self._seed_tensor = seeds
-        # The prediction is kept only where someone reads it: the caller, or a multistep solver here or next.
-        reads = [step.reads_history for step in self.plan.steps]
-        self._keeps = [self._keep_x0 or any(pair) for pair in zip(reads, [*reads[1:], False], strict=True)]
-        self._history = torch.zeros_like(self.x) if any(self._keeps) else None
+        self._memories = [torch.zeros_like(self.x) for _ in range(self.plan.memories)]  # newest first
+        self._prediction: torch.Tensor | None = None
         self._finite = FiniteWatch(self.plan, self.x)
         self._on_device = True
 
@@ -312,19 +310,26 @@ class SamplingRun:
         following = () if index + 1 == until else self.plan.steps[index + 1].calls
         buffers = inputs.buffers(following, index + 1)
         # Noise exists only where the row asks for it, so a deterministic step never touches the generator.
-        noisy = step.adds_noise
-        self.x0 = self._history if self._keeps[index] else None
+        noisy, update = step.adds_noise, step.update
+        keeps_x0 = (update.keep_x, update.keep_x0, update.keep_n) == (0.0, 1.0, 0.0)
+        if self._keep_x0 and not keeps_x0 and self._prediction is None:
+            self._prediction = torch.empty_like(self.x)
+        shown = self._prediction if self._keep_x0 and not keeps_x0 else None
         sampler_step_(
             self.x,
             outputs,
             self._table,
             index,
-            x0_prev=self.x0,
+            memories=self._memories if update.keeps or update.memories else (),
+            x0=shown,
             next_inputs=buffers,
             seeds=self._seed_tensor if noisy else None,
             noise=self._noise(index) if noisy and self._noise is not None else None,
             nonfinite=self._finite.by_step,
         )
+        if update.keeps:
+            self._memories = [*self._memories[-1:], *self._memories[:-1]]
+        self.x0 = self._memories[0] if keeps_x0 else shown
         self.index += 1
         if self._callback is None:
             return buffers

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
-from moe_sampler.kernels.rows import COLUMNS
-
 from .experts import Expert
+from .joining import with_row
 from .plan import PlanStep, SamplingPlan
 from .planner import plan
 
@@ -58,5 +56,4 @@ def naive_plan(experts: Sequence[Expert], right: SamplingPlan) -> SamplingPlan:
 
 def _passing_on(step: PlanStep) -> PlanStep:
     """A run's last step as one that also writes the next model's input: the state, unscaled."""
-    row = step.coefficients | {"scale_0": 1.0}
-    return dataclasses.replace(step, row=tuple(row[name] for name in COLUMNS))
+    return with_row(step, scale_0=1.0)

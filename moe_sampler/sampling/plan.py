@@ -6,27 +6,33 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from moe_sampler._readers import parse_json, typed
-from moe_sampler.kernels.rows import COLUMNS, INDEX, ROW_WIDTH, check_row
+from moe_sampler.kernels.rows import COLUMNS, INDEX, MOST_EXPERTS, ROW_WIDTH, check_row
 
 from .paths import Level
 from .recipe import Recipe, compile_again
 from .reuse import check_reuse
-from .solvers import HEUN_CORRECTOR
+from .solvers import SolverRow
 
 if TYPE_CHECKING:
     import torch
 
+    from .experts import Expert
+
 __all__ = ["ExpertCall", "PlanStep", "SamplingPlan"]
 
 MOST_STEPS = 100_000
-_FORMAT = 6
-_READABLE_FORMATS = (1, 2, 3, 4, 5, 6)
+_ROW_BEFORE_7 = {"p", "a", "b", "d", "n", "clip", "scale_0", "scale_1"} | {
+    f"q_{kind}_{slot}" for kind in ("cond", "uncond") for slot in (0, 1)
+}
+_FORMAT = 7
+_READABLE_FORMATS = (1, 2, 3, 4, 5, 6, 7)
 """1 knew no guidance rescale, 2 no start from an image, 3 no digest, 4 not what it was compiled from, 5 no
-reuse of features."""
+reuse of features, 6 but one memory, which every step wrote."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,20 +64,21 @@ class ExpertCall:
 
 @dataclass(frozen=True, slots=True)
 class PlanStep:
-    """One model evaluation (of one or two experts) and the update that follows it."""
+    """One model evaluation (of one to four experts) and the update that follows it."""
 
     calls: tuple[ExpertCall, ...]
     level: Level
     target: Level
     solver: str
-    """That of the expert that leads where the step begins; `heun_corrector` is a Heun step's second row."""
+    """That of the expert that leads where the step begins; `..._corrector` is the second row of a step of
+    two, like `heun_corrector`."""
     row: tuple[float, ...]
     """The update's coefficients, float64, in the order of `moe_sampler.kernels.rows.COLUMNS`."""
 
     @property
     def corrects(self) -> bool:
         """Whether this is the second evaluation of a step, at the level the first one went to."""
-        return self.solver == HEUN_CORRECTOR
+        return self.solver.endswith("_corrector")
 
     @property
     def coefficients(self) -> dict[str, float]:
@@ -82,9 +89,9 @@ class PlanStep:
         return self.row[INDEX["n"]] != 0.0
 
     @property
-    def reads_history(self) -> bool:
-        """Whether a multistep solver needs the prediction of the step before."""
-        return self.row[INDEX["d"]] != 0.0
+    def update(self) -> SolverRow:
+        """The part of the row that is the solver's."""
+        return SolverRow(*(self.row[INDEX[name]] for name in SolverRow._fields))
 
 
 @dataclass(frozen=True)
@@ -147,6 +154,12 @@ class SamplingPlan:
         return any(call.guided for step in self.steps for call in step.calls)
 
     @property
+    def memories(self) -> int:
+        """How many of the things that steps keep have to be at hand at once: 0 to 3."""
+        updates = [step.update for step in self.steps]
+        return max((max(update.memories, int(update.keeps)) for update in updates), default=0)
+
+    @property
     def needs_noise(self) -> bool:
         """Whether any step adds noise."""
         return any(step.adds_noise for step in self.steps)
@@ -156,17 +169,22 @@ class SamplingPlan:
         if not self.steps:
             raise ValueError("the plan has no steps")
         for index, step in enumerate(self.steps):
-            if not 1 <= len(step.calls) <= 2:
-                raise ValueError(f"step {index} of the plan calls {len(step.calls)} experts: one or two work")
+            if not 1 <= len(step.calls) <= MOST_EXPERTS:
+                raise ValueError(
+                    f"step {index} of the plan calls {len(step.calls)} experts: one to {MOST_EXPERTS} work"
+                )
             check_row(step.row)
             if not all(0.0 < call.share <= 1.0 for call in step.calls):
                 raise ValueError(f"step {index} of the plan has a call whose share is not in (0, 1]")
         check_reuse(self.steps)
-        if self.steps[0].reads_history:
-            raise ValueError(
-                "the plan's first step reads the prediction of a step before it, so its beginning was cut "
-                "off: plan the rest anew, with noise_levels=plan.noise_levels[k:]"
-            )
+        kept = 0
+        for step in self.steps:
+            if step.update.memories > kept:
+                raise ValueError(
+                    "the plan reads the prediction of a step before its first one, so its beginning was cut "
+                    "off: plan the rest anew, with noise_levels=plan.noise_levels[k:]"
+                )
+            kept += step.update.keeps
 
     def table(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """[steps, ROW_WIDTH] float32: one row a step, as `sampler_step_` reads it."""
@@ -191,6 +209,67 @@ class SamplingPlan:
         return json.dumps({**body, "digest": _digest(body)}, **kwargs)
 
     @classmethod
+    def from_scheduler(
+        cls, scheduler: Any, steps: int | None, expert: Expert, **options: Any
+    ) -> SamplingPlan:
+        """What a diffusers scheduler does in a whole run, compiled.
+
+        Args:
+            scheduler: one of diffusers', its class name, or a name people know (see `Expert`'s solver).
+            steps: how many; None where `options` say it.
+            expert: whose model it is for; its guidance is folded in.
+            options: more for the scheduler's `set_timesteps`, such as `mu`, `sigmas` or `timesteps`.
+
+        Raises:
+            ValueError: the scheduler is for other models, or no plan can hold what it does.
+        """
+        from .planner import plan_trail
+        from .scheduler_trails import scheduler_trail
+
+        own = dataclasses.replace(expert, solver=scheduler)
+        return plan_trail(own, scheduler_trail(own, steps, options=options))
+
+    @classmethod
+    def from_sampler(
+        cls,
+        sampler: Callable[..., torch.Tensor],
+        sigmas: Sequence[float] | torch.Tensor,
+        expert: Expert,
+        **options: Any,
+    ) -> SamplingPlan:
+        """What a sampling function in k-diffusion's and ComfyUI's form does, compiled.
+
+        Args:
+            sampler: `sampler(model, x, sigmas, ...)`, which calls `model(x, sigma)` for x0, sigma being [1].
+            sigmas: from noise to data, as the function takes them: sigma / alpha of a DDPM path, whose state
+                is x0 + sigma * noise; on the flow path the share of noise, whose state is the flow's own.
+            expert: whose model it is for; its guidance is folded in.
+            options: more for the function, such as `eta` or `s_churn`.
+
+        Raises:
+            ValueError: the function adapts its steps to what it samples, remembers too much, or leaves the
+                expert's path.
+        """
+        from .planner import plan_trail
+        from .sampler_functions import function_trail
+
+        return plan_trail(expert, function_trail(sampler, sigmas, expert, options))
+
+    def then(self, other: SamplingPlan) -> SamplingPlan:
+        """This plan and another one after it, as one: its last step goes on to where the other begins, as the
+        same state on the other's path. Neither remembers anything of the other.
+
+        Args:
+            other: begins at the noise level this one ends at, on whichever path.
+
+        Raises:
+            ValueError: it begins elsewhere.
+        """
+        from .joining import joined
+
+        return joined(self, other)
+
+    @classmethod
     def from_json(cls, text: str) -> SamplingPlan:
         """The plan that `to_json` wrote.
 
@@ -210,6 +289,8 @@ class SamplingPlan:
             if isinstance(values.get("steps"), list):
                 if len(values["steps"]) > MOST_STEPS:
                     raise ValueError(f"{len(values['steps'])} steps are more than {MOST_STEPS}")
+                if found < 7:
+                    values["steps"] = _with_memories(values["steps"])
                 values["steps"] = [
                     _step_from_json(step, f"steps[{index}]") for index, step in enumerate(values["steps"])
                 ]
@@ -322,6 +403,22 @@ def _difference(one: PlanStep, other: PlanStep) -> str | None:
         for name in ("weight", "timestep", "guidance_scale", "input_scale", "guidance_rescale", "share"):
             pairs.append((name, getattr(mine, name), getattr(theirs, name)))
     return next((name for name, a, b in pairs if not _close(a, b)), None)
+
+
+def _with_memories(steps: list[Any]) -> list[Any]:
+    """Steps of a format before 7, whose one memory was `d` and was written by every step, in this one's
+    columns. What is no step is left for others to find."""
+    made: list[Any] = []
+    for step in steps:
+        row = step.get("row") if isinstance(step, dict) else None
+        if not isinstance(row, dict) or set(row) != _ROW_BEFORE_7:
+            made.append(step)
+            continue
+        row = dict.fromkeys(COLUMNS, 0.0) | {"d_0" if name == "d" else name: row[name] for name in row}
+        made.append({**step, "row": row})
+        if row["d_0"] and len(made) > 1 and isinstance(made[-2], dict) and "row" in made[-2]:
+            made[-2]["row"]["keep_x0"] = 1.0
+    return made
 
 
 def _step_from_json(step: Any, where: str) -> PlanStep:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,9 @@ from .plan import ExpertCall, PlanStep, SamplingPlan
 from .recipe import Recipe
 from .reuse import marked
 from .routers import PerStep, Router, Spans, active_experts, lead_expert, lead_spans
-from .solvers import HEUN_CORRECTOR, SolverRow, heun_corrector_row, solver_row
+from .scheduler_names import is_borrowed, is_known_name, solver_label
+from .solvers import HEUN_CORRECTOR, SOLVERS, SolverRow, heun_corrector_row, solver_row
+from .trails import Evaluation, Trail, retargeted
 
 __all__ = ["ExpertCall", "PlanStep", "SamplingPlan", "plan"]
 
@@ -39,6 +41,8 @@ class _Node:
     weights: Mapping[str, float]
     lead: Expert
     level: Level
+    borrowed: Evaluation | None = None
+    """What the lead's scheduler does here, if it has one for a solver."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +108,11 @@ def _check_reach(expert: Expert, high: float, low: float, start: float) -> None:
         )
 
 
-def _noise_levels(
+def _spanned_nodes(
     experts: Mapping[str, Expert], router: Router, steps: int | Mapping[str, int], start: float, end: float
-) -> list[float]:
-    """Nodes for every span, each on its leading expert's own grid."""
+) -> tuple[list[_Node], float | None]:
+    """Nodes for every span, each on its leading expert's own grid or its scheduler's levels; and what the run
+    is to be started with, if a scheduler says so."""
     spans = lead_spans(router, list(experts), start, end)
     for name, high, low in spans if len(spans) > 1 else ():
         _check_reach(experts[name], high, low, start)
@@ -116,11 +121,44 @@ def _noise_levels(
     else:
         shifts = [e.shift for e in experts.values() if not e.path.discrete]
         counts = _allocate(spans, steps, max(shifts, default=1.0))
-    return [
-        noise
-        for (name, high, low), count in zip(spans, counts, strict=True)
-        for noise in experts[name].path.grid(count, high, low, experts[name].shift, experts[name].spacing)
-    ]
+    nodes: list[_Node] = []
+    initial_scale = None
+    for (name, high, low), count in zip(spans, counts, strict=True):
+        lead, landing = experts[name], nodes[-1].borrowed.landing if nodes and nodes[-1].borrowed else None
+        if landing is not None and low < landing.noise < high:
+            high = landing.noise  # nothing is lost between a scheduler's last level and the handoff
+        if is_borrowed(lead.solver):
+            from .scheduler_trails import scheduler_trail  # brings torch, which other plans don't need
+
+            trail = scheduler_trail(lead, count, high, low)
+            initial_scale = initial_scale if nodes else trail.initial_scale
+            nodes += [_borrowed_node(experts, router, lead, each) for each in trail.evaluations]
+            continue
+        grid = lead.path.grid(count, high, low, lead.shift, lead.spacing)
+        nodes += [_routed(experts, router, noise) for noise in grid]
+    return nodes, initial_scale
+
+
+def _borrowed_node(
+    experts: Mapping[str, Expert], router: Router, lead: Expert, evaluation: Evaluation
+) -> _Node:
+    """Where a scheduler calls the model. It is its expert's alone where another one leads: at the second call
+    of a step across the handoff."""
+    noise = evaluation.level.noise
+    weights = active_experts(router, noise, list(experts))
+    if lead_expert(weights) != lead.name:
+        weights = {lead.name: 1.0}
+    return _Node(noise, weights, lead, evaluation.level, evaluation)
+
+
+def _check_own_levels(experts: Mapping[str, Expert]) -> None:
+    for expert in experts.values():
+        if is_borrowed(expert.solver):
+            raise ValueError(
+                f"{expert.name}: {solver_label(expert.solver)} brings its own noise levels, so that none "
+                f"can be given, and no router per step: use steps and a Boundary, Spans or Crossfade, or "
+                f"{', '.join(SOLVERS)}"
+            )
 
 
 def _levels_per_step(
@@ -164,7 +202,7 @@ def _routed(experts: Mapping[str, Expert], router: Router, noise: float) -> _Nod
 
 def _check_descending(nodes: Sequence[_Node]) -> None:
     for earlier, later in itertools.pairwise(nodes):
-        if later.noise < earlier.noise:
+        if later.noise < earlier.noise or (later.borrowed and earlier.lead is later.lead):
             continue
         if earlier.lead is later.lead:
             raise ValueError(
@@ -184,14 +222,18 @@ def _corrector_at(experts: Mapping[str, Expert], last: _Node, end: float) -> _No
 
 
 def _evaluations(experts: Mapping[str, Expert], nodes: Sequence[_Node], end: float) -> Iterator[_Evaluation]:
-    """One step from every node to the next; the last one goes to `end`.
+    """One step from every node to the next; the last one goes to `end`. Nothing is said yet of what is kept.
 
     A Heun step evaluates a second time where it arrives. Who works at that level is the router's to say, so
     across a handoff the next expert does, and is told a timestep of its own grid. Into the data, and to an
     end between two integer timesteps, there is no second evaluation.
     """
-    previous = None  # the level x0_prev was predicted at
+    previous = None  # the level the memory was predicted at
     for node, following in zip(nodes, [*nodes[1:], None], strict=True):
+        if node.borrowed is not None:
+            yield _borrowed_evaluation(node, node.borrowed, following, end)
+            previous = None  # what a scheduler keeps is its own
+            continue
         heun = node.lead.solver == "heun"
         if following is None and heun and end > 0.0:
             following = _corrector_at(experts, node, end)
@@ -208,6 +250,33 @@ def _evaluations(experts: Mapping[str, Expert], nodes: Sequence[_Node], end: flo
         if heun and following is not None:
             yield _Evaluation(following, target, HEUN_CORRECTOR, heun_corrector_row(node.level, target))
             previous = target
+
+
+def _borrowed_evaluation(
+    node: _Node, borrowed: Evaluation, following: _Node | None, end: float
+) -> _Evaluation:
+    """A scheduler's step, the last one of which lands where the next expert, or the run's end, is."""
+    target = borrowed.landing
+    if following is not None:
+        target = following.level
+    elif end > 0.0:
+        target = node.lead.path.at(end)
+    elif is_known_name(node.lead.solver):  # some of diffusers' schedulers stop short of the data
+        target = node.lead.last_level
+    update = retargeted(borrowed.update, node.level, borrowed.landing, target)
+    solver = solver_label(node.lead.solver) + ("_corrector" if borrowed.corrects else "")
+    return _Evaluation(node, target, solver, update)
+
+
+def _remembering(evaluations: Sequence[_Evaluation]) -> list[_Evaluation]:
+    """The same, where every prediction that the next evaluation reads is kept."""
+    nexts = [*evaluations[1:], None]
+    return [
+        replace(own, update=own.update._replace(keep_x0=1.0))
+        if following is not None and following.update.memories and following.node.borrowed is None
+        else own
+        for own, following in zip(evaluations, nexts, strict=True)
+    ]
 
 
 def _check_row(row: Mapping[str, float], calls: Sequence[ExpertCall], index: int, step: _Evaluation) -> None:
@@ -230,7 +299,9 @@ def _compile(experts: Mapping[str, Expert], evaluations: Sequence[_Evaluation]) 
         row["clip"] = math.inf if clip is None else clip
         own = []
         for slot, (name, weight) in enumerate(step.node.weights.items()):
-            call, p, (q_cond, q_uncond) = expert_call(experts[name], weight, step.node.level)
+            borrowed = step.node.borrowed
+            told = borrowed.timestep if borrowed is not None and name == step.node.lead.name else None
+            call, p, (q_cond, q_uncond) = expert_call(experts[name], weight, step.node.level, told)
             own.append(call)
             row["p"] += p
             row[f"q_cond_{slot}"], row[f"q_uncond_{slot}"] = q_cond, q_uncond
@@ -245,6 +316,17 @@ def _compile(experts: Mapping[str, Expert], evaluations: Sequence[_Evaluation]) 
         PlanStep(own, step.node.level, step.target, step.solver, tuple(row[name] for name in COLUMNS))
         for own, step, row in zip(calls, evaluations, rows, strict=True)
     )
+
+
+def plan_trail(expert: Expert, trail: Trail) -> SamplingPlan:
+    """A run of one expert that is one trail."""
+    router = Spans(((expert.name, 0.0),))
+    nodes = [_borrowed_node({expert.name: expert}, router, expert, each) for each in trail.evaluations]
+    evaluations = [
+        _Evaluation(node, each.landing, trail.name + ("_corrector" if each.corrects else ""), each.update)
+        for node, each in zip(nodes, trail.evaluations, strict=True)
+    ]
+    return SamplingPlan(_compile({expert.name: expert}, evaluations), trail.initial_scale)
 
 
 def read_steps(steps: Any) -> int | dict[str, int]:
@@ -330,7 +412,9 @@ def plan(
     steps, spaced = _steps(steps, router), noise_levels is None
 
     given = None if noise_levels is None else _check_noise_levels(noise_levels, end)
-    noise_levels = given
+    noise_levels, initial_scale = given, None
+    if given is not None or isinstance(router, PerStep):
+        _check_own_levels(known)
     if isinstance(router, PerStep):
         weights = router.weights(list(known))
         if noise_levels is None:
@@ -341,9 +425,9 @@ def plan(
                 f"{len(noise_levels)} noise levels"
             )
         nodes = [_node(known, own, noise) for noise, own in zip(noise_levels, weights, strict=True)]
+    elif noise_levels is None:
+        nodes, initial_scale = _spanned_nodes(known, router, steps, start, end)
     else:
-        if noise_levels is None:
-            noise_levels = _noise_levels(known, router, steps, start, end)
         nodes = [_routed(known, router, noise) for noise in noise_levels]
     _check_descending(nodes)
     if not nodes[-1].noise > end:
@@ -351,11 +435,12 @@ def plan(
             f"the last step's integer timestep is noise level {nodes[-1].noise:.4f}, not above the end of "
             f"the run ({end:.4f}): end further down"
         )
-    evaluations = list(_evaluations(known, nodes, end))
+    evaluations = _remembering(list(_evaluations(known, nodes, end)))
     # Where a grid begins is its own affair; levels that were asked for may leave out the run's first part.
     asked = start < 1.0 or not spaced
     from_image = asked and nodes[0].noise < _node(known, nodes[0].weights, 1.0).noise
-    initial_scale = nodes[0].lead.path.initial_scale(nodes[0].level)
+    if initial_scale is None:
+        initial_scale = nodes[0].lead.path.initial_scale(nodes[0].level)
     work = [(node.noise, node.weights) for node in nodes]
     recipe = Recipe.of(known.values(), router, steps, (start, end), given, work)
     compiled = marked(_compile(known, evaluations), known)

@@ -14,6 +14,7 @@ from .experts import Expert
 from .paths import FlowPath, Path, VPPath
 from .routers import Boundary, Crossfade, PerStep, Spans
 from .scheduler_configs import vp_path_from_config
+from .scheduler_names import check_solver_name, is_borrowed, solver_data
 
 if TYPE_CHECKING:
     from .plan import SamplingPlan
@@ -26,12 +27,13 @@ _ROUTERS = {cls.__name__: cls for cls in (Boundary, Crossfade, Spans, PerStep)}
 
 @dataclass(frozen=True)
 class ExpertRecipe:
-    """An `Expert` but for its model: what the planner knows of it. `path` is as `path_data` gives it."""
+    """An `Expert` but for its model: what the planner knows of it. `path` is as `path_data` gives it; a
+    solver that is no name is a diffusers scheduler's config."""
 
     name: str
     path: dict[str, Any]
     prediction: str
-    solver: str
+    solver: Any
     eta: float
     shift: float
     spacing: str
@@ -47,7 +49,7 @@ class ExpertRecipe:
     def of(cls, expert: Expert) -> ExpertRecipe:
         fields = (field.name for field in dataclasses.fields(cls))
         known = {name: getattr(expert, name) for name in fields}
-        return cls(**{**known, "path": path_data(expert.path)})
+        return cls(**{**known, "path": path_data(expert.path), "solver": solver_data(expert.solver)})
 
     def expert(self) -> Expert:
         """Raises ValueError or TypeError for what makes no expert."""
@@ -162,14 +164,20 @@ def _router(data: Mapping[str, Any]) -> Any:
 
 
 def compile_again(recipe: Recipe) -> SamplingPlan | None:
-    """The plan of a recipe; None if it has a path of a class that isn't this package's.
+    """The plan of a recipe; None if it has a path of a class that isn't this package's, or a solver that
+    diffusers brings, whose numbers are those of the version it was compiled with.
 
     Raises:
         ValueError, TypeError: it makes none.
     """
     from .planner import plan
 
-    if any("." in str(expert.path.get("type")) for expert in recipe.experts):
+    for expert in recipe.experts:
+        if isinstance(expert.solver, str):
+            check_solver_name(expert.solver)
+        elif not isinstance(expert.solver, dict):
+            raise TypeError(f"solver must be a name or a scheduler's config, got {expert.solver!r}")
+    if any("." in str(e.path.get("type")) or is_borrowed(e.solver) for e in recipe.experts):
         return None
     levels = recipe.noise_levels
     return plan(

@@ -1,7 +1,7 @@
 """Routers: which expert is at work, decided by noise level so that it stays right under any shift or count.
 
 A router is any callable from a share of noise (`Level.noise`: 1 at pure noise, 0 at data) to a mapping from
-expert name to weight; the weights at a level add up to 1 and at most two are non-zero. It is consulted while
+expert name to weight; the weights at a level add up to 1 and at most four are non-zero. It is consulted while
 planning, so it costs nothing in the sampling loop. `PerStep` is the exception for who wants to decide step by
 step.
 """
@@ -12,6 +12,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+from moe_sampler.kernels.rows import MOST_EXPERTS
 
 from .._numbers import number
 from .paths import FlowPath
@@ -182,8 +184,10 @@ def _active(weights: str | Mapping[str, float], where: str, known: Sequence[str]
             f"a router's weights are non-negative and add up to 1, got {dict(weights)} at {where}"
         )
     active = {name: float(weights[name]) for name in known if weights.get(name, 0.0) > 0.0}
-    if len(active) > 2:
-        raise ValueError(f"at most two experts can be at work at once, got {', '.join(active)} at {where}")
+    if len(active) > MOST_EXPERTS:
+        raise ValueError(
+            f"at most {MOST_EXPERTS} experts can be at work at once, got {', '.join(active)} at {where}"
+        )
     return active
 
 
@@ -191,8 +195,8 @@ def active_experts(router: Router, noise: float, known: Sequence[str]) -> dict[s
     """The non-zero weights at a noise level, checked, in `known`'s order.
 
     Raises:
-        ValueError: no mapping, unknown names, negative weights, a sum other than 1, more than two experts at
-            once.
+        ValueError: no mapping, unknown names, negative weights, a sum other than 1, more than four experts
+            at once.
     """
     return _active(router(noise), f"noise level {noise:.4f}", known)
 

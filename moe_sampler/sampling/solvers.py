@@ -1,4 +1,5 @@
-"""Solvers as rows: one step between two noise levels, x <- a * x + b * x0 + d * x0_prev + n * z.
+"""Solvers as rows: one step between two noise levels, x <- a * x + b * x0 + d_0 * memory_0 + n * z, where the
+one memory these solvers have is the prediction of the step before.
 
 A solver sees only (alpha, sigma) of where it is and where it goes, so one formula serves every path, and a
 target on *another* path is an exact handoff: it needs no code of its own. A Heun step is two rows, one for
@@ -31,10 +32,28 @@ HEUN_CORRECTOR = "heun_corrector"
 
 
 class SolverRow(NamedTuple):
+    """The columns of a row (see `moe_sampler.kernels.rows`) that say how a step moves the state and what it
+    keeps for steps to come, whatever the models predict."""
+
     a: float
     b: float
-    d: float = 0.0
     n: float = 0.0
+    d_0: float = 0.0
+    d_1: float = 0.0
+    d_2: float = 0.0
+    keep_x: float = 0.0
+    keep_x0: float = 0.0
+    keep_n: float = 0.0
+
+    @property
+    def memories(self) -> int:
+        """How many of the memories the step reads, at least: the newest ones."""
+        return max((age for age, d in enumerate((self.d_0, self.d_1, self.d_2), 1) if d != 0.0), default=0)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the step writes a memory."""
+        return any((self.keep_x, self.keep_x0, self.keep_n))
 
 
 def check_solver(solver: str) -> None:
@@ -80,7 +99,7 @@ def _dpmpp_2m(level: Level, target: Level, previous: Level | None, stochastic: b
     return SolverRow(
         a=target.sigma / level.sigma * (math.exp(-h) if stochastic else 1.0),
         b=weight * (1.0 + extrapolation),
-        d=-weight * extrapolation,
+        d_0=-weight * extrapolation,
         n=noise,
     )
 
@@ -112,7 +131,7 @@ def heun_corrector_row(level: Level, target: Level) -> SolverRow:
 
     scale = target.alpha + k * target.sigma
     weight = 0.5 * scale * (time(level) / time(target) - 1.0)
-    return SolverRow(a=1.0, b=weight, d=-weight)
+    return SolverRow(a=1.0, b=weight, d_0=-weight)
 
 
 def solver_row(
@@ -124,7 +143,7 @@ def solver_row(
         solver: "ddpm" (ancestral), "ddim" (with `eta`), "euler" (first order), "heun" (its predictor; see
             `heun_corrector_row`), "dpmpp_2m", "dpmpp_2m_sde".
         level, target: may lie on different paths.
-        previous: the level x0_prev was predicted at, or None without history.
+        previous: the level the memory was predicted at, or None without one.
         eta: DDIM's share of the posterior's noise, 0 to 1.
 
     Raises:

@@ -88,11 +88,11 @@ class FusedDDIMScheduler(VPScheduler):
         if self.config["clip_sample"] and not use_clipped_model_output:
             # The direction comes from the model's own x0 = p x + q o, only the data's part from the clipped
             # one: a x + b x0 is a (x - alpha x0) + (b + a alpha) x0. What the output adds to the direction
-            # goes through the history's slot.
+            # goes through a memory.
             row = SolverRow(
                 a=row.a * (1.0 - level.alpha * p),
                 b=row.b + row.a * level.alpha,
-                d=-row.a * level.alpha * q,
+                d_0=-row.a * level.alpha * q,
                 n=row.n,
             )
         return table_row(row, p, q, clip=self._clip)
@@ -136,10 +136,9 @@ class FusedDDIMScheduler(VPScheduler):
         noise = variance_noise if eta > 0 else None
         if eta > 0 and noise is None:
             noise = self._noise(model_output, generator)
-        x0 = torch.empty(sample.shape, dtype=torch.float32, device=sample.device)
-        if not math.isinf(self._clip) and not use_clipped_model_output:
-            x0.copy_(model_output)
-        previous, x0 = self._stepped(model_output, sample, table, index, noise, x0)
+        direct = not math.isinf(self._clip) and not use_clipped_model_output
+        memories = [model_output.float().contiguous()] if direct else []
+        previous, x0 = self._stepped(model_output, sample, table, index, noise, memories)
         if not return_dict:
             return previous, x0
         return DDIMSchedulerOutput(prev_sample=previous, pred_original_sample=x0)

@@ -153,8 +153,7 @@ class FusedDDPMScheduler(VPScheduler):
         t = self._timestep(timestep)
         table, index = self._table(t, sample.device)
         noise = self._noise(model_output, generator) if t > 0 else None
-        x0 = torch.empty(sample.shape, dtype=torch.float32, device=sample.device)
-        previous, x0 = self._stepped(model_output, sample, table, index, noise, x0)
+        previous, x0 = self._stepped(model_output, sample, table, index, noise)
         if not return_dict:
             return previous, x0
         return DDPMSchedulerOutput(prev_sample=previous, pred_original_sample=x0)

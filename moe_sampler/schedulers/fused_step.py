@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -135,13 +135,16 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):
         table: torch.Tensor,
         index: int,
         noise: torch.Tensor | None = None,
-        history: torch.Tensor | None = None,
+        x0: torch.Tensor | None = None,
+        memories: Sequence[torch.Tensor] = (),
     ) -> torch.Tensor:
         """The float32 state after row `index`; `sample` is left alone.
 
-        model_output, sample, noise: [B, ...] of any float dtype. history: float32 [B, ...], contiguous; read
-        where the row says so, and then holding x0.
+        model_output, sample, noise: [B, ...] of any float dtype. x0: float32 [B, ...], contiguous, written.
+        memories: float32 [B, ...], contiguous, read where the row says so.
         """
         x = torch.empty(sample.shape, dtype=torch.float32, device=sample.device).copy_(sample)
         noise = None if noise is None else noise.float().contiguous()
-        return sampler_step_(x, [model_output.contiguous()], table, index, x0_prev=history, noise=noise)
+        return sampler_step_(
+            x, [model_output.contiguous()], table, index, memories=memories, x0=x0, noise=noise
+        )

@@ -191,13 +191,11 @@ class VPScheduler(FusedScheduler):
         table: torch.Tensor,
         index: int,
         noise: torch.Tensor | None,
-        x0: torch.Tensor,
+        memories: Sequence[torch.Tensor] = (),
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(next sample, x0), both in the dtype that sample and model output promote to.
-
-        x0: float32 [B, ...], written; read before where the row says so.
-        """
-        x = self._launch(model_output, sample, table, index, noise, x0)
+        """(next sample, x0), both in the dtype that sample and model output promote to."""
+        x0 = torch.empty(sample.shape, dtype=torch.float32, device=sample.device)
+        x = self._launch(model_output, sample, table, index, noise, x0, memories)
         dtype = torch.promote_types(sample.dtype, model_output.dtype)
         return x.to(dtype), x0.to(dtype)
 

@@ -28,25 +28,24 @@ def step_launch(
     shape=SHAPE,
     guided=False,
     experts=1,
-    history=False,
+    memories=0,
     seeds=False,
     noise=False,
+    x0=False,
     nexts=0,
     step=3,
     flags=False,
 ):
     twice = (2 * shape[0], *shape[1:])
-    outputs = [empty(twice if guided else shape, dtype) for _ in range(experts)] + [None]
-    next_inputs = [empty(twice, dtype) for _ in range(nexts)] + [None, None]
+    outputs = [empty(twice if guided else shape, dtype) for _ in range(experts)]
     arguments = sampler_step.Step(
         empty(shape),
-        outputs[0],
-        outputs[1],
+        outputs,
         empty((50, ROW_WIDTH)),
         step,
-        empty(shape) if history else None,
-        next_inputs[0],
-        next_inputs[1],
+        [empty(shape) for _ in range(memories)],
+        empty(shape) if x0 else None,
+        [empty(twice, dtype) for _ in range(nexts)],
         empty(shape[:1], torch.int64) if seeds else None,
         empty(shape) if noise else None,
         nonfinite=empty((50,), torch.int32) if flags else None,
@@ -54,7 +53,7 @@ def step_launch(
     return sampler_step.launch_of(arguments)
 
 
-EVERYTHING = {"guided": True, "experts": 2, "history": True, "seeds": True, "nexts": 2}
+EVERYTHING = {"guided": True, "experts": 4, "memories": 3, "x0": True, "seeds": True, "nexts": 4}
 BUILT = [(case, case.build(case.shape, "meta")) for case in cases.cases()]
 
 
@@ -117,10 +116,11 @@ def test_clipping_lets_nan_through(architecture):
 @pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
 @pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=str)
 @pytest.mark.parametrize("shape", [SHAPE, RAGGED], ids=["aligned", "ragged"])
-def test_history_is_read_before_it_is_overwritten(shape, dtype, architecture):
+@pytest.mark.parametrize("memories", [1, 3])
+def test_a_memory_is_read_before_it_is_overwritten(shape, dtype, architecture, memories):
     """By all threads: beside half-precision outputs a thread does not overwrite what it read itself."""
-    code = aot.compile_launch(step_launch(dtype, shape=shape, history=True), architecture)
-    order = accesses_in_order(code.ptx, 3)  # x, output, table, x0_prev
+    code = aot.compile_launch(step_launch(dtype, shape=shape, memories=memories), architecture)
+    order = accesses_in_order(code.ptx, 2 + memories)  # x, output, table, the memories
     assert re.fullmatch(r"\|*l+\|+s+\|*", order), order
 
 

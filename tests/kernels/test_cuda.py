@@ -10,7 +10,7 @@ from moe_sampler.kernels import euler_step_, make_row, philox_normal, sampler_st
 
 pytestmark = pytest.mark.gpu
 SHAPE = (2, 4, 64, 64)
-ROW = make_row(p=1.1, a=0.9, b=0.2, d=0.1, n=0.3, q_cond_0=-2, q_uncond_0=1.5, scale_0=0.7)
+ROW = make_row(p=1.1, a=0.9, b=0.2, d_0=0.1, keep_x0=1, n=0.3, q_cond_0=-2, q_uncond_0=1.5, scale_0=0.7)
 
 
 def arguments():
@@ -25,7 +25,7 @@ def arguments():
 
 def advance(x, output, table, history, next_input, seeds):
     for step in range(4):
-        sampler_step_(x, [output], table, step, x0_prev=history, next_inputs=[next_input], seeds=seeds)
+        sampler_step_(x, [output], table, step, memories=[history], next_inputs=[next_input], seeds=seeds)
     return x
 
 

@@ -1,5 +1,6 @@
 """The operators as torch sees them, and what they refuse."""
 
+import copy
 import math
 import subprocess
 import sys
@@ -21,7 +22,20 @@ from moe_sampler.kernels import (
 
 OPS = torch.ops.moe_sampler
 SHAPE = (2, 4, 8, 8)
-ROW = make_row(p=1.1, a=0.9, b=0.2, d=0.1, n=0.3, q_cond_0=-2, q_uncond_0=1.5, q_cond_1=0.4, scale_0=0.7)
+ROW = make_row(
+    **{
+        "p": 1.1,
+        "a": 0.9,
+        "b": 0.2,
+        "n": 0.3,
+        "scale_0": 0.7,
+        "d_0": 0.1,
+        "d_1": -0.3,
+        "keep_x0": 1,
+        "keep_n": 2,
+    },
+    **{"q_cond_0": -2, "q_uncond_0": 1.5, "q_cond_1": 0.4},
+)
 NAN_AT = (torch.tensor(1), torch.tensor(COLUMNS.index("a")))
 QUIET_ROW = make_row(p=1.1, a=0.9, b=0.2, q_cond_0=-2, scale_0=0.7)
 
@@ -37,16 +51,16 @@ def step_arguments(guided=True, everything=True):
     x, output = randn(*SHAPE), randn((1 + guided) * batch, *rest)
     table = torch.tensor([QUIET_ROW, ROW])
     if not everything:
-        return x, output, None, table, 0, None, None, None, None, None, 0
-    next_inputs = torch.zeros(2 * batch, *rest), torch.zeros(SHAPE, dtype=torch.bfloat16)
+        return x, [output], table, 0, [], None, [], None, None, 0
+    next_inputs = [torch.zeros(2 * batch, *rest), torch.zeros(SHAPE, dtype=torch.bfloat16)]
     return (
         x,
-        output,
-        randn(*SHAPE).half(),
+        [output, randn(*SHAPE).half()],
         table,
         1,
+        [randn(*SHAPE), randn(*SHAPE)],
         randn(*SHAPE),
-        *next_inputs,
+        next_inputs,
         torch.tensor([3, 4]),
         None,
         5,
@@ -71,15 +85,22 @@ def test_opcheck_the_others():
 
 @pytest.mark.gpu
 def test_opcheck_on_cuda():
-    move = lambda v: v.cuda() if isinstance(v, torch.Tensor) else v  # noqa: E731
+    def move(value):
+        if isinstance(value, list):
+            return [move(each) for each in value]
+        return value.cuda() if isinstance(value, torch.Tensor) else value
+
     opcheck(OPS.sampler_step_.default, tuple(map(move, step_arguments())))
     opcheck(OPS.euler_step_.level, (torch.randn(SHAPE).cuda(), torch.randn(SHAPE).cuda(), 0.6, 0.5))
     opcheck(OPS.philox_normal.default, ([2, 3, 5], torch.tensor([1, 2]).cuda(), 4, 0, torch.float16))
 
 
-def loop(x, output, table, next_input, seeds):
+def loop(x, output, table, next_input, seeds, memories, x0):
     for step in range(2):
-        sampler_step_(x, [output], table, step, next_inputs=[next_input], seeds=seeds)
+        sampler_step_(
+            x, [output], table, step, memories=memories, x0=x0, next_inputs=[next_input], seeds=seeds
+        )
+        memories = [memories[-1], *memories[:-1]]
     euler_step_(x, output[: len(x)], 0.5, 0.4)
     epsilon = velocity_to_epsilon(output[: len(x)], x, 0.8, torch.tensor([0.6, 0.5], device=x.device))
     z = philox_normal(x.shape, seeds, 3, dtype=torch.bfloat16)
@@ -89,13 +110,17 @@ def loop(x, output, table, next_input, seeds):
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_compiles_without_graph_breaks(device, compiler):
-    x, output, _, table, *_ = (v.to(device) if isinstance(v, torch.Tensor) else v for v in step_arguments())
+    x, (output, _), table, _, memories, x0, *_ = step_arguments()
+    x, output, table, x0 = (tensor.to(device) for tensor in (x, output, table, x0))
+    memories = [memory.to(device) for memory in memories]
     next_input, seeds = torch.zeros_like(output), torch.tensor([3, 4], device=device)
-    expected_x, expected_next = x.clone(), next_input.clone()
-    expected = loop(expected_x, output, table, expected_next, seeds)
-    compiled = torch.compile(loop, fullgraph=True, backend=compiler)(x, output, table, next_input, seeds)
+    own = [x, output, table, next_input, seeds, memories, x0]
+    expected_own = copy.deepcopy(own)
+    expected = loop(*expected_own)
+    compiled = torch.compile(loop, fullgraph=True, backend=compiler)(*own)
     torch.testing.assert_close(compiled, expected, rtol=1e-5, atol=1e-5)
-    assert torch.equal(x, expected_x) and torch.equal(next_input, expected_next)
+    assert memories[0].ne(own[-1]).any()
+    torch.testing.assert_close(own, expected_own, rtol=0, atol=0)
 
 
 def test_steps_share_one_compiled_graph():
@@ -161,8 +186,15 @@ def wrong(error, message, **changes):
     [
         wrong(TypeError, "x must be float32", x=lambda a: a["x"].half()),
         wrong(ValueError, "x must be contiguous", x=lambda a: a["x"].transpose(1, 2)),
-        wrong(ValueError, "outputs must be a list of one or two", outputs=lambda a: []),
-        wrong(ValueError, "outputs must be a list of one or two", outputs=lambda a: a["outputs"][0]),
+        wrong(ValueError, "outputs must be a list of 1 to 4", outputs=lambda a: []),
+        wrong(ValueError, "outputs must be a list of 1 to 4 tensors", outputs=lambda a: a["outputs"][0]),
+        wrong(ValueError, "memories must be a list of 0 to 3", memories=lambda a: [torch.ones(SHAPE)] * 4),
+        wrong(
+            ValueError, "row 1 reads or keeps more memories than the 1", memories=lambda a: a["memories"][:1]
+        ),
+        wrong(ValueError, "row 1 reads or keeps more memories than the 0", memories=lambda a: []),
+        wrong(ValueError, "x0 must have shape", x0=lambda a: torch.ones(1, 4, 8, 8)),
+        wrong(ValueError, r"x0 shares memory with memories\[1\]", x0=lambda a: a["memories"][1]),
         wrong(ValueError, r"outputs\[0\] must have shape", outputs=lambda a: [torch.ones(3, 4, 8, 8)]),
         wrong(ValueError, r"x shares memory with outputs\[0\]", outputs=lambda a: [a["x"]]),
         wrong(
@@ -173,28 +205,32 @@ def wrong(error, message, **changes):
         wrong(ValueError, r"outputs\[0\] is on meta", outputs=lambda a: [a["x"].to("meta")]),
         wrong(ValueError, "step 2 is outside the table", step=lambda a: 2),
         wrong(ValueError, "step -1 is outside the table", step=lambda a: -1),
-        wrong(ValueError, r"table must have shape \[steps, 16\]", table=lambda a: torch.ones(2, 12)),
+        wrong(ValueError, r"table must have shape \[steps, 24\]", table=lambda a: torch.ones(2, 12)),
         wrong(
             ValueError,
             "got a = nan",
             table=lambda a: a["table"].clone().index_put_(NAN_AT, torch.tensor(math.nan)),
         ),
         wrong(TypeError, "table must be float32", table=lambda a: torch.ones(2, ROW_WIDTH).double()),
-        wrong(ValueError, "x0_prev must have shape", x0_prev=lambda a: torch.ones(1, 4, 8, 8)),
-        wrong(ValueError, "x0_prev shares memory with x", x0_prev=lambda a: a["x"]),
+        wrong(ValueError, r"memories\[0\] must have shape", memories=lambda a: [torch.ones(1, 4, 8, 8)]),
+        wrong(ValueError, r"memories\[0\] shares memory with x", memories=lambda a: [a["x"]]),
         *(
             wrong(ValueError, rf"{written} shares memory with {read}", **given)
             for written, read, given in (
                 ("x", "noise", dict(noise=lambda a: a["x"], seeds=lambda a: None)),
                 ("x", r"outputs\[1\]", dict(outputs=lambda a: [a["outputs"][0], a["x"]])),
-                ("x0_prev", r"outputs\[0\]", dict(outputs=lambda a: [a["x0_prev"]])),
-                ("x0_prev", "noise", dict(noise=lambda a: a["x0_prev"], seeds=lambda a: None)),
+                (r"memories\[1\]", r"outputs\[0\]", dict(outputs=lambda a: [a["memories"][1]])),
+                (
+                    r"memories\[0\]",
+                    "noise",
+                    dict(noise=lambda a: a["memories"][0], seeds=lambda a: None),
+                ),
                 (r"next_inputs\[0\]", "x", dict(next_inputs=lambda a: [a["x"]])),
                 (r"next_inputs\[0\]", r"outputs\[0\]", dict(next_inputs=lambda a: [a["outputs"][0]])),
                 (
                     r"next_inputs\[1\]",
-                    "x0_prev",
-                    dict(next_inputs=lambda a: [torch.ones(SHAPE), a["x0_prev"]]),
+                    r"memories\[0\]",
+                    dict(next_inputs=lambda a: [torch.ones(SHAPE), a["memories"][0]]),
                 ),
             )
         ),
@@ -204,7 +240,7 @@ def wrong(error, message, **changes):
         wrong(TypeError, "noise must be float32", noise=lambda a: a["x"].half(), seeds=lambda a: None),
         wrong(ValueError, "nonfinite must have shape", nonfinite=lambda a: torch.zeros(3, dtype=torch.int32)),
         wrong(TypeError, "nonfinite must be int32", nonfinite=lambda a: torch.zeros(2)),
-        wrong(ValueError, "next_inputs must be a list", next_inputs=lambda a: [torch.ones(SHAPE)] * 3),
+        wrong(ValueError, "next_inputs must be a list", next_inputs=lambda a: [torch.ones(SHAPE)] * 5),
         wrong(
             ValueError,
             r"next_inputs\[1\] shares memory with next_inputs\[0\]",
@@ -226,11 +262,12 @@ def test_refusals_leave_everything_untouched(changes, error, message):
         "outputs": [torch.ones(SHAPE)],
         "table": torch.tensor([QUIET_ROW, ROW]),
         "step": 1,
-        "x0_prev": torch.ones(SHAPE),
+        "memories": [torch.ones(SHAPE), torch.ones(SHAPE)],
+        "x0": torch.ones(SHAPE),
         "next_inputs": [torch.ones(SHAPE)],
         "seeds": torch.tensor([1, 2]),
     }
-    before = arguments["x"], arguments["x0_prev"], arguments["next_inputs"][0]
+    before = arguments["x"], *arguments["memories"], arguments["x0"], arguments["next_inputs"][0]
     arguments |= {name: change(arguments) for name, change in changes.items()}
     with pytest.raises(error, match=message):
         sampler_step_(**arguments)

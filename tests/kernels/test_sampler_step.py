@@ -7,7 +7,7 @@ import torch
 from kernel_helpers import DTYPES, SHAPES, randn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moe_sampler.kernels import make_row, philox_normal, sampler_step_
+from moe_sampler.kernels import COLUMNS, make_row, philox_normal, sampler_step_
 
 EVEN, ODD = (2, 4, 32, 32), (3, 3, 37, 11)
 
@@ -165,13 +165,14 @@ def test_multistep_history(body, generator, assert_within_rule, shape, dtype):
                 q_cond_0=-sigma / alpha,
                 a=sigma_next / sigma,
                 b=weight * (1 + half),
-                d=-weight * half,
+                d_0=-weight * half,
+                keep_x0=1,
             )
         )
     state, *device_outputs = on(body, x, *outputs)
     history = torch.full_like(state, torch.nan)  # unread while d = 0
     for i, output in enumerate(device_outputs):
-        sampler_step_(state, [output], table_of(body, *rows), i, x0_prev=history, backend=body.backend)
+        sampler_step_(state, [output], table_of(body, *rows), i, memories=[history], backend=body.backend)
     reference, reference_x0 = solve(x.double(), [o.double() for o in outputs])
     eager, eager_x0 = solve(x.to(dtype), outputs)
     assert_within_rule(state, eager, reference)
@@ -208,6 +209,62 @@ def test_two_experts_on_different_paths(body, generator, assert_within_rule, sha
     low = dtypes[0] if dtypes[0] != torch.float32 else dtypes[1]
     eager = mixed(x.to(low), v.to(low), u.to(low))
     assert_within_rule(state, eager, mixed(x.double(), v.double(), u.double()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("source", ["seeds", "noise"])
+@pytest.mark.parametrize(("count", "shape"), [(1, EVEN), (2, ODD), (3, EVEN)])
+def test_every_column_of_a_row(body, generator, assert_within_rule, count, shape, source, dtype):
+    """Four experts, of which two are guided; up to three memories, of which the last is written over."""
+    x, memories = randn(generator, *shape), [randn(generator, *shape) for _ in range(count)]
+    guided_ones = (True, False, False, True)
+    outputs = [randn(generator, (1 + own) * shape[0], *shape[1:], dtype=dtype) for own in guided_ones]
+    numbers = torch.randn(len(COLUMNS), generator=generator, dtype=torch.float64).tolist()
+    row = dict(zip(COLUMNS, numbers, strict=True)) | {"clip": 1.5}
+    row |= {f"d_{age}": 0.0 for age in range(count, 3)}
+    seeds = torch.tensor([3, 1 << 40, -5][: shape[0]])
+    z = philox_normal(shape, seeds, 1)
+
+    def solve(x, outputs, memories, z):
+        x0 = row["p"] * x
+        for slot, (output, own) in enumerate(zip(outputs, guided_ones, strict=True)):
+            uncond, cond = output.chunk(2) if own else (0.0, output)
+            x0 = x0 + row[f"q_cond_{slot}"] * cond + row[f"q_uncond_{slot}"] * uncond
+        x0 = x0.clamp(-1.5, 1.5)
+        kept = row["keep_x"] * x + row["keep_x0"] * x0 + row["keep_n"] * z
+        x = row["a"] * x + row["b"] * x0 + row["n"] * z
+        return x + sum(row[f"d_{age}"] * memory for age, memory in enumerate(memories)), kept, x0
+
+    state, noise, seeds, *outputs_there = on(body, x, z, seeds, *outputs)
+    memories_there = list(on(body, *memories))
+    x0 = torch.full_like(state, torch.nan)
+    nexts = [torch.full_like(state, torch.nan, dtype=dtype) for _ in range(4)]
+    table = table_of(body, make_row(), make_row(**row))
+    given = {"seeds": seeds} if source == "seeds" else {"noise": noise}
+    sampler_step_(
+        *(state, outputs_there, table, 1),
+        **{"memories": memories_there, "x0": x0, "next_inputs": nexts, "backend": body.backend, **given},
+    )
+    reference = solve(x.double(), [o.double() for o in outputs], [m.double() for m in memories], z.double())
+    eager = solve(x.to(dtype), outputs, [m.to(dtype) for m in memories], z.to(dtype))
+    for found, low, right in zip((state, memories_there[-1], x0), eager, reference, strict=True):
+        assert_within_rule(found, low, right, 3e-6)
+    for memory, before in zip(memories_there[:-1], memories, strict=False):
+        assert torch.equal(memory.cpu(), before), "only the last one is written"
+    for slot, buffer in enumerate(nexts):
+        assert_within_rule(
+            buffer, (eager[0] * row[f"scale_{slot}"]).to(dtype), reference[0] * row[f"scale_{slot}"], 3e-6
+        )
+
+
+def test_memories_that_a_row_does_not_name_are_left_alone(body, generator):
+    x, output = randn(generator, *ODD), randn(generator, *ODD)
+    table = table_of(body, make_row(p=1, a=0.5, b=0.5, q_cond_0=-0.5))
+    state, same, device_output, *memories = on(body, x, x, output, *[torch.full(ODD, torch.nan)] * 3)
+    sampler_step_(state, [device_output], table, 0, memories=memories, backend=body.backend)
+    sampler_step_(same, [device_output], table, 0, backend=body.backend)
+    torch.testing.assert_close(state, same, rtol=0, atol=0)
+    assert all(memory.isnan().all() for memory in memories)
 
 
 @pytest.mark.parametrize("shape", [EVEN, ODD, (3, 7)], ids=["even", "odd", "tiny"])
@@ -249,8 +306,8 @@ def test_nan_from_a_model_stays_visible(body, generator):
         output[1, 2, 3, 4] = torch.nan
         state, device_output = on(body, x, output)
         history = torch.zeros_like(state)
-        table = table_of(body, make_row(p=1, a=0.5, b=0.5, q_cond_0=-0.5, clip=clip))
-        sampler_step_(state, [device_output], table, 0, x0_prev=history, backend=body.backend)
+        table = table_of(body, make_row(p=1, a=0.5, b=0.5, q_cond_0=-0.5, clip=clip, keep_x0=1))
+        sampler_step_(state, [device_output], table, 0, memories=[history], backend=body.backend)
         assert torch.equal(state.isnan().cpu(), output.isnan())
         assert torch.equal(history.isnan().cpu(), output.isnan())
 
@@ -284,7 +341,7 @@ def test_twin_with_and_without_x0_agrees(generator):
     x, output = randn(generator, *EVEN), randn(generator, *EVEN)
     table = torch.tensor([make_row(p=1.7, a=0.4, b=0.6, q_cond_0=-0.9)])
     folded = sampler_step_(x.clone(), [output], table, 0)
-    kept = sampler_step_(x.clone(), [output], table, 0, x0_prev=torch.zeros_like(x))
+    kept = sampler_step_(x.clone(), [output], table, 0, x0=torch.zeros_like(x))
     torch.testing.assert_close(folded, kept, rtol=0, atol=1e-6)
 
 

@@ -171,7 +171,19 @@ def test_what_it_was_compiled_from_reads_as_its_settings():
 
 
 def edits():
-    for column in ("a", "b", "d", "n", "p", "q_cond_0", "q_uncond_0", "scale_0", "clip"):
+    for column in (
+        "a",
+        "b",
+        "d_0",
+        "keep_x",
+        "keep_x0",
+        "n",
+        "p",
+        "q_cond_0",
+        "q_uncond_0",
+        "scale_0",
+        "clip",
+    ):
         yield f"row.{column}", lambda b, c=column: b["steps"][3]["row"].update({c: 0.125})
     for name in ("weight", "timestep", "guidance_scale", "input_scale", "guidance_rescale"):
         yield name, lambda b, n=name: b["steps"][3]["calls"][0].update({n: 0.25})

@@ -9,10 +9,11 @@ import math
 import pytest
 import torch
 
-from moe_sampler import Boundary, Crossfade, Expert, PerStep, Router, Spans, plan, sample
+from moe_sampler import Boundary, Crossfade, Expert, PerStep, Router, SamplingPlan, Spans, plan, sample
 from moe_sampler.sampling.routers import active_experts, lead_spans
 
 SOL, LUNE, SD15 = Expert.sol(), Expert.lune(), Expert.sd15()
+FIVE = [Expert.lune(name=name) for name in "abcde"]
 
 
 def names(compiled) -> list[str]:
@@ -128,10 +129,10 @@ def test_errors_of_lists():
         (["sol", {"sol": 0.7}], "add up to 1, got {'sol': 0.7} at step 1"),
         (["sol", {"sol": math.nan, "lune": 1.0}], "sol's weight at step 1 must be a finite number, got nan"),
         (["sol", {"sol": "half", "lune": 1.0}], "weight at step 1 must be a finite number, got 'half'"),
-        ([{"sol": 0.4, "lune": 0.3, "sd15": 0.3}], "at most two experts"),
+        ([dict.fromkeys("abcde", 0.2)], "at most 4 experts"),
     ):
         with pytest.raises(ValueError, match=message):
-            plan((SOL, LUNE, SD15), PerStep(wrong))
+            plan((SOL, LUNE, SD15, *FIVE), PerStep(wrong))
 
 
 def test_errors_of_routers():
@@ -144,8 +145,8 @@ def test_errors_of_routers():
         Crossfade("sol", "lune", 0.4, 0.6)
     with pytest.raises(ValueError, match="add up to 1"):
         plan((SOL, LUNE), lambda s: {"sol": 0.7, "lune": 0.7})
-    with pytest.raises(ValueError, match="at most two"):
-        plan((SOL, LUNE, SD15), lambda s: {"sol": 0.4, "lune": 0.3, "sd15": 0.3})
+    with pytest.raises(ValueError, match="at most 4 experts can be at work at once, got a, b, c, d, e at"):
+        plan(FIVE, lambda s: dict.fromkeys("abcde", 0.2))
     with pytest.raises(ValueError, match="end at noise level 0"):
         Spans((("sol", 0.5),))
     with pytest.raises(ValueError, match="each ending below"):
@@ -199,3 +200,18 @@ def test_a_router_with_knots_is_asked_little():
 
     assert lead_spans(Counted(), ["sol", "lune"]) == [("sol", 1.0, 0.5), ("lune", 0.5, 0.0)]
     assert len(asked) < 100
+
+
+def test_four_experts_at_one_level_are_one_that_is_their_mean(gentle_mixture):
+    """Each on its own path, told its own time and guided by its own scale; equal data, so mixing is exact."""
+    kinds = (Expert.sol, Expert.sd15, Expert.lune, lambda **own: Expert.lune(name="moon", **own))
+    four = [gentle_mixture.give_model(kind(guidance_scale=1.0, solver="dpmpp_2m")) for kind in kinds]
+    compiled = plan(
+        four, PerStep([dict(zip(("sol", "sd15", "lune", "moon"), (0.4, 0.3, 0.2, 0.1), strict=True))] * 30)
+    )
+    assert [len(step.calls) for step in compiled.steps] == [4] * 30 and compiled.model_calls == 120
+    assert SamplingPlan.from_json(compiled.to_json()) == compiled
+    mixed = sample(compiled, four, shape=(2, 200), seeds=[1, 2])
+    alone = sample(plan(four[0], noise_levels=compiled.noise_levels), four[0], shape=(2, 200), seeds=[1, 2])
+    # sd15's grid is another one, so that it looks a little beside the level.
+    torch.testing.assert_close(mixed, alone, rtol=0, atol=0.02)

@@ -47,7 +47,7 @@ def test_heuns_two_rows_are_the_average_of_two_slopes(path):
         predictor, corrector = solver_row("heun", level, target, None), heun_corrector_row(level, target)
         state = predictor.a * x + predictor.b * x0
         assert state == pytest.approx(scale_there * predicted, abs=1e-12)
-        state = corrector.a * state + corrector.b * x0_there + corrector.d * x0
+        state = corrector.a * state + corrector.b * x0_there + corrector.d_0 * x0
         assert state == pytest.approx(expected, abs=1e-12 * max(1.0, abs(corrector.b)))
 
 
@@ -104,7 +104,7 @@ def test_a_multistep_solver_forgets_a_prediction_made_at_its_own_level():
     assert solver_row("dpmpp_2m", level, target, level) == solver_row("euler", level, target, None)
     compiled = plan((SOL, Expert.lune(solver="dpmpp_2m")), Boundary("sol", "lune", 0.7), steps=8)
     first, second, *_ = (step.coefficients for step in compiled.steps if step.solver == "dpmpp_2m")
-    assert first["d"] == 0.0 and second["d"] != 0.0
+    assert first["d_0"] == 0.0 and second["d_0"] != 0.0
 
 
 def test_unknown_solvers_and_backward_steps():
@@ -175,14 +175,14 @@ def moments(compiled: SamplingPlan) -> tuple[float, float]:
     """Mean and variance that a plan makes of N(MEAN, STD^2) noised to its first level, exactly: rows are
     affine, and so is the denoiser x0 = MEAN + gain * (x - alpha * MEAN), which stands in for p x + q o."""
     level = compiled.start_level
-    first = np.array([level.alpha * MEAN, 0.0])  # of (x, x0_prev)
+    first = np.array([level.alpha * MEAN, 0.0])  # of (x, the memory)
     second = np.diag([level.alpha**2 * STD**2 + level.sigma**2, 0.0])
     for step in compiled.steps:
         alpha, sigma = step.level.alpha, step.level.sigma
         gain = alpha * STD**2 / (alpha**2 * STD**2 + sigma**2)
         offset = MEAN - gain * alpha * MEAN
         row = step.coefficients
-        linear = np.array([[row["a"] + row["b"] * gain, row["d"]], [gain, 0.0]])
+        linear = np.array([[row["a"] + row["b"] * gain, row["d_0"]], [gain, 0.0]])
         first = linear @ first + np.array([row["b"] * offset, offset])
         second = linear @ second @ linear.T + np.diag([row["n"] ** 2, 0.0])
     return float(first[0]), float(second[0, 0])
@@ -241,4 +241,4 @@ def test_where_the_signal_keeps_its_size_ddpm_is_euler_ancestral(sigma, target):
     down = math.sqrt(target**2 - up**2)
     row = solver_row("ddpm", Level(1.0, sigma), Level(1.0, target), None)
     # x' = x0 + (x - x0) sigma_down / sigma + sigma_up z
-    assert row == pytest.approx((down / sigma, 1.0 - down / sigma, 0.0, up), rel=1e-9)
+    assert row == pytest.approx((down / sigma, 1.0 - down / sigma, up, 0, 0, 0, 0, 0, 0), rel=1e-9)

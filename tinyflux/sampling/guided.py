@@ -130,7 +130,7 @@ def guided_experts(
     *,
     guidance_scale: float | Mapping[str, float] | None = None,
     shift: float | Mapping[str, float] | None = None,
-    solver: str | Mapping[str, str] | None = None,
+    solver: Any = None,
     upstream_schedule: bool | None = None,
 ) -> tuple[Expert, ...]:
     """The student and those who can guide it.

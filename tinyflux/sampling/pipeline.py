@@ -151,7 +151,7 @@ class StudentPipeline(GuidanceMixin):
         self,
         guidance_scale: float | Mapping[str, float] | None = None,
         shift: float | Mapping[str, float] | None = None,
-        solver: str | Mapping[str, str] | None = None,
+        solver: Any = None,
         upstream_schedule: bool | None = None,
     ) -> tuple[Expert, ...]:
         """The student and those who can guide it, as the planner sees them. Settings are one for all, or by
@@ -226,7 +226,7 @@ class StudentPipeline(GuidanceMixin):
         seed: int | Sequence[int] | None = None,
         batch_size: int | None = None,
         shift: float | Mapping[str, float] | None = None,
-        solver: str | Mapping[str, str] | None = None,
+        solver: Any = None,
         upstream_schedule: bool | None = None,
     ) -> HybridPipelineOutput:
         """Make images. Arguments that `HybridPipeline` has mean what they mean there; the student's name, for

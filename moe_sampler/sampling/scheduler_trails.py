@@ -1,0 +1,181 @@
+"""The steps of diffusers' schedulers, in a whole run or a part of one, as trails."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .paths import FlowPath, Level
+from .probing import Brownian, Trace, World, probe
+from .scheduler_names import GIVEN_LEVELS, scheduler_of
+from .trails import Trail, trail_of
+
+if TYPE_CHECKING:
+    from .experts import Expert
+
+__all__ = ["scheduler_trail"]
+
+
+def scheduler_trail(
+    expert: Expert,
+    steps: int | None,
+    high: float = 1.0,
+    low: float = 0.0,
+    options: Mapping[str, Any] | None = None,
+) -> Trail:
+    """The steps that an expert's scheduler takes between two noise levels: those of its own levels for a
+    whole run of as many steps as makes `steps` of them lie there.
+
+    Args:
+        expert: with a scheduler, or the name of one, as its solver.
+        steps: how many; None where `options` say it.
+        high, low: shares of noise. A whole run is from 1 to 0.
+        options: more for the scheduler's `set_timesteps`, such as `mu` or `sigmas`, for a whole run.
+
+    Raises:
+        ValueError: the scheduler cannot be a plan, or not here.
+    """
+    scheduler = scheduler_of(expert)
+    name = type(scheduler).__name__
+    if steps is None and not options:
+        raise ValueError("say how many steps")
+    if name in GIVEN_LEVELS and not options:
+        nodes = expert.path.grid(steps, high, low, expert.shift, expert.spacing)
+        timed, first, last = _with_levels(scheduler, expert, [*nodes, low]), 0, steps
+        trace = _probed(timed, expert, name, first, last)
+        return trail_of(expert, name, trace, expert.path.at(nodes[0]), 1, exact_times=True)
+    if high >= 1.0 and low <= 0.0:
+        timed = _timed(scheduler, expert, steps, options)
+        first, last = 0, len(timed.timesteps)
+    else:
+        timed, first, last = _part(scheduler, expert, steps, high, low)
+    order = int(getattr(timed, "order", 1))
+    start = _start(timed, expert, first)
+    trace = _probed(timed, expert, name, first, last)
+    return trail_of(expert, name, trace, start, order)
+
+
+def _with_levels(scheduler: Any, expert: Expert, noise: Sequence[float]) -> Any:
+    """A copy that goes through given shares of noise."""
+    timed, sigmas = copy.deepcopy(scheduler), [expert.path.at(each).sigma for each in noise]
+    with World(type(timed).__name__, 1):  # in float64
+        if type(timed).__name__ == "IPNDMScheduler":
+            timed.register_to_config(trained_betas=sigmas)  # which it takes for sigmas
+            timed.set_timesteps(len(sigmas) - 1)
+        else:
+            timed.set_timesteps(sigmas=sigmas)
+    return timed
+
+
+def _timed(
+    scheduler: Any, expert: Expert, steps: int | None, options: Mapping[str, Any] | None = None
+) -> Any:
+    """A copy with its timesteps set."""
+    timed = copy.deepcopy(scheduler)
+    given: dict[str, Any] = {"num_inference_steps": steps, **(options or {})}
+    takes = inspect.signature(timed.set_timesteps).parameters
+    if {"timesteps", "sigmas"} & given.keys():
+        given["num_inference_steps"] = None
+    unknown = [key for key in given if key not in takes]
+    if unknown:
+        raise ValueError(f"{type(timed).__name__}.set_timesteps takes no {unknown[0]}")
+    timed.set_timesteps(**given)
+    if not expert.path.discrete and float(timed.timesteps[-1]) == 0.0:  # where there is nothing to predict
+        timed.timesteps = timed.timesteps[:-1]
+    return timed
+
+
+def _part(scheduler: Any, expert: Expert, steps: int, high: float, low: float) -> tuple[Any, int, int]:
+    """The scheduler timed for a whole run, and the first of its timesteps between two levels and the one
+    behind the last. Of all runs with so many steps there it is the longest, whose levels begin nearest to
+    `high` and end nearest to `low`."""
+    total, found = steps, None
+    while total <= 1000 and (found is None or len(found[1]) == steps):
+        try:
+            timed = _timed(scheduler, expert, total)
+        except ValueError:  # more than it has
+            break
+        order = int(getattr(timed, "order", 1))
+        noise = [_told_noise(expert, float(t)) for t in timed.timesteps[::order]]
+        inside = [i * order for i, each in enumerate(noise) if low < each and (high >= 1.0 or each <= high)]
+        if len(inside) == steps or (found is None and len(inside) > steps):
+            found = timed, inside
+        total += max(steps - len(inside), 1)
+        if len(inside) > steps:
+            break
+    if found is None:
+        raise ValueError(
+            f"{expert.name}: {type(scheduler).__name__} has no {steps} steps between noise levels {high:.3f} "
+            f"and {low:.3f}: use fewer steps there"
+        )
+    timed, inside = found
+    inside = inside[:steps] if high >= 1.0 else inside[-steps:]
+    return timed, inside[0], min(inside[-1] + int(getattr(timed, "order", 1)), len(timed.timesteps))
+
+
+def _told_noise(expert: Expert, timestep: float) -> float:
+    most = getattr(expert.path, "num_train_timesteps", math.inf)
+    return expert.path.level(min(timestep, most - 1.0)).noise
+
+
+def _start(timed: Any, expert: Expert, first: int) -> Level:
+    """The level of the first model input: that of the scheduler's sigma, sigma / alpha or the flow's own,
+    which a timestep may only be the nearest whole number to; else that of the timestep."""
+    if not hasattr(timed, "sigmas"):
+        return expert.path.level(float(timed.timesteps[first]))
+    sigma = float(timed.sigmas[first])
+    return expert.path.at(sigma if isinstance(expert.path, FlowPath) else sigma / (1.0 + sigma))
+
+
+def _input(timed: Any, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+    """What the model sees of a state; schedulers of flows leave it as it is."""
+    scale = getattr(timed, "scale_model_input", None)
+    return x if scale is None else scale(x, timestep)
+
+
+def _as_double(timed: Any) -> Any:
+    """Its tables in float64, so that what is computed from them is exact."""
+    for key, value in vars(timed).items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            setattr(timed, key, value.double())
+    return timed
+
+
+def _probed(timed: Any, expert: Expert, name: str, first: int, last: int) -> Trace:
+    takes = inspect.signature(timed.step).parameters
+    options = {"eta": expert.eta} if expert.eta and "eta" in takes else {}
+    _cut(timed, first)
+    timed = _as_double(timed)
+    double = timed.timesteps[: last - first]
+
+    def run(world: World) -> torch.Tensor:
+        own = copy.deepcopy(timed)
+        if hasattr(own, "noise_sampler"):
+            own.noise_sampler = Brownian(world)
+        x = world.vector() * (float(getattr(own, "init_noise_sigma", 1.0)) if first == 0 else 1.0)
+        for timestep in double:
+            told = _input(own, x, timestep)
+            output = world.call(told, float(timestep))
+            x = own.step(output, timestep, x, return_dict=False, **options)[0]
+        if last - first < len(own.timesteps):
+            # What comes behind is another expert's, on a state scaled as the models see it.
+            x = _input(own, x, own.timesteps[last - first])
+        return x
+
+    return probe(name, run, 3 + 2 * (last - first))
+
+
+def _cut(timed: Any, first: int) -> None:
+    """Take away what lies before a timestep, as if the run began there."""
+    if not first:
+        return
+    count = len(timed.timesteps)
+    for key, value in vars(timed).items():
+        by_step = isinstance(value, torch.Tensor) and value.ndim == 1 and len(value) in (count, count + 1)
+        if by_step and key != "alphas_cumprod":
+            setattr(timed, key, value[first:])
