@@ -320,13 +320,13 @@ def _compile(experts: Mapping[str, Expert], evaluations: Sequence[_Evaluation]) 
 
 def plan_trail(expert: Expert, trail: Trail) -> SamplingPlan:
     """A run of one expert that is one trail."""
-    router = Spans(((expert.name, 0.0),))
-    nodes = [_borrowed_node({expert.name: expert}, router, expert, each) for each in trail.evaluations]
+    known, router = {expert.name: expert}, Spans(((expert.name, 0.0),))
+    nodes = [_borrowed_node(known, router, expert, each) for each in trail.evaluations]
     evaluations = [
         _Evaluation(node, each.landing, trail.name + ("_corrector" if each.corrects else ""), each.update)
         for node, each in zip(nodes, trail.evaluations, strict=True)
     ]
-    return SamplingPlan(_compile({expert.name: expert}, evaluations), trail.initial_scale)
+    return SamplingPlan(marked(_compile(known, evaluations), known), trail.initial_scale)
 
 
 def read_steps(steps: Any) -> int | dict[str, int]:

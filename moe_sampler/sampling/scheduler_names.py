@@ -51,7 +51,8 @@ _VP: Mapping[str, tuple[str, dict[str, Any]]] = {
     "deis_3": ("DEISMultistepScheduler", {"solver_order": 3}),
     "sa_solver": ("SASolverScheduler", {}),
     "lms": ("LMSDiscreteScheduler", {}),
-    "pndm": ("PNDMScheduler", {}),
+    # By its formulas a step is a whole number of timesteps, which other spacings only come near to.
+    "pndm": ("PNDMScheduler", {"timestep_spacing": "leading"}),
     "ipndm": ("IPNDMScheduler", {}),
     "lcm": ("LCMScheduler", {}),
     "tcd": ("TCDScheduler", {}),
@@ -225,12 +226,17 @@ def _config(expert: Expert, cls: Any, settings: dict[str, Any]) -> dict[str, Any
     elif isinstance(expert.path, VPPath):
         if "trained_betas" not in takes:
             raise ValueError(f"{expert.name}: {cls.__name__} does not sample DDPM paths")
-        settings |= {"trained_betas": list(expert.path.betas), "prediction_type": expert.prediction}
-        settings |= {"num_train_timesteps": len(expert.path.betas)}
-        settings |= {"timestep_spacing": expert.spacing, "steps_offset": expert.path.steps_offset}
-        settings |= {"set_alpha_to_one": expert.set_alpha_to_one, "clip_sample": False}
-        # PNDM's Runge-Kutta start remembers one thing more; CogVideoX's DDIM would bend the path.
-        settings |= {"skip_prk_steps": True, "snr_shift_scale": 1.0}
+        settings = {
+            "trained_betas": list(expert.path.betas),
+            "prediction_type": expert.prediction,
+            "num_train_timesteps": len(expert.path.betas),
+            "timestep_spacing": expert.spacing,
+            "steps_offset": expert.path.steps_offset,
+            "set_alpha_to_one": expert.set_alpha_to_one,
+            "clip_sample": False,
+            "skip_prk_steps": True,  # PNDM's Runge-Kutta start remembers one thing more
+            "snr_shift_scale": 1.0,  # with which CogVideoX's DDIM would bend the path
+        } | settings
     else:
         raise ValueError(
             f"{expert.name}: give the scheduler itself, not its name, on a path of your own: what it is to "

@@ -12,7 +12,7 @@ import torch
 
 from .paths import FlowPath, Level
 from .probing import Brownian, Trace, World, probe
-from .scheduler_names import GIVEN_LEVELS, scheduler_of
+from .scheduler_names import GIVEN_LEVELS, is_known_name, scheduler_of
 from .trails import Trail, trail_of
 
 if TYPE_CHECKING:
@@ -57,7 +57,9 @@ def scheduler_trail(
     order = int(getattr(timed, "order", 1))
     start = _start(timed, expert, first)
     trace = _probed(timed, expert, name, first, last)
-    return trail_of(expert, name, trace, start, order)
+    # What people call by a name tells a flow the time it sees; some classes round it to whole timesteps.
+    exact = is_known_name(expert.solver) and not expert.path.discrete
+    return trail_of(expert, name, trace, start, order, exact_times=exact)
 
 
 def _with_levels(scheduler: Any, expert: Expert, noise: Sequence[float]) -> Any:

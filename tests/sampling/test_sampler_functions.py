@@ -161,9 +161,7 @@ def test_a_function_that_no_plan_can_hold_says_why():
             SamplingPlan.from_sampler(function, SIGMAS, Expert.sol())
     with pytest.raises(NotAffineError, match="adams_bashforth_5 must remember more than 3 things"):
         SamplingPlan.from_sampler(adams_bashforth_5, SIGMAS, Expert.sol())
-    with pytest.raises(
-        ValueError, match=r"euler_ancestral leaves the path: after 1 calls .* ancestral steps"
-    ):
+    with pytest.raises(ValueError, match=r"euler_ancestral leaves the path: after 1 calls .*ancestral steps"):
         SamplingPlan.from_sampler(euler_ancestral, [0.9, 0.5, 0.0], Expert.lune())
     with pytest.raises(ValueError, match=r"at most 1, got 14\.6"):
         SamplingPlan.from_sampler(heun, SIGMAS, Expert.lune())
