@@ -26,6 +26,7 @@ __all__ = [
     "ModelOptions",
     "OutputOptions",
     "PipelineOptions",
+    "ReadingOptions",
     "ReuseOptions",
     "RunOptions",
     "ScaleOptions",
@@ -38,6 +39,7 @@ __all__ = [
 ]
 
 STEPS, GUIDANCE, MODEL, MACHINE, STUDENT = "Steps and solvers", "Guidance", "Model", "Machine", "Student"
+SOURCE = "Images and captions"
 
 
 def option(text: str, panel: str | None, *names: str, metavar: str | None = None) -> Any:
@@ -386,6 +388,42 @@ class EncoderOptions:
         str | None, option("T5 encoder. Default: --encoders' own, or none.", STUDENT, metavar="FOLDER|ID")
     ] = None
     t5_length: Annotated[int | None, option("Tokens of T5. Default: 128.", STUDENT, metavar="N")] = None
+
+
+@dataclass(frozen=True)
+class ReadingOptions:
+    """How images and captions are read."""
+
+    caption_fields: Annotated[
+        list[str] | None,
+        option(
+            "Where captions stand: a column, text (.txt files), filename. Of several, each image gets "
+            "one, drawn.",
+            SOURCE,
+            "--caption-field",
+            metavar="NAME",
+        ),
+    ] = None
+    captions_per_image: Annotated[
+        int | None,
+        option("Samples of each image, with another caption each while there are any.", SOURCE, metavar="N"),
+    ] = None
+    image_field: Annotated[
+        str | None, option("Column of the pictures. Default: the only one.", SOURCE, metavar="NAME")
+    ] = None
+    split: Annotated[str | None, option("Of a hub data set. Default: train.", SOURCE, metavar="NAME")] = None
+    subset: Annotated[str | None, option("Of a hub data set.", SOURCE, metavar="NAME")] = None
+    revision: Annotated[str | None, option("Of a hub data set.", SOURCE, metavar="NAME")] = None
+    streaming: Annotated[
+        bool | None,
+        option("Read a data set as it comes, without a copy of it on the disk.", SOURCE, "--streaming"),
+    ] = None
+
+    def given(self) -> dict[str, Any]:
+        """What was asked for, as `Reading` has it."""
+        found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        found["caption_fields"] = tuple(found["caption_fields"] or ()) or None
+        return {name: value for name, value in found.items() if value is not None}
 
 
 def given_flags(options: Any) -> list[str]:

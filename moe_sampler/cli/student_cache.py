@@ -15,7 +15,7 @@ from ..pipelines.choices import CONVENTIONS, DTYPES, any_of, check_choice, conve
 from .commands import takes
 from .machine import Machine, check_device, quiet
 from .models import Model
-from .options import MODEL, EncoderOptions, ModelOptions, given_flags, option
+from .options import MODEL, EncoderOptions, ModelOptions, ReadingOptions, given_flags, option
 
 if TYPE_CHECKING:
     from moe_sampler.tinyflux.features.cache_build import Teachers
@@ -42,19 +42,21 @@ class TeacherOptions(ModelOptions):
     ] = None
 
 
-@takes(encoders=EncoderOptions, experts=TeacherOptions)
+@takes(encoders=EncoderOptions, experts=TeacherOptions, reading=ReadingOptions)
 def cache(
     folder: Annotated[Path, typer.Argument(help="Folder of the cache.")],
     source: Annotated[
         Path | None,
         typer.Argument(
-            help="Images and captions: a folder (a.png + a.txt, metadata.jsonl or metadata.csv), a .tar, or "
-            "a folder of WebDataset .tar files.",
+            help="Images and captions: a folder (a.png + a.txt, metadata.jsonl or metadata.csv), .tar or "
+            ".parquet files, or a data set of the Hugging Face hub, owner/name.",
             show_default=False,
         ),
     ] = None,
     demo: Annotated[bool, typer.Option("--demo", help="The demo's scenes, instead of SOURCE.")] = False,
-    count: Annotated[int, typer.Option(help="With --demo: how many scenes.")] = 256,
+    count: Annotated[
+        int | None, typer.Option(help="The first so many images; all by default, and 256 scenes with --demo.")
+    ] = None,
     teachers: Annotated[
         str | None, typer.Option(help=f"{any_of(_TEACHERS)}. Default: those that are among the experts.")
     ] = None,
@@ -90,6 +92,7 @@ def cache(
     *,
     encoders: EncoderOptions,
     experts: TeacherOptions,
+    reading: ReadingOptions,
 ) -> None:
     """Encode images and captions, and extract what the experts teach about them.
 
@@ -103,6 +106,8 @@ def cache(
     """
     if (source is None) != demo:
         raise ValueError("give a SOURCE of images and captions, or --demo")
+    if source is None and (given := reading.given()):
+        raise ValueError(f"{', '.join(given)}: for a SOURCE, not for --demo")
     if teachers is not None:
         check_choice("--teachers", teachers, _TEACHERS)
     check_choice("--convention", convention, CONVENTIONS)
@@ -120,7 +125,10 @@ def cache(
     from ..data.scenes import DemoScenes
     from ..data.sources import open_source
 
-    images = DemoScenes(count) if source is None else open_source(source)
+    if source is None:
+        images = DemoScenes(256 if count is None else count)
+    else:
+        images = open_source(source, count=count, seed=seed, **reading.given())
     computer = _device(device)
     from moe_sampler.tinyflux.features.cache_build import build_cache
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from .captions import read_caption, report_empty
 from .digests import content, fingerprint, remembered
 from .listing import METADATA, Listing, list_folder, split
 from .metadata import read_metadata
+from .options import FILENAME
 from .pictures import SUFFIXES, read_picture
 from .reports import kinds, printable, say, some
 from .samples import CaptionedImage
@@ -25,20 +27,31 @@ class ImageFolder:
       or
     - beside each image, in a .txt file of the same name up to the last dot; in the order of the names.
 
+    or both, or in other columns of the list, or nowhere but in the images' names, as `caption_fields` says.
+
     Hidden files and folders, and what file managers leave behind, are no data. Other files are left out, and
     a warning says how many of which kind.
 
     Args:
         folder: where they are.
         max_pixels: of an image; see `pictures.pixel_limit`.
+        caption_fields: columns of the list, "text" also for .txt files, "filename" for the images' names.
+            Several are several captions of an image; a row may leave some of them empty.
 
     Raises:
         ValueError: an image without caption, a caption without image, an image of a format that isn't read,
             tars among the images, or no image at all.
     """
 
-    def __init__(self, folder: str | Path, max_pixels: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        max_pixels: int | None = None,
+        caption_fields: Sequence[str] = ("text",),
+    ) -> None:
         self.folder, self.max_pixels = Path(folder), max_pixels
+        self._columns = [name for name in caption_fields if name != FILENAME]
+        self._named = len(self._columns) < len(caption_fields)
         if not self.folder.is_dir():
             raise ValueError(f"{printable(self.folder)} is not a folder")
         listing = list_folder(self.folder)
@@ -58,21 +71,30 @@ class ImageFolder:
                 f"{printable(self.folder)} has no images ({', '.join(sorted(SUFFIXES))})"
                 + (f", only {kinds(other)}" if other else "")
             )
-        self._samples = self._listed(listing) + self._beside(listing)
-        empty = [name for name, caption in self._samples if not caption]
+        if not self._columns:  # names alone: texts are no captions
+            listing.others.update(dict.fromkeys([".txt"], len(listing.texts)) if listing.texts else {})
+            listing.others.update(split(name)[1] for name in listing.metadata)
+            found = [(name, []) for name in listing.images]
+        else:
+            found = self._listed(listing) + self._beside(listing)
+        self._samples = [(name, [text for text in texts if text]) for name, texts in found]
+        if self._named:
+            for name, texts in self._samples:
+                texts.append(_own_name(name))
+        empty = [name for name, captions in self._samples if not captions]
         report_empty(empty, len(self._samples), self.folder)
         if listing.others:
             say(f"{printable(self.folder)}: left out {kinds(listing.others)}")
 
-    def _listed(self, listing: Listing) -> list[tuple[str, str]]:
+    def _listed(self, listing: Listing) -> list[tuple[str, list[str]]]:
         """Takes what lists name out of the listing: images, and texts beside them."""
-        samples: list[tuple[str, str]] = []
+        samples: list[tuple[str, list[str]]] = []
         folders = [name.rpartition("/")[0] for name in listing.metadata]
         if len(set(folders)) < len(folders):
             raise ValueError(f"{printable(self.folder)} has {some(listing.metadata)}: keep one of them")
         known = set(listing.images)
         for metadata, folder in zip(listing.metadata, folders, strict=True):
-            rows = read_metadata(self.folder / metadata, folder)
+            rows = read_metadata(self.folder / metadata, folder, self._columns)
             absent = sorted({name for name, _ in rows} - known)
             if absent:
                 raise ValueError(
@@ -104,7 +126,13 @@ class ImageFolder:
             listing.others[f".txt beside images that {METADATA[0]} or {METADATA[1]} names"] = len(left)
         return samples
 
-    def _beside(self, listing: Listing) -> list[tuple[str, str]]:
+    def _beside(self, listing: Listing) -> list[tuple[str, list[str]]]:
+        if listing.images and self._columns != ["text"]:
+            wanted = ", ".join(self._columns)
+            raise ValueError(
+                f"{printable(self.folder)}: {some(listing.images)} are in no {METADATA[0]} with {wanted}; "
+                'files beside images are "text"'
+            )
         captions: dict[str, list[str]] = {}
         for text in listing.texts:
             captions.setdefault(split(text)[0], []).append(text)
@@ -130,7 +158,7 @@ class ImageFolder:
         several = [names for names in captions.values() if len(names) > 1]
         if several:
             raise ValueError(f"{printable(self.folder)} has {some(several[0])}: keep one caption an image")
-        return [(name, self._caption(captions[split(name)[0]][0])) for name in listing.images]
+        return [(name, [self._caption(captions[split(name)[0]][0])]) for name in listing.images]
 
     def _caption(self, name: str) -> str:
         path = self.folder / name
@@ -140,12 +168,29 @@ class ImageFolder:
         return len(self._samples)
 
     def __getitem__(self, index: int) -> CaptionedImage:
-        name, caption = self._samples[index]
-        return CaptionedImage(name, read_picture(self.folder / name, max_pixels=self.max_pixels), caption)
+        name, captions = self._samples[index]
+        picture = read_picture(self.folder / name, max_pixels=self.max_pixels)
+        return CaptionedImage(name, picture, captions[0] if captions else "")
+
+    @property
+    def several(self) -> bool:
+        return len(self._columns) + self._named > 1
+
+    def captions(self, index: int) -> list[str]:
+        """All of an image, at least one."""
+        return self._samples[index][1] or [""]
 
     def describe(self) -> dict[str, Any]:
         """With a fingerprint of every image's content and caption, in order."""
         files = {name: self.folder / name for name, _ in self._samples}
         digests = remembered(f"folder {self.folder.resolve()}", files, lambda name: content(files[name]))
-        rows = [[name, digests[name], text] for name, text in self._samples]
+        rows = [
+            [name, digests[name], "\n".join(texts) if self.several else "".join(texts)]
+            for name, texts in self._samples
+        ]
         return {"kind": "folder", "fingerprint": fingerprint(rows)}
+
+
+def _own_name(image: str) -> str:
+    """What an image's name says: "a castle at dusk" of "set/a_castle_at_dusk.png"."""
+    return split(image.rpartition("/")[2])[0].replace("_", " ").strip()

@@ -127,7 +127,11 @@ def train(kind: str, settings: RunSettings, *, quiet: bool = False) -> dict[str,
         raise SettingsError(
             "give base, the folder or hub id of the pipeline whose VAE and text encoder the expert works with"
         )
-    source = DemoScenes(data.count) if data.source is None else open_source(data.source)
+    source = (
+        DemoScenes(data.count)
+        if data.source is None
+        else open_source(data.source, seed=settings.training.seed, **data.reading())
+    )
     models = load_base(base, data.unet, kind, settings.training.seed)
     options = {"disable": quiet, "dynamic_ncols": True, "leave": False, "delay": 0.5}
     with tqdm(total=len(source), desc="encoding", **options) as bar:

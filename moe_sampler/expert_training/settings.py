@@ -36,9 +36,21 @@ class DataSettings:
 
     source: Annotated[
         Path | None,
-        "Images and captions: a folder (a.png + a.txt, metadata.jsonl or metadata.csv), a .tar, or a folder "
-        "of WebDataset .tar files",
+        "Images and captions: a folder (a.png + a.txt, metadata.jsonl or metadata.csv), .tar or .parquet "
+        "files, or a data set of the Hugging Face hub, owner/name",
     ] = None
+    caption_fields: Annotated[
+        tuple[str, ...],
+        "Where captions stand: a column, text (.txt files), filename. Several, and each image gets one of "
+        "them, drawn",
+    ] = ()
+    captions_per_image: Annotated[int, "Samples of each image, with another caption while there are any"] = 1
+    image_field: Annotated[str | None, "Column of the pictures. Default: the only one"] = None
+    split: Annotated[str, "Of a hub data set"] = "train"
+    subset: Annotated[str | None, "Of a hub data set"] = None
+    revision: Annotated[str | None, "Of a hub data set"] = None
+    streaming: Annotated[bool, "Read a data set as it comes, without a copy of it on the disk"] = False
+    images: Annotated[int | None, "The first so many of the source. Default: all"] = None
     demo: Annotated[bool, "The demo's drawn scenes, with its VAE and text encoder, instead of a source"] = (
         False
     )
@@ -59,8 +71,17 @@ class DataSettings:
     def __post_init__(self) -> None:
         if self.demo and self.source is not None:
             raise SettingsError("give a source of images and captions, or demo, not both")
+        if self.demo and (others := [name for name, value in self.reading().items() if value]):
+            raise SettingsError(f"{', '.join(others)}: for a source, not for the demo's scenes")
         if self.count < 2:
             raise SettingsError(f"count must be at least 2, got {self.count}")
+
+    def reading(self) -> dict[str, Any]:
+        """How the source is read, as `data.options.Reading` has it, without what is that way by default."""
+        names = ("caption_fields", "captions_per_image", "image_field", "split", "subset", "revision")
+        found = {name: getattr(self, name) for name in (*names, "streaming")} | {"count": self.images}
+        plain = {"captions_per_image": 1, "split": "train"}
+        return {name: value for name, value in found.items() if value and value != plain.get(name)}
 
 
 @dataclass(frozen=True)

@@ -331,3 +331,59 @@ def test_the_demo_is_the_same_every_time_and_starts_where_it_is_told():
     assert np.array_equal(flat, later.structure(0))
     with pytest.raises(IndexError):
         first[3]
+
+
+# Where captions stand
+
+
+def test_names_are_captions_where_that_is_asked_for(tmp_path, said):
+    write(
+        tmp_path, {"a_castle_at_dusk.png": png(), "b/two-towers 2.0.jpg": png(), "b/notes.txt": "no caption"}
+    )
+    source = open_source(tmp_path, caption_fields=("filename",))
+    assert captions(source) == {
+        "a_castle_at_dusk.png": "a castle at dusk",
+        "b/two-towers 2.0.jpg": "two-towers 2.0",
+    }
+    assert said() == [f"{tmp_path}: left out 1 .txt"]
+    with pytest.raises(ValueError, match="no caption"):
+        open_source(tmp_path)
+
+
+def test_captions_of_several_columns(tmp_path):
+    rows = [
+        {"file_name": "a.png", "text": "a", "long": "a, at length"},
+        {"file_name": "b.png", "long": "b, at length"},
+    ]
+    write(tmp_path, {"a.png": png(), "b.png": png(), "metadata.jsonl": "\n".join(map(json.dumps, rows))})
+    source = ImageFolder(tmp_path, caption_fields=("text", "long", "filename"))
+    assert [source.captions(i) for i in range(2)] == [["a", "a, at length", "a"], ["b, at length", "b"]]
+    both = open_source(tmp_path, caption_fields=("text", "long"), captions_per_image=2)
+    assert {both[0].caption, both[1].caption} == {"a", "a, at length"}
+    assert both[2].caption == both[3].caption == "b, at length"
+    assert (
+        both.describe()["fingerprint"]
+        != open_source(tmp_path, caption_fields=("long",)).describe()["fingerprint"]
+    )
+    with pytest.raises(ValueError, match=r"metadata.jsonl:1 must be like .*file_name.*other"):
+        open_source(tmp_path, caption_fields=("other",))
+    (tmp_path / "metadata.jsonl").unlink()
+    write(tmp_path, {"metadata.csv": "file_name,long\na.png,x\nb.png,y\n"})
+    assert captions(open_source(tmp_path, caption_fields=("long",))) == {"a.png": "x", "b.png": "y"}
+    with pytest.raises(ValueError, match="must name the columns file_name, text and long"):
+        open_source(tmp_path, caption_fields=("text", "long"))
+
+
+def test_columns_of_no_list_are_refused(tmp_path):
+    write(tmp_path, {"a.png": png(), "a.txt": "a"})
+    with pytest.raises(ValueError, match=r"a\.png are in no metadata\.jsonl with long"):
+        open_source(tmp_path, caption_fields=("long",))
+    assert captions(open_source(tmp_path, caption_fields=("text",))) == {"a.png": "a"}
+    repeated = open_source(tmp_path, captions_per_image=3)
+    assert len(repeated) == 3 and repeated[2].caption == "a"
+
+
+def test_tars_have_texts_alone(tmp_path):
+    write_tar(tmp_path / "a.tar", {"a.png": png(), "a.txt": "a"})
+    with pytest.raises(ValueError, match=r"a tar has its captions in \.txt files alone"):
+        open_source(tmp_path / "a.tar", caption_fields=("filename",))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -83,7 +84,7 @@ def new_task(settings: StudentSettings) -> StudentTask:
     validation = settings.validation
     return StudentTask(
         model,
-        Subset(data, range(kept)),
+        Subset(data, _repeated(caches, settings.data.repeats, kept)),
         objective=settings.objective,
         time=settings.time,
         teachers=teachers,
@@ -96,9 +97,22 @@ def new_task(settings: StudentSettings) -> StudentTask:
         about={
             "config": {name: value for name, value in model.config.items() if not name.startswith("_")},
             "caches": [_about(cache) for cache in caches],
+            **({"repeats": list(settings.data.repeats)} if settings.data.repeats else {}),
             "features": settings.teachers.features if teachers is not None else "none",
         },
     )
+
+
+def _repeated(caches: Sequence[FeatureCache], repeats: Sequence[int], kept: int) -> Sequence[int]:
+    """Which samples an epoch has; kept: those that aren't held out."""
+    if set(repeats) <= {1}:
+        return range(kept)
+    found: list[int] = []
+    first = 0
+    for cache, often in zip(caches, repeats, strict=True):
+        found += [*range(first, min(first + len(cache), kept))] * often
+        first += len(cache)
+    return found
 
 
 def _check_data(model: TinyFlux, cache: FeatureCache) -> None:

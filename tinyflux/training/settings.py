@@ -65,12 +65,19 @@ class DataSettings:
     """What the student is trained on: caches made by `moe-sampler tinyflux cache`."""
 
     caches: Annotated[tuple[Path, ...], "Folders of caches, used one after the other"] = ()
+    repeats: Annotated[
+        tuple[int, ...], "How often an epoch has each cache's samples, a number a cache. Default: once"
+    ] = ()
     verify: Annotated[bool, "Compare the caches' checksums first"] = True
     held_out: Annotated[int, "The last so many samples are for validation and never trained on"] = 256
 
     def __post_init__(self) -> None:
         if not self.caches:
             raise SettingsError('give caches, the folders of "moe-sampler tinyflux cache"')
+        if self.repeats and len(self.repeats) != len(self.caches):
+            raise SettingsError(f"repeats has {len(self.repeats)} numbers for {len(self.caches)} caches")
+        if any(number < 1 for number in self.repeats):
+            raise SettingsError(f"repeats must be at least 1, got {list(self.repeats)}")
         if self.held_out < 0:
             raise SettingsError(f"held_out must not be negative, got {self.held_out}")
 

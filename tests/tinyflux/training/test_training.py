@@ -280,3 +280,14 @@ def test_all_settings_are_explained_and_go_to_tables_and_back(cache, tmp_path):
     assert from_tables(StudentSettings, to_tables(whole)) == whole
     with pytest.raises(SettingsError, match=r"training\.output_dir"):
         from_tables(StudentSettings, {"training": {}, "data": {"caches": ["x"]}})
+
+
+def test_an_epoch_has_some_caches_more_often(cache, tmp_path):
+    data = {"caches": [str(cache), str(cache)], "repeats": [1, 3], "held_out": 5}
+    task = new_task(settings(cache, tmp_path, data=data))
+    assert [*task.data.indices] == [*range(20), *[*range(20, 35)] * 3]
+    assert [*task.held_out.indices] == [*range(35, 40)]
+    assert task.describe()["repeats"] == [1, 3]
+    for repeats, message in (([1], "repeats has 1 numbers for 2 caches"), ([1, 0], "at least 1")):
+        with pytest.raises(SettingsError, match=message):
+            settings(cache, tmp_path, data=data | {"repeats": repeats})
