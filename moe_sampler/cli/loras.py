@@ -28,9 +28,9 @@ class Lora:
     scale: float = 1.0
 
     @classmethod
-    def read(cls, text: str) -> Lora:
-        """From NAME=PATH or NAME=PATH@SCALE."""
-        name, path = split_name("--lora", text)
+    def read(cls, text: str, name: str | None = None) -> Lora:
+        """From NAME=PATH or NAME=PATH@SCALE; where there is one expert alone, its name, without NAME=."""
+        name, path = split_name("--lora", text) if name is None else (name, text)
         before, at, scale = path.rpartition("@")
         if not at or Path(path).exists():
             return cls(name, local_place(path))

@@ -9,6 +9,8 @@ import typer
 
 from ..pipelines.choices import CONVENTIONS, conventions_help
 from .commands import command_group, one_line_errors
+from .loras import Lora
+from .machine import quiet
 from .student_cache import cache, numbers
 from .student_sample import sample
 from .student_train import train
@@ -118,6 +120,32 @@ def import_(
             source, folder, convention=cast("Convention", convention), shard_size=shard_size
         )
         typer.echo(f"{folder}: {made.length} samples in {len(made.shards)} shards")
+
+
+@app.command()
+def merge(
+    student: Annotated[str, typer.Argument(help="Folder, hub id, .safetensors or .pt file of a TinyFlux.")],
+    loras: Annotated[list[str], typer.Argument(help="LoRAs of it, PATH or PATH@SCALE.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the student, new.")],
+) -> None:
+    """Add LoRAs to a student's weights.
+
+    `moe-sampler tinyflux merge runs/student runs/style@0.8 -o merged`
+    """
+    with one_line_errors():
+        from moe_sampler.tinyflux.model.lora import merge_lora, read_lora
+        from moe_sampler.tinyflux.model.tinyflux import TinyFlux
+
+        if output.exists():
+            raise ValueError(f"{output} exists already: give a new folder")
+        quiet()
+        model = TinyFlux.from_pretrained(student)
+        chosen = [Lora.read(text, "student") for text in loras]
+        adapters = [read_lora(each.path, model) for each in chosen]
+        for each, layers in zip(chosen, adapters, strict=True):
+            merge_lora(model, layers, each.scale)
+        model.save_pretrained(output)
+        typer.echo(str(output))
 
 
 @app.command()

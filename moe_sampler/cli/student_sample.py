@@ -11,7 +11,7 @@ import typer
 from .by_name import ByExpert, number, over_previous, steps_over, whole
 from .commands import takes
 from .like import check_places, read_like
-from .loras import local_place
+from .loras import Lora, local_place
 from .machine import Machine, quiet
 from .models import Model
 from .options import (
@@ -43,6 +43,10 @@ class StudentOptions(EncoderOptions):
 
     ema: Annotated[
         bool | None, option("The averaged weights of a trainer's checkpoint.", STUDENT, "--ema/--no-ema")
+    ] = None
+    lora: Annotated[
+        list[str] | None,
+        option("A LoRA of the student, with a scale if wanted.", STUDENT, metavar="PATH[@SCALE]"),
     ] = None
 
 
@@ -128,7 +132,11 @@ def sample(
     ema = bool(merged(previous, {"ema": of.ema}).get("ema"))
     known = load_config(student, ema=ema, local_files_only=where.local_files_only)
     plain = {"height": size.height, "width": size.width, **vars(of)}
+    del plain["lora"]
     settings = pictures.settings | merged(previous, plain)
+    loras = [Lora.read(text, NAME) for text in of.lora or ()]
+    loras = loras or [Lora(*each) for each in previous.get("loras", ())]
+    settings |= {"loras": [[NAME, each.path, each.scale] for each in loras]} if loras else {}
     weights = _weights(previous, run)
     guided = bool(weights) if plan is None else set(plan.experts) != {NAME}
     configs, defaults = model.training() if guided else ({}, {})
@@ -146,6 +154,7 @@ def sample(
 
     named = known.encoders is not None and not model.settings.get("model") and model.preset is None
     pipe = _load(student, model, settings, computer, guided, None if guided or named else model.shared)
+    _merge(pipe.student, loras)
     record = {"student": local_place(student)} | settings | dict(model.settings) | {"dtype": computer.dtype}
     pictures.make(pipe, compiled, call, where.batch_size, record)
 
@@ -255,3 +264,11 @@ def _load(
         device=machine.device,
         **own,
     )
+
+
+def _merge(student: Any, loras: Sequence[Lora]) -> None:
+    """Into the weights, as a run has one scale."""
+    from moe_sampler.tinyflux.model.lora import merge_lora, read_lora
+
+    for each in loras:
+        merge_lora(student, read_lora(each.path, student), each.scale)

@@ -120,9 +120,14 @@ class RunFolder:
         folder.mkdir(parents=True)
         shipped = getattr(self.task, "shipped", dict)
         write_tensors(folder / self.task.weights_name, shipped(tensors), {"format": "pt"})
-        save_config = getattr(self.task.model, "save_config", None)
+        save_config = getattr(self.task.model, "save_config", None) if ships_config(self.task) else None
         if save_config is not None:
             save_config(folder)
+
+
+def ships_config(task: Task) -> bool:
+    """Whether the model's config lies beside its tensors: adapters are no model."""
+    return getattr(task, "ships_config", True)
 
 
 def _records(text: str) -> Iterator[dict[str, Any]]:

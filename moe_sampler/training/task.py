@@ -36,7 +36,8 @@ class Task(Protocol):
         data: a dataset with a length; torch's `default_collate` or the task's own `collate` makes batches.
         weights_name: of the file that the trained model's tensors go to, beside its config. Where there is a
             method `shipped`, it is given the model's tensors by name and says which these are; what is
-            trained along and of no use afterwards stays in the checkpoints.
+            trained along and of no use afterwards stays in the checkpoints. `ships_config` is False where
+            they are no whole model.
         steps_alike: whether `loss` asks the device for the same operations at every step, of batches of one
             shape: nothing is decided on the host, and what isn't a tensor in a batch isn't looked at. Then
             the step can be recorded (`cuda_graph`).

@@ -131,7 +131,7 @@ def test_columns_that_cannot_be(reading, message):
 
 def test_columns_that_cannot_be_told():
     two = table().add_column("other", rows_of()["image"]).cast_column("other", datasets.Image())
-    with pytest.raises(ValueError, match="2 columns of images among .*: name one by image_field"):
+    with pytest.raises(ValueError, match=r"2 columns of images among .*: name one by image_field"):
         TableRows(two, "a/b", {})
     assert TableRows(two, "a/b", {}, Reading(image_field="other"))[0].caption == "caption 0"
     with pytest.raises(ValueError, match="name those of captions by caption_fields"):

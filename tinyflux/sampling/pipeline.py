@@ -24,6 +24,7 @@ from moe_sampler.pipelines.prompts import Negative, check_prompts, negative_embe
 from moe_sampler.pipelines.queue import PlanRun, run_plan
 from moe_sampler.pipelines.settings import by_expert, given_plan
 from moe_sampler.tinyflux.features.encoders import StudentEncoders
+from moe_sampler.tinyflux.model import lora
 from moe_sampler.tinyflux.model.tinyflux import TinyFlux
 from moe_sampler.tinyflux.sampling.expert import STUDENT
 from moe_sampler.tinyflux.sampling.fitting import check_experts, check_student, default_side, scaling_of
@@ -125,6 +126,42 @@ class StudentPipeline(GuidanceMixin):
         if self.hybrid is not None:
             self.hybrid.to(device)
         return self
+
+    # Adapters
+
+    def load_lora_weights(
+        self, source: str | os.PathLike, adapter_name: str = "default", scale: float = 1.0, **hub: Any
+    ) -> None:
+        """Load a LoRA of the student, which acts from now on beside those there are.
+
+        Args:
+            source, hub: as `moe_sampler.tinyflux.model.lora.read_lora` and `Hub` take them.
+            adapter_name: for `set_adapters`.
+            scale: how strongly it acts.
+
+        Raises:
+            CheckpointError: no LoRA of this student.
+            ValueError: no peft; an adapter of this name is there already.
+        """
+        lora.put_lora(self.student, lora.read_lora(source, self.student, Hub(**hub)), adapter_name, scale)
+
+    def set_adapters(
+        self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] = 1.0
+    ) -> None:
+        """Which adapters act, and how strongly, one number for all or one each; the others don't."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        weights = (
+            [*adapter_weights] if isinstance(adapter_weights, Sequence) else [adapter_weights] * len(names)
+        )
+        lora.set_scales(self.student, dict(zip(names, weights, strict=True)))
+
+    def fuse_lora(self) -> None:
+        """Add what acts to the student's weights, for good."""
+        lora.fuse_lora(self.student)
+
+    def unload_lora_weights(self) -> None:
+        """Take all adapters off; the student is as it was before."""
+        lora.take_lora(self.student)
 
     @property
     def device(self) -> torch.device:

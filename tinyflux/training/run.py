@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -16,10 +16,11 @@ from moe_sampler.tinyflux.features.block_maps import BlockMaps
 from moe_sampler.tinyflux.features.cache_read import FeatureCache, MultiSource
 from moe_sampler.tinyflux.features.extraction import ExpertFeatures
 from moe_sampler.tinyflux.model.config import TinyFluxConfig
+from moe_sampler.tinyflux.model.lora import TARGETS, add_lora
 from moe_sampler.tinyflux.model.tinyflux import TinyFlux
 from moe_sampler.tinyflux.training.alignment import Alignment, CachedMaps, LiveMaps
 from moe_sampler.tinyflux.training.new_student import SIZES, student_of
-from moe_sampler.tinyflux.training.objective_settings import check_objective
+from moe_sampler.tinyflux.training.objective_settings import ObjectiveSettings, check_objective
 from moe_sampler.tinyflux.training.routed import RoutedTeachers
 from moe_sampler.tinyflux.training.settings import StudentSettings
 from moe_sampler.tinyflux.training.sheets import encoder_places, expert_places, painter
@@ -58,24 +59,38 @@ def new_task(settings: StudentSettings) -> StudentTask:
     if held_out >= len(data):
         raise SettingsError(f"held_out is {held_out}, but there are {len(data)} samples in all")
     model = student_of(settings, caches[0])
+    objective = _objective(settings)
     _check_data(model, caches[0])
     remember(model, caches[0], settings)
     pipe = _experts(settings, caches)
     teachers = _feature_teachers(settings, data, pipe)
     routed = None
-    if pipe is not None and settings.objective.distill_weight:
+    if pipe is not None and objective.distill_weight:
         routed = RoutedTeachers.from_pipeline(
             pipe,
-            settings.objective.router(),
-            guidance_scale=settings.objective.distill_guidance_scale,
+            objective.router(),
+            guidance_scale=objective.distill_guidance_scale,
             offload=settings.teachers.offload,
         )
     check_objective(
-        settings.objective,
+        objective,
         TinyFluxConfig.from_dict(dict(model.config)),
         () if teachers is None else teachers.teaches,
         routed is not None,
     )
+    lora = settings.lora
+    if lora.lora_rank:
+        try:
+            add_lora(
+                model,
+                lora.lora_rank,
+                lora.alpha,
+                targets=lora.lora_targets or TARGETS,
+                dropout=lora.lora_dropout,
+                seed=settings.training.seed,
+            )
+        except ValueError as error:
+            raise SettingsError(f"lora_targets: {error}") from None
     alignment = None
     if aligned:
         alignment = Alignment(settings.alignment, _map_teacher(settings, data, pipe))
@@ -85,11 +100,12 @@ def new_task(settings: StudentSettings) -> StudentTask:
     return StudentTask(
         model,
         Subset(data, _repeated(caches, settings.data.repeats, kept)),
-        objective=settings.objective,
+        objective=objective,
         time=settings.time,
         teachers=teachers,
         routed=routed,
         alignment=alignment,
+        lora_alpha=lora.alpha if lora.lora_rank else None,
         held_out=Subset(data, range(kept, len(data))) if held_out else None,
         noise_levels=validation.noise_levels,
         validation_batch_size=validation.validation_batch_size,
@@ -97,6 +113,7 @@ def new_task(settings: StudentSettings) -> StudentTask:
         about={
             "config": {name: value for name, value in model.config.items() if not name.startswith("_")},
             "caches": [_about(cache) for cache in caches],
+            **({"lora": to_tables(lora)} if lora.lora_rank else {}),
             **({"repeats": list(settings.data.repeats)} if settings.data.repeats else {}),
             "features": settings.teachers.features if teachers is not None else "none",
         },
@@ -113,6 +130,13 @@ def _repeated(caches: Sequence[FeatureCache], repeats: Sequence[int], kept: int)
         found += [*range(first, min(first + len(cache), kept))] * often
         first += len(cache)
     return found
+
+
+def _objective(settings: StudentSettings) -> ObjectiveSettings:
+    """Adapters don't reach what predicts the experts' features."""
+    if not settings.lora.lora_rank:
+        return settings.objective
+    return replace(settings.objective, lune_weight=0.0, sol_stats_weight=0.0, sol_map_weight=0.0)
 
 
 def _check_data(model: TinyFlux, cache: FeatureCache) -> None:

@@ -10,6 +10,7 @@ from moe_sampler.data.captions import check_text
 from moe_sampler.loading.presets import PRESETS, preset
 from moe_sampler.pipelines.choices import any_of
 from moe_sampler.tinyflux.training.alignment_settings import AlignmentSettings
+from moe_sampler.tinyflux.training.lora_settings import LoraSettings
 from moe_sampler.tinyflux.training.objective_settings import ObjectiveSettings
 from moe_sampler.tinyflux.training.time_settings import TimeSettings
 from moe_sampler.training import SettingsError, TrainingSettings
@@ -165,6 +166,7 @@ class StudentSettings:
     training: Annotated[TrainingSettings, "How"]
     data: Annotated[DataSettings, "On what"]
     model: Annotated[ModelSettings, "What"] = field(default_factory=ModelSettings)
+    lora: Annotated[LoraSettings, "What of it"] = field(default_factory=LoraSettings)
     objective: Annotated[ObjectiveSettings, "For what"] = field(default_factory=ObjectiveSettings)
     alignment: Annotated[AlignmentSettings, "Whose features its tokens follow"] = field(
         default_factory=AlignmentSettings
@@ -174,3 +176,7 @@ class StudentSettings:
     validation: Annotated[ValidationSettings, "How it is looked at"] = field(
         default_factory=ValidationSettings
     )
+
+    def __post_init__(self) -> None:
+        if self.lora.lora_rank and self.model.init_from is None:
+            raise SettingsError("lora_rank: say of which student with init_from")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from moe_sampler.kernels import flow_training_pair, weighted_mse
+from moe_sampler.tinyflux.model.lora import WEIGHTS, lora_file
 from moe_sampler.tinyflux.model.tinyflux import PROJECTOR, TinyFlux
 from moe_sampler.tinyflux.training.alignment import Alignment
 from moe_sampler.tinyflux.training.objective_settings import ObjectiveSettings
@@ -37,6 +38,7 @@ class StudentTask:
         noise_levels: at which held-out velocities are measured.
         validation_batch_size: samples at once.
         paint: makes pictures with the student, for eyes; None for none.
+        lora_alpha: of the adapters, where these are what is trained and saved.
         about: of the data and all else that makes the run, plain values.
     """
 
@@ -57,11 +59,15 @@ class StudentTask:
         noise_levels: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
         validation_batch_size: int = 32,
         paint: Callable[[TinyFlux], list[Image.Image]] | None = None,
+        lora_alpha: float | None = None,
         about: Mapping[str, Any] | None = None,
     ) -> None:
         self.model, self.data = model, data
         self.objective, self.time, self.teachers, self.routed = objective, time, teachers, routed
-        self.alignment = alignment
+        self.alignment, self.lora_alpha = alignment, lora_alpha
+        if lora_alpha is not None:
+            self.weights_name = WEIGHTS
+        self.ships_config = lora_alpha is None
         self.held_out, self.noise_levels = held_out, tuple(noise_levels)
         self.validation_batch_size, self.paint = validation_batch_size, paint
         self.about = dict(about or {})
@@ -132,17 +138,20 @@ class StudentTask:
         return [] if self.paint is None else self.paint(self.model)
 
     def shipped(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Without the projector, which only the alignment needs."""
+        """Without the projector, which only the alignment needs; of a LoRA its adapters, as a file has
+        them."""
+        if self.lora_alpha is not None:
+            return lora_file(tensors, self.lora_alpha)
         return {name: tensor for name, tensor in tensors.items() if not name.startswith(PROJECTOR)}
 
     def describe(self) -> dict[str, Any]:
         """The data, the student's config and what teaches it."""
+        what = "TinyFlux student" if self.ships_config else "LoRA of a TinyFlux student"
+        parameters = [(n, p) for n, p in self.model.named_parameters() if self.ships_config or ".lora_" in n]
         return {
-            "summary": "A TinyFlux student, trained with moe-sampler.",
-            "tags": ["tinyflux", "text-to-image"],
-            "parameters": sum(
-                tensor.numel() for tensor in self.shipped(dict(self.model.named_parameters())).values()
-            ),
+            "summary": f"A {what}, trained with moe-sampler.",
+            "tags": ["tinyflux", "text-to-image", *([] if self.ships_config else ["lora"])],
+            "parameters": sum(p.numel() for name, p in parameters if not name.startswith(PROJECTOR)),
             "samples": length(self.data),
             "held-out samples": 0 if self.held_out is None else length(self.held_out),
             **self.about,
