@@ -81,6 +81,8 @@ def prepare(
         enable()
     shard = sharded(accelerator)
     if shard:
+        if settings.optimizer == "adafactor":
+            raise SettingsError("adafactor's moments can't be sharded: use optimizer adamw with FSDP")
         version = os.environ.get("FSDP_VERSION", "2")
         if version != "2":
             raise SettingsError(f"FSDP version {version} is not supported: launch with --fsdp_version 2")

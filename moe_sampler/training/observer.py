@@ -16,8 +16,9 @@ from ..errors import NonFiniteError
 from .model_card import model_card
 from .noise_bins import NoiseBins
 from .run import Run
-from .run_folder import RunFolder
+from .run_folder import RunFolder, ships_config
 from .settings import SettingsError, flat
+from .uploads import Uploads
 from .window import StepNumbers
 
 __all__ = ["Observer"]
@@ -42,6 +43,10 @@ class Observer:
         self._count = 0
         self._seconds, self._since = 0.0, time.monotonic()
         self._repository = self._new_repository() if run.settings.push_to_hub else None
+        names = ["config.json"] if ships_config(run.task) else []
+        self._uploads = None
+        if self._repository is not None:
+            self._uploads = Uploads(self._repository, [*names, run.task.weights_name, "README.md"])
 
     def begin(self) -> None:
         """Open the trackers, and take back what the log says of steps that will be made again."""
@@ -142,6 +147,17 @@ class Observer:
                 shape = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({"samples": sheet[None]}, step=run.step, **shape)
 
+    def upload(self) -> None:
+        """The averaged weights as they are now, in the background, if that was asked for. Where an upload is
+        still on its way, this one is left out."""
+        run = self.run
+        if self._uploads is None or run.settings.hub_strategy == "end":
+            return
+        with run.evaluating():
+            tensors = run.tensors()
+        if run.accelerator.is_main_process and not self._uploads.busy:
+            self._uploads.begin(self.folder.save_upload(tensors, self._card()), run.step)
+
     def finish(self) -> None:
         """Validate, draw samples, write the model and its card, and upload it if asked for."""
         run = self.run
@@ -150,17 +166,17 @@ class Observer:
         with run.evaluating():
             tensors = run.tensors()
         if run.accelerator.is_main_process:
-            name = self._repository or run.settings.output_dir.resolve().name
-            card = model_card(
-                name, run.task.describe(), self.record, self.validation, self.folder.records(), run.step
-            )
-            self.folder.save_final(tensors, card)
-            if self._repository is not None:
-                HfApi().upload_folder(
-                    folder_path=run.settings.output_dir,
-                    repo_id=self._repository,
-                    allow_patterns=["config.json", run.task.weights_name, "README.md"],
-                )
+            self.folder.save_final(tensors, self._card())
+            if self._uploads is not None:
+                self._uploads.finish(run.settings.output_dir)
+            self.folder.remove_upload()
+
+    def _card(self) -> str:
+        run = self.run
+        name = self._repository or run.settings.output_dir.resolve().name
+        return model_card(
+            name, run.task.describe(), self.record, self.validation, self.folder.records(), run.step
+        )
 
     def _new_repository(self) -> str:
         name = self.run.settings.hub_model_id or self.run.settings.output_dir.resolve().name

@@ -16,7 +16,7 @@ __all__ = ["learning_rate", "new_optimizer"]
 
 
 def new_optimizer(parameters: Iterable[nn.Parameter], settings: TrainingSettings) -> torch.optim.Optimizer:
-    """AdamW, with 8-bit moments if asked for.
+    """AdamW, with 8-bit moments if asked for, or Adafactor.
 
     Raises:
         SettingsError: 8-bit moments without bitsandbytes or CUDA.
@@ -27,6 +27,11 @@ def new_optimizer(parameters: Iterable[nn.Parameter], settings: TrainingSettings
         "weight_decay": settings.adam_weight_decay,
         "eps": settings.adam_epsilon,
     }
+    if settings.optimizer == "adafactor":
+        # Fixed steps: its own schedule would come on top of ours.
+        return torch.optim.Adafactor(
+            parameters, lr=settings.learning_rate, weight_decay=settings.adam_weight_decay
+        )
     if not settings.use_8bit_adam:
         return torch.optim.AdamW(
             parameters, **arguments, fused=True

@@ -86,8 +86,8 @@ class Run:
     def make_optimizer_step(self, made: Tensor) -> None:
         """Step the optimizer where `made`: bool [], on the device; else it changes nothing.
 
-        A scaler of gradients finds that out by itself, and scales less. 8-bit AdamW can't be told on the
-        device, so it waits.
+        A scaler of gradients finds that out by itself, and scales less. 8-bit AdamW and Adafactor can't be
+        told on the device, so they wait.
         """
         own = self.optimizer.optimizer
         if self.accelerator.scaler is None:

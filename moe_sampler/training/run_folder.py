@@ -33,6 +33,8 @@ __all__ = ["KIND", "RunFolder", "own_names"]
 
 
 KIND = "training run"
+UPLOAD = ".upload.partial"
+"""What is on its way to the hub."""
 
 
 def own_names(weights: str) -> tuple[str, ...]:
@@ -57,7 +59,7 @@ class RunFolder:
         """Write settings.json, and forget what the log says of steps that are going to be made again, and
         lines that a crash tore."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        sweep(self.folder, (*own_names(self.task.weights_name), "final"))
+        sweep(self.folder, (*own_names(self.task.weights_name), "final", "upload"))
         write_text(self.folder / "settings.json", json.dumps(dict(settings), indent=1) + "\n")
         if self.log_file.is_file():
             kept = {_kind(record): record for record in self.records() if step and record["step"] <= step}
@@ -103,6 +105,18 @@ class RunFolder:
             write_text(partial / "README.md", card)
             for path in partial.iterdir():
                 os.replace(path, self.folder / path.name)
+
+    def save_upload(self, tensors: Mapping[str, Tensor], card: str) -> Path:
+        """The model and its card in a hidden folder, which lasts until `remove_upload`."""
+        folder = self.folder / UPLOAD
+        remove(folder)
+        with writing(folder):
+            self._write_model(folder, tensors)
+            write_text(folder / "README.md", card)
+        return folder
+
+    def remove_upload(self) -> None:
+        remove(self.folder / UPLOAD)
 
     @contextmanager
     def _written(self, name: str, tensors: Mapping[str, Tensor]) -> Iterator[Path]:

@@ -71,6 +71,9 @@ def set_tensors(
         state.setdefault(name, {})[moment] = value.reshape(shapes[name]) if same else value
     for name in (name for group in groups for name in group["params"] if name not in state):
         # Never had a gradient: as good as new.
+        if isinstance(optimizer, torch.optim.Adafactor):
+            state[name] = {m: torch.zeros_like(value) for m, value in own["state"][name].items()}
+            continue
         state[name] = {m: torch.zeros(shapes[name]) for m in ("exp_avg", "exp_avg_sq")}
         state[name]["step"] = torch.zeros(())
     weights = {name: tensor.reshape(shapes[name]) for name, tensor in weights.items()}

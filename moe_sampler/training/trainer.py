@@ -82,6 +82,10 @@ class Trainer:
                 "a run that ends at a time has one process: several would see different clocks"
             )
         self.observer = Observer(self.run, to_tables(settings) if record is None else record)
+        if settings.num_train_epochs is not None:
+            if deadline is not None:
+                raise SettingsError("num_train_epochs: a run that ends at a time has as many as fit into it")
+            settings = settings.in_steps(self.run.plan.length, self.run.plan.total)
         self._go_on_with(settings)
         self.window = Window()
         self._agreement = StopAgreement(self.run.accelerator)
@@ -158,6 +162,8 @@ class Trainer:
                 observer.sample()
             if saves and (finite or stop):
                 run.save()  # a step that came to nothing is no place to go on from, unless the run ends there
+                if not last and not stop:
+                    observer.upload()
             observer.resume()
             if stop and not last:
                 raise Interrupted(noted.signal or signal.SIGTERM, run.step)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -30,6 +30,10 @@ class TrainingSettings:
 
     output_dir: Annotated[Path, "Folder of the run: checkpoints, logs, pictures, and the trained model."]
     max_train_steps: Annotated[int, "Optimizer steps in all."] = 10_000
+    num_train_epochs: Annotated[
+        float | None,
+        "In place of max_train_steps: how often every sample is seen, rounded up to whole steps.",
+    ] = None
     train_batch_size: Annotated[int, "Samples a process computes at once."] = 16
     gradient_accumulation_steps: Annotated[int, "Such batches that make one step."] = 1
     learning_rate: Annotated[float, "Peak learning rate."] = 1e-4
@@ -41,6 +45,11 @@ class TrainingSettings:
     lr_num_cycles: Annotated[int, "cosine_with_restarts: how often."] = 1
     lr_power: Annotated[float, "polynomial: the exponent."] = 1.0
     lr_floor: Annotated[float, "Share of learning_rate that it never falls below."] = 0.0
+    optimizer: Annotated[
+        Literal["adamw", "adafactor"],
+        "AdamW, or Adafactor (arXiv:1804.04235), whose moments take next to no memory; learning_rate counts "
+        "for it as it is.",
+    ] = "adamw"
     use_8bit_adam: Annotated[bool, "AdamW with 8-bit moments; needs bitsandbytes."] = False
     adam_beta1: Annotated[float, "AdamW's decay of the mean."] = 0.9
     adam_beta2: Annotated[float, "AdamW's decay of the square."] = 0.99
@@ -82,6 +91,11 @@ class TrainingSettings:
     ] = "stop"
     max_skipped: Annotated[int, "skip: so many skipped steps in a row stop the run after all."] = 50
     push_to_hub: Annotated[bool, "Upload the trained model at the end."] = False
+    hub_strategy: Annotated[
+        Literal["end", "every_save"],
+        "push_to_hub: when; every_save also uploads the averaged model with every checkpoint, in the "
+        "background.",
+    ] = "end"
     hub_model_id: Annotated[str | None, "Repository on the hub; default: the folder's name."] = None
 
     def __post_init__(self) -> None:
@@ -95,6 +109,10 @@ class TrainingSettings:
         for name in (*counts, "sample_steps", "max_grad_norm", "adam_weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.num_train_epochs is not None and not 0 < self.num_train_epochs < math.inf:
+            raise ValueError(f"num_train_epochs must be positive, got {self.num_train_epochs}")
+        if self.optimizer != "adamw" and self.use_8bit_adam:
+            raise ValueError(f"use_8bit_adam is for optimizer adamw, which is {self.optimizer}")
         for name in ("learning_rate", "adam_epsilon", "lr_power"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
@@ -103,7 +121,8 @@ class TrainingSettings:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
         if not 0 <= self.lr_floor <= 1:
             raise ValueError(f"lr_floor must lie between 0 and 1, got {self.lr_floor}")
-        if self.lr_warmup_steps + self.lr_decay_steps > self.max_train_steps:
+        known = self.num_train_epochs is None  # else a run tells how many steps that is
+        if known and self.lr_warmup_steps + self.lr_decay_steps > self.max_train_steps:
             raise ValueError(
                 f"lr_warmup_steps ({self.lr_warmup_steps}) and lr_decay_steps ({self.lr_decay_steps}) are "
                 f"more than max_train_steps ({self.max_train_steps}): lower them"
@@ -115,3 +134,13 @@ class TrainingSettings:
                 f"torch_compile_mode {self.torch_compile_mode} makes CUDA graphs of its own; beside ours "
                 "use default"
             )
+
+    def in_steps(self, samples: int, per_step: int) -> TrainingSettings:
+        """The same with the steps that num_train_epochs come to.
+
+        Raises:
+            ValueError: warm-up and decay are more.
+        """
+        assert self.num_train_epochs is not None
+        steps = math.ceil(self.num_train_epochs * samples / per_step)
+        return replace(self, max_train_steps=steps, num_train_epochs=None)

@@ -18,7 +18,7 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
-from training_helpers import Points, digest, settings, train
+from training_helpers import Late, Points, PowerCut, cut, digest, settings, train
 
 from moe_sampler._files import MARK
 from moe_sampler.training import (
@@ -204,18 +204,6 @@ def test_steps_by_hand(tmp_path, accumulation, norm):
         assert log[step]["learning_rate"] == pytest.approx(1e-2 * min(1.0, step / 3))
 
 
-class PowerCut(BaseException):
-    """What no one catches."""
-
-
-def cut(at: int):
-    def hook(step: int) -> None:
-        if step == at:
-            raise PowerCut
-
-    return hook
-
-
 @pytest.mark.parametrize("step", [2, 4, 7, 11])
 def test_a_run_that_broke_off_resumes_to_the_same_bits(whole, tmp_path, step):
     folder = tmp_path / "run"
@@ -252,15 +240,6 @@ def test_what_draws_from_global_generators_resumes_to_the_same_bits(tmp_path, st
     random.seed(3), np.random.seed(4), torch.manual_seed(5)
     train(tmp_path / "run", Restless())
     assert digest(tmp_path / "run" / "checkpoint-12") == digest(tmp_path / "whole" / "checkpoint-12")
-
-
-class Late(Points):
-    """One of whose parameters is trained from the tenth step on."""
-
-    def loss(self, model, batch, draws):
-        found = super().loss(model, batch, draws)
-        more = (self.model.unused - 1).square().sum() if draws.step >= 9 else 0.0
-        return found._replace(loss=found.loss + more)
 
 
 def test_what_had_no_gradient_before_a_checkpoint_may_have_one_after_it(tmp_path):

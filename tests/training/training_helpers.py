@@ -78,6 +78,27 @@ class Points:
         return {"data": "points on a circle", "count": len(self.data), "tags": ["toy"]}
 
 
+class Late(Points):
+    """One of whose parameters is trained from the tenth step on."""
+
+    def loss(self, model, batch, draws):
+        found = super().loss(model, batch, draws)
+        more = (self.model.unused - 1).square().sum() if draws.step >= 9 else 0.0
+        return found._replace(loss=found.loss + more)
+
+
+class PowerCut(BaseException):
+    """What no one catches."""
+
+
+def cut(at: int):
+    def hook(step: int) -> None:
+        if step == at:
+            raise PowerCut
+
+    return hook
+
+
 def settings(folder: Path, **changes) -> TrainingSettings:
     values = {
         "max_train_steps": 12,

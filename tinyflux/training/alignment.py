@@ -40,9 +40,11 @@ class MapTeacher(Protocol):
 
     Attributes:
         channels: of the maps.
+        planned: whether a step looks at captions or moves models, which the host does.
     """
 
     channels: int
+    planned: bool
 
     def maps(self, batch: Mapping[str, Any], noise: Tensor, draws: Draws) -> Maps:
         """Of a batch of a cache's items. noise: float32 [B], the shares of noise that the teacher is to see.
@@ -60,6 +62,8 @@ class CachedMaps:
         SettingsError: there are none, those of another expert or block, or none at the levels that
             `settings` asks for.
     """
+
+    planned = False
 
     def __init__(self, data: FeatureCache | MultiSource, settings: AlignmentSettings) -> None:
         made = data.maps_made
@@ -104,7 +108,7 @@ class LiveMaps:
     """
 
     def __init__(self, expert: BlockMaps, *, latents: str = "latents", offload: bool = False) -> None:
-        self.channels = expert.channels
+        self.channels, self.planned = expert.channels, offload or expert.encode_prompt is not None
         self._expert, self._latents, self._offload = expert, latents, offload
 
     def maps(self, batch: Mapping[str, Any], noise: Tensor, draws: Draws) -> Maps:

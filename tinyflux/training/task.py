@@ -75,7 +75,10 @@ class StudentTask:
     @property
     def steps_alike(self) -> bool:
         """Without experts in the loop whose calls are planned on the host."""
-        return self.routed is None and (self.teachers is None or not self.teachers.planned)
+        maps = None if self.alignment is None else self.alignment.teacher
+        return self.routed is None and not any(
+            teacher is not None and teacher.planned for teacher in (self.teachers, maps)
+        )
 
     def loss(self, model: nn.Module, batch: Mapping[str, Any], draws: Draws) -> Losses:
         """See `student_loss`."""
