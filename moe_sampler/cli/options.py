@@ -408,6 +408,15 @@ class ReadingOptions:
         int | None,
         option("Samples of each image, with another caption each while there are any.", SOURCE, metavar="N"),
     ] = None
+    masks: Annotated[
+        Path | None,
+        option(
+            "Folder of masks by the images' names, for background_weight: white counts.",
+            SOURCE,
+            metavar="FOLDER",
+        ),
+    ] = None
+    mask_field: Annotated[str | None, option("Column of masks.", SOURCE, metavar="NAME")] = None
     image_field: Annotated[
         str | None, option("Column of the pictures. Default: the only one.", SOURCE, metavar="NAME")
     ] = None

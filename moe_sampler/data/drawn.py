@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from PIL import Image
 
+from .masks import Masked, mask_of
 from .samples import CaptionedImage, Source
 
 __all__ = ["Captioned", "DrawnCaptions", "FirstOf"]
@@ -46,6 +48,13 @@ class FirstOf:
     def captions(self, index: int) -> list[str]:
         return self._source.captions(index) if isinstance(self._source, Captioned) else [self[index].caption]
 
+    @property
+    def has_masks(self) -> bool:
+        return isinstance(self._source, Masked) and self._source.has_masks
+
+    def mask(self, index: int) -> Image.Image | None:
+        return mask_of(self._source, index)
+
     def describe(self) -> dict[str, Any]:
         return {**self._source.describe(), "count": self._count}
 
@@ -74,6 +83,13 @@ class DrawnCaptions:
         captions = self._source.captions(image) if isinstance(self._source, Captioned) else [sample.caption]
         order = np.random.default_rng([self._seed, image]).permutation(len(captions))
         return sample._replace(caption=captions[order[turn % len(captions)]])
+
+    @property
+    def has_masks(self) -> bool:
+        return isinstance(self._source, Masked) and self._source.has_masks
+
+    def mask(self, index: int) -> Image.Image | None:
+        return mask_of(self._source, index // self._per_image)
 
     def describe(self) -> dict[str, Any]:
         drawn = {"captions_per_image": self._per_image, "caption_seed": self._seed}

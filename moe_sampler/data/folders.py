@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from .captions import read_caption, report_empty
 from .digests import content, fingerprint, remembered
 from .listing import METADATA, Listing, list_folder, split
+from .masks import MaskFolder
 from .metadata import read_metadata
 from .options import FILENAME
 from .pictures import SUFFIXES, read_picture
@@ -37,6 +40,7 @@ class ImageFolder:
         max_pixels: of an image; see `pictures.pixel_limit`.
         caption_fields: columns of the list, "text" also for .txt files, "filename" for the images' names.
             Several are several captions of an image; a row may leave some of them empty.
+        masks: a folder with masks of the images, as `MaskFolder`.
 
     Raises:
         ValueError: an image without caption, a caption without image, an image of a format that isn't read,
@@ -48,6 +52,7 @@ class ImageFolder:
         folder: str | Path,
         max_pixels: int | None = None,
         caption_fields: Sequence[str] = ("text",),
+        masks: str | Path | None = None,
     ) -> None:
         self.folder, self.max_pixels = Path(folder), max_pixels
         self._columns = [name for name in caption_fields if name != FILENAME]
@@ -81,6 +86,8 @@ class ImageFolder:
         if self._named:
             for name, texts in self._samples:
                 texts.append(_own_name(name))
+        names = [name for name, _ in self._samples]
+        self._masks = None if masks is None else MaskFolder(masks, names, max_pixels)
         empty = [name for name, captions in self._samples if not captions]
         report_empty(empty, len(self._samples), self.folder)
         if listing.others:
@@ -180,6 +187,14 @@ class ImageFolder:
         """All of an image, at least one."""
         return self._samples[index][1] or [""]
 
+    @property
+    def has_masks(self) -> bool:
+        return self._masks is not None
+
+    def mask(self, index: int) -> Image.Image | None:
+        """Of an image, None where all of it counts."""
+        return None if self._masks is None else self._masks[self._samples[index][0]]
+
     def describe(self) -> dict[str, Any]:
         """With a fingerprint of every image's content and caption, in order."""
         files = {name: self.folder / name for name, _ in self._samples}
@@ -188,7 +203,8 @@ class ImageFolder:
             [name, digests[name], "\n".join(texts) if self.several else "".join(texts)]
             for name, texts in self._samples
         ]
-        return {"kind": "folder", "fingerprint": fingerprint(rows)}
+        masks = {} if self._masks is None else {"masks": self._masks.describe()}
+        return {"kind": "folder", "fingerprint": fingerprint(rows), **masks}
 
 
 def _own_name(image: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 __all__ = ["FILENAME", "Reading"]
 
@@ -20,6 +21,8 @@ class Reading:
             image. By default what the kind of source usually has.
         captions_per_image: samples made of each image, each with another of its captions as long as there
             are any; which, and in what order, is drawn from `seed`.
+        masks: folder of masks of a folder's images, by their names.
+        mask_field: column of a table's masks.
         image_field: of a table; by default its only column of images.
         split, subset, revision: of a data set on the hub.
         streaming: read a data set as it comes, without keeping a copy of it on the disk.
@@ -29,6 +32,8 @@ class Reading:
 
     caption_fields: tuple[str, ...] = ()
     captions_per_image: int = 1
+    masks: Path | None = None
+    mask_field: str | None = None
     image_field: str | None = None
     split: str = "train"
     subset: str | None = None
@@ -46,6 +51,7 @@ class Reading:
         """What is set that only tables have."""
         changed = {
             "image_field": self.image_field,
+            "mask_field": self.mask_field,
             "split": None if self.split == "train" else self.split,
             "subset": self.subset,
             "revision": self.revision,

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from .captions import check_text, report_empty
 from .digests import content, fingerprint, remembered
 from .options import Reading
@@ -45,7 +47,7 @@ def hub_table(name: str, reading: Reading, max_pixels: int | None = None) -> Tab
             name, reading.subset, split=reading.split, revision=revision, streaming=reading.streaming
         )
     except Exception as error:  # the hub's, the network's and those of scripts that read the files
-        raise ValueError(f"the data set {name} can't be read: {_line(error)}") from None
+        raise ValueError(f"there is no folder {name}, and no data set can be read: {_line(error)}") from None
     about = {
         "kind": "hub",
         "name": name,
@@ -112,12 +114,16 @@ class TableRows:
         columns = self._columns(data)
         self.image = self._image_column(columns, reading.image_field)
         self.fields = self._caption_columns(columns, reading.caption_fields)
-        if type(columns[self.image]).__name__ == "Image":
-            data = data.cast_column(self.image, _datasets().Image(decode=False))
+        self.masks = None if reading.mask_field is None else self._there(columns, reading.mask_field)
+        for column in filter(None, (self.image, self.masks)):
+            if type(columns[column]).__name__ == "Image":
+                data = data.cast_column(column, _datasets().Image(decode=False))
         self._data = data
         self.several = len(self.fields) > 1 or _is_list(columns[self.fields[0]])
         self._length = self._count(data, reading, length)
         self._about = {**about, "image": self.image, "captions": list(self.fields)}
+        if self.masks is not None:
+            self._about["masks"] = self.masks
         if reading.count is not None:
             self._about["count"] = self._length
         self._lock, self._next, self._rows = threading.Lock(), 0, iter(())
@@ -183,7 +189,18 @@ class TableRows:
             raise IndexError(index)
         row = self._row(index)
         key = f"{self._name}, row {index}"
-        return CaptionedImage(key, self._picture(row[self.image], key), self._texts(row, index)[0])
+        return CaptionedImage(key, self._picture(row, self.image, key), self._texts(row, index)[0])
+
+    @property
+    def has_masks(self) -> bool:
+        return self.masks is not None
+
+    def mask(self, index: int) -> Image.Image | None:
+        """Of a row, None where it has none: all of the image counts."""
+        row = self._row(index)
+        if self.masks is None or row[self.masks] is None:
+            return None
+        return self._picture(row, self.masks, f"{self._name}, row {index}").convert("L")
 
     def captions(self, index: int) -> list[str]:
         """All of a row, at least one."""
@@ -219,18 +236,19 @@ class TableRows:
             found += [check_text(text, f"{self._name}, row {index}").strip() for text in texts]
         return [text for text in found if text] or [""]
 
-    def _picture(self, value: Any, key: str) -> Any:
+    def _picture(self, row: Mapping[str, Any], column: str, key: str) -> Image.Image:
+        value = row[column]
         if isinstance(value, Mapping):
             value = value.get("path") if value.get("bytes") is None else value["bytes"]
         if isinstance(value, str):
             if value.startswith(("http://", "https://")):
-                raise ValueError(f"{key}: {self.image} is an address; fetch the images first (img2dataset)")
+                raise ValueError(f"{key}: {column} is an address; fetch the images first (img2dataset)")
             import fsspec
 
             with fsspec.open(value, "rb") as file:
                 value = file.read()
         if not isinstance(value, bytes):
-            raise ValueError(f"{key}: {self.image} holds no picture, but {type(value).__name__}")
+            raise ValueError(f"{key}: {column} holds no picture, but {type(value).__name__}")
         return read_picture(value, key, self._max_pixels)
 
 

@@ -182,7 +182,9 @@ def test_a_data_set_of_the_hub_is_one_commit(hub, tmp_path, monkeypatch):
         ("owner/name", None, "train", "main's commit", False),
         ("owner/name", "small", "test", commit, True),
     ]
-    with pytest.raises(ValueError, match="the data set no/such can't be read: no/such doesn't exist"):
+    with pytest.raises(
+        ValueError, match="no folder no/such, and no data set can be read: no/such doesn't exist"
+    ):
         open_source("no/such")
     (tmp_path / "owner" / "name").mkdir(parents=True)
     with pytest.raises(ValueError, match="has no images"):  # a folder of that name comes first

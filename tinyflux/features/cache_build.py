@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from moe_sampler import __version__
 from moe_sampler.data.captions import check_text, report_cut
+from moe_sampler.data.masks import Masked, fit_mask, mask_of
 from moe_sampler.data.pictures import fit_image, to_rgb
 from moe_sampler.data.samples import CaptionedImage, Source
 from moe_sampler.kernels import philox_normal
@@ -42,7 +43,13 @@ DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in choices
 MAP_TIMES = (0.75,)
 """At little noise a diffusion model's features say most of an image (DIFT, arXiv:2306.03881)."""
 _PREVIEW = 64
-_FULL = ("prompt_mask", "sol_stats", "sol_maps", "previews")  # small or not floats: kept as they are
+_FULL = (
+    "prompt_mask",
+    "sol_stats",
+    "sol_maps",
+    "previews",
+    "loss_mask",
+)  # small or not floats: kept as they are
 
 
 @dataclass(frozen=True)
@@ -246,22 +253,29 @@ class _Work:
             for batch, following in zip(batches, [*batches[1:], range(0)], strict=True):
                 images = [future.result() for future in ahead]
                 ahead = [pool.submit(self._load, i) for i in following]
-                yield self._compute(batch, images)
+                yield self._compute(batch, *zip(*images, strict=True))
 
-    def _load(self, index: int) -> CaptionedImage:
+    def _load(self, index: int) -> tuple[CaptionedImage, Image.Image | None]:
         sample = self.source[index]
         check_text(sample.caption, f"the caption of {sample.key}")
         image = fit_image(to_rgb(sample.image, sample.key), self.settings["height"], self.settings["width"])
-        return sample._replace(image=image)
+        return sample._replace(image=image), mask_of(self.source, index)
 
-    def _compute(self, indices: range, samples: list[CaptionedImage]) -> dict[str, Any]:
+    def _compute(
+        self, indices: range, samples: Sequence[CaptionedImage], masks: Sequence[Image.Image | None]
+    ) -> dict[str, Any]:
         images, captions = [sample.image for sample in samples], [sample.caption for sample in samples]
         self._done += len(samples)
         for encoder, names in self._cut.items():
             long = encoder.too_long(captions)
             names += [sample.key for sample, cut in zip(samples, long, strict=True) if cut]
         with cut_silently():
-            return self._encode(indices, samples, images, captions)
+            found = self._encode(indices, samples, images, captions)
+        if isinstance(self.source, Masked) and self.source.has_masks:
+            size, latents = (self.settings["height"], self.settings["width"]), found["latents"].shape[2:]
+            fitted = [torch.from_numpy(fit_mask(mask, size, tuple(latents)).copy()) for mask in masks]
+            found["loss_mask"] = torch.stack(fitted)
+        return found
 
     def report(self, gather: Callable[[list], list] = list) -> None:
         """Of captions that were cut, so far; gather: every process's rows to those of all."""
@@ -270,7 +284,11 @@ class _Work:
             report_cut(gather(names), done, encoder.max_length, type(encoder.model).__name__)
 
     def _encode(
-        self, indices: range, samples: list[CaptionedImage], images: list[Image.Image], captions: list[str]
+        self,
+        indices: range,
+        samples: Sequence[CaptionedImage],
+        images: list[Image.Image],
+        captions: list[str],
     ) -> dict[str, Any]:
         text = self.encoders.text(captions)
         seeds = [self.settings["seed"] + i for i in indices]

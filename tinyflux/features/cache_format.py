@@ -41,6 +41,7 @@ TENSORS = {
     "sol_stats": "float32 [N, T, 3], where Sol taught",
     "sol_maps": "float32 [N, T, S, S], where Sol taught",
     "block_maps": "[N, M, channels, h, w], a block's output at M times of its own, where that was asked for",
+    "loss_mask": "uint8 [N, h, w], how much each latent pixel counts, where there were masks",
     "previews": "uint8 [N, h, w, 3], small pictures, where there were images",
     "captions": "uint8, the captions' UTF-8, one after the other",
     "caption_ends": "int64 [N], where each ends",

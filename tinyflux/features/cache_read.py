@@ -216,6 +216,8 @@ class MultiSource(Dataset):
             for name in (*LUNE, *SOL, *(MAPS if self.has_maps else ()))
             if name in shapes
         }
+        if "loss_mask" in shapes:  # without a mask all of an image counts
+            self._absent["loss_mask"] = torch.full(shapes["loss_mask"][1:], 255, dtype=torch.uint8)
 
     @property
     def t_buckets(self) -> Tensor:
@@ -242,6 +244,11 @@ class MultiSource(Dataset):
     def has_maps(self) -> bool:
         """Whether any cache has block maps."""
         return any(cache.has_maps for cache in self.caches)
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether any cache has masks."""
+        return any("loss_mask" in cache.shapes for cache in self.caches)
 
     @property
     def maps_made(self) -> dict[str, Any] | None:

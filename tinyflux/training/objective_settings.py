@@ -18,7 +18,7 @@ __all__ = ["ObjectiveSettings", "check_objective"]
 
 _WEIGHTS = ("lune_weight", "sol_stats_weight", "sol_map_weight")
 _WARMUPS = ("lune_warmup_steps", "sol_warmup_steps", "distill_warmup_steps")
-_SHARES = ("sol_weight_map", "distill_weight", "teacher_dropout", "feature_input")
+_SHARES = ("sol_weight_map", "background_weight", "distill_weight", "teacher_dropout", "feature_input")
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,11 @@ class ObjectiveSettings:
         "0 to 1: how much Sol's attention map weighs the pixels of the velocity loss, as "
         "1 + sol_weight_map·(map - 1) of a map with a mean of 1",
     ] = 0.0
+    background_weight: Annotated[
+        float,
+        "0 to 1: how much a pixel outside of its image's mask counts in the velocity losses, beside 1 for "
+        "one within; needs caches with masks; 1 is off",
+    ] = 1.0
     lune_weight: Annotated[float, "weight of the loss of the predicted Lune features; 0 is off"] = 0.1
     lune_loss: Annotated[
         Literal["cosine", "mse", "huber"], "of Lune's features; cosine is 1 - cosine similarity"
@@ -139,12 +144,16 @@ class ObjectiveSettings:
 
 
 def check_objective(
-    objective: ObjectiveSettings, config: TinyFluxConfig, teaches: Collection[str] = (), routed: bool = False
+    objective: ObjectiveSettings,
+    config: TinyFluxConfig,
+    teaches: Collection[str] = (),
+    routed: bool = False,
+    masks: bool = False,
 ) -> None:
     """Whether a student can be trained for this with what there is.
 
     config: the student's. teaches: which of "sol" and "lune" give features. routed: whether there are experts
-    whose velocity can be distilled.
+    whose velocity can be distilled. masks: whether samples have any.
 
     Raises:
         SettingsError: a loss whose teacher is missing, or that trains nothing of this student.
@@ -170,6 +179,11 @@ def check_objective(
             raise SettingsError(
                 f"{name} is {value}, but {frozen}=True keeps what it would train fixed: set {name} to 0"
             )
+    if objective.background_weight != 1 and not masks:
+        raise SettingsError(
+            f"background_weight is {objective.background_weight}, but the caches have no masks: build them "
+            "with --masks or --mask-field, or set it to 1"
+        )
     if objective.distill_weight and not routed:
         raise SettingsError(
             f"distill_weight is {objective.distill_weight}, but there are no experts in the loop to distil: "

@@ -94,7 +94,9 @@ def student_loss(
         **({} if alignment is None else {"align": True}),
         **_dropout(student, draws),
     )
-    weight_map = _weight_map(objective.sol_weight_map, taught)
+    weight_map = _masked(
+        objective.background_weight, batch, size, _weight_map(objective.sol_weight_map, taught)
+    )
 
     def velocity_error(target: Tensor, kind: str) -> Tensor:
         return _error(
@@ -175,6 +177,24 @@ def _weight_map(strength: float, taught: Taught | None) -> Tensor | None:
     return torch.where(taught.has_sol[:, None, None], 1 + strength * (unit - 1), 1.0)
 
 
+def _masked(
+    background: float, batch: Mapping[str, Any], size: tuple[int, int], weight_map: Tensor | None
+) -> Tensor | None:
+    """[B, h, w]: `background` outside of the masks and 1 within, scaled to a mean of 1, times what else there
+    is."""
+    if background == 1:
+        return weight_map
+    mask = _there(batch.get("loss_mask"), "masks").float() / 255
+    own = background + (1 - background) * mask
+    own = own / own.mean((1, 2), keepdim=True).clamp_min(1e-6)
+    return own if weight_map is None else own * _spread(weight_map, size)
+
+
+def _spread(weight_map: Tensor, size: tuple[int, int] | None) -> Tensor:
+    """[B, h, w] of a map [B, S, S]."""
+    return F.interpolate(weight_map[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+
+
 def _routed_velocity(
     routed: RoutedTeachers, noisy: Tensor, noise: Tensor, batch: Mapping[str, Any], share: Tensor
 ) -> Tensor:
@@ -241,6 +261,5 @@ def _error(
         return 1 - F.cosine_similarity(prediction, target, dim=-1)
     error = F.huber_loss(prediction, target, reduction="none", delta=delta)
     if weight_map is not None:
-        spread = F.interpolate(weight_map[:, None], size=size, mode="bilinear", align_corners=False)
-        error = error * tokens(spread)
+        error = error * tokens(_spread(weight_map, size)[:, None])
     return error.flatten(1).mean(1)

@@ -77,6 +77,7 @@ def new_task(settings: StudentSettings) -> StudentTask:
         TinyFluxConfig.from_dict(dict(model.config)),
         () if teachers is None else teachers.teaches,
         routed is not None,
+        data.has_masks,
     )
     lora = settings.lora
     if lora.lora_rank:

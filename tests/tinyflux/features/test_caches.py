@@ -841,3 +841,25 @@ def test_caches_of_two_precisions_go_together(tmp_path, encoders, demo_pipeline)
     build_cache(tmp_path / "tuned", DemoScenes(2), encoders, tuned, **settings)
     with pytest.raises(ValueError, match=r"differ in experts\.lune"):
         MultiSource([whole, FeatureCache(tmp_path / "tuned")])
+
+
+def test_a_cache_keeps_masks_as_large_as_its_latents(tmp_path, encoders, built):
+    for i in range(3):
+        Image.new("RGB", (64, 32), (80 * i, 0, 0)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(f"caption {i}")
+    masks = tmp_path.parent / f"{tmp_path.name}-masks"
+    masks.mkdir()
+    mask = Image.new("L", (64, 32))
+    mask.paste(255, (0, 0, 32, 32))
+    mask.save(masks / "1.png")
+    source = ImageFolder(tmp_path, masks=masks)
+    settings = {"height": 32, "width": 64, "micro_batch": 2, "shard_size": 2}
+    build_cache(tmp_path / "cache", source, encoders, None, **settings)
+    cache = FeatureCache(tmp_path / "cache")
+    assert cache.shapes["loss_mask"] == ["uint8", *cache.shapes["latents"][2:]]
+    height, width = cache.shapes["latents"][2:]
+    expected = torch.zeros(height, width, dtype=torch.uint8)
+    expected[:, : width // 2] = 255
+    assert torch.equal(cache[1]["loss_mask"], expected) and cache[2]["loss_mask"].min() == 255
+    mixed = MultiSource([cache])
+    assert mixed.has_masks and not MultiSource([FeatureCache(built)]).has_masks

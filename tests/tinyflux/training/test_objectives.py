@@ -500,3 +500,36 @@ def test_dropout_of_lunes_predictor_is_drawn_by_place(batch):
     student.eval()
     student_loss(recorder, student, batch, draws_of(), **told)
     assert "lune_kept" not in recorder.calls[1][1]
+
+
+@pytest.mark.parametrize("kind", ["mse", "huber"])
+@pytest.mark.parametrize("strength", [0.0, 0.5])
+def test_masks_weigh_the_pixels(student, batch, kind, strength):
+    """0.25 outside, 1 within, scaled to a mean of 1, times Sol's map where that weighs too."""
+    mask = torch.zeros(COUNT, SIDE, SIDE, dtype=torch.uint8)
+    mask[:, :3] = 255
+    mask[1] = 255
+    mask[2, 5] = 51
+    more = {"velocity_loss": kind, "background_weight": 0.25, "sol_weight_map": strength}
+    found = loss_of(student, {**batch, "loss_mask": mask}, plain(**more))
+    _, _, velocity, out = by_hand(student, batch)
+    error = image_of(out) - velocity
+    if kind == "huber":
+        size = error.abs()
+        error = torch.where(size < 0.1, size**2 / 2, 0.1 * (size - 0.05))
+    else:
+        error = error**2
+    weight = 0.25 + 0.75 * mask.double() / 255
+    weight = weight / weight.mean((1, 2), keepdim=True)
+    sol = batch["sol_map"].double() / batch["sol_map"].double().mean((1, 2), keepdim=True)
+    weight = weight * (1 + strength * (sol - 1))
+    near(found.per_sample, (error * weight[:, None]).mean((1, 2, 3)), 1e-4)
+    whole = loss_of(student, batch, plain(velocity_loss=kind, sol_weight_map=strength))
+    near(found.per_sample[1], whole.per_sample[1], 1e-5)  # all of it counts
+
+
+def test_masks_that_are_not_there(student):
+    objective = plain(background_weight=0.5)
+    with pytest.raises(SettingsError, match=r"background_weight is 0\.5, but the caches have no masks"):
+        check_objective(objective, student.config, ("sol", "lune"))
+    check_objective(objective, student.config, ("sol", "lune"), masks=True)
