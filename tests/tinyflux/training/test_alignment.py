@@ -199,6 +199,9 @@ def test_a_live_expert_sees_the_students_noise_at_its_own_level(demo_pipeline):
     found, has_maps = LiveMaps(expert).maps(batch, noise, draws_of(2))
     expected = expert(latents, PROMPTS[:2], seeds=draws_of(2).seeds("noise"), noise=noise)
     assert has_maps.all() and torch.equal(found, expected)
+    assert LiveMaps(expert).planned  # captions are read
+    silent = BlockMaps("lune", demo_pipeline.unet_lune, FlowPath())
+    assert not LiveMaps(silent).planned and LiveMaps(silent, offload=True).planned
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(LiveMaps(expert).maps(batch, noise, draws_of(2)).maps, expected)
 
@@ -432,7 +435,8 @@ def test_a_run_aligns_with_an_expert_in_the_loop(cache, tmp_path):
     live |= {"align_projector": "conv", "align_after": 4}
     wanted = settings(cache, tmp_path / "student", alignment=live, training={"max_train_steps": 1})
     task = new_task(wanted)
-    assert task.alignment.teacher._expert.encode_prompt is None  # the cache has the experts' text states
+    # The cache has the experts' text states, so a step looks at no captions and can be recorded.
+    assert task.alignment.teacher._expert.encode_prompt is None and task.steps_alike
     assert task.model.projector.layers.weight.shape == (96, 128, 3, 3)
     train(wanted, quiet=True)
     assert TinyFlux.from_pretrained(tmp_path / "student").projector is None
