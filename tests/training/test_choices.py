@@ -60,7 +60,7 @@ def test_optimizers_that_contradict_each_other():
         TrainingSettings("run", optimizer="adafactor", use_8bit_adam=True)
 
 
-@pytest.mark.parametrize("epochs, steps", [(1, 13), (0.5, 7), (2.0, 25)])
+@pytest.mark.parametrize("epochs, steps", [(0.5, 7), (1, 13)])
 def test_epochs(tmp_path, epochs, steps):
     """50 samples, four a step."""
     result = train(
@@ -69,7 +69,7 @@ def test_epochs(tmp_path, epochs, steps):
         max_train_steps=3,
         lr_warmup_steps=5,
         train_batch_size=4,
-        gradient_accumulation_steps=1,
+        checkpointing_steps=100,
     )
     assert result["step"] == steps
 

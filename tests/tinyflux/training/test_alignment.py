@@ -49,6 +49,7 @@ def cache(tmp_path_factory) -> Path:
     """12 scenes as 8×8 latents, with Lune's maps at two times."""
     folder = tmp_path_factory.mktemp("data") / "cache"
     flags = ["--demo", "--count", "12", "--size", "32", "--dtype", "float32", "--maps", "0.5,0.75"]
+    flags += ["--buckets", "0.5"]
     result = CliRunner().invoke(app, ["tinyflux", "cache", str(folder), *flags, "--map-block", "up_blocks.0"])
     assert result.exit_code == 0, result.output
     return folder
@@ -150,6 +151,7 @@ def test_maps_of_who_does_not_teach_are_refused(tmp_path):
     flags = ("cache", str(tmp_path / "c"), "--demo", "--teachers", "sol")
     assert "need it among the teachers" in invoke(*flags, "--maps", "0.5", code=2)
     assert "--map-block is for --maps" in invoke(*flags, "--map-block", "mid_block", code=2)
+    assert "split: for a SOURCE" in invoke("cache", "c", "--demo", "--split", "test", code=2)
     assert not (tmp_path / "c").exists()
 
 
@@ -165,7 +167,8 @@ def test_cached_maps_are_between_their_times(cache):
 
 
 def test_a_cache_without_maps_has_none_that_count(cache, tmp_path):
-    invoke("cache", str(tmp_path / "plain"), "--demo", "--count", "2", "--size", "32", "--dtype", "float32")
+    flags = ("--size", "32", "--dtype", "float32", "--buckets", "0.5")
+    invoke("cache", str(tmp_path / "plain"), "--demo", "--count", "2", *flags)
     both = MultiSource([FeatureCache(cache), FeatureCache(tmp_path / "plain")])
     batch = default_collate([both[0], both[12]])
     maps = CachedMaps(both, AlignmentSettings(align_weight=1.0)).maps(
