@@ -87,7 +87,8 @@ def fit_mask(mask: Image.Image | None, size: tuple[int, int], latents: tuple[int
     if mask is None:
         return np.full(latents, 255, np.uint8)
     fitted = fit_image(mask.convert("L"), *size)
-    return np.asarray(fitted.resize(latents[::-1], Image.Resampling.BOX))
+    height, width = latents
+    return np.asarray(fitted.resize((width, height), Image.Resampling.BOX))
 
 
 def mask_of(source: Any, index: int) -> Image.Image | None:

@@ -119,7 +119,7 @@ class TableRows:
             if type(columns[column]).__name__ == "Image":
                 data = data.cast_column(column, _datasets().Image(decode=False))
         self._data = data
-        self.several = len(self.fields) > 1 or _is_list(columns[self.fields[0]])
+        self.several = len(self.fields) > 1 or any(_is_list(columns[name]) for name in self.fields)
         self._length = self._count(data, reading, length)
         self._about = {**about, "image": self.image, "captions": list(self.fields)}
         if self.masks is not None:
@@ -245,7 +245,8 @@ class TableRows:
                 raise ValueError(f"{key}: {column} is an address; fetch the images first (img2dataset)")
             import fsspec
 
-            with fsspec.open(value, "rb") as file:
+            opened: Any = fsspec.open(value, "rb")
+            with opened as file:
                 value = file.read()
         if not isinstance(value, bytes):
             raise ValueError(f"{key}: {column} holds no picture, but {type(value).__name__}")
@@ -254,7 +255,7 @@ class TableRows:
 
 def _datasets() -> Any:
     try:
-        import datasets
+        import datasets  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ValueError('tables are read by datasets: pip install "moe-sampler[datasets]"') from None
     return datasets
@@ -266,7 +267,7 @@ def _is_list(feature: Any) -> bool:
 
 
 def _parquet_rows(files: Sequence[Path]) -> int:
-    import pyarrow.parquet
+    import pyarrow.parquet  # pyright: ignore[reportMissingImports]
 
     return sum(pyarrow.parquet.read_metadata(file).num_rows for file in files)
 

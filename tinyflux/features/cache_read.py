@@ -294,7 +294,7 @@ def _facts(cache: FeatureCache) -> dict[str, Any]:
     if cache.has_lune or cache.has_sol:
         facts |= {"t_buckets": manifest.t_buckets, "convention": manifest.settings["convention"]}
     if cache.has_maps:
-        facts["block maps"] = cache.maps_made
+        facts |= {"block maps": cache.maps_made}
     for kind, parts in (("encoders", manifest.encoders), ("experts", manifest.experts)):
         facts |= {f"{kind}.{name}": part for name, part in (parts or {}).items()}
     return facts
