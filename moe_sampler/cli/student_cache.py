@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from moe_sampler.tinyflux.features.cache_build import Teachers
     from moe_sampler.tinyflux.features.encoders import StudentEncoders
 
+    from ..loading.hub import Hub
+
 __all__ = ["cache", "numbers"]
 
 _TEACHERS = {"sol": ("sol",), "lune": ("lune",), "both": ("sol", "lune"), "none": ()}
@@ -133,7 +135,10 @@ def cache(
     from moe_sampler.tinyflux.features.cache_build import build_cache
 
     wanted = None if map_times is None else (map_expert, map_block, map_times)
-    teaching, student, default = _load(model, names, convention, encoders, computer, wanted)
+    from ..loading.hub import Hub
+
+    hub = Hub(local_files_only=experts.local_files_only)
+    teaching, student, default = _load(model, names, convention, encoders, computer, wanted, hub)
     if size is None and default is None:
         raise ValueError("nothing says how large the images are: give --size")
     height, width = (default, default) if size is None else _size(size)
@@ -225,6 +230,7 @@ def _load(
     options: EncoderOptions,
     device: Any,
     maps: tuple[str, str | None, list[float]] | None,
+    hub: Hub,
 ) -> tuple[Teachers | None, StudentEncoders, int | None]:
     """(What teaches, what encodes for the student, the images' side)."""
     quiet()
@@ -236,8 +242,8 @@ def _load(
     from ..architectures import shape_of
 
     if model is None:
-        student = StudentEncoders.gather(**vars(options), device=device)
-        side = None if options.encoders is None else default_side(options.encoders)
+        student = StudentEncoders.gather(**vars(options), device=device, hub=hub)
+        side = None if options.encoders is None else default_side(options.encoders, hub)
         return None, student, None if side is None else side * student.scale
     dtype = "float16" if device.type == "cuda" else "float32"
     pipe = model.load(Machine(str(device), dtype, "none"))
@@ -246,5 +252,5 @@ def _load(
     if maps is not None:
         kept |= {"maps": BlockMaps.from_pipeline(pipe, *maps[:2]), "map_times": maps[2]}
     teaching = Teachers.from_pipeline(pipe, names, **kept) if names else None
-    student = StudentEncoders.gather(pipe, **vars(options), device=device)
+    student = StudentEncoders.gather(pipe, **vars(options), device=device, hub=hub)
     return teaching, student, None if side is None else side * pipe.vae_scale_factor

@@ -289,12 +289,12 @@ def _facts(cache: FeatureCache) -> dict[str, Any]:
     """What must be the same in all caches of a training run, where a cache has it at all."""
     manifest = cache.manifest
     facts = {f"the shape of {name}": shape for name, shape in cache.shapes.items() if name != "previews"}
-    latents = manifest.latents
-    facts |= {"the text's mask": latents.text_mask, "the latents' shift": latents.latent_shift}
     if cache.has_lune or cache.has_sol:
         facts |= {"t_buckets": manifest.t_buckets, "convention": manifest.settings["convention"]}
     if cache.has_maps:
         facts |= {"block maps": cache.maps_made}
     for kind, parts in (("encoders", manifest.encoders), ("experts", manifest.experts)):
         facts |= {f"{kind}.{name}": part for name, part in (parts or {}).items()}
+    latents = manifest.latents
+    facts |= {"the text's mask": latents.text_mask, "the latents' shift": latents.latent_shift}
     return facts
