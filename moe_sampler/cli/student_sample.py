@@ -129,8 +129,6 @@ def sample(
     plan = find_plan(out.plan, previous, run)
     previous = previous if plan is None else without_plan(previous)
     model = Model.read(where, previous)
-    ema = bool(merged(previous, {"ema": of.ema}).get("ema"))
-    known = load_config(student, ema=ema, local_files_only=where.local_files_only)
     plain = {"height": size.height, "width": size.width, **vars(of)}
     del plain["lora"]
     settings = pictures.settings | merged(previous, plain)
@@ -142,7 +140,7 @@ def sample(
     configs, defaults = model.training() if guided else ({}, {})
     names = (NAME, *configs)
     if plan is None:
-        settings |= weights | _run_settings(previous, run, defaults, names, known.schedule == "data")
+        settings |= weights | _run_settings(previous, run, defaults, names)
     negative = ByExpert.read("--negative", size.negative, known=names)
     settings |= over_previous(previous, names, negative_prompt=negative)
     call = {key: settings[key] for key in _CALL if key in settings}
@@ -151,6 +149,12 @@ def sample(
     compiled = _checked_plan(plan, call, configs, defaults)
     call |= {} if plan is None else {"plan": plan}
     computer = Machine.read(where, previous)
+    ema = bool(settings.get("ema"))
+    known = load_config(student, ema=ema, local_files_only=where.local_files_only)
+    if plan is None and "upstream_schedule" not in settings:
+        own = {"upstream_schedule": known.schedule == "data"}
+        settings, call = settings | own, call | own
+        compiled = _checked_plan(plan, call, configs, defaults)
 
     named = known.encoders is not None and not model.settings.get("model") and model.preset is None
     pipe = _load(student, model, settings, computer, guided, None if guided or named else model.shared)
@@ -171,7 +175,6 @@ def _run_settings(
     run: StudentRunOptions,
     defaults: Mapping[str, Any],
     names: Sequence[str],
-    upstreams: bool,
 ) -> dict[str, Any]:
     """Steps, guidance, solvers and handoff, with the defaults spelled out, so that the record means the same
     when those change."""
@@ -189,8 +192,7 @@ def _run_settings(
     own = {student: GUIDANCE_SCALE} | {name: defaults[f"{name}_guidance"] for name in guides}
     settings["guidance_scale"] = scales_in_full(settings.get("guidance_scale"), own)
     plain = {"handoff": run.handoff, "upstream_schedule": run.upstream_schedule}
-    found: dict[str, Any] = {"num_inference_steps": 20, "upstream_schedule": upstreams}
-    found |= {"handoff": defaults["handoff"]} if guides else {}
+    found = {"num_inference_steps": 20} | ({"handoff": defaults["handoff"]} if guides else {})
     return found | merged(previous, plain) | settings | steps_over(previous, steps, names)
 
 

@@ -280,8 +280,12 @@ class MultiSource(Dataset):
 def _agree(one: Any, other: Any) -> bool:
     """Whether two facts are the same, whatever precision a model was loaded in."""
     if isinstance(one, Mapping) and isinstance(other, Mapping):
-        alike = {name: same_weights if name == "fingerprint" else _agree for name in one}
-        return one.keys() == other.keys() and all(alike[name](one[name], other[name]) for name in one)
+        return one.keys() == other.keys() and all(
+            same_weights(part, other[name])
+            if name == "fingerprint" and isinstance(part, str) and isinstance(other[name], str)
+            else _agree(part, other[name])
+            for name, part in one.items()
+        )
     return one == other
 
 
