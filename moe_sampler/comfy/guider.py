@@ -122,5 +122,6 @@ class RoutedGuider(comfy.samplers.CFGGuider):
             return super().predict_noise(x, timestep, model_options, seed)
         theirs = setup.levels.sigma_at(noise)
         own_sigma = torch.tensor(theirs, device=x.device)
+        scale = theirs / sigma if sigma else 1.0  # some samplers look once more at the end
         # Whoever samples applies the mask, around the mixture.
-        return self._others[name].x0(x * (theirs / sigma), own_sigma, guidance, masked=False)
+        return self._others[name].x0(x * scale, own_sigma, guidance, masked=False)

@@ -462,6 +462,7 @@ def test_the_example_workflows(comfyui, pipeline):
     """As a page would post them; that for Sol and Lune is run, with small files in place of the real ones."""
     files = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in EXAMPLES.glob("*.json")}
     assert set(files) == {"Sol to Lune", "SDXL base to refiner", "Wan 2.2 text to video"}
+    assert set(comfyui.get("/workflow_templates")["moe-sampler"]) == set(files)  # the page's list
     for name, workflow in files.items():
         posted = comfyui.as_posted(workflow)
         if name == "Sol to Lune":
