@@ -55,7 +55,7 @@ class ComfyUI:
         )
         self._wait_until_it_answers()
 
-    def _wait_until_it_answers(self, seconds: float = 300.0) -> None:
+    def _wait_until_it_answers(self, seconds: float = 600.0) -> None:
         end = time.monotonic() + seconds
         while time.monotonic() < end and self._process.poll() is None:
             try:
@@ -121,7 +121,7 @@ class ComfyUI:
         """The number of a workflow, in the API's format, that is now in the queue."""
         return self.post("/prompt", {"prompt": workflow, "client_id": self.client})["prompt_id"]
 
-    def finished(self, number: str, seconds: float = 300.0) -> dict[str, Any]:
+    def finished(self, number: str, seconds: float = 900.0) -> dict[str, Any]:
         """Its entry in the history, when it is over, however that went."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
