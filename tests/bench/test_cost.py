@@ -36,8 +36,11 @@ def test_settings_are_measured_against_the_first(demo_pipeline, tmp_path):
     assert results[0].distance == 0 < min(result.distance for result in results[1:])
     assert all(len(result.runs) == 2 for result in results)
 
-    first, *_ = table(results).splitlines()[2:]
-    assert first.startswith("| 3 steps, all full | 6.0 | 0.000 |")
+    titles = [line.split(" | ")[0] for line in table(results).splitlines()[2:]]
+    assert titles == ["| 6 steps, all full, guided 1 to 0.3", "| 3 steps, all full"] + [
+        f"| {setting.title}" for setting in sorted(chosen[1:3], key=lambda own: -own.cost(demo_pipeline))
+    ]
+    assert "| 3 steps, all full | 6.0 | 0.000 |" in table(results)
     write_csv([result.row() for result in results], tmp_path / "cost.csv")
     rows = list(csv.DictReader((tmp_path / "cost.csv").open()))
     assert [row["reuse"] for row in rows] == ["1", "2", "1", "1"]
