@@ -15,6 +15,7 @@ from ..errors import CheckpointError, first_line, listed
 __all__ = ["LoraFile", "check_kind", "read_lora"]
 
 PARTS = ("unet", "text_encoder")
+_USUAL_NAME = "pytorch_lora_weights.safetensors"
 
 # What else trainers call an adapter, by what its keys hold; the first that fits names the file.
 _OTHER_KINDS = (
@@ -151,6 +152,26 @@ def _shapes(pair: Mapping[str, torch.Tensor]) -> str:
     return ", ".join(f"{side} {'×'.join(map(str, tensor.shape))}" for side, tensor in sorted(pair.items()))
 
 
+def _name_in(source: str, subfolder: str | None) -> str | None:
+    """The file to read where `source` is on this machine: older diffusers want it said when they are offline.
+
+    Raises:
+        CheckpointError: a folder that holds none, or leaves the choice.
+    """
+    place = Path(source)
+    if place.is_file():
+        return _USUAL_NAME  # of a file diffusers reads the file, whatever its name
+    if not place.is_dir():
+        return None
+    folder = place / (subfolder or "")
+    found = sorted(path.name for path in folder.glob("*.safetensors"))
+    if len(found) == 1 or _USUAL_NAME in found:
+        return _USUAL_NAME if _USUAL_NAME in found else found[0]
+    if not found:
+        raise CheckpointError(f"{folder} holds no .safetensors file")
+    raise CheckpointError(f"{folder} holds several files, {listed(found)}: say which as weight_name")
+
+
 def read_lora(
     source: str | Path | Mapping[str, torch.Tensor], unet_config: Mapping[str, Any], **where: Any
 ) -> LoraFile:
@@ -162,7 +183,7 @@ def read_lora(
         where: `weight_name`, `subfolder` and the hub's, as diffusers takes them.
 
     Raises:
-        CheckpointError: not there, damaged, another kind of adapter, or of another model.
+        CheckpointError: not there, not one, damaged, another kind of adapter, or of another model.
     """
     from diffusers.loaders import StableDiffusionLoraLoaderMixin
     from diffusers.loaders.lora_base import _fetch_state_dict
@@ -181,6 +202,8 @@ def read_lora(
     file = where.get("weight_name")
     if file is not None and not str(file).endswith(".safetensors"):  # diffusers would unpickle it
         raise CheckpointError(f"{name}: {file} is no .safetensors file, and LoRAs are read from these alone")
+    if file is None and not isinstance(source, Mapping):
+        where["weight_name"] = _name_in(str(source), where.get("subfolder"))
     agent = {"file_type": "attn_procs_weights", "framework": "pytorch"}
     try:
         # diffusers drops some tensors on its way to its own names, so they are looked at before.

@@ -15,7 +15,7 @@ from ..architectures.unet import UNET
 from ..errors import listed
 from ..loading.lora_files import read_lora
 from .base import ExpertPipeline
-from .text_adapters import activate, active, adapters, fuse, remove, remove_all, text_name
+from .text_adapters import activate, active, adapters, fuse, keeping_names, remove, remove_all, text_name
 
 __all__ = ["AdapterMixin"]
 
@@ -78,12 +78,13 @@ class AdapterMixin(ExpertPipeline):
             with self._with_expert(expert):
                 load.load_lora_into_unet(file.tensors, unet=unet, adapter_name=name, **settings)
             if "text_encoder" in models:
-                load.load_lora_into_text_encoder(
-                    file.tensors,
-                    text_encoder=self.text_encoder,
-                    adapter_name=names["text_encoder"],
-                    **settings,
-                )
+                with keeping_names(self.text_encoder):
+                    load.load_lora_into_text_encoder(
+                        file.tensors,
+                        text_encoder=self.text_encoder,
+                        adapter_name=names["text_encoder"],
+                        **settings,
+                    )
                 activate(self.text_encoder, expert, others, {name: 1.0})
         except BaseException:
             for part, model in models.items():

@@ -6,9 +6,10 @@ PEFT keeps one list of active adapters a layer. An expert changes its own part o
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["activate", "active", "adapters", "fuse", "remove", "remove_all", "text_name"]
+__all__ = ["activate", "active", "adapters", "fuse", "keeping_names", "remove", "remove_all", "text_name"]
 
 
 def text_name(expert: str, name: str) -> str:
@@ -19,6 +20,18 @@ def text_name(expert: str, name: str) -> str:
 def adapters(model: Any) -> set[str]:
     """The names of a model's adapters."""
     return set(getattr(model, "peft_config", {}))
+
+
+@contextmanager
+def keeping_names(text_encoder: Any) -> Iterator[None]:
+    """Load an adapter within: transformers would keep the adapter's renaming of tensors, and save by it."""
+    held, attribute = vars(text_encoder), "_weight_conversions"
+    own = {attribute: held[attribute]} if attribute in held else {}
+    try:
+        yield
+    finally:
+        held.pop(attribute, None)
+        held.update(own)
 
 
 def _layers(text_encoder: Any) -> Iterator[Any]:

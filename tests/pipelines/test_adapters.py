@@ -151,6 +151,22 @@ def test_the_shared_text_encoder_is_asked_about(update, demo_pipeline):
 
 
 @needs_peft
+def test_a_folder_holds_one_lora_or_says_which(update, tmp_path):
+    for name in ("style.safetensors", "other.safetensors"):
+        save_file(update, tmp_path / name)
+    (tmp_path / "empty").mkdir()
+    pipe = load()
+    with pytest.raises(CheckpointError, match=r"several files, other.*, style.*: say which as weight_name"):
+        pipe.load_lora_weights(tmp_path, expert="sol")
+    with pytest.raises(CheckpointError, match=r"empty holds no \.safetensors file"):
+        pipe.load_lora_weights(tmp_path, expert="sol", subfolder="empty")
+    pipe.load_lora_weights(tmp_path, expert="sol", weight_name="style.safetensors")
+    (tmp_path / "other.safetensors").unlink()
+    pipe.load_lora_weights(tmp_path.parent, expert="lune", subfolder=tmp_path.name)
+    assert pipe.unet_sol.peft_config and pipe.unet_lune.peft_config
+
+
+@needs_peft
 def test_the_text_encoders_half_is_a_part_of_its_adapter(update, tmp_path):
     """Scaled, several at once, fused, unloaded and saved with it; against weights changed by hand."""
     layer = "encoder.layers.0.self_attn.q_proj"
