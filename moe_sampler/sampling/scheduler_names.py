@@ -224,6 +224,8 @@ def _config(expert: Expert, cls: Any, settings: dict[str, Any]) -> dict[str, Any
         elif cls.__name__ != "LTXEulerAncestralRFScheduler":
             raise ValueError(f"{expert.name}: {cls.__name__} does not sample flows")
     elif isinstance(expert.path, VPPath):
+        if cls.__name__ == "IPNDMScheduler" and expert.prediction != "v_prediction":
+            raise ValueError(f"{expert.name}: {cls.__name__} samples v_prediction, not {expert.prediction}")
         if "trained_betas" not in takes:
             raise ValueError(f"{expert.name}: {cls.__name__} does not sample DDPM paths")
         settings = {

@@ -48,7 +48,8 @@ def scheduler_trail(
         nodes = expert.path.grid(steps, high, low, expert.shift, expert.spacing)
         timed, first, last = _with_levels(scheduler, expert, [*nodes, low]), 0, steps
         trace = _probed(timed, expert, name, first, last)
-        return trail_of(expert, name, trace, expert.path.at(nodes[0]), 1, exact_times=True)
+        levels = [expert.path.at(noise) for noise in (*nodes, low)]
+        return trail_of(expert, name, trace, levels[0], 1, exact_times=True, levels=levels)
     if high >= 1.0 and low <= 0.0:
         timed = _timed(scheduler, expert, steps, options)
         first, last = 0, len(timed.timesteps)

@@ -137,7 +137,7 @@ class FusedDDIMScheduler(VPScheduler):
         if eta > 0 and noise is None:
             noise = self._noise(model_output, generator)
         direct = not math.isinf(self._clip) and not use_clipped_model_output
-        memories = [model_output.float().contiguous()] if direct else []
+        memories = [model_output.to(torch.float32, copy=True).contiguous()] if direct else []
         previous, x0 = self._stepped(model_output, sample, table, index, noise, memories)
         if not return_dict:
             return previous, x0
