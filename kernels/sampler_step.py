@@ -43,47 +43,50 @@ class Step(NamedTuple):
 
 
 def _check(s: Step) -> None:
-    if s.x.ndim < 1:
+    x, outputs, table, step, memories, x0, next_inputs, seeds, noise, stream, nonfinite = s
+    shape, device = x.shape, x.device
+    if not shape:
         raise ValueError("x must be [B, ...] with the batch first")
-    device, shape = s.x.device, s.x.shape
     doubled = (2 * shape[0], *shape[1:])
-    check_tensor("x", s.x, device, _FLOAT32)
-    for name, output in zip(_OUTPUT_NAMES, s.outputs, strict=False):
+    check_tensor("x", x, device, _FLOAT32)
+    for name, output in zip(_OUTPUT_NAMES, outputs, strict=False):
         check_tensor(name, output, device, FLOATS, shape, doubled)
-    check_tensor("table", s.table, device, _FLOAT32)
-    if s.table.ndim != 2 or s.table.shape[1] != ROW_WIDTH:
-        raise ValueError(f"table must have shape [steps, {ROW_WIDTH}], got {list(s.table.shape)}")
-    if not 0 <= s.step < s.table.shape[0]:
-        raise ValueError(f"step {s.step} is outside the table, which has {s.table.shape[0]} rows")
-    if s.memories:
-        for name, memory in zip(_MEMORY_NAMES, s.memories, strict=False):
+    check_tensor("table", table, device, _FLOAT32)
+    rows = table.shape
+    if len(rows) != 2 or rows[1] != ROW_WIDTH:
+        raise ValueError(f"table must have shape [steps, {ROW_WIDTH}], got {list(rows)}")
+    if not 0 <= step < rows[0]:
+        raise ValueError(f"step {step} is outside the table, which has {rows[0]} rows")
+    if memories:
+        for name, memory in zip(_MEMORY_NAMES, memories, strict=False):
             check_tensor(name, memory, device, _FLOAT32, shape)
-    if s.x0 is not None:
-        check_tensor("x0", s.x0, device, _FLOAT32, shape)
-    if s.next_inputs:
-        for name, buffer in zip(_NEXT_NAMES, s.next_inputs, strict=False):
+    if x0 is not None:
+        check_tensor("x0", x0, device, _FLOAT32, shape)
+    if next_inputs:
+        for name, buffer in zip(_NEXT_NAMES, next_inputs, strict=False):
             check_tensor(name, buffer, device, FLOATS, shape, doubled)
-    if s.seeds is not None:
-        if s.noise is not None:
+    if seeds is not None:
+        if noise is not None:
             raise ValueError("give either seeds or noise, not both")
-        check_tensor("seeds", s.seeds, device, (torch.int64,), shape[:1])
-        check_counter(s.step, s.stream)
-    if s.noise is not None:
-        check_tensor("noise", s.noise, device, _FLOAT32, shape)
-    if s.nonfinite is not None:
-        check_tensor("nonfinite", s.nonfinite, device, (torch.int32,), s.table.shape[:1])
+        check_tensor("seeds", seeds, device, (torch.int64,), shape[:1])
+        check_counter(step, stream)
+    if noise is not None:
+        check_tensor("noise", noise, device, _FLOAT32, shape)
+    if nonfinite is not None:
+        check_tensor("nonfinite", nonfinite, device, (torch.int32,), rows[:1])
 
 
 def _check_memory(s: Step) -> None:
-    written, read = [("x", s.x)], [*zip(_OUTPUT_NAMES, s.outputs, strict=False)]
-    if s.memories:
-        written += zip(_MEMORY_NAMES, s.memories, strict=False)
-    if s.x0 is not None:
-        written.append(("x0", s.x0))
-    if s.next_inputs:
-        written += zip(_NEXT_NAMES, s.next_inputs, strict=False)
-    if s.noise is not None:
-        read.append(("noise", s.noise))
+    x, outputs, _, _, memories, x0, next_inputs, _, noise, _, _ = s
+    written, read = [("x", x)], list(zip(_OUTPUT_NAMES, outputs, strict=False))
+    if memories:
+        written += zip(_MEMORY_NAMES, memories, strict=False)
+    if x0 is not None:
+        written.append(("x0", x0))
+    if next_inputs:
+        written += zip(_NEXT_NAMES, next_inputs, strict=False)
+    if noise is not None:
+        read.append(("noise", noise))
     check_no_overlap(written, read)
 
 
@@ -129,34 +132,34 @@ def _twin(*arguments: Any) -> None:
     s = Step(*arguments)
     _check(s)
     _check_memory(s)
-    row = s.table[s.step].tolist()
+    x, outputs, table, step, memories, x0_out, next_inputs, seeds, noise, stream, nonfinite = s
+    row = table[step].tolist()
     check_row(row)
     p, a, b, n = row[:_DECAYS]
     clip = row[_CLIP]
     decays = keeps = None
     if any(row[_DECAYS:_WEIGHTS]):
         decays, keeps = _memories_of(s, row)
-    x, noise = s.x, None
-    if n != 0.0:
-        if s.seeds is None and s.noise is None:
-            raise ValueError(f"row {s.step} adds noise (n = {n:g}): give seeds or noise")
-        noise = s.noise
-        if s.seeds is not None:
-            noise = fill_normal(torch.empty_like(x), s.seeds, s.step, s.stream)
-    if s.x0 is None and keeps is None and clip == math.inf:
+    if n == 0.0:
+        noise = None
+    elif seeds is not None:
+        noise = fill_normal(torch.empty_like(x), seeds, step, stream)
+    elif noise is None:
+        raise ValueError(f"row {step} adds noise (n = {n:g}): give seeds or noise")
+    if x0_out is None and keeps is None and clip == math.inf:
         # Nobody sees x0, so its coefficients fold into the update: half the passes over memory.
         change = a + b * p - 1.0
         if abs(change) > 2.0**-24:  # else none, but for the rounding of a and b: an Euler step of a flow
             x.add_(x, alpha=change)  # x.mul_ would make a tensor of its factor first
         at = _WEIGHTS
-        for output in s.outputs:
+        for output in outputs:
             _add_output(x, output, b * row[at], b * row[at + 1])
             at += 2
         kept = None
     else:
-        x0 = torch.mul(x, p, out=s.x0)
+        x0 = torch.mul(x, p, out=x0_out)
         at = _WEIGHTS
-        for output in s.outputs:
+        for output in outputs:
             _add_output(x0, output, row[at], row[at + 1])
             at += 2
         if clip != math.inf:
@@ -164,17 +167,17 @@ def _twin(*arguments: Any) -> None:
         kept = None if keeps is None else _kept(x, x0, noise, keeps)
         x.mul_(a).add_(x0, alpha=b)
     if decays is not None:
-        for memory, decay in zip(s.memories, decays, strict=False):
+        for memory, decay in zip(memories, decays, strict=False):
             if decay != 0.0:
                 x.add_(memory, alpha=decay)
     if kept is not None:
-        s.memories[-1].copy_(kept)
+        memories[-1].copy_(kept)
     if noise is not None:
         x.add_(noise, alpha=n)
     # NaN and infinities survive a sum, which is a fraction of the work of asking every element.
-    if s.nonfinite is not None and not math.isfinite(x.sum().item()):
-        s.nonfinite[s.step] = 1
-    for buffer, scale in zip(s.next_inputs, row[_SCALES:], strict=False):
+    if nonfinite is not None and not math.isfinite(x.sum().item()):
+        nonfinite[step] = 1
+    for buffer, scale in zip(next_inputs, row[_SCALES:], strict=False):
         _write_next(buffer, x, scale)
 
 
