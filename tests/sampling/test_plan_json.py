@@ -293,3 +293,14 @@ def test_plans_of_the_format_before_are_read():
     body = json.loads(WHOLE.to_json()) | {"format": 4}
     body.pop("made_from")
     assert SamplingPlan.from_json(forged(body)) == WHOLE
+
+
+def test_plans_with_one_memory_that_every_step_wrote_are_read():
+    """Formats before 7: `d` for the memory, two experts at most, and no word of what is kept."""
+    body = json.loads(WHOLE.to_json()) | {"format": 6}
+    before = ("p", "a", "b", "d", "n", "clip", "q_cond_0", "q_uncond_0", "q_cond_1", "q_uncond_1")
+    for step in body["steps"]:
+        row = step["row"] | {"d": step["row"]["d_0"]}
+        step["row"] = {name: row[name] for name in (*before, "scale_0", "scale_1")}
+    assert any(step["row"]["d"] for step in body["steps"])
+    assert SamplingPlan.from_json(forged(body)) == WHOLE
