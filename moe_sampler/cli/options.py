@@ -424,16 +424,15 @@ class ReadingOptions:
     subset: Annotated[str | None, option("Of a hub data set.", SOURCE, metavar="NAME")] = None
     data_revision: Annotated[str | None, option("Of a hub data set.", SOURCE, metavar="NAME")] = None
     streaming: Annotated[
-        bool | None,
-        option("Read a data set as it comes, without a copy of it on the disk.", SOURCE, "--streaming"),
-    ] = None
+        bool, option("Read a data set as it comes, without a copy of it on the disk.", SOURCE, "--streaming")
+    ] = False
 
     def given(self) -> dict[str, Any]:
         """What was asked for, as `Reading` has it."""
         found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         found["revision"] = found.pop("data_revision")  # --revision is the models'
         found["caption_fields"] = tuple(found["caption_fields"] or ()) or None
-        return {name: value for name, value in found.items() if value is not None}
+        return {name: value for name, value in found.items() if value}
 
 
 def given_flags(options: Any) -> list[str]:

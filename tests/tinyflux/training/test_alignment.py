@@ -71,6 +71,12 @@ def seen_by_hand(unet, block: str, x, timestep, text) -> torch.Tensor:
     return found[0] if isinstance(found[0], torch.Tensor) else found[0][0]
 
 
+def alike(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """To rounding, whatever the scale of a block's features; the next timestep's differ by a tenth of it."""
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() < 1e-3 * expected.std()
+
+
 @pytest.mark.parametrize("block", [None, "down_blocks.1", "up_blocks.1"])
 def test_lunes_maps_are_what_its_block_puts_out(demo_pipeline, block):
     maps = BlockMaps.from_pipeline(demo_pipeline, "lune", block)
@@ -82,7 +88,7 @@ def test_lunes_maps_are_what_its_block_puts_out(demo_pipeline, block):
     x = (1 - level) * latents + level * philox_normal(latents.shape, [0, 1, 2])
     text = demo_pipeline.encode_texts(PROMPTS)
     expected = seen_by_hand(demo_pipeline.unet_lune, maps.block, x, 1000 * s, text)
-    torch.testing.assert_close(found, expected, **CLOSE)
+    alike(found, expected)
     assert found.shape[1] == maps.channels and not found.requires_grad
     torch.testing.assert_close(found, maps(latents, seeds=seeds, noise=s, prompt_embeds=text))
 
@@ -100,7 +106,7 @@ def test_sols_maps_are_at_the_nearest_timestep(demo_pipeline):
     x = scheduler.add_noise(latents, philox_normal(latents.shape, [0, 1, 2]), timesteps)
     text = demo_pipeline.encode_texts(PROMPTS)
     expected = seen_by_hand(demo_pipeline.unet_sol, "mid_block", x, timesteps, text)
-    torch.testing.assert_close(maps(latents, PROMPTS, seeds=seeds, noise=s), expected, **CLOSE)
+    alike(maps(latents, PROMPTS, seeds=seeds, noise=s), expected)
 
 
 def test_a_map_averaged_over_space_is_lunes_feature(demo_pipeline):
@@ -112,7 +118,7 @@ def test_a_map_averaged_over_space_is_lunes_feature(demo_pipeline):
     expected = features(latents, PROMPTS[:2], seeds=seeds, t=[0.7]).lune
     maps = BlockMaps.from_pipeline(demo_pipeline)
     found = maps(latents, PROMPTS[:2], seeds=seeds, noise=torch.full((2,), 0.3))
-    torch.testing.assert_close(found.mean((2, 3)), expected[:, 0], **CLOSE)
+    alike(found.mean((2, 3)), expected[:, 0])
 
 
 def test_maps_that_cannot_be_are_refused(demo_pipeline):
