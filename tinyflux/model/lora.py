@@ -193,7 +193,8 @@ def put_lora(
         with torch.no_grad():
             own.lora_A[name].weight.copy_(layer.A)
             own.lora_B[name].weight.copy_(layer.B)
-        own.lora_A[name].to(own.weight), own.lora_B[name].to(own.weight)
+        own.lora_A[name].to(own.weight)
+        own.lora_B[name].to(own.weight)
     set_scales(model, {**scales(model), name: scale})
     model.eval()
 

@@ -28,7 +28,7 @@ _SHOWN = 4  # captions of held-out samples, where no prompts are given
 _PLACES = ("encoders", "vae", "clip", "t5")
 
 
-def expert_places(settings: StudentSettings) -> dict[str, str]:
+def expert_places(settings: StudentSettings) -> dict[str, Any]:
     """Where the experts are, as `HybridPipeline.from_pretrained` takes it; empty where nothing says."""
     places = settings.teachers.places()
     if places or settings.model.preset != "demo":
