@@ -292,7 +292,9 @@ def _agree(one: Any, other: Any) -> bool:
 def _facts(cache: FeatureCache) -> dict[str, Any]:
     """What must be the same in all caches of a training run, where a cache has it at all."""
     manifest = cache.manifest
-    facts = {f"the shape of {name}": shape for name, shape in cache.shapes.items() if name != "previews"}
+    facts: dict[str, Any] = {
+        f"the shape of {name}": shape for name, shape in cache.shapes.items() if name != "previews"
+    }
     if cache.has_lune or cache.has_sol:
         facts |= {"t_buckets": manifest.t_buckets, "convention": manifest.settings["convention"]}
     if cache.has_maps:

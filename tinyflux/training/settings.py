@@ -113,7 +113,7 @@ class TeacherSettings:
             except ValueError as error:
                 raise SettingsError(f"experts_preset: {error}") from None
 
-    def places(self) -> dict[str, str]:
+    def places(self) -> dict[str, Any]:
         """Where the experts are, as `HybridPipeline.from_pretrained` takes it; empty where nothing says."""
         found = {
             "pretrained_model_name_or_path": self.experts,
