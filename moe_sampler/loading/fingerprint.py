@@ -69,7 +69,7 @@ def _flat_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, list[int]]]:
 
 
 def _bytes_of(flat: Tensor) -> memoryview:
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
 
 
 def _spread(floats: list[Tensor]) -> np.ndarray:

@@ -60,8 +60,10 @@ class LunePredictor(nn.Module):
         """
         predicted = self.input_proj(time_and_text)
         for layer in self.predictor:
-            own = kept is None or not isinstance(layer, nn.Dropout)
-            predicted = layer(predicted) if own else predicted * kept.to(predicted.dtype)
+            if kept is None or not isinstance(layer, nn.Dropout):
+                predicted = layer(predicted)
+            else:
+                predicted = predicted * kept.to(predicted.dtype)
         signal = self.output_proj(_real_or(predicted, features, real))
         return torch.sigmoid(self.expert_gate) * signal, predicted
 
