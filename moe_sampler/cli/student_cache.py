@@ -113,6 +113,8 @@ def cache(
     if teachers is not None:
         check_choice("--teachers", teachers, _TEACHERS)
     check_choice("--convention", convention, CONVENTIONS)
+    if teachers == "none" and convention != CONVENTIONS[0]:
+        raise ValueError(f"--convention {convention} is of the experts' features: leave out --teachers none")
     check_choice("--dtype", dtype, DTYPES)
     times = None if buckets is None else numbers(buckets)
     map_times = None if maps is None else numbers(maps)
