@@ -70,15 +70,13 @@ class TinyFluxConfig:
         text_dropout: share of samples a trainer should show the null condition; see `TinyFlux.forward`.
         sol_qk_scale: hold the two tensors `sol_prior.spatial_to_qk_scale`, which nothing uses, as the
             published checkpoints do.
-
-    And what it was trained on, which sampling keeps to:
-
-        text_mask: padding of the text doesn't count.
+        text_mask: of what it was trained on, as all that follows, which sampling keeps to: padding of the
+            text doesn't count.
         schedule: where a shift crowds the sampler's steps, at "noise" or, as upstream does, at "data".
         latent_scale, latent_shift: of its latents, (encoded - shift) * scale; by default those of its VAE.
         sample_size: (height, width) of its latents.
-        negative_prompt: what guidance leads away from where no text was never learned; None for the null
-            condition.
+        negative_prompt: what guidance leads away from where the null condition was never learned; None for
+            that condition.
         encoders: where its VAE and text encoders are, as arguments of `StudentEncoders.gather`.
 
     Raises:
