@@ -66,9 +66,10 @@ def _ours(modules: dict[str, Any]) -> HybridPipeline:
 
 
 def _theirs(modules: dict[str, Any]) -> StableDiffusionPipeline:
+    # Dicts, because diffusers annotates what may be None, and any scheduler, as if they must not be.
     absent: dict[str, Any] = {"safety_checker": None, "feature_extractor": None}
-    scheduler = DDPMScheduler(prediction_type="v_prediction")
-    pipe = StableDiffusionPipeline(**modules, **absent, scheduler=scheduler, requires_safety_checker=False)
+    absent |= {"scheduler": DDPMScheduler(prediction_type="v_prediction")}
+    pipe = StableDiffusionPipeline(**modules, **absent, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

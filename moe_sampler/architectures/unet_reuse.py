@@ -61,7 +61,8 @@ def recording_model(model: UNet2DConditionModel) -> tuple[UNet2DConditionModel, 
     """The same model, which computes the same to the last bit; and its last layer, which has the features
     when it was called."""
     _bring(model)
-    *others, block = model.up_blocks
+    others: list[Any] = list(model.up_blocks)
+    block = others.pop()
     last = LastLayer(_layers(block, slice(-1, None)))
     first = [_layers(block, slice(None, -1), inner=True)] if len(block.resnets) > 1 else []
     return _with_parts(model, up_blocks=nn.ModuleList([*others, *first, last])), last

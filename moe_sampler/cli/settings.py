@@ -135,7 +135,7 @@ def compile_plan(
     route = {key: call[key] for key in ("expert", "num_inference_steps", "handoff", "router") if key in call}
 
     def compiled(experts: Sequence[Any], count: int | None = None) -> Any:
-        own = route if count is None else route | {"num_inference_steps": count}
+        own: dict[str, Any] = route if count is None else route | {"num_inference_steps": count}
         whole = hybrid_plan(experts, defaults, **own)
         return whole if call.get("strength") is None else enter_plan(experts, whole, call["strength"])
 
