@@ -61,7 +61,7 @@ def expert_for(name: str, flow: bool = False) -> Expert:
 class Noise:
     """What a plan draws at its k-th call, for a scheduler or a function that asks for noise in that call."""
 
-    shape = SHAPE
+    shape: tuple[int, ...] = SHAPE
 
     def __init__(self) -> None:
         self.step = 0
@@ -162,7 +162,7 @@ def rows() -> Iterator[dict[str, object]]:
 
 def block() -> str:
     table = list(rows())
-    refused = [
+    refused: list[dict[str, object]] = [
         {"scheduler": f"`{name}`", "why": why} for name, why in sorted(REFUSED.items()) if name in CLASSES
     ]
     return "\n\n".join(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -195,6 +195,15 @@ def probe(name: str, run: Callable[[World], torch.Tensor], dimensions: int) -> T
     return replace(trace, inputs=trace.inputs[:, : last + 1])
 
 
+class NoiseSource(Protocol):
+    """Who draws independent normal noise."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def noise(self) -> torch.Tensor: ...
+
+
 class Brownian:
     """A noise sampler as k-diffusion's functions take it: `(sigma, sigma_next)` -> N(0, 1) numbers, which are
     a Brownian motion's increment over that time by its root, so that overlapping times get correlated noise.
@@ -202,7 +211,7 @@ class Brownian:
 
     _REMEMBERED = 8
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: NoiseSource) -> None:
         self._world = world
         self._asked: list[tuple[float, float, torch.Tensor]] = []
 

@@ -186,6 +186,6 @@ def _to_keep(
         vector = weights[0] * state + weights[1] * x0 + weights[2] * noise
         size = np.linalg.norm(vector)
         if size > 0 and _spans(wanted, [after, vector, *retained]):
-            weights = (weights[0] / size, weights[1] / size, weights[2] / size)
+            weights = tuple(float(weight / size) for weight in weights)
             return _Kept(vector / size, weights)
     return None

@@ -44,13 +44,13 @@ def scheduler_trail(
     name = type(scheduler).__name__
     if steps is None and not options:
         raise ValueError("say how many steps")
-    if name in GIVEN_LEVELS and not options:
+    if steps is not None and name in GIVEN_LEVELS and not options:
         nodes = expert.path.grid(steps, high, low, expert.shift, expert.spacing)
         timed, first, last = _with_levels(scheduler, expert, [*nodes, low]), 0, steps
         trace = _probed(timed, expert, name, first, last)
         levels = [expert.path.at(noise) for noise in (*nodes, low)]
         return trail_of(expert, name, trace, levels[0], 1, exact_times=True, levels=levels)
-    if high >= 1.0 and low <= 0.0:
+    if steps is None or (high >= 1.0 and low <= 0.0):
         timed = _timed(scheduler, expert, steps, options)
         first, last = 0, len(timed.timesteps)
     else:
