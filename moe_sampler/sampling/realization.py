@@ -184,8 +184,8 @@ def _to_keep(
             continue
         weights = (float(found[0]), float(found[1]), float(found[2]) if noise.any() else 0.0)
         vector = weights[0] * state + weights[1] * x0 + weights[2] * noise
-        size = np.linalg.norm(vector)
+        size = float(np.linalg.norm(vector))
         if size > 0 and _spans(wanted, [after, vector, *retained]):
-            weights = tuple(float(weight / size) for weight in weights)
+            weights = (weights[0] / size, weights[1] / size, weights[2] / size)
             return _Kept(vector / size, weights)
     return None
