@@ -199,7 +199,7 @@ def _begin_compiling(run: _Run, stage: str) -> list[BaseProcess]:
         return []
     workshop.tokenizer()
     context = _context(workshop.device)
-    processes = [
+    processes: list[BaseProcess] = [
         context.Process(target=workshop.precompile, args=(name,), daemon=True) for name in ("lune", "sol")
     ]
     for process in processes:

@@ -80,9 +80,9 @@ class Draws:
         return self.tensor("integers", stream, 2**62)
 
     def scheduled(self, value: Callable[..., float], *arguments: float) -> Tensor:
-        """float32 []: value(step, *arguments), a number that follows from the step alone, such as a weight
-        that warms up. As what is drawn it is a tensor, so that a step may be recorded and replayed with the
-        next step's. `value` is the same function at every step."""
+        """float32 []: `value` of the step and the arguments, a number that follows from the step alone, such
+        as a weight that warms up. As what is drawn it is a tensor, so that a step may be recorded and
+        replayed with the next step's. It is the same function at every step."""
         return self.tensor("scheduled", value, *arguments)
 
     def generators(self, stream: str) -> list[np.random.Generator]:

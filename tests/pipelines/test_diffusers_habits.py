@@ -353,7 +353,6 @@ def test_dtypes_by_name(keyword):
     )
     assert mixed.unet_lune.dtype == torch.float16 and mixed.vae.dtype == torch.float32
     for wrong, message in (
-        ("auto", "auto"),
         ("int8", "float16"),
         ("nn", "float16"),
         (torch.int32, "float16"),

@@ -77,7 +77,7 @@ class CachedMaps:
                 whose = f"{made['expert']}'s {made['block']}"
                 raise SettingsError(f"align_{name} is {setting}, but the cache's maps are of {whose}")
         lowest, highest = 1 - max(made["t"]), 1 - min(made["t"])
-        if not all(lowest - _TINY <= level <= highest + _TINY for level in settings.noise.values):
+        if not all(lowest - _TINY <= level <= highest + _TINY for level in settings.noise_curve.values):
             levels = ", ".join(f"{1 - t:.6g}" for t in reversed(made["t"]))
             raise SettingsError(
                 f"align_noise is {settings.align_noise}, but the cache has maps at noise {levels} alone"
@@ -130,7 +130,7 @@ class Alignment:
 
     def __init__(self, settings: AlignmentSettings, teacher: MapTeacher) -> None:
         self.settings, self.teacher = settings, teacher
-        self._noise = settings.noise
+        self._noise = settings.noise_curve
 
     def prepare(self, student: TinyFlux, seed: int = 0) -> None:
         """Give the student its projector, with weights that follow from `seed`.

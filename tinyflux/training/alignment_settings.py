@@ -80,14 +80,14 @@ class AlignmentSettings:
             )
         if self.align_weight:  # what parses it needs torch
             try:
-                levels = self.noise.values
+                levels = self.noise_curve.values
             except ValueError as error:
                 raise SettingsError(f"align_noise: {error}") from None
             if not all(0 <= level <= 1 for level in levels):
                 raise SettingsError(f"align_noise has levels from 0 to 1, got {self.align_noise!r}")
 
     @property
-    def noise(self) -> NoiseCurve:
+    def noise_curve(self) -> NoiseCurve:
         """`align_noise` as a function."""
         from moe_sampler.tinyflux.training.noise_curve import NoiseCurve
 
