@@ -12,8 +12,9 @@ _LOGGER = logging.getLogger("moe_sampler.data")
 
 
 def printable(text: object) -> str:
-    """A name that any terminal takes: file names may hold bytes that are no text."""
-    return str(text).encode("utf-8", "backslashreplace").decode("utf-8")
+    """A name that any terminal takes, in one line: file names may hold bytes that are no text, and headings of
+    damaged tables anything."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def some(names: Sequence[object]) -> str:
