@@ -80,7 +80,7 @@ def cache(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("limit", "named"), [(5, "c/building"), (300, "c/manifest.json"), (5000, "c/shard-00000.safetensors")]
+    ("limit", "named"), [(5, "c/building"), (300, "c/manifest.json"), (16_000, "c/shard-00000.safetensors")]
 )
 def test_caching_can_be_continued(tmp_path, monkeypatch, cache, limit, named):
     monkeypatch.chdir(tmp_path)

@@ -330,9 +330,9 @@ def test_lists_of_captions(tmp_path, data, suffix):
     row = _values.map(lambda value: json.dumps({"file_name": value, "text": value}).encode())
     path.write_bytes(data.draw(spoiled(plain) | _values.map(json.dumps).map(str.encode) | row))
     try:
-        for name, caption in read_metadata(path, "."):
-            assert isinstance(name, str) and isinstance(caption, str)
-            caption.encode()
+        for name, captions in read_metadata(path, "."):
+            assert isinstance(name, str) and len(captions) == 1
+            captions[0].encode()
     except ValueError as problem:
         one_error(problem, path)
 

@@ -12,8 +12,8 @@ _LOGGER = logging.getLogger("moe_sampler.data")
 
 
 def printable(text: object) -> str:
-    """A name that any terminal takes, in one line: file names may hold bytes that are no text, and headings of
-    damaged tables anything."""
+    """A name that any terminal takes, in one line: file names may hold bytes that are no text, and a damaged
+    table's headings anything."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
