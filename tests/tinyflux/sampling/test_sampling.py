@@ -104,8 +104,9 @@ def test_expert_features(student):
     real = inputs_of(config, real=("lune", "sol"))
     real = {name: real[name] for name in ("lune_features", "sol_stats", "sol_spatial")}
     steps = plan(tinyflux_expert(student), steps=STEPS)
+    times = times_of(3.0, config["schedule"] == "data")
     start = initial_latents(steps, SHAPE, seeds=[1, 2])
-    expected = euler(student, times_of(3.0, False), start, text_of(student), **real)
+    expected = euler(student, times, start, text_of(student), **real)
     out = sample(steps, tinyflux_expert(student), start, cond=text_of(student) | real)
     assert_close(out, expected, **EXACT)
     asked = []
@@ -116,7 +117,7 @@ def test_expert_features(student):
 
     out = sample(steps, tinyflux_expert(student, features=features), start, cond=text_of(student))
     assert_close(out, expected, **EXACT)
-    assert asked == [(SHAPE, round(t, 6)) for t in times_of(3.0, False)[:-1]]
+    assert asked == [(SHAPE, round(t, 6)) for t in times[:-1]]
 
 
 def test_expert_round_trip(student):
