@@ -11,7 +11,6 @@ import copy
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 __all__ = ["check_reusable", "recording_model", "reusing_model", "share_of_outer_layers"]
@@ -35,7 +34,7 @@ class LastLayer(nn.Module):
         return self.layer(hidden_states=self.features, **inputs)
 
 
-def check_reusable(model: UNet2DConditionModel) -> None:
+def check_reusable(model: Any) -> None:
     """Raise ValueError unless its outermost layers can be run alone."""
     block = model.up_blocks[-1]
     if type(block).__name__ not in _SPLITTABLE:
@@ -57,7 +56,7 @@ def check_reusable(model: UNet2DConditionModel) -> None:
         )
 
 
-def recording_model(model: UNet2DConditionModel) -> tuple[UNet2DConditionModel, LastLayer]:
+def recording_model(model: Any) -> tuple[Any, LastLayer]:
     """The same model, which computes the same to the last bit; and its last layer, which has the features
     when it was called."""
     _bring(model)
@@ -68,7 +67,7 @@ def recording_model(model: UNet2DConditionModel) -> tuple[UNet2DConditionModel, 
     return _with_parts(model, up_blocks=nn.ModuleList([*others, *first, last])), last
 
 
-def reusing_model(model: UNet2DConditionModel, features: Tensor) -> UNet2DConditionModel:
+def reusing_model(model: Any, features: Tensor) -> Any:
     """The outermost layers, with deep features [B, channels, h, w] from a call of `recording_model`."""
     _bring(model)
     last = LastLayer(_layers(model.up_blocks[-1], slice(-1, None)), features)
@@ -99,7 +98,7 @@ def _with_parts(module: Any, **parts: Any) -> Any:
     return other
 
 
-def share_of_outer_layers(model: UNet2DConditionModel, inputs: tuple[Tensor, ...]) -> float:
+def share_of_outer_layers(model: Any, inputs: tuple[Tensor, ...]) -> float:
     """What a call that reuses features costs of a full one, in multiplications. All may be on the meta
     device."""
     from torch.utils.flop_counter import FlopCounterMode

@@ -245,7 +245,6 @@ def test_every_size_of_a_cache_is_the_students(cache, tmp_path):
     [
         ({"data": {"held_out": 20}}, "there are 20 samples in all"),
         ({"data": {"caches": []}}, "give caches"),
-        ({"model": {"preset": "deep"}}, "in_channels is 16"),
         ({"model": {"preset": "demo", "init_from": "x", "qk_norm": True}}, "leave out qk_norm"),
         ({"model": {"preset": "demo", "use_lune_expert": False}}, "set lune_weight to 0"),
         ({"objective": {"distill_weight": 2.0}}, "between 0 and 1"),
