@@ -66,6 +66,16 @@ def run(line: str, code: int = 0) -> str:
     return " ".join(result.output.split())
 
 
+@pytest.fixture(scope="module", autouse=True)
+def fresh_accelerate():
+    """Each command is a process of its own in life: what Accelerate remembers of other tests is forgotten."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture(scope="module")
 def walk(tmp_path_factory):
     """The folder in which every command of the page was typed."""
