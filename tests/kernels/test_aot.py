@@ -9,6 +9,7 @@ from aot_helpers import aot, compilations, compiled_code, skip_unless_tuned
 
 from bench import cases
 from bench.ordering import accesses_in_order, unfenced_reads
+from moe_sampler import kernels
 from moe_sampler.kernels import ROW_WIDTH, _jit, noise, sampler_step
 
 pytestmark = compiled_code
@@ -81,6 +82,8 @@ def test_compiled_code(case, built, architecture):
 
 
 def test_every_operation_has_cases():
+    for name in kernels.__all__:
+        getattr(kernels, name)  # imported when it is asked for, and registered then
     names = {name.partition(".")[0] for name in torch._C._dispatch_get_all_op_names()}
     operations = {name.removeprefix("moe_sampler::") for name in names if name.startswith("moe_sampler::")}
     assert {case.operation for case, _ in BUILT} == operations
