@@ -30,8 +30,7 @@ class RoutedGuider(comfy.samplers.CFGGuider):
         self._host, self._router = host, router_of(experts, router)
         self._others: dict[str, OpenExpert] = {}
         self._working = ""
-        conds = {"positive": host.positive, "negative": host.negative}
-        self.inner_set_conds({kind: cond for kind, cond in conds.items() if cond is not None})
+        self.inner_set_conds(host.conds)
 
     def inner_sample(
         self,
@@ -69,9 +68,7 @@ class RoutedGuider(comfy.samplers.CFGGuider):
             inside()
             return made[0]
         noises = [self._host.levels.noise_at(float(sigma)) for sigma in sigmas]
-        theirs = {
-            own.setup.name: torch.tensor([own.setup.levels.sigma_at(s) for s in noises]) for own in others
-        }
+        theirs = {own.setup.name: own.setup.levels.sigmas_at(noises) for own in others}
         self._others, self._working = {own.setup.name: own for own in others}, ""
         try:
             mask = None if denoise_mask is None else denoise_mask[:, :1]

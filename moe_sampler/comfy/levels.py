@@ -8,6 +8,7 @@ that is a `VPPath`. What a model predicts need not be known: ComfyUI turns it in
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 
 from ..sampling.experts import SHIFTS
-from ..sampling.paths import FlowPath, VPPath
+from ..sampling.paths import FlowPath, VPPath, noise_of_sigma
 
 __all__ = ["ModelLevels"]
 
@@ -88,7 +89,11 @@ class ModelLevels:
 
     def noise_at(self, sigma: float) -> float:
         """The share of noise at one of the model's sigmas."""
-        return sigma if isinstance(self.path, FlowPath) else sigma / (1.0 + sigma)
+        return noise_of_sigma(self.path, sigma)
+
+    def sigmas_at(self, noises: Iterable[float]) -> torch.Tensor:
+        """float32: the model's sigmas at shares of noise."""
+        return torch.tensor([self.sigma_at(noise) for noise in noises])
 
 
 def _plain(shift: float) -> float:

@@ -21,6 +21,11 @@ _PUBLISHED = "published, from the Hugging Face hub"
 _KINDS = ("handoff", "crossfade", "spans", "Wan 2.2 text to video", "Wan 2.2 image to video")
 
 
+def _share(name: str, default: float, tooltip: str, step: float = 0.01) -> io.Float.Input:
+    """A number from 0 to 1."""
+    return io.Float.Input(name, default=default, min=0.0, max=1.0, step=step, tooltip=tooltip)
+
+
 class MoEExpert(io.ComfyNode):
     """A model as one expert of a run."""
 
@@ -50,20 +55,9 @@ class MoEExpert(io.ComfyNode):
                     step=0.01,
                     tooltip="Flow models: 0 is as the model says.",
                 ),
-                io.Float.Input(
-                    "eta", default=0.0, min=0.0, max=1.0, step=0.01, tooltip="Of the solver ddim."
-                ),
-                io.Float.Input(
-                    "guidance_from",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Guidance is on from this noise level (1 is pure noise) ...",
-                ),
-                io.Float.Input(
-                    "guidance_to", default=0.0, min=0.0, max=1.0, step=0.01, tooltip="... to this one."
-                ),
+                _share("eta", 0.0, "Of the solver ddim."),
+                _share("guidance_from", 1.0, "Guidance is on from this noise level (1 is pure noise) ..."),
+                _share("guidance_to", 0.0, "... to this one."),
                 io.Conditioning.Input("negative", optional=True, tooltip="Needed where guidance is above 1."),
                 Experts.Input(
                     "experts", optional=True, tooltip="Those that work before this one, at more noise."
@@ -106,17 +100,13 @@ class MoERouter(io.ComfyNode):
             "right under any step count and shift.",
             inputs=[
                 io.Combo.Input("kind", options=list(_KINDS), default="handoff"),
-                io.Float.Input(
+                _share(
                     "at",
-                    default=0.7,
-                    min=0.0,
-                    max=1.0,
+                    0.7,
+                    "The handoff, or where a crossfade begins. Wan's boundaries are their own.",
                     step=0.001,
-                    tooltip="The handoff, or where a crossfade begins. Wan's boundaries are their own.",
                 ),
-                io.Float.Input(
-                    "until", default=0.5, min=0.0, max=1.0, step=0.001, tooltip="Where a crossfade ends."
-                ),
+                _share("until", 0.5, "Where a crossfade ends.", step=0.001),
                 io.String.Input(
                     "spans",
                     default="",
@@ -151,13 +141,10 @@ class MoEPlan(io.ComfyNode):
                 io.Int.Input(
                     "steps", default=20, min=1, max=10000, tooltip="Unless the experts have their own."
                 ),
-                io.Float.Input(
+                _share(
                     "start",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="The noise level it begins at: below 1 the sampler's latent image is changed.",
+                    1.0,
+                    "The noise level it begins at: below 1 the sampler's latent image is changed.",
                 ),
                 Router.Input("router", optional=True, tooltip="Needed for more than one expert."),
             ],

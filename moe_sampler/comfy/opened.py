@@ -43,8 +43,7 @@ class OpenExpert:
     def __init__(self, setup: ExpertSetup) -> None:
         self.setup = setup
         self.guider = comfy.samplers.CFGGuider(setup.model)
-        conds = {"positive": setup.positive, "negative": setup.negative}
-        self.guider.inner_set_conds({kind: cond for kind, cond in conds.items() if cond is not None})
+        self.guider.inner_set_conds(setup.conds)
         self._masked: Any = None
         self._arguments: dict[str, Any] = {}
 

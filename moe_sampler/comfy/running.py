@@ -80,7 +80,7 @@ def _sigmas(run: PlannedRun) -> dict[str, torch.Tensor]:
     """The plan's levels as each model calls them."""
     steps = run.plan.steps
     noises = [*(step.level.noise for step in steps), steps[-1].target.noise]
-    return {own.name: torch.tensor([own.levels.sigma_at(s) for s in noises]) for own in run.experts}
+    return {own.name: own.levels.sigmas_at(noises) for own in run.experts}
 
 
 def run(planned: PlannedRun, work: Work, seeds: Sequence[int], callback: Callback) -> torch.Tensor:

@@ -55,6 +55,12 @@ class ExpertSetup:
                 f"{self.name}: guidance {self.guidance:g} needs negative conditioning; connect it"
             )
 
+    @property
+    def conds(self) -> dict[str, Any]:
+        """The conditioning that there is, as ComfyUI's guiders call it."""
+        both = {"positive": self.positive, "negative": self.negative}
+        return {kind: cond for kind, cond in both.items() if cond is not None}
+
     @cached_property
     def levels(self) -> ModelLevels:
         return ModelLevels.of(self.model.get_model_object("model_sampling"))

@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from PIL import Image
 
-from .masks import Masked, mask_of
+from .masks import has_masks, mask_of
 from .samples import CaptionedImage, Source
 
 __all__ = ["Captioned", "DrawnCaptions", "FirstOf"]
@@ -50,7 +50,7 @@ class FirstOf:
 
     @property
     def has_masks(self) -> bool:
-        return isinstance(self._source, Masked) and self._source.has_masks
+        return has_masks(self._source)
 
     def mask(self, index: int) -> Image.Image | None:
         return mask_of(self._source, index)
@@ -86,7 +86,7 @@ class DrawnCaptions:
 
     @property
     def has_masks(self) -> bool:
-        return isinstance(self._source, Masked) and self._source.has_masks
+        return has_masks(self._source)
 
     def mask(self, index: int) -> Image.Image | None:
         return mask_of(self._source, index // self._per_image)

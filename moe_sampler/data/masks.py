@@ -14,7 +14,7 @@ from .listing import list_folder, split
 from .pictures import fit_image, read_picture
 from .reports import printable, say, some
 
-__all__ = ["MaskFolder", "Masked", "fit_mask", "mask_of"]
+__all__ = ["MaskFolder", "Masked", "fit_mask", "has_masks", "mask_of"]
 
 
 @runtime_checkable
@@ -91,6 +91,11 @@ def fit_mask(mask: Image.Image | None, size: tuple[int, int], latents: tuple[int
     return np.asarray(fitted.resize((width, height), Image.Resampling.BOX))
 
 
+def has_masks(source: Any) -> bool:
+    """Whether a source, of any kind, has any."""
+    return isinstance(source, Masked) and source.has_masks
+
+
 def mask_of(source: Any, index: int) -> Image.Image | None:
     """A source's mask of an image, if it has masks."""
-    return source.mask(index) if isinstance(source, Masked) and source.has_masks else None
+    return source.mask(index) if has_masks(source) else None

@@ -156,10 +156,14 @@ def _shifted(images: Tensor, down: Tensor, right: Tensor) -> Tensor:
     """Each of [B, C, H, W] cut out of itself with its borders repeated, so many pixels from the corner."""
     height, width = images.shape[2:]
     padded = F.pad(images, (_MOST_SHIFT,) * 4, mode="replicate").permute(0, 2, 3, 1)
-    rows = down[:, None] + torch.arange(height, device=images.device)
-    columns = right[:, None] + torch.arange(width, device=images.device)
     which = torch.arange(len(images), device=images.device)[:, None, None]
-    return padded[which, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    return padded[which, *windows(down, right, height, width)].permute(0, 3, 1, 2)
+
+
+def windows(top: Tensor, left: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Rows [B, height, 1] and columns [B, 1, width] of each sample's window, from its corner: [B] each."""
+    down, right = (torch.arange(side, device=top.device) for side in (height, width))
+    return top[:, None, None] + down[:, None], left[:, None, None] + right
 
 
 def _each(values: Tensor) -> Tensor:

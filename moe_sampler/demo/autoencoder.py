@@ -16,7 +16,7 @@ from moe_sampler.kernels import philox_normal
 
 from .._transfers import OnDevice, to_device
 from ..training.draws import Draws
-from .attributes import ImageEncoder
+from .attributes import ImageEncoder, windows
 from .data import SceneSet
 from .scene_task import SceneLoss
 
@@ -120,9 +120,7 @@ def _crops(pictures: Tensor, which: Tensor, draws: Draws) -> Tensor:
     """[B, 3, CROP, CROP] out of pictures: uint8 [N, 2, 64, 64, 3]."""
     kind = (draws.uniform("kind") < 0.3).long()
     y, x = (draws.integers(f"crop {axis}", 64 - CROP + 1) for axis in "yx")
-    side = torch.arange(CROP, device=which.device)
-    rows, columns = (y[:, None] + side)[:, :, None], (x[:, None] + side)[:, None, :]
-    return to_model(pictures[which[:, None, None], kind[:, None, None], rows, columns])
+    return to_model(pictures[which[:, None, None], kind[:, None, None], *windows(y, x, CROP, CROP)])
 
 
 @torch.no_grad()

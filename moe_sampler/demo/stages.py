@@ -15,6 +15,7 @@ from torch import nn
 from transformers import CLIPTokenizer
 
 from ..expert_training import ExpertTask, LatentImages, TextStates
+from ..pipelines.speed import lay_out
 from ..training.interrupts import Interrupts
 from ..training.trainer import Trainer
 from ..training.training_settings import TrainingSettings
@@ -96,7 +97,8 @@ SHIPPED = Recipe(
 
 def _channels_last(model: M) -> M:
     """The layout that convolutions are faster in."""
-    return nn.Module.to(model, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    lay_out([model], channels_last=True)
+    return model
 
 
 @dataclass(frozen=True)

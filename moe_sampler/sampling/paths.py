@@ -19,7 +19,7 @@ from moe_sampler.kernels.shift import shift_sigma
 
 from .betas import linear, scaled_linear
 
-__all__ = ["SPACINGS", "FlowPath", "Level", "Path", "VPPath", "spaced_timesteps"]
+__all__ = ["SPACINGS", "FlowPath", "Level", "Path", "VPPath", "noise_of_sigma", "spaced_timesteps"]
 
 
 SPACINGS = ("trailing", "leading", "linspace")
@@ -290,3 +290,9 @@ class FlowPath:
         nodes = [shift_sigma(first + (last - first) * i / steps, shift) for i in range(steps)]
         nodes[0] = start
         return nodes
+
+
+def noise_of_sigma(path: Path, sigma: float) -> float:
+    """The share of noise of what diffusers' schedulers and k-diffusion's functions call sigma: a flow's own,
+    and sigma / alpha on other paths."""
+    return sigma if isinstance(path, FlowPath) else sigma / (1.0 + sigma)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from .paths import FlowPath, Level
+from .paths import FlowPath, Level, noise_of_sigma
 from .predictions import x0_coefficients
 from .probing import Brownian, NotAffineError, Trace, World, probe
 from .trails import Trail, trail_of
@@ -69,7 +69,7 @@ def _check_sigmas(name: str, sigmas: torch.Tensor, expert: Expert) -> None:
 
 def _level(expert: Expert, sigma: float) -> Level:
     """A level on the expert's path from what such functions call sigma."""
-    return expert.path.at(sigma if isinstance(expert.path, FlowPath) else sigma / (1.0 + sigma))
+    return expert.path.at(noise_of_sigma(expert.path, sigma))
 
 
 def _as_the_model_sees(trace: Trace, expert: Expert, last: float) -> tuple[Trace, list[Level]]:

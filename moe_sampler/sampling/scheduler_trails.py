@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .paths import FlowPath, Level
+from .paths import Level, noise_of_sigma
 from .probing import Brownian, Trace, World, probe
 from .scheduler_names import GIVEN_LEVELS, is_known_name, scheduler_of
 from .trails import Trail, trail_of
@@ -131,8 +131,7 @@ def _start(timed: Any, expert: Expert, first: int) -> Level:
     which a timestep may only be the nearest whole number to; else that of the timestep."""
     if not hasattr(timed, "sigmas"):
         return expert.path.level(float(timed.timesteps[first]))
-    sigma = float(timed.sigmas[first])
-    return expert.path.at(sigma if isinstance(expert.path, FlowPath) else sigma / (1.0 + sigma))
+    return expert.path.at(noise_of_sigma(expert.path, float(timed.sigmas[first])))
 
 
 def _input(timed: Any, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:

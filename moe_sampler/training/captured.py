@@ -180,7 +180,7 @@ class CapturedStep:
         else:
             self._recorded.inputs.fill([*values, *drawn])
         self._recorded.graph.replay()
-        return _copied(self._recorded.found), self._recorded.norm.clone()
+        return self._recorded.found.kept(copy=True), self._recorded.norm.clone()
 
     def _as_usual(
         self, values: list[Tensor], rebuilt: Callable[[Sequence[Tensor]], Any], draws: Draws
@@ -221,8 +221,3 @@ class CapturedStep:
                 f"cuda_graph: the step can't be recorded ({first_line(error)}); train without it"
             ) from error
         return _Recorded(graph, inputs, found, norm)
-
-
-def _copied(losses: Losses) -> Losses:
-    terms = {name: value.clone() for name, value in losses.terms.items()}
-    return Losses(losses.loss.clone(), terms, losses.per_sample.clone(), losses.noise.clone())

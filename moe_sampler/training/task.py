@@ -26,6 +26,15 @@ class Losses(NamedTuple):
     per_sample: Tensor
     noise: Tensor
 
+    def kept(self, copy: bool) -> Losses:
+        """For the log, without the graph. copy: out of memory that will be used again."""
+
+        def own(tensor: Tensor) -> Tensor:
+            return tensor.detach().clone() if copy else tensor.detach()
+
+        terms = {name: own(value) for name, value in self.terms.items()}
+        return Losses(own(self.loss), terms, own(self.per_sample), own(self.noise))
+
 
 class Task(Protocol):
     """Implement this to train something with `Trainer`.

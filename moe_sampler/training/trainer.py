@@ -222,7 +222,9 @@ class Trainer:
             with contextlib.nullcontext() if last else accelerator.no_sync(run.model):
                 losses = self.task.loss(run.model, batch, drawn)
                 accelerator.backward(_telling(losses.loss) / len(draws))
-            found.append(_kept(losses, copy=self.settings.torch_compile))
+            found.append(
+                losses.kept(copy=self.settings.torch_compile)
+            )  # a compiled model uses its memory again
         norm = accelerator.clip_grad_norm_(run.parameters, self.settings.max_grad_norm or math.inf)
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
@@ -303,13 +305,3 @@ class Trainer:
 def _telling(loss: Tensor) -> Tensor:
     """The loss, whose gradient isn't finite where itself isn't, so that the gradient alone tells."""
     return loss * (1 + 0 * loss.detach())
-
-
-def _kept(losses: Losses, copy: bool) -> Losses:
-    """For the log, without the graph. copy: out of memory that a compiled model may use again."""
-
-    def own(tensor: Tensor) -> Tensor:
-        return tensor.detach().clone() if copy else tensor.detach()
-
-    terms = {name: own(value) for name, value in losses.terms.items()}
-    return Losses(own(losses.loss), terms, own(losses.per_sample), own(losses.noise))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from moe_sampler import __version__
 from moe_sampler.data.captions import check_text, report_cut
-from moe_sampler.data.masks import Masked, fit_mask, mask_of
+from moe_sampler.data.masks import fit_mask, has_masks, mask_of
 from moe_sampler.data.pictures import fit_image, to_rgb
 from moe_sampler.data.samples import CaptionedImage, Source
 from moe_sampler.kernels import philox_normal
@@ -271,7 +271,7 @@ class _Work:
             names += [sample.key for sample, cut in zip(samples, long, strict=True) if cut]
         with cut_silently():
             found = self._encode(indices, samples, images, captions)
-        if isinstance(self.source, Masked) and self.source.has_masks:
+        if has_masks(self.source):
             size, latents = (self.settings["height"], self.settings["width"]), found["latents"].shape[2:]
             fitted = [torch.from_numpy(fit_mask(mask, size, tuple(latents)).copy()) for mask in masks]
             found["loss_mask"] = torch.stack(fitted)

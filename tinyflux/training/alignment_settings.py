@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
+from moe_sampler.tinyflux.training.objective_settings import warmed_up
 from moe_sampler.training.settings import SettingsError
 
 if TYPE_CHECKING:  # a command's --help shouldn't wait for torch
@@ -95,7 +96,7 @@ class AlignmentSettings:
 
     def weight_at(self, step: int) -> float:
         """At an optimizer step, from 0."""
-        share = min(1.0, step / self.align_warmup_steps) if self.align_warmup_steps else 1.0
+        share = warmed_up(step, self.align_warmup_steps)
         if self.align_stop_steps:
             left = self.align_stop_steps - step
             share *= min(1.0, max(0.0, left / max(1, self.align_decay_steps)))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # a command's flags are made of these settings, and its --hel
     from moe_sampler.tinyflux.model.config import TinyFluxConfig
     from moe_sampler.tinyflux.training.noise_curve import NoiseCurve
 
-__all__ = ["ObjectiveSettings", "check_objective"]
+__all__ = ["ObjectiveSettings", "check_objective", "warmed_up"]
 
 _WEIGHTS = ("lune_weight", "sol_stats_weight", "sol_map_weight")
 _WARMUPS = ("lune_warmup_steps", "sol_warmup_steps", "distill_warmup_steps")
@@ -141,6 +141,11 @@ class ObjectiveSettings:
 
         start, end = self.distill_handoff_start, self.distill_handoff_end
         return Boundary(first, then, start) if start == end else Crossfade(first, then, start, end)
+
+
+def warmed_up(step: int, warmup_steps: float) -> float:
+    """The share of a weight at an optimizer step, from 0: rising to 1 over `warmup_steps`."""
+    return min(1.0, step / warmup_steps) if warmup_steps else 1.0
 
 
 def check_objective(

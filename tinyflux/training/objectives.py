@@ -17,7 +17,7 @@ from moe_sampler._transfers import to_device
 from moe_sampler.kernels import flow_training_pair, min_snr_weight, philox_normal, weighted_mse
 from moe_sampler.tinyflux.model.tinyflux import TinyFlux, TinyFluxOutput
 from moe_sampler.tinyflux.training.alignment import Alignment
-from moe_sampler.tinyflux.training.objective_settings import ObjectiveSettings
+from moe_sampler.tinyflux.training.objective_settings import ObjectiveSettings, warmed_up
 from moe_sampler.tinyflux.training.routed import RoutedTeachers
 from moe_sampler.tinyflux.training.teachers import FeatureTeachers, Taught
 from moe_sampler.tinyflux.training.time_settings import TimeSettings
@@ -106,7 +106,7 @@ def student_loss(
     velocity = velocity_error(pair.target, objective.velocity_loss)
     per_sample, terms = velocity, {"velocity": velocity}
     if objective.distill_weight:
-        weight = objective.distill_weight * here.scheduled(_ramp, objective.distill_warmup_steps)
+        weight = objective.distill_weight * here.scheduled(warmed_up, objective.distill_warmup_steps)
         share_here = weight * objective.mix(noise_here) * taught_here
         target = _routed_velocity(_there(routed, "routed"), pair.noisy, noise_here, batch, share_here)
         share = to_device(share_here, draws.device)
@@ -129,10 +129,6 @@ def student_loss(
 def _drawn(draws: Draws, stream: str, rate: float) -> Tensor:
     """bool [B]: each sample with probability `rate`."""
     return draws.uniform(stream) < rate
-
-
-def _ramp(step: int, warmup_steps: float) -> float:
-    return min(1.0, step / warmup_steps) if warmup_steps else 1.0
 
 
 def tokens(images: Tensor) -> Tensor:
@@ -221,7 +217,9 @@ def _feature_errors(
     if not (objective.lune_weight or objective.sol_stats_weight or objective.sol_map_weight):
         return []
     found, delta, taught = [], objective.huber_delta, _there(taught, "teachers")
-    lune, sol = (draws.scheduled(_ramp, n) for n in (objective.lune_warmup_steps, objective.sol_warmup_steps))
+    lune, sol = (
+        draws.scheduled(warmed_up, n) for n in (objective.lune_warmup_steps, objective.sol_warmup_steps)
+    )
     if objective.lune_weight:
         predicted = _there(out.lune_pred, "a student with use_lune_expert")
         error = _error(objective.lune_loss, predicted, _there(taught.lune, "Lune's features"), delta)
