@@ -30,6 +30,12 @@ os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # xdist would begin with the files that have many tests, and end with a long one alone beside an idle process.
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
 @dataclasses.dataclass(frozen=True)
 class GaussianMixture:
     """Independent one-dimensional mixtures per element, with the exact posterior mean E[x0 | x].

@@ -61,7 +61,7 @@ def changed(change) -> str:
         (changed(lambda b: b["steps"][0]["level"].update(sigma=10**400)), r"level.sigma must be a float"),
         (changed(lambda b: b["steps"][1]["calls"][0].update(weight=float("nan"))), "weight must be a float"),
         (changed(lambda b: b["steps"][1]["calls"][0].update(name=["sol"])), "name must be a str"),
-        (changed(lambda b: b.update(steps=b["steps"] * 100_000)), "steps are more than"),
+        (changed(lambda b: b.update(steps=[None] * 100_001)), "steps are more than"),
         (WHOLE.to_json().replace('"sol"', '"lune"', 1), "changed since it was compiled"),
         ("[" * 100_000, "nested more than|no JSON"),
         ('{"a":' * 90 + "1" + "}" * 90, "nested more than"),
