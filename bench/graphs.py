@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from moe_sampler._graphs import record, warm_up
+
 __all__ = ["Call", "between_events", "recorded", "seconds_of"]
 
 Call = Callable[[], Any]
@@ -27,14 +29,8 @@ def recorded(call: Call, device: str) -> Call:
         call()
         return call
     apart = torch.cuda.Stream()
-    apart.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(apart):
-        for _ in range(2):
-            call()
-    torch.cuda.current_stream().wait_stream(apart)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
+    warm_up(call, apart)
+    graph, _ = record(call, apart)
     return graph.replay
 
 

@@ -31,7 +31,7 @@ torch.set_num_threads(1)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # xdist would begin with the files that have many tests, and end with a long one alone beside an idle process.
+    # xdist would begin with the files that have many tests, and end with a long one beside an idle process.
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
 

@@ -18,13 +18,14 @@ from torch import Tensor
 from bench.device.models import GUIDANCE, PROMPT, Models
 from bench.graphs import recorded
 from bench.measure import COMPILED, DEVICE, OURS
+from moe_sampler import HybridPipeline
 
 __all__ = ["DIFFUSERS", "DIFFUSERS_COMPILED", "OURS_HYBRID", "PROVIDERS", "SAME_AS", "Provider"]
 
 Provider = Callable[[Models, int, int], Callable[[], Tensor]]
 DIFFUSERS, DIFFUSERS_COMPILED = "diffusers", f"diffusers, {COMPILED}, channels-last"
 OURS_HYBRID = f"{OURS}, Sol and Lune"
-_GRAPH = "whole run as one CUDA graph"
+_GRAPH, _GRAPHS = "whole run as one CUDA graph", "a CUDA graph an expert"
 
 
 def _diffusers(models: Models, batch: int, steps: int) -> Callable[[], Tensor]:
@@ -69,25 +70,43 @@ class _Compiled:
 
 
 def _ours(expert: str) -> Provider:
-    def make(models: Models, batch: int, steps: int) -> Callable[[], Tensor]:
-        def call() -> Tensor:
-            made = models.ours(
-                PROMPT,
-                height=models.size.pixels,
-                width=models.size.pixels,
-                num_inference_steps=steps,
-                guidance_scale=GUIDANCE,
-                num_images_per_prompt=batch,
-                seed=0,
-                expert=expert,
-                output_type="pt",
-                return_dict=False,
-            )
-            return cast(Tensor, made[0])
+    return lambda models, batch, steps: _of_ours(models.ours, expert, models, batch, steps)
 
-        return call
 
-    return make
+def _of_ours(
+    pipe: HybridPipeline, expert: str, models: Models, batch: int, steps: int
+) -> Callable[[], Tensor]:
+    def call() -> Tensor:
+        made = pipe(
+            PROMPT,
+            height=models.size.pixels,
+            width=models.size.pixels,
+            num_inference_steps=steps,
+            guidance_scale=GUIDANCE,
+            num_images_per_prompt=batch,
+            seed=0,
+            expert=expert,
+            output_type="pt",
+            return_dict=False,
+        )
+        return cast(Tensor, made[0])
+
+    return call
+
+
+class _RecordedCalls:
+    """Our pipeline with its experts' calls as CUDA graphs, recorded once for each batch size."""
+
+    def __init__(self, expert: str) -> None:
+        self._expert = expert
+        self._pipes: dict[int, HybridPipeline] = {}
+
+    def __call__(self, models: Models, batch: int, steps: int) -> Callable[[], Tensor]:
+        if id(models) not in self._pipes:
+            pipe = self._pipes[id(models)] = HybridPipeline.from_pipe(models.ours)
+            pipe.set_progress_bar_config(disable=True)
+            pipe.enable_cuda_graphs()
+        return _of_ours(self._pipes[id(models)], self._expert, models, batch, steps)
 
 
 def _whole_run(expert: str) -> Provider:
@@ -128,17 +147,20 @@ PROVIDERS: tuple[dict[str, Provider], ...] = (
     {
         DIFFUSERS: _diffusers,
         OURS: _ours("sol"),
+        f"{OURS}, {_GRAPHS}": _RecordedCalls("sol"),
         f"{OURS}, {_GRAPH}": _whole_run("sol"),
     },
     {DIFFUSERS_COMPILED: _Compiled()},
     {
         OURS_HYBRID: _ours("hybrid"),
+        f"{OURS_HYBRID}, {_GRAPHS}": _RecordedCalls("hybrid"),
         f"{OURS_HYBRID}, {_GRAPH}": _whole_run("hybrid"),
     },
 )
 """By name, in groups: each is measured at all batch sizes before the next."""
 SAME_AS: dict[str, Provider] = {
-    f"{OURS}, {_GRAPH}": _ours("sol"),
-    f"{OURS_HYBRID}, {_GRAPH}": _ours("hybrid"),
+    f"{name}, {graphs}": _ours(expert)
+    for name, expert in ((OURS, "sol"), (OURS_HYBRID, "hybrid"))
+    for graphs in (_GRAPHS, _GRAPH)
 }
 """By name, the plainer path whose images it must make."""

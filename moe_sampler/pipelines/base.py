@@ -12,6 +12,8 @@ from diffusers import AutoencoderTiny, DiffusionPipeline, ModelMixin
 from diffusers.utils import logging
 
 from ..architectures import ModelShape, shape_of
+from ..architectures.captured_model import CapturedModel, Recordings
+from ..architectures.expert_model import ExpertModel
 from ..loading.dtypes import read_dtypes
 from ..loading.folders import SHARED
 from ..loading.parts import scheduler_from_config
@@ -40,7 +42,9 @@ class ExpertPipeline(DiffusionPipeline):
         self._weights: dict[str, ExpertWeights] = {}
         self._offload: ExpertOffload | None = None
         self._speed: Speed = "none"
+        self._cuda_graphs = False
         self._findings: dict[tuple, tuple[list[tuple], Any]] = {}
+        self._recordings: dict[str, Recordings] = {}
         self.register_modules(**components)
         self.register_to_config(**settings)
         self.model_cpu_offload_seq = "->".join(
@@ -72,7 +76,7 @@ class ExpertPipeline(DiffusionPipeline):
         # Copies and pickles hold the weights themselves, so they have no use for where these came from.
         if self._offload is not None:
             raise ValueError('this pipeline\'s weights are in files: call set_offload("none") to copy it')
-        return {**self.__dict__, "_weights": {}, "_findings": {}}
+        return {**self.__dict__, "_weights": {}, "_findings": {}, "_recordings": {}}
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, *, expert: str = "base", **parts: Any) -> Self:
@@ -160,6 +164,7 @@ class ExpertPipeline(DiffusionPipeline):
         weights = self._expert_weights()
         if offload == "expert" and device.type == "cpu":
             ExpertOffload.check(weights, device)
+        self._recordings.clear()
         if self._offload is not None:
             self._offload.end("cpu")
             self._offload = None
@@ -186,6 +191,7 @@ class ExpertPipeline(DiffusionPipeline):
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """As diffusers' `to`. With offload="expert" a device is where the experts come to work."""
         if self._offload is None:
+            self._recordings.clear()
             return super().to(*args, **kwargs)
         device, dtype, _, _ = torch._C._nn._parse_to(  # pyright: ignore[reportAttributeAccessIssue]: no stub
             *args, **{key: value for key, value in kwargs.items() if key != "silence_dtype_warnings"}
@@ -239,6 +245,17 @@ class ExpertPipeline(DiffusionPipeline):
         """A block in which an expert's weights are in memory."""
         return nullcontext() if self._offload is None else self._offload.using(expert)
 
+    def _expert_model(self, name: str) -> ExpertModel:
+        """An expert's model as a run calls it."""
+        unet = self.expert_unet(name)
+        dtype = self._dtype_of(unet)
+        if not self._cuda_graphs or self.offload != "none" or unet.device.type != "cuda":
+            return ExpertModel(unet, dtype)
+        kept = self._recordings.get(name)
+        if kept is None or kept.model is not unet:
+            kept = self._recordings[name] = Recordings(unet)
+        return CapturedModel(kept, dtype)
+
     @property
     def speed(self) -> Speed:
         """Which of `set_speed`'s levels is on."""
@@ -249,8 +266,8 @@ class ExpertPipeline(DiffusionPipeline):
 
         Args:
             speed: "none": as they are. "fast": the weights of convolutions lie as they are read (channels
-                last). "max": also compiled, block by block; the first image of each size takes longer, and
-                torch keeps what it compiled for other processes.
+                last). "max": also compiled, block by block, and with `enable_cuda_graphs`; the first image
+                of each size takes longer, and torch keeps what it compiled for other processes.
 
         Raises:
             ValueError: an unknown level; "max" for a model without repeated blocks; less than "max" after it.
@@ -262,8 +279,24 @@ class ExpertPipeline(DiffusionPipeline):
         if speed == "max":
             for model in experts:
                 compile_blocks(model)
+            self.enable_cuda_graphs()
         lay_out([*experts, self.vae], channels_last=speed != "none")
         self._speed = speed
+
+    def enable_cuda_graphs(self) -> None:
+        """Let an expert's call be recorded as a CUDA graph, which the host then starts at once: on a large
+        GPU an image of usual size otherwise takes as long as Python does.
+
+        It counts while the experts are on a CUDA device and none is offloaded. Each size and batch is
+        recorded at its first call, by calling the model thrice, and keeps the memory of a call; a model that
+        is changed is recorded anew.
+        """
+        self._cuda_graphs = True
+
+    def disable_cuda_graphs(self) -> None:
+        """Call models as usual again, and give up the recordings' memory."""
+        self._cuda_graphs = False
+        self._recordings.clear()
 
     def compile(self, **kwargs: Any) -> None:
         """`torch.compile` every expert; kwargs are for it. Each size's first image takes longer."""

@@ -9,14 +9,13 @@ from functools import partial
 from typing import Any, Self, cast
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, ModelMixin
+from diffusers import AutoencoderKL, AutoencoderTiny
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..architectures import reuse_share, shape_of
-from ..architectures.expert_model import ExpertModel
 from ..data.arrays import Picture
 from ..loading.parts import check_experts_fit, check_names
 from ..sampling.experts import Expert
@@ -172,7 +171,7 @@ class HybridPipeline(PretrainedMixin, EncodingMixin, AdapterMixin, GuidanceMixin
             reuse=reuse,
             reuse_share=self._reuse_shares(by_expert("reuse", reuse, names)),
         )
-        return tuple(self._with_model(expert, self.expert_unet(expert.name)) for expert in experts)
+        return tuple(self._with_model(expert) for expert in experts)
 
     def _reuse_shares(self, reuse: Mapping[str, Reuse | None]) -> dict[str, float]:
         """What calls that reuse features cost, of the experts that have any."""
@@ -180,9 +179,9 @@ class HybridPipeline(PretrainedMixin, EncodingMixin, AdapterMixin, GuidanceMixin
             name: reuse_share(self.expert_unet(name).config) for name, own in reuse.items() if own is not None
         }
 
-    def _with_model(self, expert: Expert, unet: ModelMixin) -> Expert:
-        dtype = self._dtype_of(unet)
-        return dataclasses.replace(expert, model=ExpertModel(unet, dtype), dtype=dtype)
+    def _with_model(self, expert: Expert) -> Expert:
+        model = self._expert_model(expert.name)
+        return dataclasses.replace(expert, model=model, dtype=model.dtype)
 
     def plan(
         self,

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .._graphs import record
 from ..errors import first_line
 from .draws import Draws
 from .settings import SettingsError
@@ -207,15 +208,8 @@ class CapturedStep:
         given = FedDraws(draws, dict(zip(self._asked, inputs.tensors[len(values) :], strict=True)))
         for group in self._optimizer.param_groups:
             group["capturable"] = True
-        graph = torch.cuda.CUDAGraph()
         try:
-            # A recording that fails doesn't leave its stream by itself. Threads that read data may allocate
-            # pinned memory meanwhile.
-            with (
-                torch.cuda.stream(self._stream),
-                torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
-            ):
-                found, norm = self._work(rebuilt(tensors), given, rate)
+            graph, (found, norm) = record(lambda: self._work(rebuilt(tensors), given, rate), self._stream)
         except RuntimeError as error:
             raise SettingsError(
                 f"cuda_graph: the step can't be recorded ({first_line(error)}); train without it"

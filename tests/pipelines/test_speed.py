@@ -7,6 +7,8 @@ import torch
 from typer.testing import CliRunner
 
 from moe_sampler import HybridPipeline
+from moe_sampler.architectures.captured_model import CapturedModel
+from moe_sampler.architectures.expert_model import ExpertModel
 from moe_sampler.cli import app
 from moe_sampler.demo import experts_path
 from moe_sampler.pipelines import speed as speeds
@@ -106,8 +108,37 @@ def test_max_compiles_every_repeated_block_for_its_sizes(monkeypatch):
     assert len(compiled) == count
     made = pipe("a castle", **QUICK, reuse=2).images  # features are reused beside compiled blocks
     assert (made - plain).abs().max() < 1e-3
+    assert all(type(expert.model) is ExpertModel for expert in pipe.experts())  # there is no CUDA to record
     with pytest.raises(ValueError, match="load the pipeline again"):
         pipe.set_speed("none")
+
+
+@pytest.mark.gpu
+def test_recorded_calls_make_the_same_image():
+    pipe = load(device="cuda")
+    expected = pipe("a castle", **QUICK, reuse=2).images
+    pipe.enable_cuda_graphs()
+    for seed in (3, 4, 3):
+        made = pipe("a castle", **{**QUICK, "seed": seed}, reuse=2).images
+    assert all(type(expert.model) is CapturedModel for expert in pipe.experts())
+    assert (made - expected).abs().max() < 1e-4
+    pipe.unet_lune.conv_in.weight.data = pipe.unet_lune.conv_in.weight * 1.5  # elsewhere, and another
+    changed = pipe("a castle", **QUICK, reuse=2).images
+    pipe.disable_cuda_graphs()
+    assert all(type(expert.model) is ExpertModel for expert in pipe.experts())
+    assert (changed - pipe("a castle", **QUICK, reuse=2).images).abs().max() < 1e-4
+    assert (changed - expected).abs().max() > 1e-3
+
+
+@pytest.mark.gpu
+def test_a_model_that_waits_says_that_it_cannot_be_recorded():
+    pipe = load(device="cuda")
+    pipe.enable_cuda_graphs()
+    pipe.unet_lune.conv_in.register_forward_hook(lambda module, args, output: output * output.sum().item())
+    with pytest.raises(ValueError, match="can't be recorded"):
+        pipe("a castle", expert="lune", **QUICK)
+    pipe.disable_cuda_graphs()
+    assert torch.isfinite(pipe("a castle", expert="sol", **QUICK).images).all()
 
 
 def test_the_command_remembers_what_it_was_made_with(tmp_path, monkeypatch):

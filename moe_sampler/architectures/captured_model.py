@@ -1,0 +1,162 @@
+"""An expert's model whose calls are CUDA graphs: the host starts a whole call at once.
+
+A large GPU is done with a UNet's operations on one image before Python has launched the next ones. A recorded
+call costs the host the copies of its inputs and one launch, whatever the number of layers.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .._graphs import record, warm_up
+from ..errors import first_line
+from .expert_model import ExpertModel
+
+__all__ = ["CapturedModel", "Recordings"]
+
+Work = Callable[[], Any]
+Recorder = Callable[[Work], tuple[Callable[[], None], Any]]
+"""work -> (what repeats it over the same memory, what it gave)."""
+
+MOST = 8
+"""Calls that are kept of a model: as many as it has sizes, batches and kinds of calls that alternate."""
+
+_CONTAINERS = frozenset({dict, OrderedDict, list, set})
+
+
+class _Recorded(NamedTuple):
+    inputs: list[Tensor]
+    replay: Callable[[], None]
+    output: Any
+
+
+class Recordings:
+    """A model's recorded calls, one for each kind: shapes, dtypes, and everything that isn't a tensor.
+
+    What is recorded holds for the model as it was: where its weights lie elsewhere, where a module, hook,
+    adapter or any setting of a module is another, all is recorded anew.
+
+    Args:
+        model: on one device.
+        recorder: records a call; by default as a CUDA graph.
+    """
+
+    def __init__(self, model: nn.Module, recorder: Recorder | None = None) -> None:
+        self.model = model
+        self._recorder = recorder or _CUDARecorder(next(model.parameters()).device)
+        self._calls: OrderedDict[Any, _Recorded] = OrderedDict()
+        self._modules: list[nn.Module] = []
+        self._state: tuple[list[Any], list[int]] = [], []
+
+    def __call__(self, kind: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """`call(*args, **kwargs)`, in memory of its own.
+
+        Args:
+            kind: of the call, where the model is called in several ways.
+
+        Raises:
+            ValueError: it can't be recorded, and what to do.
+        """
+        leaves, structure = pytree.tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        plain = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+        key = kind, structure, plain, *((t.shape, t.dtype) for t in tensors)
+        self._see()
+        if key not in self._calls:
+            self._calls[key] = self._record(call, leaves, structure)
+            while len(self._calls) > MOST:
+                self._calls.popitem(last=False)
+        self._calls.move_to_end(key)
+        recorded = self._calls[key]
+        for own, given in zip(recorded.inputs, tensors, strict=True):
+            own.copy_(given, non_blocking=True)
+        recorded.replay()
+        # The next replay, of this call or of another, writes there again.
+        return pytree.tree_map_only(Tensor, torch.clone, recorded.output)
+
+    def _record(self, call: Callable[..., Any], leaves: Sequence[Any], structure: Any) -> _Recorded:
+        device = next(self.model.parameters()).device
+        own = [leaf.to(device, copy=True) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        args, kwargs = pytree.tree_unflatten(own, structure)
+        try:
+            replay, output = self._recorder(lambda: call(*args, **kwargs))
+        except RuntimeError as error:
+            raise ValueError(
+                f"a {type(self.model).__name__}'s call can't be recorded as a CUDA graph "
+                f'({first_line(error)}): use speed="fast"'
+            ) from error
+        return _Recorded([leaf for leaf in own if isinstance(leaf, Tensor)], replay, output)
+
+    def _see(self) -> None:
+        """Forget what was recorded of the model as it isn't any more."""
+        (held, places), (now, now_places) = self._state, _state(self._modules)
+        # By identity: what is held can't have been replaced by something else at the same address.
+        same = len(held) == len(now) and all(map(operator.is_, held, now)) and places == now_places
+        if self._modules and same:
+            return
+        self._calls.clear()
+        self._modules = list(self.model.modules())
+        self._state = _state(self._modules)
+
+
+def _state(modules: Sequence[nn.Module]) -> tuple[list[Any], list[int]]:
+    """All that modules hold, and where their tensors lie. Who replaces a submodule replaces it in its parent,
+    so that modules that are known already tell of it."""
+    held: list[Any] = []
+    places: list[int] = []
+    for module in modules:
+        values = module.__dict__.values()
+        held.extend(values)
+        for value in values:
+            if type(value) in _CONTAINERS and value:
+                held.extend(value.values() if isinstance(value, dict) else value)
+        places.extend(t.data_ptr() for t in module._parameters.values() if t is not None)
+        places.extend(t.data_ptr() for t in module._buffers.values() if t is not None)
+    return held, places
+
+
+class _CUDARecorder:
+    """Records on a stream of its own, in memory that its recordings share: each one's outputs are copied
+    before another is replayed."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream, self._pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+
+    def __call__(self, work: Work) -> tuple[Callable[[], None], Any]:
+        warm_up(work, self._stream)
+        graph, output = record(work, self._stream, self._pool)
+        return graph.replay, output
+
+
+class CapturedModel(ExpertModel):
+    """As `ExpertModel`, with calls that are recorded; with gradients or autocast they are as usual.
+
+    Args:
+        recordings: of the model, kept from run to run.
+        dtype: as `ExpertModel`.
+    """
+
+    def __init__(self, recordings: Recordings, dtype: torch.dtype | None = None) -> None:
+        super().__init__(recordings.model, dtype)
+        self._recordings = recordings
+
+    def _call(self, kind: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cuda"):
+            return call(*args, **kwargs)
+        return self._recordings(kind, call, *args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self._call("whole", super().__call__, *args, **kwargs)
+
+    def recording(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return self._call("recording", super().recording, *args, **kwargs)
+
+    def reusing(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self._call("reusing", super().reusing, *args, **kwargs)
