@@ -28,6 +28,9 @@ if "bench" not in sys.modules:
 # Models are tiny, so threads would only wait for each other; processes that tests start follow the variable.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+# To find out what the CPU and the compiler have in common takes torch.compile half a minute in every process.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
 def pytest_configure(config: pytest.Config) -> None:
