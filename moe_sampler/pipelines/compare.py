@@ -17,7 +17,10 @@ from .prompts import Negative
 
 __all__ = ["Comparison", "compare"]
 
-_EXPERT_SETTINGS = ("shift", "solver", "eta", "guidance_scale", "guidance_rescale", "guidance_window")
+_EXPERT_SETTINGS = (
+    *("shift", "solver", "levels", "eta"),
+    *("guidance_scale", "guidance_rescale", "guidance_window"),
+)
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ def compare(
         negative_prompt, height, width, batch_size: as the pipeline takes them; a negative prompt is one text
             for all, or a mapping to texts by expert.
         on_batch_end: given what there is whenever a batch of images ends, so that it can be kept.
-        settings: `shift`, `solver`, `eta`, `guidance_scale`, `guidance_rescale`, `guidance_window`.
+        settings: `shift`, `solver`, `levels`, `eta`, `guidance_scale`, `guidance_rescale`, `guidance_window`.
 
     Raises:
         ValueError: wrong input, before any work.

@@ -150,6 +150,7 @@ class HybridPipeline(PretrainedMixin, EncodingMixin, AdapterMixin, GuidanceMixin
         solver: Any = None,
         eta: float | Mapping[str, float] | None = None,
         *,
+        levels: Any = None,
         guidance_scale: float | Mapping[str, float] | None = None,
         guidance_rescale: float | Mapping[str, float] | None = None,
         guidance_window: tuple[float, float] | Mapping[str, tuple[float, float]] | None = None,
@@ -166,6 +167,7 @@ class HybridPipeline(PretrainedMixin, EncodingMixin, AdapterMixin, GuidanceMixin
             shift=shift,
             solver=solver,
             eta=eta,
+            levels=levels,
             guidance_rescale=guidance_rescale,
             guidance_window=guidance_window,
             reuse=reuse,
@@ -317,6 +319,7 @@ class HybridPipeline(PretrainedMixin, EncodingMixin, AdapterMixin, GuidanceMixin
         lune_guidance: float | None = None,
         shift: float | Mapping[str, float] | None = None,
         solver: Any = None,
+        levels: Any = None,
         clip_skip: int | None = None,
         guidance_rescale: float | Mapping[str, float] | None = None,
         guidance_window: tuple[float, float] | Mapping[str, tuple[float, float]] | None = None,
@@ -350,7 +353,7 @@ class HybridPipeline(PretrainedMixin, EncodingMixin, AdapterMixin, GuidanceMixin
                 by name: `timesteps={"sol": [999, 800]}, sigmas={"lune": [0.6, 0.3]}`.
             sol_guidance, lune_guidance: guidance scales, before `guidance_scale`.
             shift: k of the shifted sigmas of flow experts.
-            solver: as `Expert` takes it.
+            solver, levels: as `Expert` takes them: `levels="karras"`, or `{"lune": [0.7, 0.4, 0.2]}`.
             guidance_rescale, guidance_window: as `Expert` takes them.
             reuse: which calls of a model are full, as `Expert` takes it: `reuse=3`, every third; the others
                 reuse its deep features and cost a tenth or less.
@@ -378,6 +381,7 @@ class HybridPipeline(PretrainedMixin, EncodingMixin, AdapterMixin, GuidanceMixin
             "shift": shift,
             "solver": solver,
             "eta": eta,
+            "levels": levels,
             "guidance_rescale": guidance_rescale,
             "guidance_window": guidance_window,
             "reuse": reuse,

@@ -98,6 +98,7 @@ class ExpertSettings(TypedDict, total=False):
     shift: float | Mapping[str, float] | None
     solver: Any
     eta: float | Mapping[str, float] | None
+    levels: Any
     guidance_rescale: float | Mapping[str, float] | None
     guidance_window: Sequence[float] | Mapping[str, Sequence[float]] | None
     reuse: Any

@@ -14,6 +14,7 @@ from .reuse import Reuse, read_reuse
 from .scheduler_configs import SOLVER_OF_SCHEDULER, check_scheduler_config, path_from_scheduler_config
 from .scheduler_names import check_scheduler, check_solver_name
 from .solvers import Solver
+from .spacings import nodes, read_levels
 
 if TYPE_CHECKING:
     import torch
@@ -40,8 +41,8 @@ class Expert:
             0-d tensor (int64 on a discrete path, float32 else); returns the prediction, or a tuple that
             starts with it, or a diffusers output. Only sampling needs it, planning doesn't.
         dtype: what the model eats; None is float32.
-        solver: "ddpm", "ddim", "euler", "heun" (two model evaluations a step), "dpmpp_2m" or "dpmpp_2m_sde",
-            which are built in; or whatever diffusers brings: one of its schedulers, a scheduler's class name,
+        solver: "ddpm", "ddim", "euler", "heun" (two model evaluations a step), "dpmpp_2m", "dpmpp_2m_sde" or
+            "dpmpp_3m", which are built in; or whatever diffusers brings: one of its schedulers, a scheduler's class name,
             or a name people know (`scheduler_names.KNOWN_NAMES`), like "unipc", "euler_a", "dpmpp_3m_sde" or
             "dpmpp_2m_karras". A scheduler's levels come with it.
         eta: DDIM's share of noise, 0 to 1.
@@ -64,6 +65,10 @@ class Expert:
             after unguided ones. The model must be a `reuse.ReusableModel`, as
             `architectures.expert_model.ExpertModel` makes one of a UNet.
         reuse_share: what a call that reuses costs of a full one, for `SamplingPlan.cost`.
+        levels: where a built-in solver's steps lie: the name of a spacing, "timestep", "uniform", "karras",
+            "exponential", "beta", "cosine" or "align_your_steps" (see `spacings`), or the noise levels
+            themselves, descending, of which those where the expert leads are its steps. None is "timestep"
+            on discrete paths and "uniform" on flows.
     """
 
     name: str
@@ -82,6 +87,7 @@ class Expert:
     set_alpha_to_one: bool = True
     reuse: Reuse | None = None
     reuse_share: float = 0.1
+    levels: Any = None
 
     def __post_init__(self) -> None:
         check_prediction(self.prediction)
@@ -113,6 +119,7 @@ class Expert:
             object.__setattr__(self, "clip_sample_range", clip)
             if not clip > 0:
                 raise ValueError(f"{self.name}: clip_sample_range must be positive, got {clip}")
+        object.__setattr__(self, "levels", read_levels(f"{self.name}: levels", self.levels))
         object.__setattr__(self, "reuse", read_reuse(f"{self.name}: reuse", self.reuse))
         if not 0 < number(f"{self.name}: reuse_share", self.reuse_share) < 1:
             raise ValueError(f"{self.name}: reuse_share must lie between 0 and 1, got {self.reuse_share}")
@@ -135,6 +142,10 @@ class Expert:
     def guided(self) -> bool:
         """Whether there is guidance anywhere. As in diffusers, a scale of 1 or less switches it off."""
         return self.guidance_scale > 1.0
+
+    def nodes(self, count: int, high: float = 1.0, low: float = 0.0) -> list[float]:
+        """Where `count` steps between two shares of noise begin: see `spacings.nodes`."""
+        return nodes(self.levels, self.path, count, high, low, self.shift, self.spacing)
 
     @property
     def last_level(self) -> Level:

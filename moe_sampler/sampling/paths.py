@@ -19,7 +19,16 @@ from moe_sampler.kernels.shift import shift_sigma
 
 from .betas import linear, scaled_linear
 
-__all__ = ["SPACINGS", "FlowPath", "Level", "Path", "VPPath", "noise_of_sigma", "spaced_timesteps"]
+__all__ = [
+    "SPACINGS",
+    "FlowPath",
+    "Level",
+    "Path",
+    "VPPath",
+    "noise_of_sigma",
+    "sigma_of_noise",
+    "spaced_timesteps",
+]
 
 
 SPACINGS = ("trailing", "leading", "linspace")
@@ -296,3 +305,8 @@ def noise_of_sigma(path: Path, sigma: float) -> float:
     """The share of noise of what diffusers' schedulers and k-diffusion's functions call sigma: a flow's own,
     and sigma / alpha on other paths."""
     return sigma if isinstance(path, FlowPath) else sigma / (1.0 + sigma)
+
+
+def sigma_of_noise(path: Path, noise: float) -> float:
+    """The inverse of `noise_of_sigma`; noise below 1 on paths other than a flow's."""
+    return noise if isinstance(path, FlowPath) else noise / (1.0 - noise)

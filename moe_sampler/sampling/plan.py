@@ -29,10 +29,10 @@ MOST_STEPS = 100_000
 _ROW_BEFORE_7 = {"p", "a", "b", "d", "n", "clip", "scale_0", "scale_1"} | {
     f"q_{kind}_{slot}" for kind in ("cond", "uncond") for slot in (0, 1)
 }
-_FORMAT = 7
-_READABLE_FORMATS = (1, 2, 3, 4, 5, 6, 7)
+_FORMAT = 8
+_READABLE_FORMATS = (1, 2, 3, 4, 5, 6, 7, 8)
 """1 knew no guidance rescale, 2 no start from an image, 3 no digest, 4 not what it was compiled from, 5 no
-reuse of features, 6 but one memory, which every step wrote."""
+reuse of features, 6 but one memory, which every step wrote, 7 no levels of experts."""
 
 
 @dataclass(frozen=True, slots=True)

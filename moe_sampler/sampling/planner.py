@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,8 @@ from .recipe import Recipe
 from .reuse import marked
 from .routers import PerStep, Router, Spans, active_experts, lead_expert, lead_spans
 from .scheduler_names import is_borrowed, is_known_name, solver_label
-from .solvers import HEUN_CORRECTOR, SOLVERS, SolverRow, heun_corrector_row, solver_row
+from .solvers import HEUN_CORRECTOR, MOST_PAST, SOLVERS, SolverRow, heun_corrector_row, solver_row
+from .spacings import listed_between
 from .trails import Evaluation, Trail, retargeted
 
 __all__ = ["ExpertCall", "PlanStep", "SamplingPlan", "plan"]
@@ -72,19 +73,75 @@ def _allocate(spans: Sequence[tuple[str, float, float]], steps: int, shift: floa
 
 
 def _counts_by_name(
-    spans: Sequence[tuple[str, float, float]], steps: Mapping[str, int], known: Sequence[str]
+    spans: Sequence[tuple[str, float, float]],
+    steps: Mapping[str, int],
+    known: Sequence[str],
+    listed: Mapping[int, int],
 ) -> list[int]:
     for name in steps:
         if name not in known:
             raise ValueError(f"steps names {name!r}, but the experts are {', '.join(map(repr, known))}")
-    counts: list[int] = [0] * len(spans)
+    counts = [listed.get(i, 0) for i in range(len(spans))]
     for name in {span[0] for span in spans}:
+        own = [i for i, span in enumerate(spans) if span[0] == name]
+        if own[0] in listed:
+            _check_listed(sum(listed[i] for i in own), steps.get(name), f"steps of {name}")
+            continue
         if name not in steps:
             raise ValueError(f"expert {name!r} leads a part of the run: say how many steps it gets")
-        own = [i for i, span in enumerate(spans) if span[0] == name]
         for i, count in zip(own, _allocate([spans[i] for i in own], steps[name], 1.0), strict=True):
             counts[i] = count
     return counts
+
+
+def _check_listed(listed: int, given: int | None, what: str) -> None:
+    if given not in (None, listed):
+        raise ValueError(
+            f"the listed levels make {listed} steps, but {what} is {given}: leave the number out, or list as "
+            "many"
+        )
+
+
+def _listed_counts(
+    experts: Mapping[str, Expert], spans: Sequence[tuple[str, float, float]]
+) -> dict[int, int]:
+    """How many steps the spans have whose expert lists its levels, by their number."""
+    found = {}
+    for i, (name, high, low) in enumerate(spans):
+        levels = experts[name].levels
+        if isinstance(levels, tuple):
+            found[i] = len(listed_between(levels, high, low))
+            if not found[i]:
+                raise ValueError(
+                    f"none of {name}'s levels lie between noise levels {high:g} and {low:g}, where it leads: "
+                    "list one there, or hand over elsewhere"
+                )
+    return found
+
+
+def _counts(
+    experts: Mapping[str, Expert],
+    spans: Sequence[tuple[str, float, float]],
+    steps: int | Mapping[str, int] | None,
+) -> list[int]:
+    """How many steps every span has."""
+    listed = _listed_counts(experts, spans)
+    if isinstance(steps, Mapping):
+        return _counts_by_name(spans, steps, list(experts), listed)
+    open_spans, taken = [i for i in range(len(spans)) if i not in listed], sum(listed.values())
+    if not open_spans:
+        _check_listed(taken, steps, "the number of steps")
+        return [listed[i] for i in range(len(spans))]
+    total = _DEFAULT_STEPS if steps is None else steps
+    if listed and total - taken < len(open_spans):
+        raise ValueError(
+            f"the listed levels make {taken} of {total} steps, which leaves too few for the other experts: "
+            f"use at least {taken + len(open_spans)}"
+        )
+    shifts = [e.shift for e in experts.values() if not e.path.discrete]
+    shares = _allocate([spans[i] for i in open_spans], total - taken, max(shifts, default=1.0))
+    found = listed | dict(zip(open_spans, shares, strict=True))
+    return [found[i] for i in range(len(spans))]
 
 
 def _check_reach(expert: Expert, high: float, low: float, start: float) -> None:
@@ -109,18 +166,18 @@ def _check_reach(expert: Expert, high: float, low: float, start: float) -> None:
 
 
 def _spanned_nodes(
-    experts: Mapping[str, Expert], router: Router, steps: int | Mapping[str, int], start: float, end: float
+    experts: Mapping[str, Expert],
+    router: Router,
+    steps: int | Mapping[str, int] | None,
+    start: float,
+    end: float,
 ) -> tuple[list[_Node], float | None]:
     """Nodes for every span, each on its leading expert's own grid or its scheduler's levels; and what the run
     is to be started with, if a scheduler says so."""
     spans = lead_spans(router, list(experts), start, end)
     for name, high, low in spans if len(spans) > 1 else ():
         _check_reach(experts[name], high, low, start)
-    if isinstance(steps, Mapping):
-        counts = _counts_by_name(spans, steps, list(experts))
-    else:
-        shifts = [e.shift for e in experts.values() if not e.path.discrete]
-        counts = _allocate(spans, steps, max(shifts, default=1.0))
+    counts = _counts(experts, spans, steps)
     nodes: list[_Node] = []
     initial_scale = None
     for (name, high, low), count in zip(spans, counts, strict=True):
@@ -134,7 +191,7 @@ def _spanned_nodes(
             initial_scale = initial_scale if nodes else trail.initial_scale
             nodes += [_borrowed_node(experts, router, lead, each) for each in trail.evaluations]
             continue
-        grid = lead.path.grid(count, high, low, lead.shift, lead.spacing)
+        grid = lead.nodes(count, high, low)
         nodes += [_routed(experts, router, noise) for noise in grid]
     return nodes, initial_scale
 
@@ -166,15 +223,21 @@ def _levels_per_step(
 ) -> list[float]:
     """Nodes of a `PerStep`: the lead changes where the shared grid has the change's step, and every stretch
     between two changes is a span on its leading expert's own grid."""
+    for name in dict.fromkeys(leads):
+        if isinstance(experts[name].levels, tuple):
+            raise ValueError(
+                f"{name} lists its levels, and the router its steps: give the levels of all steps as "
+                "noise_levels, or another router"
+            )
     flows = [experts[name] for name in dict.fromkeys(leads) if not experts[name].path.discrete]
     shared = max(flows, key=lambda e: e.shift, default=experts[leads[0]])
-    nodes = shared.path.grid(len(leads), start, end, shared.shift, shared.spacing)
+    nodes = shared.nodes(len(leads), start, end)
     changes = [i for i in range(1, len(leads)) if leads[i] != leads[i - 1]]
     edges = [(0, start), *((i, nodes[i]) for i in changes), (len(leads), end)]
     levels = []
     for (first, high), (stop, low) in itertools.pairwise(edges):
         lead = experts[leads[first]]
-        levels += lead.path.grid(stop - first, high, low, lead.shift, lead.spacing)
+        levels += lead.nodes(stop - first, high, low)
     return levels
 
 
@@ -228,11 +291,11 @@ def _evaluations(experts: Mapping[str, Expert], nodes: Sequence[_Node], end: flo
     across a handoff the next expert does, and is told a timestep of its own grid. Into the data, and to an
     end between two integer timesteps, there is no second evaluation.
     """
-    previous = None  # the level the memory was predicted at
+    past: list[Level] = []  # the levels that memories were predicted at, newest first
     for node, following in zip(nodes, [*nodes[1:], None], strict=True):
         if node.borrowed is not None:
             yield _borrowed_evaluation(node, node.borrowed, following, end)
-            previous = None  # what a scheduler keeps is its own
+            past = []  # what a scheduler keeps is its own
             continue
         heun = node.lead.solver == "heun"
         if following is None and heun and end > 0.0:
@@ -244,12 +307,12 @@ def _evaluations(experts: Mapping[str, Expert], nodes: Sequence[_Node], end: flo
         if following is None and target == node.level:
             update = SolverRow(1.0, 0.0)  # the last node is where the run ends
         else:
-            update = solver_row(node.lead.solver, node.level, target, previous, node.lead.eta)
+            update = solver_row(node.lead.solver, node.level, target, past, node.lead.eta)
         yield _Evaluation(node, target, node.lead.solver, update)
-        previous = node.level
+        past = [node.level, *past][:MOST_PAST]
         if heun and following is not None:
             yield _Evaluation(following, target, HEUN_CORRECTOR, heun_corrector_row(node.level, target))
-            previous = target
+            past = [target, *past][:MOST_PAST]
 
 
 def _borrowed_evaluation(
@@ -269,13 +332,16 @@ def _borrowed_evaluation(
 
 
 def _remembering(evaluations: Sequence[_Evaluation]) -> list[_Evaluation]:
-    """The same, where every prediction that the next evaluation reads is kept."""
-    nexts = [*evaluations[1:], None]
+    """The same, where every prediction that later evaluations read is kept."""
+    read = {
+        i - age
+        for i, own in enumerate(evaluations)
+        if own.node.borrowed is None
+        for age in range(1, own.update.memories + 1)
+    }
     return [
-        replace(own, update=own.update._replace(keep_x0=1.0))
-        if following is not None and following.update.memories and following.node.borrowed is None
-        else own
-        for own, following in zip(evaluations, nexts, strict=True)
+        replace(own, update=own.update._replace(keep_x0=1.0)) if i in read else own
+        for i, own in enumerate(evaluations)
     ]
 
 
@@ -340,7 +406,9 @@ def read_steps(steps: Any) -> int | dict[str, int]:
     return whole("steps", steps, MAX_STEPS)
 
 
-def _steps(steps: int | Mapping[str, int] | None, router: Router | PerStep) -> int | Mapping[str, int]:
+def _steps(
+    steps: int | Mapping[str, int] | None, router: Router | PerStep, experts: Iterable[Expert]
+) -> int | Mapping[str, int] | None:
     steps = None if steps is None else read_steps(steps)
     if isinstance(router, PerStep):
         whole("steps of the router", len(router.steps), MAX_STEPS)
@@ -350,7 +418,8 @@ def _steps(steps: int | Mapping[str, int] | None, router: Router | PerStep) -> i
                 "leave it out"
             )
         return len(router.steps)
-    return _DEFAULT_STEPS if steps is None else steps
+    listed = any(isinstance(expert.levels, tuple) for expert in experts)
+    return _DEFAULT_STEPS if steps is None and not listed else steps
 
 
 def _check_noise_levels(noise_levels: Sequence[float], end: float) -> list[float]:
@@ -382,7 +451,7 @@ def plan(
     Args:
         experts: one or several. Their solver, shift, spacing, guidance and clipping are their own.
         router: who works at which noise level; not needed for a single expert.
-        steps: in all (20 by default), shared out over the experts' spans by their length on the shifted grid;
+        steps: in all (20 by default, or as many as the experts list levels), shared out over the experts' spans by their length on the shifted grid;
             or by name, `{"sol": 8, "lune": 12}`. A Heun step counts once and is two rows. A `PerStep` router
             brings its own count.
         start, end: the noise levels (`Level.noise`) the run begins and ends at. A discrete-time expert begins
@@ -409,7 +478,7 @@ def plan(
     start, end = number("start", start), number("end", end)
     if not 0.0 <= end < start <= 1.0:
         raise ValueError(f"a run goes from start to end with 0 <= end < start <= 1, got {start} to {end}")
-    steps, spaced = _steps(steps, router), noise_levels is None
+    steps, spaced = _steps(steps, router, known.values()), noise_levels is None
 
     given = None if noise_levels is None else _check_noise_levels(noise_levels, end)
     noise_levels, initial_scale = given, None

@@ -44,6 +44,7 @@ class ExpertRecipe:
     set_alpha_to_one: bool
     reuse: Any = None
     reuse_share: float = 0.1
+    levels: Any = None
 
     @classmethod
     def of(cls, expert: Expert) -> ExpertRecipe:
@@ -65,7 +66,7 @@ class Recipe:
         experts: all that were given, whether they work or not.
         router: its class as "type" and its fields. A router of another class than this package's is listed
             step by step, as a `PerStep`, with the nodes as `noise_levels`.
-        steps: in all or by name; None where `noise_levels` decide.
+        steps: in all or by name; None where `noise_levels` or the experts' own levels decide.
         start, end: noise levels.
         noise_levels: the nodes themselves, if they were given.
     """

@@ -13,6 +13,7 @@ import torch
 from .paths import Level, noise_of_sigma
 from .probing import Brownian, Trace, World, probe
 from .scheduler_names import GIVEN_LEVELS, is_known_name, scheduler_of
+from .solvers import SOLVERS
 from .trails import Trail, trail_of
 
 if TYPE_CHECKING:
@@ -45,11 +46,16 @@ def scheduler_trail(
     if steps is None and not options:
         raise ValueError("say how many steps")
     if steps is not None and name in GIVEN_LEVELS and not options:
-        nodes = expert.path.grid(steps, high, low, expert.shift, expert.spacing)
+        nodes = expert.nodes(steps, high, low)
         timed, first, last = _with_levels(scheduler, expert, [*nodes, low]), 0, steps
         trace = _probed(timed, expert, name, first, last)
         levels = [expert.path.at(noise) for noise in (*nodes, low)]
         return trail_of(expert, name, trace, levels[0], 1, exact_times=True, levels=levels)
+    if expert.levels is not None:
+        raise ValueError(
+            f"{expert.name}: {name} brings its own noise levels, so that none can be given: use one of "
+            f"{', '.join(SOLVERS)}, or a name that says them, like unipc_karras"
+        )
     if steps is None or (high >= 1.0 and low <= 0.0):
         timed = _timed(scheduler, expert, steps, options)
         first, last = 0, len(timed.timesteps)

@@ -1,5 +1,5 @@
-"""Solvers as rows: one step between two noise levels, x <- a * x + b * x0 + d_0 * memory_0 + n * z, where the
-one memory these solvers have is the prediction of the step before.
+"""Solvers as rows: one step between two noise levels, x <- a * x + b * x0 + d_0 * m_0 + d_1 * m_1 + n * z, where
+the memories m of these solvers are the predictions of x0 at the steps before, whoever made them.
 
 A solver sees only (alpha, sigma) of where it is and where it goes, so one formula serves every path, and a
 target on *another* path is an exact handoff: it needs no code of its own. A Heun step is two rows, one for
@@ -9,6 +9,7 @@ each of its model evaluations.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "HEUN_CORRECTOR",
+    "MOST_PAST",
     "SOLVERS",
     "Solver",
     "SolverRow",
@@ -24,9 +26,11 @@ __all__ = [
     "solver_row",
 ]
 
-Solver = Literal["ddpm", "ddim", "euler", "heun", "dpmpp_2m", "dpmpp_2m_sde"]
+Solver = Literal["ddpm", "ddim", "euler", "heun", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m"]
 SOLVERS: tuple[str, ...] = get_args(Solver)
 
+MOST_PAST = 2
+"""How many levels of predictions before its own a solver here makes use of."""
 HEUN_CORRECTOR = "heun_corrector"
 """How plans call the row of a Heun step's second evaluation."""
 
@@ -78,22 +82,29 @@ def _posterior_std(level: Level, target: Level) -> float:
     return target.sigma * math.sqrt(-math.expm1(2.0 * (level.half_log_snr - target.half_log_snr)))
 
 
-def _dpmpp_2m(level: Level, target: Level, previous: Level | None, stochastic: bool) -> SolverRow:
+def _usable(level: Level, past: Sequence[Level]) -> list[Level]:
+    """The newest of the past levels, as far as a prediction's direction can be told from them: each noisier
+    than what came after it, and none pure noise."""
+    found: list[Level] = []
+    for each in past:
+        if not each.noise > (found[-1] if found else level).noise or math.isinf(each.half_log_snr):
+            break
+        found.append(each)
+    return found
+
+
+def _dpmpp_2m(level: Level, target: Level, past: Sequence[Level], stochastic: bool = False) -> SolverRow:
     """DPM-Solver++(2M), arXiv:2211.01095, algorithm 2, in half-log-SNR time, and its SDE (appendix B).
 
     First order without history at a noisier level, and into sigma' = 0, where the step in that time is
     infinite. The SDE's first order is DDPM's ancestral step.
     """
     noise = _posterior_std(level, target) if stochastic else 0.0
-    if (
-        previous is None
-        or not previous.noise > level.noise
-        or target.sigma == 0.0
-        or math.isinf(previous.half_log_snr)
-    ):
+    usable = _usable(level, past)
+    if not usable or target.sigma == 0.0:
         return _first_order(level, target, noise)
     h = target.half_log_snr - level.half_log_snr
-    h_previous = level.half_log_snr - previous.half_log_snr
+    h_previous = level.half_log_snr - usable[0].half_log_snr
     weight = -target.alpha * math.expm1(-2.0 * h if stochastic else -h)
     extrapolation = h / (2.0 * h_previous)
     return SolverRow(
@@ -101,6 +112,32 @@ def _dpmpp_2m(level: Level, target: Level, previous: Level | None, stochastic: b
         b=weight * (1.0 + extrapolation),
         d_0=-weight * extrapolation,
         n=noise,
+    )
+
+
+def _dpmpp_3m(level: Level, target: Level, past: Sequence[Level]) -> SolverRow:
+    """DPM-Solver++(3M), as its authors' code and diffusers have it: the parabola through three predictions,
+    integrated exactly in half-log-SNR time. With fewer predictions, and into sigma' = 0, 2M's step.
+
+    x' = sigma' / sigma x + alpha' (phi x0 + (1 - phi / h) D1 + (1 / 2 - (h - phi) / h^2) D2), phi = 1 - e^-h,
+    where D1 and D2 are h and h^2 / 2 times the parabola's derivatives at the level.
+    """
+    usable = _usable(level, past)
+    if len(usable) < 2 or target.sigma == 0.0:
+        return _dpmpp_2m(level, target, past)
+    here, before, earlier = (each.half_log_snr for each in (level, *usable[:2]))
+    h = target.half_log_snr - here
+    first, second = (here - before) / h, (before - earlier) / h
+    phi = -math.expm1(-h)
+    of_d1, of_d2 = target.alpha * (1.0 - phi / h), target.alpha * (0.5 - (h - phi) / h**2)
+    # D1 and D2 in the slopes (x0 - m_0) / first and (m_0 - m_1) / second
+    of_second = -(of_d1 * first + of_d2) / (first + second)
+    of_first = of_d1 - of_second
+    return SolverRow(
+        a=target.sigma / level.sigma,
+        b=target.alpha * phi + of_first / first,
+        d_0=of_second / second - of_first / first,
+        d_1=-of_second / second,
     )
 
 
@@ -135,15 +172,15 @@ def heun_corrector_row(level: Level, target: Level) -> SolverRow:
 
 
 def solver_row(
-    solver: Solver, level: Level, target: Level, previous: Level | None, eta: float = 0.0
+    solver: Solver, level: Level, target: Level, past: Sequence[Level] = (), eta: float = 0.0
 ) -> SolverRow:
     """Coefficients, float64, of one step from `level` to the less noisy `target`.
 
     Args:
         solver: "ddpm" (ancestral), "ddim" (with `eta`), "euler" (first order), "heun" (its predictor; see
-            `heun_corrector_row`), "dpmpp_2m", "dpmpp_2m_sde".
+            `heun_corrector_row`), "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m".
         level, target: may lie on different paths.
-        previous: the level the memory was predicted at, or None without one.
+        past: the levels that the memories were predicted at, newest first, as far as there are any.
         eta: DDIM's share of the posterior's noise, 0 to 1.
 
     Raises:
@@ -155,7 +192,9 @@ def solver_row(
             f"time runs from noise to data: cannot step from noise level {level.noise:.4f} "
             f"to {target.noise:.4f}"
         )
+    if solver == "dpmpp_3m":
+        return _dpmpp_3m(level, target, past)
     if solver in ("dpmpp_2m", "dpmpp_2m_sde"):
-        return _dpmpp_2m(level, target, previous, stochastic=solver == "dpmpp_2m_sde")
+        return _dpmpp_2m(level, target, past, stochastic=solver == "dpmpp_2m_sde")
     share = {"ddpm": 1.0, "ddim": eta, "euler": 0.0, "heun": 0.0}[solver]
     return _first_order(level, target, share * _posterior_std(level, target))

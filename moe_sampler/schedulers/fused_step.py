@@ -22,7 +22,7 @@ __all__ = ["FusedScheduler", "make_table", "solver_step", "view_index"]
 
 def solver_step(solver: Solver, level: Level, target: Level, eta: float = 0.0) -> SolverRow:
     """`solver_row` without history, and a row that stands still where a schedule repeats a level."""
-    return SolverRow(1.0, 0.0) if target == level else solver_row(solver, level, target, None, eta)
+    return SolverRow(1.0, 0.0) if target == level else solver_row(solver, level, target, eta=eta)
 
 
 def table_row(row: SolverRow, p: float, q: float, clip: float = math.inf) -> list[float]:

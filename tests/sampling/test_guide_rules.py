@@ -26,14 +26,14 @@ def test_lune_must_not_add_the_velocity(clean_and_noise):
     x = add_noise(clean, noise, 0.2, 0.8)
     stepped = euler_step_(x.clone(), velocity, 0.8, 0.3)
     torch.testing.assert_close(stepped, add_noise(clean, noise, 0.7, 0.3))
-    row = solver_row("euler", Level(0.2, 0.8), Level(0.7, 0.3), None)
+    row = solver_row("euler", Level(0.2, 0.8), Level(0.7, 0.3))
     x0 = x - 0.8 * velocity
     torch.testing.assert_close(row.a * x + row.b * x0, stepped)
 
 
 def test_time_must_not_run_from_data_to_noise():
     with pytest.raises(ValueError, match="noise to data"):
-        solver_row("euler", Level(0.7, 0.3), Level(0.2, 0.8), None)
+        solver_row("euler", Level(0.7, 0.3), Level(0.2, 0.8))
     with pytest.raises(ValueError, match="start to end"):
         plan(Expert.lune(), start=0.1, end=0.9)
     with pytest.raises(ValueError, match="from noise to data, descending"):

@@ -44,7 +44,7 @@ def test_heuns_two_rows_are_the_average_of_two_slopes(path):
         second_slope = (predicted - x0_there) / time_there
         expected = scale_there * (x / scale + (time_there - time) * 0.5 * (first_slope + second_slope))
 
-        predictor, corrector = solver_row("heun", level, target, None), heun_corrector_row(level, target)
+        predictor, corrector = solver_row("heun", level, target), heun_corrector_row(level, target)
         state = predictor.a * x + predictor.b * x0
         assert state == pytest.approx(scale_there * predicted, abs=1e-12)
         state = corrector.a * state + corrector.b * x0_there + corrector.d_0 * x0
@@ -101,7 +101,7 @@ def test_a_plan_of_heun_steps_prints_and_goes_to_json():
 def test_a_multistep_solver_forgets_a_prediction_made_at_its_own_level():
     """After a corrector the history lies where the next step begins: no direction to extrapolate in."""
     level, target = FlowPath().at(0.5), FlowPath().at(0.4)
-    assert solver_row("dpmpp_2m", level, target, level) == solver_row("euler", level, target, None)
+    assert solver_row("dpmpp_2m", level, target, [level]) == solver_row("euler", level, target)
     compiled = plan((SOL, Expert.lune(solver="dpmpp_2m")), Boundary("sol", "lune", 0.7), steps=8)
     first, second, *_ = (step.coefficients for step in compiled.steps if step.solver == "dpmpp_2m")
     assert first["d_0"] == 0.0 and second["d_0"] != 0.0
@@ -111,7 +111,7 @@ def test_unknown_solvers_and_backward_steps():
     for solver in SOLVERS:
         check_solver(solver)
         with pytest.raises(ValueError, match="from noise to data"):
-            solver_row(solver, FlowPath().at(0.4), FlowPath().at(0.5), None)
+            solver_row(solver, FlowPath().at(0.4), FlowPath().at(0.5))
     with pytest.raises(ValueError, match=f"use one of {', '.join(SOLVERS)}"):
         check_solver("lms")
 
@@ -239,6 +239,6 @@ def test_where_the_signal_keeps_its_size_ddpm_is_euler_ancestral(sigma, target):
     """k-diffusion's get_ancestral_step: a path of one's own with alpha = 1, as EDM and Euler a have it."""
     up = math.sqrt(target**2 * (sigma**2 - target**2) / sigma**2)
     down = math.sqrt(target**2 - up**2)
-    row = solver_row("ddpm", Level(1.0, sigma), Level(1.0, target), None)
+    row = solver_row("ddpm", Level(1.0, sigma), Level(1.0, target))
     # x' = x0 + (x - x0) sigma_down / sigma + sigma_up z
     assert row == pytest.approx((down / sigma, 1.0 - down / sigma, up, 0, 0, 0, 0, 0, 0), rel=1e-9)
