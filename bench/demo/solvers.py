@@ -1,10 +1,10 @@
 """Which solvers and spacings are best on the demo experts, for how many model calls.
 
-`python -m bench.demo.solvers WORK_DIR`, with the work folder of a training run as for `bench.demo.evaluate`,
-makes pictures of held-out prompts with every pair of solvers, spacing and number of calls, prints the table of
-docs/SOLVERS.md and writes bench/results/solvers.csv, .md and .png. Pictures are made a few prompts at a time,
-for everything, and kept under WORK_DIR/solvers: it can be stopped and run again, and `--report` measures what
-there is.
+`python -m bench.demo.solvers WORK_DIR`, with the work folder of a training run as for
+`bench.demo.evaluate`, makes pictures of held-out prompts with every pair of solvers, spacing and number of
+calls, prints the table of docs/SOLVERS.md and writes bench/results/solvers.csv, .md and .png. Pictures are
+made a few prompts at a time, for everything, and kept under WORK_DIR/solvers: it can be stopped and run
+again, and `--report` measures what there is.
 """
 
 from __future__ import annotations

@@ -7,7 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["ByExpert", "full_calls", "number", "over_previous", "split_name", "steps_over", "whole", "window"]
+__all__ = [
+    "ByExpert",
+    "full_calls",
+    "levels",
+    "number",
+    "over_previous",
+    "split_name",
+    "steps_over",
+    "whole",
+    "window",
+]
 
 _NAMED = re.compile(r"([a-z][a-z0-9_]*)=(.*)", re.DOTALL)
 
@@ -89,6 +99,11 @@ def whole(text: str) -> int:
         return int(text)
     except ValueError:
         raise ValueError("give a whole number") from None
+
+
+def levels(text: str) -> str | list[float]:
+    """A spacing's name, or LEVEL,LEVEL,..."""
+    return text if text[:1].isalpha() else [number(level) for level in text.split(",")]
 
 
 def window(text: str) -> list[float]:

@@ -35,7 +35,18 @@ def compare(
             help="Seed, 0 by default. Given several times, every prompt has a row for each.", metavar="N"
         ),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps in all, of every column.", metavar="N")] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Steps in all, of every column; with --solvers, model calls.", metavar="N"),
+    ] = None,
+    solvers: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A column of the hybrid with these solvers instead: one for all experts or one each, joined "
+            "by +, each with a spacing of --levels after an @ if wanted. Give it several times.",
+            metavar="SOLVER[@SPACING][+...]",
+        ),
+    ] = None,
     tile: Annotated[int, typer.Option(help="Width of each image in the sheet.", metavar="N")] = 256,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
     *,
@@ -49,6 +60,8 @@ def compare(
     the latent goes on unconverted, and t / 1000 is taken for the noise level.
 
     `moe-sampler compare "a castle by a lake" "a portrait" --handoff 0.7 -o compare.png`
+
+    `moe-sampler compare "a castle by a lake" --steps 10 --solvers ddpm+euler --solvers dpmpp_2m@karras`
     """
     from ..viewing.images import check_image_name, check_room
 
@@ -62,13 +75,16 @@ def compare(
     negative = ByExpert.read("--negative", size.negative, known=names)
     settings |= over_previous({}, names, negative_prompt=negative)
     call = call_of(settings, names)
-    _check(configs, defaults, call)
+    if solvers:
+        _check_solvers(configs, defaults, call, solvers)
+    else:
+        _check(configs, defaults, call)
     loras, text_encoder = read_loras({}, where, names)
     computer = Machine.read(where, {})
     model.size(settings)
     seeds = seed or [0]
     record = record_defaults(settings, defaults, names) | dict(model.settings) | computer.settings
-    record |= {"prompts": prompts, "seeds": seeds}
+    record |= {"prompts": prompts, "seeds": seeds} | ({"solvers": solvers} if solvers else {})
     check_room(output, record)
     if not quiet:
         warn_of_strange_words(model, prompts, settings.get("negative_prompt"))
@@ -84,7 +100,8 @@ def compare(
         # After every batch, so that whoever stops the command has what was finished.
         save_image(so_far.sheet(tile), output, record)
 
-    run_comparison(pipe, prompts, seeds, batch_size=where.batch_size, on_batch_end=keep, **call)
+    own = {"batch_size": where.batch_size, "solvers": solvers}
+    run_comparison(pipe, prompts, seeds, on_batch_end=keep, **own, **call)
     if not quiet:
         typer.echo(str(output))
 
@@ -98,4 +115,19 @@ def _check(configs: dict, defaults: dict, call: dict) -> None:
     for name in configs:
         compile_plan(
             configs, defaults, {key: call[key] for key in call if key != "handoff"} | {"expert": name}
+        )
+
+
+def _check_solvers(configs: dict, defaults: dict, call: dict, solvers: list[str]) -> None:
+    """Whether every column can be planned."""
+    from ..pipelines.solver_columns import Stepping, plan_of_calls
+
+    if "solver" in call or "levels" in call:
+        raise ValueError("--solvers says how every column steps: leave out --solver and --levels")
+    most = call.get("num_inference_steps", defaults["num_inference_steps"])
+    for stepping in [Stepping.read(text, list(configs)) for text in solvers]:
+        own = call | stepping.settings
+        plan_of_calls(
+            lambda steps, own=own: compile_plan(configs, defaults, own | {"num_inference_steps": steps}),
+            whole("--steps", most, 1000),
         )

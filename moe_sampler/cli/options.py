@@ -17,6 +17,7 @@ from ..loading.presets import PRESETS, TRAINING
 from ..pipelines.choices import DTYPES, OFFLOADS, SPEEDS, any_of
 from ..sampling.scheduler_names import KNOWN_NAMES
 from ..sampling.solvers import SOLVERS
+from ..sampling.spacing_names import SPACING_NAMES
 from .routers import EXAMPLES
 
 __all__ = [
@@ -143,6 +144,15 @@ class SolverOptions:
             "_beta), or a scheduler's class. Default: each expert's own.",
             STEPS,
             metavar="SOLVER|NAME=SOLVER",
+        ),
+    ] = None
+    levels: Annotated[
+        list[str] | None,
+        option(
+            f"Where the steps lie: {any_of(SPACING_NAMES)}; or the noise levels themselves, as in "
+            "0.7,0.5,0.2. Default: timestep on DDPM paths, uniform on flows.",
+            STEPS,
+            metavar="SPACING|LEVEL,...|NAME=...",
         ),
     ] = None
     shift: Annotated[

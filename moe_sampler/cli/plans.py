@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["find_plan", "plan_settings", "without_plan"]
 
 DECIDED = (
-    *("expert", "num_inference_steps", "handoff", "router", "solver", "shift", "eta", "strength"),
+    *("expert", "num_inference_steps", "handoff", "router", "solver", "levels", "shift", "eta", "strength"),
     *("guidance_scale", "guidance_window", "guidance_rescale", "reuse", "budget"),
     *("sol_weight", "lune_weight", "upstream_schedule"),
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .by_name import ByExpert, full_calls, number, over_previous, steps_over, whole, window
+from .by_name import ByExpert, full_calls, levels, number, over_previous, steps_over, whole, window
 from .options import RunOptions
 from .routers import parse_router
 
@@ -27,6 +27,7 @@ Shares = Callable[[Sequence[str]], Mapping[str, float]]
 
 _CALL_KEYS = (
     *("negative_prompt", "seed", "expert", "num_inference_steps", "handoff", "shift", "solver", "eta"),
+    "levels",
     *("guidance_scale", "guidance_window", "guidance_rescale", "height", "width", "strength"),
     *("reuse", "budget"),
 )
@@ -74,6 +75,7 @@ def merge_runs(previous: Mapping[str, Any], run: RunOptions, names: Sequence[str
         names,
         guidance_scale=ByExpert.read("--guidance", run.guidance, number, own=own),
         solver=ByExpert.read("--solver", run.solver),
+        levels=ByExpert.read("--levels", run.levels, levels),
         shift=ByExpert.read("--shift", run.shift, number),
         eta=ByExpert.read("--eta", run.eta, number),
         guidance_window=ByExpert.read("--guidance-window", run.guidance_window, window),
@@ -105,7 +107,7 @@ def planned_experts(
 
     names = list(configs)
     guidance = guidance_scales(call.get("guidance_scale"), defaults, names)
-    own = ("shift", "solver", "eta", "guidance_rescale", "guidance_window", "reuse")
+    own = ("shift", "solver", "levels", "eta", "guidance_rescale", "guidance_window", "reuse")
     settings = {key: call.get(key) for key in own}
     reused = by_expert("reuse", call.get("reuse"), names)
     asked = [name for name in names if reused[name] is not None or call.get("budget") is not None]

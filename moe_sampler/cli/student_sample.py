@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .by_name import ByExpert, number, over_previous, steps_over, whole
+from .by_name import ByExpert, levels, number, over_previous, steps_over, whole
 from .commands import takes
 from .like import check_places, read_like
 from .loras import Lora, local_place
@@ -165,7 +165,7 @@ def sample(
 
 _CALL = (
     *("seed", "height", "width", "handoff", "sol_weight", "lune_weight", "upstream_schedule"),
-    *("num_inference_steps", "guidance_scale", "shift", "solver", "negative_prompt"),
+    *("num_inference_steps", "guidance_scale", "shift", "solver", "levels", "negative_prompt"),
 )
 """Settings that the pipeline's call takes as they are."""
 
@@ -188,6 +188,7 @@ def _run_settings(
         guidance_scale=ByExpert.read("--guidance", run.guidance, number),
         shift=ByExpert.read("--shift", run.shift, number),
         solver=ByExpert.read("--solver", run.solver),
+        levels=ByExpert.read("--levels", run.levels, levels),
     )
     own = {student: GUIDANCE_SCALE} | {name: defaults[f"{name}_guidance"] for name in guides}
     settings["guidance_scale"] = scales_in_full(settings.get("guidance_scale"), own)
@@ -227,7 +228,7 @@ def _checked_plan(
 
     from ..pipelines.settings import given_plan
 
-    keys = ("guidance_scale", "shift", "solver", "upstream_schedule")
+    keys = ("guidance_scale", "shift", "solver", "levels", "upstream_schedule")
     student, *guides = guided_experts(
         None,
         configs,

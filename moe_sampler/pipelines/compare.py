@@ -1,4 +1,4 @@
-"""Each expert alone, a naive handoff and the hybrid, side by side from the same noise."""
+"""Side by side from the same noise: each expert alone, a naive handoff and the hybrid; or ways to step."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import Any
 
 from PIL import Image
 
+from .._numbers import whole
 from ..sampling.experts import Expert
 from ..sampling.naive import check_comparable, naive_plan
 from ..sampling.plan import SamplingPlan
 from ..viewing.sheets import FAINT, INK, Sheet, fitted, scalable_font
 from .finished import as_finished
 from .prompts import Negative
+from .solver_columns import Stepping, plan_of_calls
 
 __all__ = ["Comparison", "compare"]
 
@@ -84,6 +86,7 @@ def compare(
     num_inference_steps: int | None = None,
     handoff: float | None = None,
     *,
+    solvers: Sequence[str] | None = None,
     negative_prompt: Negative | None = None,
     height: int | None = None,
     width: int | None = None,
@@ -91,14 +94,17 @@ def compare(
     on_batch_end: Callable[[Comparison], None] | None = None,
     **settings: Any,
 ) -> Comparison:
-    """The first expert alone, the second alone, both with a naive handoff and both with the right one.
+    """The first expert alone, the second alone, both with a naive handoff and both with the right one; or, of
+    several `solvers`, the hybrid with each of them.
 
-    All four start from the same noise and take the same number of steps.
+    All columns start from the same noise and take the same number of steps, or, of solvers, at most so many
+    model calls (a guided one counts once).
 
     Args:
-        pipe: a `HybridPipeline` of a DDPM expert and a flow expert, as Sol and Lune.
+        pipe: a `HybridPipeline`; without `solvers`, of a DDPM expert and a flow expert, as Sol and Lune.
         prompt, seed: every prompt is made with every seed, a row each.
         num_inference_steps, handoff: by default the model's.
+        solvers: as `Stepping.read` reads them: "dpmpp_2m", "ddpm+euler", "dpmpp_2m@karras".
         negative_prompt, height, width, batch_size: as the pipeline takes them; a negative prompt is one text
             for all, or a mapping to texts by expert.
         on_batch_end: given what there is whenever a batch of images ends, so that it can be kept.
@@ -114,11 +120,10 @@ def compare(
     seeds = list(seed) if isinstance(seed, Iterable) else [seed]
     if not prompts or not seeds:
         raise ValueError("give at least one prompt and one seed")
-    experts = pipe.experts(**settings)
-    check_comparable(experts)
-    right = pipe.plan("hybrid", num_inference_steps, handoff=handoff, experts=experts)
-    wrong = naive_plan(experts, right)
-    alone = [pipe.plan(e.name, num_inference_steps, experts=experts) for e in experts]
+    if solvers:
+        titles, notes, plans = _by_solver(pipe, solvers, num_inference_steps, handoff, settings)
+    else:
+        titles, notes, plans = _by_method(pipe, num_inference_steps, handoff, settings)
     asked = [(text, each) for text in prompts for each in seeds]
     call: dict[str, Any] = dict(
         prompt=[text for text, _ in asked],
@@ -128,11 +133,8 @@ def compare(
         width=width,
         batch_size=batch_size,
     )
-    plans = (*alone, wrong, right)
     made: list[list[Image.Image | None]] = [[None] * len(asked) for _ in plans]
-    titles = (*(f"{e.name.title()} alone" for e in experts), "Naive handoff", "Hybrid")
     rows = tuple(f'"{text}", seed {each}' for text, each in asked)
-    notes = _notes(experts, alone, wrong, right)
 
     def so_far() -> Comparison:
         return Comparison(titles, notes, tuple(map(tuple, made)), rows, plans)
@@ -147,6 +149,41 @@ def compare(
 
         as_finished(pipe, own, take, plan=own, **call)
     return so_far()
+
+
+_Columns = tuple[tuple[str, ...], tuple[str, ...], tuple[SamplingPlan, ...]]
+"""Titles, notes and plans."""
+
+
+def _by_method(pipe: Any, steps: int | None, handoff: float | None, settings: dict[str, Any]) -> _Columns:
+    experts = pipe.experts(**settings)
+    check_comparable(experts)
+    right = pipe.plan("hybrid", steps, handoff=handoff, experts=experts)
+    wrong = naive_plan(experts, right)
+    alone = [pipe.plan(e.name, steps, experts=experts) for e in experts]
+    titles = (*(f"{e.name.title()} alone" for e in experts), "Naive handoff", "Hybrid")
+    return titles, _notes(experts, alone, wrong, right), (*alone, wrong, right)
+
+
+def _by_solver(
+    pipe: Any, solvers: Sequence[str], calls: int | None, handoff: float | None, settings: dict[str, Any]
+) -> _Columns:
+    beside = [name for name in ("solver", "levels") if settings.get(name) is not None]
+    if beside:
+        raise ValueError(f"solvers says how every column steps: leave out {' and '.join(beside)}")
+    most = whole(
+        "the number of model calls", pipe.config["num_inference_steps"] if calls is None else calls, 1000
+    )
+    plans = []
+    for stepping in [Stepping.read(text, pipe.expert_names) for text in solvers]:
+        experts = pipe.experts(**{**settings, **stepping.settings})
+
+        def make(steps: int, experts: Sequence[Expert] = experts) -> SamplingPlan:
+            return pipe.plan("hybrid", steps, handoff=handoff, experts=experts)
+
+        plans.append(plan_of_calls(make, most))
+    notes = [f"{len(each)} model calls\n{'with' if each.needs_noise else 'no'} fresh noise" for each in plans]
+    return tuple(solvers), tuple(notes), tuple(plans)
 
 
 def _notes(

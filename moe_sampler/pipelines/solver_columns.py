@@ -8,7 +8,7 @@ from typing import Any
 
 from ..sampling.plan import SamplingPlan
 from ..sampling.scheduler_names import check_solver_name
-from ..sampling.spacings import read_levels
+from ..sampling.spacing_names import read_levels
 
 __all__ = ["Stepping", "plan_of_calls"]
 

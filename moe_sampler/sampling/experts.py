@@ -14,7 +14,8 @@ from .reuse import Reuse, read_reuse
 from .scheduler_configs import SOLVER_OF_SCHEDULER, check_scheduler_config, path_from_scheduler_config
 from .scheduler_names import check_scheduler, check_solver_name
 from .solvers import Solver
-from .spacings import nodes, read_levels
+from .spacing_names import read_levels
+from .spacings import nodes
 
 if TYPE_CHECKING:
     import torch
@@ -42,9 +43,9 @@ class Expert:
             starts with it, or a diffusers output. Only sampling needs it, planning doesn't.
         dtype: what the model eats; None is float32.
         solver: "ddpm", "ddim", "euler", "heun" (two model evaluations a step), "dpmpp_2m", "dpmpp_2m_sde" or
-            "dpmpp_3m", which are built in; or whatever diffusers brings: one of its schedulers, a scheduler's class name,
-            or a name people know (`scheduler_names.KNOWN_NAMES`), like "unipc", "euler_a", "dpmpp_3m_sde" or
-            "dpmpp_2m_karras". A scheduler's levels come with it.
+            "dpmpp_3m", which are built in; or whatever diffusers brings: one of its schedulers, a scheduler's
+            class name, or a name people know (`scheduler_names.KNOWN_NAMES`), like "unipc", "euler_a",
+            "dpmpp_3m_sde" or "dpmpp_2m_karras". A scheduler's levels come with it.
         eta: DDIM's share of noise, 0 to 1.
         shift: k of the shifted sigmas, on flow paths, in `SHIFTS`.
         spacing: timestep spacing on discrete paths, "trailing", "leading" or "linspace".

@@ -23,7 +23,7 @@ from .reuse import marked
 from .routers import PerStep, Router, Spans, active_experts, lead_expert, lead_spans
 from .scheduler_names import is_borrowed, is_known_name, solver_label
 from .solvers import HEUN_CORRECTOR, MOST_PAST, SOLVERS, SolverRow, heun_corrector_row, solver_row
-from .spacings import listed_between
+from .spacing_names import listed_between
 from .trails import Evaluation, Trail, retargeted
 
 __all__ = ["ExpertCall", "PlanStep", "SamplingPlan", "plan"]
@@ -451,9 +451,10 @@ def plan(
     Args:
         experts: one or several. Their solver, shift, spacing, guidance and clipping are their own.
         router: who works at which noise level; not needed for a single expert.
-        steps: in all (20 by default, or as many as the experts list levels), shared out over the experts' spans by their length on the shifted grid;
-            or by name, `{"sol": 8, "lune": 12}`. A Heun step counts once and is two rows. A `PerStep` router
-            brings its own count.
+        steps: in all (20 by default), shared out over the experts' spans by their length on the shifted grid;
+            or by name, `{"sol": 8, "lune": 12}`. A Heun step counts once and is two rows. Experts that list
+            their levels have as many steps as that, and the others what is left of the number; a `PerStep`
+            router brings its own count.
         start, end: the noise levels (`Level.noise`) the run begins and ends at. A discrete-time expert begins
             at its timestep nearest to `start`: `SamplingPlan.start_level` says where the run really begins.
         noise_levels: the nodes themselves, descending, instead of `steps`, `start` and the experts' grids;

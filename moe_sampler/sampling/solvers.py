@@ -1,5 +1,5 @@
-"""Solvers as rows: one step between two noise levels, x <- a * x + b * x0 + d_0 * m_0 + d_1 * m_1 + n * z, where
-the memories m of these solvers are the predictions of x0 at the steps before, whoever made them.
+"""Solvers as rows: one step between two noise levels, x <- a * x + b * x0 + d_0 * m_0 + d_1 * m_1 + n * z.
+The memories m of these solvers are the predictions of x0 at the steps before, whoever made them.
 
 A solver sees only (alpha, sigma) of where it is and where it goes, so one formula serves every path, and a
 target on *another* path is an exact handoff: it needs no code of its own. A Heun step is two rows, one for

@@ -10,21 +10,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from moe_sampler.kernels.shift import shift_sigma
 
-from .._numbers import number
 from .paths import FlowPath, Path, noise_of_sigma, sigma_of_noise
+from .spacing_names import Levels, listed_between
 
-__all__ = ["BY_NAME", "SPACING_NAMES", "Levels", "listed_between", "nodes", "read_levels"]
-
-Levels = str | tuple[float, ...] | None
-"""A spacing by name, the noise levels themselves from noise to data, or the path's own."""
+__all__ = ["BY_NAME", "nodes"]
 
 
 @dataclass(frozen=True)
@@ -136,37 +132,7 @@ BY_NAME = {
     "cosine": Spacing(_cosine, _cosine_place, by_noise=True),
     "align_your_steps": Spacing(_align_your_steps, _align_your_steps_place, by_noise=True),
 }
-SPACING_NAMES: tuple[str, ...] = ("timestep", *BY_NAME)
-"""What `Expert`'s levels may be called; "timestep" is what paths space by themselves (`Path.grid`)."""
-
-
-def read_levels(what: str, given: Any) -> Levels:
-    """An expert's levels, checked.
-
-    Raises:
-        ValueError: an unknown name, or noise levels that don't go down from 1 to above 0.
-    """
-    if given is None:
-        return None
-    if isinstance(given, str):
-        if given not in SPACING_NAMES:
-            raise ValueError(
-                f'{what}: unknown spacing "{given}": use one of {", ".join(SPACING_NAMES)}, or a list of '
-                "noise levels"
-            )
-        return given
-    if not isinstance(given, Iterable):
-        raise ValueError(f"{what} is a spacing's name or a list of noise levels, got {given!r}")
-    levels = tuple(number(f"{what}: a noise level", level) for level in given)
-    if (
-        not levels
-        or not all(0.0 < b < a for a, b in itertools.pairwise([math.inf, *levels]))
-        or levels[0] > 1
-    ):
-        raise ValueError(
-            f"{what} lists noise levels from noise to data, descending, at most 1 and above 0, got {given!r}"
-        )
-    return levels
+"""But "timestep", which is how paths space by themselves (`Path.grid`)."""
 
 
 def nodes(
@@ -205,11 +171,6 @@ def nodes(
         )
     found = _spaced(BY_NAME[levels], path, count, (high, low), (most, least))
     return _on_timesteps(path, found, high, low) if path.discrete else [high, *found[1:]]
-
-
-def listed_between(levels: Sequence[float], high: float, low: float) -> list[float]:
-    """Those of an expert's listed levels that lie in its part of a run."""
-    return [level for level in levels if low < level <= high]
 
 
 def _listed(levels: Sequence[float], count: int, high: float, low: float) -> list[float]:

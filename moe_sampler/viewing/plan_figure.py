@@ -105,9 +105,8 @@ def _range(values: Sequence[float], form: str) -> str:
 
 
 def expert_summary(plan: SamplingPlan, name: str) -> list[str]:
-    """What a plan says of one expert, in a few short lines: steps, guidance, solver, timesteps, shift.
-
-    A shift is told where the levels show it.
+    """What a plan says of one expert, in a few short lines: steps, guidance, solver, timesteps, and its levels'
+    spacing, or the shift where they show one.
     """
     steps = [step for step in plan.steps if any(call.name == name for call in step.calls)]
     calls = [call for step in steps for call in step.calls if call.name == name]
@@ -130,10 +129,20 @@ def expert_summary(plan: SamplingPlan, name: str) -> list[str]:
     reusing = sum(call.reuses for call in calls)
     if reusing:
         lines.append(f"{reusing} of {len(calls)} calls reuse features")
+    levels = _levels(plan, name)
     k = _shift(plan, name) if own else None
-    if k is not None:
+    if levels not in (None, "uniform"):
+        lines.append(f"levels {levels}")
+    elif k is not None:
         lines.append(f"shift {k:.3g}")
     return lines
+
+
+def _levels(plan: SamplingPlan, name: str) -> str | None:
+    """What an expert's levels were asked to be, if anything was."""
+    made = () if plan.made_from is None or plan.made_from.noise_levels else plan.made_from.experts
+    levels = next((expert.levels for expert in made if expert.name == name), None)
+    return levels if levels is None or isinstance(levels, str) else "as listed"
 
 
 class _Canvas:
@@ -219,6 +228,14 @@ def _draw_curve(canvas: _Canvas, plan: SamplingPlan, colors: Mapping[str, Color]
     canvas.dot(*ends[-1], radius, BACKGROUND, mixed_color(plan.steps[-1], colors))
 
 
+def _draw_levels(canvas: _Canvas, plan: SamplingPlan, colors: Mapping[str, Color]) -> None:
+    """Beside the field a mark for every step's level, which shows how they are spaced."""
+    for step in plan.steps:
+        if not step.corrects:
+            y = _y(step.level.noise)
+            canvas.line([(_RIGHT + 5, y), (_RIGHT + 17, y)], mixed_color(step, colors), 1.4)
+
+
 def _labels(canvas: _Canvas, wanted: Sequence[tuple[float, str]]) -> tuple[list[tuple[float, str]], bool]:
     """(centre, text) of the labels that fit on one line, each about its place, and whether all do."""
     placed, free = [], float(_LEFT)
@@ -274,7 +291,7 @@ def _draw_strip(canvas: _Canvas, plan: SamplingPlan, colors: Mapping[str, Color]
 def draw_plan(plan: SamplingPlan, path: str | Path | None = None) -> Image.Image:
     """The noise level of every step, who works there with what weight, handoffs, and the experts' settings.
 
-    Hollow dots are a Heun step's second evaluations, and the end.
+    Hollow dots are a Heun step's second evaluations, and the end; the marks on the right are the levels.
 
     Args:
         plan: any plan.
@@ -295,6 +312,7 @@ def draw_plan(plan: SamplingPlan, path: str | Path | None = None) -> Image.Image
     canvas.text(_LEFT, 16, title if canvas.text_width(title, 19) < room else f"{len(legend)} experts", 19)
     _draw_axes(canvas, len(plan))
     _draw_curve(canvas, plan, colors)
+    _draw_levels(canvas, plan, colors)
     _draw_strip(canvas, plan, colors)
     y = _TOP
     for name, lines in legend.items():

@@ -131,6 +131,7 @@ def guided_experts(
     guidance_scale: float | Mapping[str, float] | None = None,
     shift: float | Mapping[str, float] | None = None,
     solver: Any = None,
+    levels: Any = None,
     upstream_schedule: bool | None = None,
 ) -> tuple[Expert, ...]:
     """The student and those who can guide it.
@@ -138,16 +139,16 @@ def guided_experts(
     Args:
         model: the student's; None for planning alone.
         names: of the others.
-        guides: makes the others of `guidance_scale`, `shift` and `solver`, mappings by name, with None where
-            an expert's own default is meant.
-        guidance_scale, shift, solver: one for all, or by name; None is each expert's default.
+        guides: makes the others of `guidance_scale`, `shift`, `solver` and `levels`, mappings by name, with
+            None where an expert's own default is meant.
+        guidance_scale, shift, solver, levels: one for all, or by name; None is each expert's default.
         upstream_schedule: as `tinyflux_expert` takes it.
 
     Raises:
         ValueError: a setting out of range, or of an expert there isn't.
     """
     names = tuple(names)
-    given = {"guidance_scale": guidance_scale, "shift": shift, "solver": solver}
+    given = {"guidance_scale": guidance_scale, "shift": shift, "solver": solver, "levels": levels}
     named = {key: by_expert(key, value, (STUDENT, *names)) for key, value in given.items()}
     given = {key: values.pop(STUDENT) for key, values in named.items()}
     own: dict[str, Any] = {"guidance_scale": GUIDANCE_SCALE}

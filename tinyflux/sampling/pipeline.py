@@ -190,6 +190,7 @@ class StudentPipeline(GuidanceMixin):
         shift: float | Mapping[str, float] | None = None,
         solver: Any = None,
         upstream_schedule: bool | None = None,
+        levels: Any = None,
     ) -> tuple[Expert, ...]:
         """The student and those who can guide it, as the planner sees them. Settings are one for all, or by
         name; None leaves them to each expert's default."""
@@ -201,6 +202,7 @@ class StudentPipeline(GuidanceMixin):
             guidance_scale=guidance_scale,
             shift=shift,
             solver=solver,
+            levels=levels,
             upstream_schedule=upstream_schedule,
         )
 
@@ -265,6 +267,7 @@ class StudentPipeline(GuidanceMixin):
         shift: float | Mapping[str, float] | None = None,
         solver: Any = None,
         upstream_schedule: bool | None = None,
+        levels: Any = None,
     ) -> HybridPipelineOutput:
         """Make images. Arguments that `HybridPipeline` has mean what they mean there; the student's name, for
         settings by name, is "tinyflux". The others:
@@ -294,7 +297,7 @@ class StudentPipeline(GuidanceMixin):
         request = Request.read(len(prompts), num_images_per_prompt, batch_size, output_type)
         step_end = StepEnd(callback_on_step_end, callback_on_step_end_tensor_inputs)
         height, width = self._size(height, width)
-        experts = self.experts(guidance_scale, shift, solver, upstream_schedule)
+        experts = self.experts(guidance_scale, shift, solver, upstream_schedule, levels)
         if plan is None:
             compiled = self.plan(num_inference_steps, sol_weight, lune_weight, handoff, experts)
         else:
@@ -310,6 +313,7 @@ class StudentPipeline(GuidanceMixin):
                 handoff=handoff,
                 shift=shift,
                 solver=solver,
+                levels=levels,
                 upstream_schedule=upstream_schedule,
             )
         cells = (height // self.encoders.scale, width // self.encoders.scale)
