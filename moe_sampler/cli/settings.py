@@ -163,10 +163,19 @@ def record_defaults(
     """The settings with the model's defaults spelled out, so that they mean the same when those change."""
     router = settings.get("router")
     wanted: list[str] = []
-    if not (router or "").startswith("steps"):
+    if not (router or "").startswith("steps") and not _lists_all_levels(settings, names):
         wanted.append("num_inference_steps")
     if router is None and len(names) > 1 and settings.get("expert", "hybrid") == "hybrid":
         wanted.append("handoff")
     own = {name: defaults[f"{name}_guidance"] for name in names}
     scales = scales_in_full(settings.get("guidance_scale"), own)
     return {key: defaults[key] for key in wanted} | dict(settings) | {"guidance_scale": scales}
+
+
+def _lists_all_levels(settings: Mapping[str, Any], names: Sequence[str]) -> bool:
+    """Whether the levels of all that work are listed, which says how many steps there are."""
+    from ..pipelines.settings import by_expert
+
+    alone = settings.get("expert", "hybrid")
+    levels = by_expert("levels", settings.get("levels"), names)
+    return all(isinstance(levels.get(name), list) for name in (names if alone == "hybrid" else [alone]))

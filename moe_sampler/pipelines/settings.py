@@ -141,7 +141,12 @@ def hybrid_experts(
 
 
 def _alone(
-    experts: Sequence[Expert], name: str, own: Mapping[str, int], total: int, handoff: Any, router: Any
+    experts: Sequence[Expert],
+    name: str,
+    own: Mapping[str, int],
+    total: int | None,
+    handoff: Any,
+    router: Any,
 ) -> SamplingPlan:
     if handoff is not None or router is not None:
         raise ValueError(f"{name} alone has no handoff: leave out handoff and router")
@@ -152,11 +157,11 @@ def _alone(
 
 
 def _planned(
-    experts: Sequence[Expert], router: Router | None, steps: int | Mapping[str, int]
+    experts: Sequence[Expert], router: Router | None, steps: int | Mapping[str, int] | None
 ) -> SamplingPlan:
     """`plan`, but what was asked for before, as by a pipeline that makes one image after another, is at hand.
     Not for a user's own routers, which may change."""
-    steps = read_steps(steps)
+    steps = None if steps is None else read_steps(steps)
     if not all(isinstance(expert.solver, str) for expert in experts):  # a scheduler may be changed
         return plan(experts, router, steps=steps)
     # Without their models, which what is kept would keep in memory.
@@ -166,7 +171,7 @@ def _planned(
 
 @lru_cache(maxsize=16)
 def _plan(
-    experts: tuple[Expert, ...], router: Router | None, steps: int | tuple[tuple[str, int], ...]
+    experts: tuple[Expert, ...], router: Router | None, steps: int | tuple[tuple[str, int], ...] | None
 ) -> SamplingPlan:
     return plan(experts, router, steps=dict(steps) if isinstance(steps, tuple) else steps)
 
@@ -218,14 +223,17 @@ def hybrid_plan(
         own = _only(by_expert("steps", num_inference_steps, names))
         if not own:
             raise ValueError("steps by expert must name at least one")
-    total: int = defaults["num_inference_steps"]
+    listed = [e.name for e in experts if isinstance(e.levels, tuple)]
+    total: int | None = defaults["num_inference_steps"]
     if num_inference_steps is not None and not isinstance(num_inference_steps, Mapping):
         total = num_inference_steps
+    elif set(names if expert == "hybrid" else [expert]) <= set(listed):
+        total = None  # as many as the listed levels
     if expert != "hybrid" or len(names) == 1:
         return _alone(experts, names[0] if expert == "hybrid" else expert, own, total, handoff, router)
     if router is not None and handoff is not None:
         raise ValueError("give either a handoff or a router, not both")
-    if own and router is None and set(own) != set(names):
+    if own and router is None and set(own) | set(listed) != set(names):
         raise ValueError(
             f"steps of {' and of '.join(names)} come together; for a total give the number of steps in all"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from .experts import Expert
 from .joining import with_row
@@ -49,6 +50,8 @@ def naive_plan(experts: Sequence[Expert], right: SamplingPlan) -> SamplingPlan:
     ]
     timestep = round(first.path.timestep(first.path.at(nodes[1][0])))
     early = plan(first, noise_levels=nodes[0], end=first.path.level(timestep).noise)
+    if isinstance(second.levels, tuple):  # listed for another start
+        second = replace(second, levels=None)
     late = plan(second, steps=len(nodes[1]), start=timestep / 1000)
     joint = _passing_on(early.steps[-1])
     return SamplingPlan((*early.steps[:-1], joint, *late.steps), early.initial_scale)

@@ -105,8 +105,8 @@ def _range(values: Sequence[float], form: str) -> str:
 
 
 def expert_summary(plan: SamplingPlan, name: str) -> list[str]:
-    """What a plan says of one expert, in a few short lines: steps, guidance, solver, timesteps, and its levels'
-    spacing, or the shift where they show one.
+    """What a plan says of one expert, in a few short lines: steps, guidance, solver, timesteps, levels,
+    or the shift where they show one.
     """
     steps = [step for step in plan.steps if any(call.name == name for call in step.calls)]
     calls = [call for step in steps for call in step.calls if call.name == name]
@@ -233,7 +233,7 @@ def _draw_levels(canvas: _Canvas, plan: SamplingPlan, colors: Mapping[str, Color
     for step in plan.steps:
         if not step.corrects:
             y = _y(step.level.noise)
-            canvas.line([(_RIGHT + 5, y), (_RIGHT + 17, y)], mixed_color(step, colors), 1.4)
+            canvas.line([(_RIGHT + 20, y), (_RIGHT + 29, y)], mixed_color(step, colors), 1.4)
 
 
 def _labels(canvas: _Canvas, wanted: Sequence[tuple[float, str]]) -> tuple[list[tuple[float, str]], bool]:

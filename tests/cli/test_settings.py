@@ -60,6 +60,10 @@ FLAGS = [
     ),
     ("--steps sol=2 --steps lune=3 --handoff 0.5", dict(sol_steps=2, lune_steps=3, handoff=0.5)),
     ("--steps 5 --expert lune", dict(num_inference_steps=5, expert="lune")),
+    (
+        "--levels cosine --levels lune=0.8,0.4,0.1",
+        dict(levels={"sol": "cosine", "lune": [0.8, 0.4, 0.1]}),
+    ),
 ]
 
 

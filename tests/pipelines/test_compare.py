@@ -110,6 +110,30 @@ def test_columns_are_the_pipelines_images(demo_pipeline):
     assert np.abs(by_hand - np.asarray(found.images[3][0])).mean() > 3
 
 
+@torch.no_grad()
+def test_solvers_are_columns_of_as_many_calls(demo_pipeline):
+    solvers = ["ddpm+euler", "heun", "dpmpp_2m@cosine", "ddim+dpmpp_3m@beta"]
+    found = compare(demo_pipeline, "a castle", 3, 6, solvers=solvers)
+    assert list(found.titles) == solvers
+    assert [len(plan) for plan in found.plans] == [6, 5, 6, 6]  # each step of Heun's takes two, but the last
+    assert [note.split("\n")[0] for note in found.notes] == ["6 model calls", "5 model calls"] + [
+        "6 model calls"
+    ] * 2
+    call = dict(num_inference_steps=6, solver={"sol": "ddim", "lune": "dpmpp_3m"}, levels={"lune": "beta"})
+    made = demo_pipeline("a castle", seed=3, **call)
+    assert found.plans[3] == made.plan
+    assert (np.asarray(found.images[3][0]) == np.asarray(made.images[0])).all()
+    for wrong, message in (
+        (dict(solvers=["ddpm+euler+heun"]), "3 solvers for 2 experts"),
+        (dict(solvers=["ddpn"]), 'unknown solver "ddpn"'),
+        (dict(solvers=["ddim@even"]), 'unknown spacing "even"'),
+        (dict(solvers=["ddim"], solver="euler"), "leave out solver"),
+        (dict(solvers=["ddim"], num_inference_steps=1), "1 steps cannot serve 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compare(demo_pipeline, "a castle", **wrong)
+
+
 def test_a_comparison_with_offloaded_experts_is_the_same(demo_pipeline):
     from moe_sampler import HybridPipeline
     from moe_sampler.demo import experts_path
@@ -152,6 +176,12 @@ def test_the_command(tmp_path, monkeypatch, demo_pipeline):
     assert settings["guidance_scale"] == guidance and settings["handoff"] == 0.8
     generated = CliRunner().invoke(app, ["generate", "--like", "c.png", "-o", "d.png"])
     assert generated.exit_code == 2 and "give a prompt" in generated.stderr
+    solvers = ("--solvers", "ddim+euler", "--solvers", "heun@beta")
+    run("a castle", "--steps", 3, *solvers, "--tile", 64, "-o", "s.png")
+    found = compare(demo_pipeline, "a castle", 0, 3, solvers=solvers[1::2])
+    assert (np.asarray(Image.open("s.png")) == np.asarray(found.sheet(64))).all()
+    assert read_settings(tmp_path / "s.png")["solvers"] == ["ddim+euler", "heun@beta"]
+    assert "leave out --solver" in run("x", *solvers, "--levels", "beta", "-o", "e.png", code=2).stderr
     for wrong in (("--handoff", 1), ("--steps", 0), ("--steps", 1), ("--height", 60), ("--tile", 1)):
         assert run("x", *wrong, "-o", "e.png", code=2).stderr.startswith("error: ")
     assert not (tmp_path / "e.png").exists()
