@@ -165,10 +165,15 @@ def test_flow_match_euler_on_its_default_sigmas(mixture, shift):
 @pytest.mark.parametrize(
     ("schedule", "prediction"), [("linear", "v_prediction"), ("scaled_linear", "epsilon")]
 )
-def test_dpmpp_2m(mixture, schedule, prediction):
-    expert = vp_expert(mixture, schedule, prediction, solver="dpmpp_2m")
+@pytest.mark.parametrize("order", [2, 3])
+def test_dpmpp_multistep(mixture, schedule, prediction, order):
+    expert = vp_expert(mixture, schedule, prediction, solver=f"dpmpp_{order}m")
     scheduler = vp_scheduler(
-        diffusers.DPMSolverMultistepScheduler, schedule, prediction, timestep_spacing="trailing"
+        diffusers.DPMSolverMultistepScheduler,
+        schedule,
+        prediction,
+        timestep_spacing="trailing",
+        solver_order=order,
     )
     scheduler.set_timesteps(STEPS)
     x = start()
@@ -177,10 +182,11 @@ def test_dpmpp_2m(mixture, schedule, prediction):
     torch.testing.assert_close(ours(expert), x, atol=1e-5, rtol=0)
 
 
-def test_dpmpp_2m_on_the_flow_path(mixture):
-    expert = mixture.give_model(Expert.lune(solver="dpmpp_2m", shift=3.0))
+@pytest.mark.parametrize("order", [2, 3])
+def test_dpmpp_multistep_on_the_flow_path(mixture, order):
+    expert = mixture.give_model(Expert.lune(solver=f"dpmpp_{order}m", shift=3.0))
     scheduler = diffusers.DPMSolverMultistepScheduler(
-        use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction"
+        use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction", solver_order=order
     )
     scheduler.set_timesteps(STEPS)
     x = start()
