@@ -26,7 +26,7 @@ __all__ = [
     "solver_row",
 ]
 
-Solver = Literal["ddpm", "ddim", "euler", "heun", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m"]
+Solver = Literal["ddpm", "ddim", "euler", "heun", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m", "unip_3"]
 SOLVERS: tuple[str, ...] = get_args(Solver)
 
 MOST_PAST = 2
@@ -115,12 +115,15 @@ def _dpmpp_2m(level: Level, target: Level, past: Sequence[Level], stochastic: bo
     )
 
 
-def _dpmpp_3m(level: Level, target: Level, past: Sequence[Level]) -> SolverRow:
-    """DPM-Solver++(3M), as its authors' code and diffusers have it: the parabola through three predictions,
-    integrated exactly in half-log-SNR time. With fewer predictions, and into sigma' = 0, 2M's step.
+def _third_order(level: Level, target: Level, past: Sequence[Level], curvature: float) -> SolverRow:
+    """The parabola through three predictions, integrated exactly in half-log-SNR time: UniPC's predictor of
+    order 3 (arXiv:2302.04867). With fewer predictions, and into sigma' = 0, DPM-Solver++(2M)'s step.
 
-    x' = sigma' / sigma x + alpha' (phi x0 + (1 - phi / h) D1 + (1 / 2 - (h - phi) / h^2) D2), phi = 1 - e^-h,
+    x' = sigma' / sigma x + alpha' (phi x0 + (1 - phi / h) D1 + (1 - 2 (h - phi) / h^2) D2), phi = 1 - e^-h,
     where D1 and D2 are h and h^2 / 2 times the parabola's derivatives at the level.
+
+    curvature: the share of D2's weight that counts. DPM-Solver++(3M), as its authors' code and diffusers have
+        it, takes a half, and so is of second order, with an error that is often the smaller one in few steps.
     """
     usable = _usable(level, past)
     if len(usable) < 2 or target.sigma == 0.0:
@@ -129,7 +132,8 @@ def _dpmpp_3m(level: Level, target: Level, past: Sequence[Level]) -> SolverRow:
     h = target.half_log_snr - here
     first, second = (here - before) / h, (before - earlier) / h
     phi = -math.expm1(-h)
-    of_d1, of_d2 = target.alpha * (1.0 - phi / h), target.alpha * (0.5 - (h - phi) / h**2)
+    of_d1 = target.alpha * (1.0 - phi / h)
+    of_d2 = target.alpha * curvature * (1.0 - 2.0 * (h - phi) / h**2)
     # D1 and D2 in the slopes (x0 - m_0) / first and (m_0 - m_1) / second
     of_second = -(of_d1 * first + of_d2) / (first + second)
     of_first = of_d1 - of_second
@@ -178,7 +182,7 @@ def solver_row(
 
     Args:
         solver: "ddpm" (ancestral), "ddim" (with `eta`), "euler" (first order), "heun" (its predictor; see
-            `heun_corrector_row`), "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m".
+            `heun_corrector_row`), "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m", "unip_3".
         level, target: may lie on different paths.
         past: the levels that the memories were predicted at, newest first, as far as there are any.
         eta: DDIM's share of the posterior's noise, 0 to 1.
@@ -192,8 +196,8 @@ def solver_row(
             f"time runs from noise to data: cannot step from noise level {level.noise:.4f} "
             f"to {target.noise:.4f}"
         )
-    if solver == "dpmpp_3m":
-        return _dpmpp_3m(level, target, past)
+    if solver in ("dpmpp_3m", "unip_3"):
+        return _third_order(level, target, past, curvature=0.5 if solver == "dpmpp_3m" else 1.0)
     if solver in ("dpmpp_2m", "dpmpp_2m_sde"):
         return _dpmpp_2m(level, target, past, stochastic=solver == "dpmpp_2m_sde")
     share = {"ddpm": 1.0, "ddim": eta, "euler": 0.0, "heun": 0.0}[solver]

@@ -15,6 +15,7 @@ from moe_sampler import (
     Expert,
     FusedDDIMScheduler,
     FusedFlowMatchEulerScheduler,
+    SamplingRun,
     VPPath,
     plan,
     sample,
@@ -51,9 +52,7 @@ def vp_expert(mixture, schedule: str, prediction: str, **settings) -> Expert:
 
 
 def vp_scheduler(cls, schedule: str, prediction: str, **settings):
-    settings = (
-        {"clip_sample": False, **settings} if cls is not diffusers.DPMSolverMultistepScheduler else settings
-    )
+    settings = settings if "Multistep" in cls.__name__ else {"clip_sample": False, **settings}
     return cls(beta_schedule=schedule, prediction_type=prediction, **BETAS[schedule], **settings)
 
 
@@ -180,6 +179,29 @@ def test_dpmpp_multistep(mixture, schedule, prediction, order):
     for t in scheduler.timesteps:
         x = scheduler.step(expert.model(x, t), t, x).prev_sample
     torch.testing.assert_close(ours(expert), x, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "prediction"), [("linear", "v_prediction"), ("scaled_linear", "epsilon")]
+)
+def test_unip(mixture, schedule, prediction):
+    """diffusers' UniPC without its corrector, but for the last step into the data, where it says nothing."""
+    expert = vp_expert(mixture, schedule, prediction, solver="unip_3")
+    scheduler = vp_scheduler(
+        diffusers.UniPCMultistepScheduler,
+        schedule,
+        prediction,
+        timestep_spacing="trailing",
+        solver_order=3,
+        disable_corrector=list(range(STEPS)),
+        lower_order_final=False,
+    )
+    scheduler.set_timesteps(STEPS)
+    x = start()
+    for t in scheduler.timesteps[:-1]:
+        x = scheduler.step(expert.model(x, t), t, x).prev_sample
+    run = SamplingRun(plan(expert, steps=STEPS), expert, shape=SHAPE, seeds=SEEDS)
+    torch.testing.assert_close(run.advance(until=STEPS - 1), x, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("order", [2, 3])

@@ -153,6 +153,7 @@ def test_what_brings_its_own_levels_takes_none():
 
 
 START, END, HANDOFF = 0.9, 0.05, 0.5
+ORDERS = {"euler": 1, "heun": 2, "dpmpp_2m": 2, "unip_3": 3}
 
 
 class EveryTimestep:
@@ -169,7 +170,7 @@ class EveryTimestep:
 
 @pytest.fixture(scope="module")
 def points() -> torch.Tensor:
-    return torch.linspace(-2.0, 2.0, 21, dtype=torch.float64)
+    return torch.linspace(-1.5, 1.5, 9, dtype=torch.float64)
 
 
 @pytest.fixture(scope="module")
@@ -206,25 +207,24 @@ def levels_of(name: str, count: int) -> list[float]:
 
 
 @pytest.mark.parametrize("name", SPACING_NAMES)
-@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2), ("dpmpp_2m", 2), ("dpmpp_3m", 3)])
+@pytest.mark.parametrize(("solver", "order"), ORDERS.items())
 def test_orders_of_convergence_across_the_handoff(gentle_mixture, points, arrivals, name, solver, order):
     """From one path to the other, whose predictions remember each other's."""
     experts = Expert("sol", EveryTimestep(), "v_prediction", solver=solver), Expert.lune(solver=solver)
     errors = []
-    for count in (40, 80, 160):
+    for count in (40, 80):
         compiled = plan(
             experts, Boundary("sol", "lune", HANDOFF), noise_levels=levels_of(name, count), end=END
         )
         arrived = run_in_float64(compiled, gentle_mixture, points)
         errors.append((arrived - arrivals).square().mean().sqrt().item())
-    found = [math.log2(coarse / fine) for coarse, fine in itertools.pairwise(errors)]
-    assert all(order - 0.3 < rate < order + 0.6 for rate in found), (errors, found)
+    assert order - 0.3 < math.log2(errors[0] / errors[1]) < order + 0.6, errors
 
 
 def test_three_predictions_are_remembered_across_the_handoff(gentle_mixture, points):
     experts = [
         gentle_mixture.give_model(e)
-        for e in (Expert.sol(solver="dpmpp_3m"), Expert.lune(solver="dpmpp_3m", levels="cosine"))
+        for e in (Expert.sol(solver="unip_3"), Expert.lune(solver="dpmpp_3m", levels="cosine"))
     ]
     compiled = plan(experts, Boundary("sol", "lune", 0.7), steps={"sol": 5, "lune": 5}, start=START)
     assert compiled.memories == 2
