@@ -43,9 +43,9 @@ class Expert:
             starts with it, or a diffusers output. Only sampling needs it, planning doesn't.
         dtype: what the model eats; None is float32.
         solver: "ddpm", "ddim", "euler", "heun" (two model evaluations a step), "dpmpp_2m", "dpmpp_2m_sde",
-            "dpmpp_3m" or "unip_3", which are built in; or whatever diffusers brings: one of its schedulers, a scheduler's
-            class name, or a name people know (`scheduler_names.KNOWN_NAMES`), like "unipc", "euler_a",
-            "dpmpp_3m_sde" or "dpmpp_2m_karras". A scheduler's levels come with it.
+            "dpmpp_3m" or "unip_3", which are built in; or whatever diffusers brings: one of its schedulers, a
+            scheduler's class name, or a name people know (`scheduler_names.KNOWN_NAMES`), like "unipc",
+            "euler_a", "dpmpp_3m_sde" or "dpmpp_2m_karras". A scheduler's levels come with it.
         eta: DDIM's share of noise, 0 to 1.
         shift: k of the shifted sigmas, on flow paths, in `SHIFTS`.
         spacing: timestep spacing on discrete paths, "trailing", "leading" or "linspace".

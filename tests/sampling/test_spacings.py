@@ -212,7 +212,7 @@ def test_orders_of_convergence_across_the_handoff(gentle_mixture, points, arriva
     """From one path to the other, whose predictions remember each other's."""
     experts = Expert("sol", EveryTimestep(), "v_prediction", solver=solver), Expert.lune(solver=solver)
     errors = []
-    for count in (40, 80):
+    for count in (40 * order, 80 * order):  # the higher, the later it shows
         compiled = plan(
             experts, Boundary("sol", "lune", HANDOFF), noise_levels=levels_of(name, count), end=END
         )
