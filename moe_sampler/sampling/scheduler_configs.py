@@ -83,6 +83,7 @@ _INSTEAD = {
     "use_dynamic_shifting": "shift",
     "timestep_spacing": "spacing",
     "variance_type": "solver",
+    **{f"use_{name}_sigmas": "levels" for name in ("karras", "exponential", "beta")},
     "final_sigmas_type": "solver",
 }
 SETTINGS_INSTEAD = frozenset(_INSTEAD.values())

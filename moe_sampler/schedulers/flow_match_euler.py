@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
-from diffusers.utils import is_scipy_available, logging
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
 from moe_sampler.kernels import shift_sigma
@@ -19,11 +19,12 @@ from .._config import register_to_config
 from ..sampling.paths import FlowPath
 from ..sampling.predictions import add_noise, x0_coefficients
 from ..sampling.solvers import SolverRow
+from ..sampling.spacings import BY_NAME
 from .fused_step import FusedScheduler, make_table, solver_step, table_row, view_index
 
 __all__ = ["FusedFlowMatchEulerScheduler"]
 
-_RESPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+_RESPACINGS = {f"use_{name}_sigmas": name for name in ("karras", "exponential", "beta")}
 
 
 class FusedFlowMatchEulerScheduler(FusedScheduler):
@@ -86,8 +87,6 @@ class FusedFlowMatchEulerScheduler(FusedScheduler):
         chosen = [name for name in _RESPACINGS if config[name]]
         if len(chosen) > 1:
             raise ValueError(f"{' and '.join(chosen)} exclude each other: use one of them")
-        if config["use_beta_sigmas"] and not is_scipy_available():
-            raise ImportError("use_beta_sigmas needs SciPy: pip install scipy")
 
     def _compile_config(self) -> None:
         self._path = FlowPath(timestep_scale=float(self.config["num_train_timesteps"]))
@@ -135,17 +134,12 @@ class FusedFlowMatchEulerScheduler(FusedScheduler):
         return 1.0 - (1.0 - sigmas) * (1.0 - self.config["shift_terminal"]) / (1.0 - sigmas[-1])
 
     def _respaced(self, sigmas: np.ndarray) -> np.ndarray:
-        """Karras (arXiv:2206.00364, eq. 5, rho = 7), exponential or beta (arXiv:2407.12173) spacing between
-        the ends."""
-        first, last, u = sigmas[0], sigmas[-1], np.linspace(0.0, 1.0, len(sigmas))
-        if self.config["use_karras_sigmas"]:
-            return (first ** (1 / 7) + u * (last ** (1 / 7) - first ** (1 / 7))) ** 7
-        if self.config["use_exponential_sigmas"]:
-            return first ** (1.0 - u) * last**u
-        if self.config["use_beta_sigmas"]:
-            from scipy.stats import beta
-
-            return last + beta.ppf(1.0 - u, 0.6, 0.6) * (first - last)
+        """Karras, exponential or beta spacing between the ends."""
+        for option, name in _RESPACINGS.items():
+            if self.config[option]:
+                spacing, (first, last) = BY_NAME[name], (float(sigmas[0]), float(sigmas[-1]))
+                places = np.linspace(0.0, 1.0, len(sigmas)).tolist()
+                return np.array([spacing.sigma(place, first, last) for place in places])
         return sigmas
 
     def set_timesteps(
