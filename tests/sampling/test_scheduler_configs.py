@@ -131,6 +131,10 @@ def test_an_experts_own_setting_takes_an_options_place():
     assert Expert.from_scheduler_config("x", config, solver="ddim").solver == "ddim"
     config = config_of("DDIMScheduler") | {"timestep_spacing": "own"}
     assert Expert.from_scheduler_config("x", config, spacing="leading").spacing == "leading"
+    config = config_of("DPMSolverMultistepScheduler", use_karras_sigmas=True)
+    assert Expert.from_scheduler_config("x", config, levels="karras").levels == "karras"
+    with pytest.raises(ValueError, match="set it to false, or give levels"):
+        Expert.from_scheduler_config("x", config)
 
 
 def test_a_replaced_solver_keeps_what_the_model_was_trained_on():
