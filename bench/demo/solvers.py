@@ -19,12 +19,14 @@ import numpy as np
 import torch
 
 from bench.demo.evaluate import HELD_OUT_SCENES, HeldOut, Referee
+from bench.pages import renew
 from bench.report import RESULTS, write_csv
 from moe_sampler import HybridPipeline, SamplingPlan
 from moe_sampler.demo import experts_path
 from moe_sampler.demo.data import HELD_OUT_FIRST, SceneSet, write_array
 from moe_sampler.pipelines.solver_columns import Stepping, plan_of_calls
 
+SOLVERS = Path(__file__).parents[2] / "docs" / "SOLVERS.md"
 CALLS = (6, 10, 20)
 SEEDS = (0, 1, 2)
 PAIRS = (
@@ -156,6 +158,47 @@ def table(results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
+def beyond_spread(results: Sequence[Result], key: str, calls: int) -> list[Result]:
+    """What is better than the experts' own solvers and levels by more than both spreads together, from the
+    best on."""
+    own = [one for one in results if one.setting.calls == calls]
+    default = next(one for one in own if (one.setting.pair, one.setting.spacing) == (PAIRS[0], None))
+    sign = 1.0 if key == "attributes" else -1.0
+    ahead = {
+        one.setting: sign * (one.mean(key) - default.mean(key)) - one.spread(key) - default.spread(key)
+        for one in own
+    }
+    better = [one for one in own if ahead[one.setting] > 0.0]
+    return sorted(better, key=lambda one: -ahead[one.setting])
+
+
+def block(results: Sequence[Result], prompts: int) -> str:
+    """The section of docs/SOLVERS.md: what was done, what beats the defaults, and the plot, beside which the
+    whole table is."""
+    lines = [
+        "### Which is best on the demo experts",
+        f"The hybrid with {len(PAIRS)} pairs of solvers on {len(SPACINGS)} spacings, and {len(BORROWED)} of "
+        f"diffusers' on the levels they bring, in {', '.join(map(str, CALLS))} model calls (a guided one "
+        f"counts once): {prompts} held-out prompts and {len(SEEDS)} seeds, measured as [DEMO.md](DEMO.md) "
+        "says; ± is the standard deviation between seeds. Made by `python -m bench.demo.solvers`, a row a pair in "
+        "[bench/results/solvers.md](../bench/results/solvers.md).",
+        "![Attributes, Fréchet and patch distance over model calls](../bench/results/solvers.png)",
+        "Better than the defaults (Sol DDPM, Lune Euler, each on its own levels) by more than both spreads "
+        "together, the three that are furthest ahead:",
+    ]
+    rows = []
+    for calls in CALLS:
+        cells = [str(calls)]
+        for key in MEASURES:
+            found = beyond_spread(results, key, calls)
+            names = [f"{one.setting.pair} {one.setting.spacing or ''}".strip() for one in found[:3]]
+            cells.append(", ".join(names) or "none")
+        rows.append(f"| {' | '.join(cells)} |")
+    titles = ("model calls", "attributes right", "Fréchet distance", "patch distance")
+    lines.append("\n".join([f"| {' | '.join(titles)} |", "|---|---|---|---|", *rows]))
+    return "\n\n".join(lines)
+
+
 _COLOURS = ("#333333", "#8c8c3a", "#b5527e", "#3d6db5", "#2f9d78", "#dd8a1f", "#7a62b8", "#4fa3c7")
 _LINES: dict[str | None, str] = {None: "-", "karras": ":", "beta": "--", "cosine": "-."}
 
@@ -209,14 +252,19 @@ def main() -> None:
         scenes = SceneSet(options.work_dir / "scenes", HELD_OUT_SCENES, HELD_OUT_FIRST)
         make(pipe, HeldOut(scenes, options.count).prompts()[0], folder)
     firsts = chunks(folder)
+    if not firsts:
+        parser.error("no prompts have pictures of every setting yet: run it without --report")
     vae = HybridPipeline.from_pretrained(options.experts).vae
     referee = Referee.prepare(options.work_dir, vae, CHUNK * len(firsts))
     results = list(measure(pipe, referee, folder, firsts))
     write_csv([result.row() for result in results], RESULTS / "solvers.csv")
     draw(results, RESULTS / "solvers.png")
-    text = table(results)
-    (RESULTS / "solvers.md").write_text(f"{CHUNK * len(firsts)} prompts, {len(SEEDS)} seeds.\n\n{text}\n")
-    print(text)
+    prompts, text = CHUNK * len(firsts), table(results)
+    page = f"# Solvers and spacings on the demo experts\n\n{prompts} prompts, {len(SEEDS)} seeds."
+    (RESULTS / "solvers.md").write_text(f"{page}\n\n{text}\n", encoding="utf-8")
+    own = block(results, prompts)
+    SOLVERS.write_text(renew(SOLVERS.read_text(encoding="utf-8"), "solver pairs", own), encoding="utf-8")
+    print(text, own, sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,26 @@ def test_all_settings_can_be_planned_for_their_calls(demo_pipeline):
         assert setting.calls - 1 <= len(setting.plan(demo_pipeline)) <= setting.calls
 
 
+def test_only_what_is_beyond_both_spreads_is_better():
+    def result(pair: str, mean: float, spread: float) -> solvers.Result:
+        runs = [dict.fromkeys(solvers.MEASURES, mean + step * spread) for step in (-1.0, 0.0, 1.0)]
+        return solvers.Result(Setting(pair, None, 6), 6, runs)
+
+    own, near, far, low = (
+        result(*each)
+        for each in (
+            (solvers.PAIRS[0], 0.8, 0.02),
+            ("heun", 0.83, 0.02),
+            ("dpmpp_2m", 0.9, 0.02),
+            ("unipc", 0.6, 0.0),
+        )
+    )
+    every = [own, near, far, low]
+    assert far.spread("attributes") == pytest.approx(0.02)
+    assert solvers.beyond_spread(every, "attributes", 6) == [far]
+    assert solvers.beyond_spread(every, "frechet", 6) == [low]
+
+
 def test_pictures_are_made_once_and_measured(demo_pipeline, tmp_path, monkeypatch):
     chosen = [Setting("ddim+euler", None, 2), Setting("ddim+euler", "beta", 2)]
     small = {"SETTINGS": chosen, "SEEDS": (0, 1), "CHUNK": 2, "CALLS": (2,), "PAIRS": ("ddim+euler",)}
@@ -49,6 +69,7 @@ def test_pictures_are_made_once_and_measured(demo_pipeline, tmp_path, monkeypatc
     results = list(measure(demo_pipeline, Referee(), folder, [0]))
     own, beta = table(results).splitlines()[2:]
     assert own.startswith("| ddim+euler | own | ") and beta.startswith("| ddim+euler | beta | ")
+    assert "| 2 | none | none | none |" in solvers.block(results, 2)
     write_csv([result.row() for result in results], tmp_path / "solvers.csv")
     with open(tmp_path / "solvers.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
