@@ -180,8 +180,8 @@ def block(results: Sequence[Result], prompts: int) -> str:
         f"The hybrid with {len(PAIRS)} pairs of solvers on {len(SPACINGS)} spacings, and {len(BORROWED)} of "
         f"diffusers' on the levels they bring, in {', '.join(map(str, CALLS))} model calls (a guided one "
         f"counts once): {prompts} held-out prompts and {len(SEEDS)} seeds, measured as [DEMO.md](DEMO.md) "
-        "says; ± is the standard deviation between seeds. Made by `python -m bench.demo.solvers`, a row a pair in "
-        "[bench/results/solvers.md](../bench/results/solvers.md).",
+        "says; ± is the standard deviation between seeds. Made by `python -m bench.demo.solvers`; the whole "
+        "table is [bench/results/solvers.md](../bench/results/solvers.md).",
         "![Attributes, Fréchet and patch distance over model calls](../bench/results/solvers.png)",
         "Better than the defaults (Sol DDPM, Lune Euler, each on its own levels) by more than both spreads "
         "together, the three that are furthest ahead:",
