@@ -233,7 +233,7 @@ def _draw_levels(canvas: _Canvas, plan: SamplingPlan, colors: Mapping[str, Color
     for step in plan.steps:
         if not step.corrects:
             y = _y(step.level.noise)
-            canvas.line([(_RIGHT + 20, y), (_RIGHT + 29, y)], mixed_color(step, colors), 1.4)
+            canvas.line([(_RIGHT + 9, y), (_RIGHT + 19, y)], mixed_color(step, colors), 1.4)
 
 
 def _labels(canvas: _Canvas, wanted: Sequence[tuple[float, str]]) -> tuple[list[tuple[float, str]], bool]:

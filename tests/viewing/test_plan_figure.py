@@ -25,8 +25,8 @@ def where(image: Image.Image, color) -> np.ndarray:
 
 
 def strip(image: Image.Image, compiled) -> dict[str, np.ndarray]:
-    """By expert: its pixels in the band below the curve, left of the legend."""
-    found = {name: where(image, color)[:, :760] for name, color in expert_colors(compiled).items()}
+    """By expert: its pixels in the band below the curve, left of the levels and the legend."""
+    found = {name: where(image, color)[:, :748] for name, color in expert_colors(compiled).items()}
     wide = np.logical_or.reduce(list(found.values())).sum(1) > 400
     top, bottom = np.flatnonzero(wide)[[0, -1]]
     assert wide[top : bottom + 1].all() and 30 < bottom - top < 60
@@ -55,7 +55,7 @@ def test_the_curve_is_the_noise_levels(steps):
     """The line's height over every node, between the highest and the lowest that the plan has."""
     compiled = plan(Expert.lune(shift=3.0), steps=steps)
     (color,) = expert_colors(compiled).values()
-    line = where(draw_plan(compiled), color)[:370, :760]
+    line = where(draw_plan(compiled), color)[:370, :748]
     left, right = np.flatnonzero(line.any(0))[[0, -1]]
     # The line begins and ends with a dot, whose outermost column is as high as its centre.
     top, bottom = (np.flatnonzero(line[:, x]).mean() for x in (left, right))
