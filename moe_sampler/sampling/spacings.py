@@ -161,15 +161,15 @@ def nodes(
     """
     if isinstance(levels, tuple):
         return _listed(levels, count, high, low)
-    if levels in (None, "timestep") or (levels == "uniform" and not path.discrete):
+    if levels is None or levels == "timestep" or (levels == "uniform" and not path.discrete):
         return path.grid(count, high, low, 1.0 if levels == "timestep" else shift, spacing)
-    most, least = _ends(path, shift)
-    if high <= least:
+    by_name, (most, least) = BY_NAME[levels], _ends(path, shift)
+    if high <= least and not by_name.by_noise:
         raise ValueError(
             f"{levels} levels go down to noise level {least:.6f}, and this part of the run begins at "
             f"{high:.6f}: hand over further up, or use other levels there"
         )
-    found = _spaced(BY_NAME[levels], path, count, (high, low), (most, least))
+    found = _spaced(by_name, path, count, (high, low), (most, least))
     return _on_timesteps(path, found, high, low) if path.discrete else [high, *found[1:]]
 
 
@@ -200,18 +200,19 @@ def _spaced(
     spacing: Spacing, path: Path, count: int, part: tuple[float, float], ends: tuple[float, float]
 ) -> list[float]:
     """Even places in a part of a run, as shares of noise."""
-    if spacing.by_noise:
-        most, least, measure, noise = *ends, (lambda each: each), (lambda each: each)
-    else:
-        most, least = (sigma_of_noise(path, end) for end in ends)
-        measure, noise = (lambda each: sigma_of_noise(path, each)), (lambda each: noise_of_sigma(path, each))
+
+    def measure(noise: float) -> float:
+        return noise if spacing.by_noise else sigma_of_noise(path, noise)
+
+    most, least = (measure(end) for end in ends)
     high, low = part
     first = max(spacing.place(measure(min(high, ends[0])), most, least), 0.0)
     to_data = low <= (0.0 if spacing.by_noise else ends[1])
     last = 1.0 if to_data else min(spacing.place(measure(low), most, least), 1.0)
     strides = count - 1 if to_data and spacing.ends_on_least else count
     places = [first + (last - first) * (i / strides if strides else 0.0) for i in range(count)]
-    return [noise(spacing.sigma(place, most, least)) for place in places]
+    found = [spacing.sigma(place, most, least) for place in places]
+    return found if spacing.by_noise else [noise_of_sigma(path, sigma) for sigma in found]
 
 
 def _on_timesteps(path: Path, wanted: Sequence[float], high: float, low: float) -> list[float]:
