@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,12 +15,13 @@ import typer
 
 from .._numbers import whole
 from ..pipelines.choices import check_choice
+from .clusters import check_cluster
 from .options import OutputOptions, option
 
 if TYPE_CHECKING:
-    from ..rows.batches import Picture
+    from ..rows.batches import Picture, Unit
     from ..rows.processes import Processes
-    from ..rows.work import Output
+    from ..rows.work import Done, Output, Worker
     from .asked import Asked
 
 __all__ = ["RowOptions", "generate_rows"]
@@ -68,6 +71,19 @@ class RowOptions:
         option("Write WebDataset's tars of so many rows, not files.", ROWS, metavar="ROWS"),
     ] = None
 
+    ray: Annotated[
+        str | None,
+        option(
+            "Share the rows out over a Ray cluster: its address, auto for the one this machine is in, or "
+            "local.",
+            ROWS,
+            metavar="ADDRESS",
+        ),
+    ] = None
+    ray_workers: Annotated[
+        int | None, option("Of --ray, at most. Default: one a GPU, or a CPU.", ROWS, metavar="N")
+    ] = None
+
     def check(self, prompts: Sequence[str] | None, out: OutputOptions) -> None:
         """Raise ValueError for options that don't go together."""
         fields = dataclasses.fields(self)[1:]
@@ -88,6 +104,7 @@ class RowOptions:
         check_choice("image format", self.image_format or _FORMATS[0], _FORMATS)
         if self.shard_size is not None:
             whole("--shard-size", self.shard_size, 10**9)
+        check_cluster(self.ray, self.ray_workers)
 
 
 def generate_rows(
@@ -112,7 +129,7 @@ def generate_rows(
     """
     from ..rows.batches import QUEUE, units_of
     from ..rows.processes import Processes
-    from ..rows.work import do_unit, missing, open_output
+    from ..rows.work import missing, open_output
 
     assert options.output_dir is not None
     pictures, problems = _read(asked, settings, options, out, image)
@@ -134,20 +151,15 @@ def generate_rows(
         with report.written():
             mine = [units[number] for number in todo[processes.index :: processes.count]]
             total, done = missing(mine, output), 0
+            if mine and processes.is_first and not out.quiet:
+                _warn(asked, pictures)
             if mine:
-                if processes.is_first and not out.quiet:
-                    _warn(asked, pictures)
-                pipe = _load(asked, processes)
                 with _progress(processes, out.quiet) as progress:
                     progress(0, total)
-
-                    def one_more() -> None:
-                        nonlocal done
-                        done += 1
+                    for count, failures in _done(asked, mine, output, batch_size, options, processes):
+                        done += count
+                        report.failures += failures
                         progress(done, total)
-
-                    for unit in mine:
-                        report.failures += do_unit(pipe, unit, output, batch_size, one_more)
             report.failures = processes.gathered(report.failures)
         report.say(sum(processes.gathered([total])))
     if problems or report.failures:
@@ -201,13 +213,39 @@ def _begin(output: Output, held: ExitStack) -> None:
     output.check()
 
 
-def _load(asked: Asked, processes: Processes) -> Any:
+def _done(
+    asked: Asked,
+    units: Sequence[Unit],
+    output: Output,
+    batch_size: int,
+    options: RowOptions,
+    processes: Processes,
+) -> Iterator[Done]:
+    """What comes of the units, one after the other here, or on a cluster."""
+    from ..rows.work import Worker
+
     computer = asked.computer
     if computer.device == "cuda" and processes.device is not None:  # one each
         asked = dataclasses.replace(asked, computer=dataclasses.replace(computer, device=processes.device))
-    pipe = asked.load()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    worker = partial(Worker, asked.load, output.folder.resolve(), options.shard_size, batch_size)
+    if options.ray is None:
+        yield from chain.from_iterable(map(worker(), units))
+        return
+    if processes.count > 1:
+        raise ValueError("--ray shares the rows out itself: leave out accelerate launch")
+    from ..ray.cluster import over_workers
+
+    gpus = 1 if computer.device.startswith("cuda") else 0
+    make = partial(_at_once, worker)
+    yield from over_workers(options.ray, make, units, workers=options.ray_workers, gpus=gpus)
+
+
+def _at_once(make: Callable[[], Worker]) -> Callable[[Unit], Done]:
+    """A worker that says what came of a unit when it is done."""
+    from ..rows.work import joined
+
+    worker = make()
+    return lambda unit: joined(worker(unit))
 
 
 def _warn(asked: Asked, pictures: Sequence[Picture]) -> None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .batches import Picture, Unit, unfinished
+from .batches import Picture, Queue, Unit, unfinished
 from .folder import PictureFolder
 from .making import make
 from .shards import ShardFolder
 
-__all__ = ["Output", "do_unit", "failure", "missing", "open_output"]
+__all__ = ["Done", "Output", "Worker", "failure", "joined", "missing", "open_output"]
 
 Output = PictureFolder | ShardFolder
+Done = tuple[int, list[dict[str, Any]]]
+"""How many pictures were tried, and what errors.jsonl says of those that failed."""
 
 
 def open_output(folder: Path, pictures: Sequence[Picture], shard_size: int | None) -> Output:
@@ -23,43 +25,46 @@ def open_output(folder: Path, pictures: Sequence[Picture], shard_size: int | Non
     )
 
 
-def do_unit(
-    pipe: Any,
-    unit: Unit,
-    output: Output,
-    batch_size: int,
-    progress: Callable[[], None] = lambda: None,
-) -> list[dict[str, Any]]:
-    """Make what is missing of a unit.
+class Worker:
+    """Makes units, one after the other.
 
     Args:
-        pipe: a `HybridPipeline`.
-        unit: of `units_of`, with this `batch_size`.
-        output: where to.
-        batch_size: pictures sampled at once.
-        progress: called for every picture that was made or failed.
-
-    Returns:
-        What errors.jsonl says of each picture that failed.
+        load: gives a `HybridPipeline`.
+        folder, shard_size: where pictures go.
+        batch_size: pictures sampled at once; that of `units_of`.
     """
-    failures: list[dict[str, Any]] = []
 
-    def take(picture: Picture, image: Any) -> None:
-        if not output.is_finished(picture):
-            output.write(picture, image)
-            progress()
+    def __init__(
+        self, load: Callable[[], Any], folder: Path, shard_size: int | None, batch_size: int
+    ) -> None:
+        self._pipe, self._batch_size = load(), batch_size
+        self._pipe.set_progress_bar_config(disable=True)
+        self._output = open_output(folder, (), shard_size)
 
-    def failed(picture: Picture, reason: str) -> None:
-        if not output.is_finished(picture):
-            failures.append(failure(picture.row, picture.place, reason))
-            progress()
+    def __call__(self, unit: Unit) -> Iterator[Done]:
+        """Make what is missing of a unit, and say what came of each of its queues."""
+        for queue in unit.queues:
+            todo = unfinished(queue, self._batch_size, self._output.is_finished)
+            if todo:
+                yield self._made(todo)
+        self._output.end(unit)
 
-    for queue in unit.queues:
-        todo = unfinished(queue, batch_size, output.is_finished)
-        if todo:
-            make(pipe, todo, batch_size, take, failed)
-    output.end(unit)
-    return failures
+    def _made(self, queue: Queue) -> Done:
+        missing = sum(not self._output.is_finished(picture) for picture in queue)
+        failures: list[dict[str, Any]] = []
+
+        def failed(picture: Picture, reason: str) -> None:
+            if not self._output.is_finished(picture):
+                failures.append(failure(picture.row, picture.place, reason))
+
+        make(self._pipe, queue, self._batch_size, self._output.write, failed)
+        return missing, failures
+
+
+def joined(parts: Iterable[Done]) -> Done:
+    """Of several queues as of one."""
+    found = list(parts)
+    return sum(count for count, _ in found), [failure for _, failures in found for failure in failures]
 
 
 def failure(row: int, place: str, reason: str) -> dict[str, Any]:
