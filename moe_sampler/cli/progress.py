@@ -58,16 +58,16 @@ class _Lines:
 
 
 class _Pace:
-    """Of the work since it was first asked."""
+    """Of the work since something was first done: what comes before is loading."""
 
     def __init__(self) -> None:
         self._first: tuple[int, float] | None = None
 
     def __call__(self, done: int, total: int) -> str:
         now = time.time()
-        if self._first is None:
+        if self._first is None and done:
             self._first = done, now
-        count, seconds = done - self._first[0], now - self._first[1]
+        count, seconds = (done - self._first[0], now - self._first[1]) if self._first else (0, 0.0)
         if not count or not seconds:
             return ""
         rate = count / seconds

@@ -279,6 +279,7 @@ def launcher(tmp_path):
     helper.communicate()
 
 
+@pytest.mark.processes
 def test_two_processes_one_of_which_is_killed(launcher):
     texts = [
         f"a castle with {n} trees" for n in ("no", "two", "three", "four", "five", "six", "seven", "ten")
