@@ -54,7 +54,7 @@ class _Lines:
         pace = self._pace(done, total)
         if time.monotonic() - self._said >= _EVERY and done < total:
             self._said = time.monotonic()
-            typer.echo(f"{done} of {total} {self._what}, {pace}", err=True)
+            typer.echo(f"{done} of {total} {self._what}" + (f", {pace}" if pace else ""), err=True)
 
 
 class _Pace:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 __all__ = ["check_ray", "connect", "over_workers"]
@@ -65,19 +67,32 @@ def over_workers(
         workers = int(found.get("GPU", 0) / gpus) if gpus else int(found.get("CPU", 1))
         if not workers:
             raise ValueError("the cluster has no GPUs: give --device cpu")
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
     rows = [{"item": pickle.dumps(item)} for item in items]
-    done = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        _Worker,
-        fn_constructor_args=(make,),
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(workers, len(rows))),
-        num_gpus=gpus or None,
-        num_cpus=1,
-    )
-    for row in done.iter_rows():
-        yield pickle.loads(row["result"])
+    with _silent(ray):
+        done = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+            _Worker,
+            fn_constructor_args=(make,),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(workers, len(rows))),
+            num_gpus=gpus or None,
+            num_cpus=1,
+        )
+        for row in done.iter_rows():
+            yield pickle.loads(row["result"])
+
+
+@contextmanager
+def _silent(ray: Any) -> Iterator[None]:
+    """Ray Data tells of every run on standard error, where our own progress is."""
+    context, logger = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
+    bars, level = context.enable_progress_bars, logger.level
+    context.enable_progress_bars = False
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        context.enable_progress_bars = bars
+        logger.setLevel(level)
 
 
 class _Worker:
