@@ -138,6 +138,12 @@ def generate_rows(
     units = units_of(pictures, batch_size, together, options.shard_size)
     output = open_output(options.output_dir, pictures, options.shard_size)
     processes = Processes()
+    if options.ray is not None:
+        if processes.count > 1:
+            raise ValueError("--ray shares the rows out itself: leave out accelerate launch")
+        from ..ray.cluster import connect
+
+        connect(options.ray)
     with ExitStack() as held:
         todo: Any = None
         if processes.is_first:
@@ -231,8 +237,6 @@ def _done(
     if options.ray is None:
         yield from chain.from_iterable(map(worker(), units))
         return
-    if processes.count > 1:
-        raise ValueError("--ray shares the rows out itself: leave out accelerate launch")
     from ..ray.cluster import over_workers
 
     gpus = 1 if computer.device.startswith("cuda") else 0
