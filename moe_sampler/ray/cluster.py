@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import pickle
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+
+from ..errors import first_line
 
 __all__ = ["check_ray", "connect", "over_workers"]
 
@@ -36,11 +39,25 @@ def connect(address: str) -> Any:
     """
     ray = check_ray()
     if not ray.is_initialized():
+        _check_reachable(address)
         try:
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
         except Exception as error:  # its own errors, and those of the network
-            raise ValueError(f"there is no Ray cluster at {address}: {str(error).splitlines()[0]}") from None
+            raise ValueError(f"there is no Ray cluster at {address}: {first_line(error)}") from None
     return ray
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself tries for ten minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon:
+        if address not in ("auto", "local"):
+            raise ValueError(f"--ray {address}: give host:port, ray://host:port, auto or local")
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise ValueError(f"there is no Ray cluster at {address}: {error}") from None
 
 
 def over_workers(

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from moe_sampler.ray import GenerateImages
+from moe_sampler.ray.cluster import connect
 
 SETTINGS = {"num_inference_steps": 2}
 
@@ -48,6 +49,13 @@ def test_files_are_bytes(generate, monkeypatch):
     monkeypatch.setattr(generate, "_format", "jpg")
     (data,) = generate(batch(prompt=["x"], seed=[1], handoff=[None], negative_prompt=[None]))["image"]
     assert isinstance(data, bytes) and Image.open(io.BytesIO(data)).format == "JPEG"
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "somewhere"])
+def test_a_cluster_that_is_not_there_is_said_at_once(address):
+    pytest.importorskip("ray", reason="the extra ray isn't installed")
+    with pytest.raises(ValueError, match=f"no Ray cluster at {address}|give host:port"):
+        connect(address)
 
 
 def test_what_a_data_set_lacks_is_said(generate):
