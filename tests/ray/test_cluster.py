@@ -111,3 +111,12 @@ def test_the_commands_rows_over_the_cluster_are_the_same_files(cluster, tmp_path
         run(*arguments, "alone")
     assert "3 pictures" in run(*arguments, "out", "--ray", "auto", "--ray-workers", 1).stdout
     assert contents(Path("out")) == contents(Path("alone"))
+
+
+def test_a_students_cache_on_the_cluster_is_the_same_files(cluster, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ("--demo", "--count", 4, "--shard-size", 2, "--buckets", "0.5")
+    run("tinyflux", "cache", "alone", *arguments)
+    assert "4 samples in 2 shards" in run("tinyflux", "cache", "out", *arguments, "--ray", "auto").stdout
+    assert contents(Path("out")) == contents(Path("alone"))
+    assert "for --ray" in run("tinyflux", "cache", "x", "--demo", "--ray-workers", 2, code=2).stderr
