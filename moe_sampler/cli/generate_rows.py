@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .._numbers import whole
-from ..pipelines.choices import check_choice
+from ..pipelines.choices import PICTURE_FORMATS, check_choice
 from .clusters import check_cluster
 from .options import OutputOptions, option
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 __all__ = ["RowOptions", "generate_rows"]
 
 ROWS = "Many prompts"
-_FORMATS = ("png", "jpg", "webp")
 _BATCH = 4
 _SHOWN = 20
 """Bad rows that are said one by one; the file has them all."""
@@ -64,7 +63,7 @@ class RowOptions:
         option("A column that is passed on to metadata.jsonl.", ROWS, "--keep-column", metavar="NAME"),
     ] = None
     image_format: Annotated[
-        str | None, option("Of the pictures. Default: png.", ROWS, metavar="|".join(_FORMATS))
+        str | None, option("Of the pictures. Default: png.", ROWS, metavar="|".join(PICTURE_FORMATS))
     ] = None
     shard_size: Annotated[
         int | None,
@@ -101,7 +100,7 @@ class RowOptions:
             raise ValueError("--output is one image's name: --prompts takes --output-dir")
         if out.trace or out.animate:
             raise ValueError("--trace and --animate are of single images, not for --prompts")
-        check_choice("image format", self.image_format or _FORMATS[0], _FORMATS)
+        check_choice("image format", self.image_format or PICTURE_FORMATS[0], PICTURE_FORMATS)
         if self.shard_size is not None:
             whole("--shard-size", self.shard_size, 10**9)
         check_cluster(self.ray, self.ray_workers)
@@ -196,7 +195,7 @@ def _read(
         prompt_column=options.prompt_column,
         keep=options.keep_columns or (),
         folder=options.prompts_file.parent,
-        image_format=options.image_format or _FORMATS[0],
+        image_format=options.image_format or PICTURE_FORMATS[0],
         dots=options.shard_size is None,
     )
     pictures: list[Picture] = []

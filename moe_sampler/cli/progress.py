@@ -75,5 +75,9 @@ class _Pace:
         if done >= total:
             return shown
         end = now + (total - done) / rate
-        day = "" if time.strftime("%j", time.localtime(end)) == time.strftime("%j") else "%d %b, "
+        day = (
+            ""
+            if time.strftime("%j", time.localtime(end)) == time.strftime("%j", time.localtime(now))
+            else "%d %b, "
+        )
         return f"{shown}, until {time.strftime(f'{day}%H:%M', time.localtime(end))}"

@@ -15,10 +15,9 @@ from ..data.captions import check_text
 from ..data.reports import printable
 from ..errors import listed
 from ..pipelines.checks import check_strength
-from ..pipelines.choices import MAX_IMAGES, MAX_PROMPT, any_of
+from ..pipelines.choices import MAX_IMAGES, MAX_PROMPT, PICTURE_FORMATS, any_of
 from ..rows.batches import Picture, Run, settings_text
 from ..rows.files import Row
-from ..rows.folder import FORMATS
 from .asked import Asked, start_image
 from .options import OutputOptions, PipelineOptions, RunOptions, SizeOptions
 
@@ -228,7 +227,7 @@ def _file_name(given: Any, suffix: str, dots: bool) -> tuple[str, str]:
     if "/" in given or "\\" in given:
         raise ValueError(f"file_name {given}: a name without folders, as all pictures are in one")
     stem, dot, ending = given.rpartition(".")
-    if not dot or ending.lower() not in FORMATS:
+    if not dot or ending.lower() not in PICTURE_FORMATS:
         stem, ending = given, suffix
     if "." in stem and not dots:
         raise ValueError(f"file_name {given}: in shards a name ends at its first dot")

@@ -16,14 +16,14 @@ from .._files import remove, sweep, write_text
 from .._readers import parse_json, read_regular
 from ..data.listing import METADATA
 from ..data.reports import printable, some
+from ..pipelines.choices import PICTURE_FORMATS
 from ..viewing.images import read_settings, save_image, zoom
 from .batches import Picture, Unit, settings_text
 
-__all__ = ["ERRORS", "FORMATS", "KIND", "PictureFolder", "check_same", "write_errors"]
+__all__ = ["ERRORS", "KIND", "PictureFolder", "check_same", "write_errors"]
 
 KIND = "file of prompts"
 ERRORS = "errors.jsonl"
-FORMATS = ("png", "jpg", "webp")
 _MOST_BYTES = 2**31
 
 
@@ -40,7 +40,7 @@ class PictureFolder:
 
     def begin(self) -> None:
         """Delete what a killed process left half written. Nobody else may be writing."""
-        sweep(self.folder, [*(f"*.{suffix}" for suffix in FORMATS), METADATA[0], ERRORS])
+        sweep(self.folder, [*(f"*.{suffix}" for suffix in PICTURE_FORMATS), METADATA[0], ERRORS])
 
     def check(self) -> None:
         """What is there, against what is asked for.
@@ -66,7 +66,7 @@ class PictureFolder:
 
     def _present(self) -> set[str]:
         names = os.listdir(self.folder)
-        return {n for n in names if not n.startswith(".") and n.rpartition(".")[2] in FORMATS}
+        return {n for n in names if not n.startswith(".") and n.rpartition(".")[2] in PICTURE_FORMATS}
 
     def _listed(self) -> dict[str, str]:
         """Settings by name, from the list of a run before: quicker than to open every picture."""

@@ -13,8 +13,9 @@ from .._files import claim, remove, sweep, write_whole
 from .._readers import parse_json
 from ..data.listing import METADATA
 from ..data.reports import printable, some
+from ..pipelines.choices import PICTURE_FORMATS
 from .batches import Picture, Unit
-from .folder import ERRORS, FORMATS, KIND, PictureFolder, check_same
+from .folder import ERRORS, KIND, PictureFolder, check_same
 
 __all__ = ["ShardFolder"]
 
@@ -47,7 +48,7 @@ class ShardFolder:
 
     def check(self) -> None:
         """As `PictureFolder.check`."""
-        loose = [path.name for path in self.folder.iterdir() if path.suffix[1:] in FORMATS]
+        loose = [path.name for path in self.folder.iterdir() if path.suffix[1:] in PICTURE_FORMATS]
         if loose or (self.folder / METADATA[0]).exists():
             found = some(sorted(loose) or [METADATA[0]])
             raise ValueError(f"{printable(self.folder)} has {found}, not in shards: give another folder")
@@ -126,11 +127,11 @@ class ShardFolder:
 
     def close(self) -> int:
         """How many pictures are there."""
-        loose = self._loose.folder
-        if loose.is_dir() and not any(p for p in loose.iterdir() if p.suffix[1:] in FORMATS):
-            remove(loose)
-            return len(self._packed())
-        return len(self._packed() | dict.fromkeys(p.name for p in loose.iterdir() if p.suffix[1:] in FORMATS))
+        folder = self._loose.folder
+        loose = {path.name for path in folder.iterdir() if path.suffix[1:] in PICTURE_FORMATS}
+        if not loose:
+            remove(folder)
+        return len(self._packed().keys() | loose)
 
 
 def _members(path: Path, suffix: str = "", *, wanted: bool = True) -> dict[str, bytes]:
