@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
+import socket
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,19 +18,21 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from moe_sampler import HybridPipeline
-from moe_sampler.cli import app
+from moe_sampler.cli import app, main
 from moe_sampler.cli.asked import Asked
 from moe_sampler.data.sources import open_source
 from moe_sampler.demo import experts_path
 from moe_sampler.errors import NonFiniteError
 from moe_sampler.viewing.images import read_settings
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROMPTS = ("a castle", "a portrait", "a city street at night", "a castle by a lake", "a castle at dusk")
 
 
-@pytest.fixture(scope="module")
-def pipe():
-    return HybridPipeline.from_pretrained(experts_path())
+@pytest.fixture
+def pipe(demo_pipeline):
+    return demo_pipeline
 
 
 @pytest.fixture(autouse=True)
@@ -262,44 +266,52 @@ def test_offload_takes_the_whole_queue_through_an_expert(monkeypatch):
     assert [names for names in used if names] == [{"sol"}, {"lune"}], "three batches, each expert once"
 
 
-@pytest.fixture
-def launcher(tmp_path):
-    helper = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("launch_helper.py"))],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert helper.stdout is not None and helper.stdout.readline()
-    yield helper
-    helper.kill()
-    helper.communicate()
+COUNT = 2
+
+
+def command(rank: int, port: int, arguments: list[str]) -> None:
+    """One of the processes that a launcher starts."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # what other tests left
+    shared = {"WORLD_SIZE": COUNT, "LOCAL_WORLD_SIZE": COUNT, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    own = {"RANK": rank, "LOCAL_RANK": rank, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": 1}
+    os.environ |= {name: str(value) for name, value in (shared | own).items()}
+    sys.argv = ["moe-sampler", *arguments]
+    main()
+
+
+def launched(arguments: list[str]) -> list[Any]:
+    """Two processes that share the work; forked, as starting Python anew takes longer than the work."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    started = [fork.Process(target=command, args=(rank, port, arguments)) for rank in range(COUNT)]
+    for process in started:
+        process.start()
+    return started
+
+
+def ended(processes: list[Any]) -> list[int]:
+    for process in processes:
+        process.join(120)
+    return [process.exitcode for process in processes]
 
 
 @pytest.mark.processes
-def test_two_processes_one_of_which_is_killed(launcher):
-    texts = [
-        f"a castle with {n} trees" for n in ("no", "two", "three", "four", "five", "six", "seven", "ten")
-    ]
-    arguments = ["generate", "--prompts", prompts(texts=texts), "--steps", "8", "--batch-size", "1"]
-
-    def begin(folder: str) -> list[int]:
-        print(json.dumps([*arguments, "--output-dir", folder]), file=launcher.stdin, flush=True)
-        return json.loads(launcher.stdout.readline())
-
-    pids, deadline = begin("out"), time.monotonic() + 120
-    while len(list(Path().glob("out/*.png"))) < 3 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    os.kill(pids[1], signal.SIGKILL)
-    codes = json.loads(launcher.stdout.readline())
+def test_two_processes_one_of_which_is_killed():
+    texts = [f"a castle with {n} trees" for n in ("no", "two", "three", "four", "five", "six")]
+    arguments = ["generate", "--prompts", prompts(texts=texts), "--steps", "16", "--batch-size", "1", "-q"]
+    started, deadline = launched([*arguments, "--output-dir", "out"]), time.monotonic() + 120
+    while len(list(Path().glob("out/*.png"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(started[1].pid, signal.SIGKILL)
+    codes = ended(started)
     assert codes[1] == -signal.SIGKILL and codes[0] not in (0, 2), "the other one does its share, and says so"
     kept = {path.name: path.stat().st_mtime_ns for path in Path("out").glob("*.png")}
-    assert 3 <= len(kept) < 8 and {row["file_name"] for row in listed("out")} == kept.keys()
-    begin("out")
-    assert json.loads(launcher.stdout.readline()) == [0, 0]
+    assert 2 <= len(kept) < 6 and {row["file_name"] for row in listed("out")} == kept.keys()
+    assert ended(launched([*arguments, "--output-dir", "out"])) == [0, 0]
     assert kept.items() <= {p.name: p.stat().st_mtime_ns for p in Path("out").glob("*.png")}.items()
     run(*arguments[1:], "--output-dir", "alone")
     assert contents("out") == contents("alone")
