@@ -165,7 +165,9 @@ def generate_rows(
                         done += count
                         report.failures += failures
                         progress(done, total)
-            report.failures = processes.gathered(report.failures)
+            report.failures = processes.gathered(report.failures)  # everyone has done its share
+            if processes.is_first:
+                output.tidy()
         report.say(sum(processes.gathered([total])))
     if problems or report.failures:
         raise typer.Exit(1)

@@ -102,6 +102,9 @@ class PictureFolder:
             write_text(self.folder / METADATA[0], "".join(f"{line}\n" for line in lines))
         return len(lines)
 
+    def tidy(self) -> None:
+        """Nobody writes any more."""
+
 
 def check_same(where: object, settings: Mapping[str, Any], picture: Picture) -> None:
     """Raise ValueError where a picture was made with other settings than are asked for now; it names them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -127,11 +128,17 @@ class ShardFolder:
 
     def close(self) -> int:
         """How many pictures are there."""
+        return len(self._packed().keys() | self._loose_names())
+
+    def tidy(self) -> None:
+        """Nobody writes any more."""
+        if not self._loose_names():
+            remove(self._loose.folder)
+
+    def _loose_names(self) -> set[str]:
         folder = self._loose.folder
-        loose = {path.name for path in folder.iterdir() if path.suffix[1:] in PICTURE_FORMATS}
-        if not loose:
-            remove(folder)
-        return len(self._packed().keys() | loose)
+        names = os.listdir(folder) if folder.is_dir() else ()
+        return {name for name in names if name.rpartition(".")[2] in PICTURE_FORMATS}
 
 
 def _members(path: Path, suffix: str = "", *, wanted: bool = True) -> dict[str, bytes]:
