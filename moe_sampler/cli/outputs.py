@@ -83,7 +83,7 @@ class Pictures:
 
         as_finished(
             pipe,
-            plan,
+            len(plan),
             take,
             output_type="latent" if self._latents else "pil",
             watch=watch,

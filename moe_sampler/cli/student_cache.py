@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from ..pipelines.choices import CONVENTIONS, DTYPES, any_of, check_choice, conventions_help
+from .clusters import check_cluster
 from .commands import takes
 from .machine import Machine, check_device, quiet
 from .models import Model
 from .options import MODEL, EncoderOptions, ModelOptions, ReadingOptions, given_flags, option
+from .progress import progress_bar
 
 if TYPE_CHECKING:
-    from moe_sampler.tinyflux.features.cache_build import Teachers
+    from moe_sampler.tinyflux.features.cache_build import Cluster, Teachers
     from moe_sampler.tinyflux.features.encoders import StudentEncoders
 
+    from ..data.samples import Source
     from ..loading.hub import Hub
 
 __all__ = ["cache", "numbers"]
@@ -91,6 +94,17 @@ def cache(
     shard_size: Annotated[int, typer.Option(help="Samples a file.")] = 256,
     micro_batch: Annotated[int, typer.Option(help="Samples computed together.")] = 8,
     device: Annotated[str | None, typer.Option(help="cpu, cuda ... Default: CUDA where it is.")] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            help="Build the shards on a Ray cluster: its address, auto for the one this machine is in, or "
+            "local.",
+            metavar="ADDRESS",
+        ),
+    ] = None,
+    ray_workers: Annotated[
+        int | None, typer.Option(help="Of --ray, at most. Default: one a GPU, or a CPU.", metavar="N")
+    ] = None,
     *,
     encoders: EncoderOptions,
     experts: TeacherOptions,
@@ -110,6 +124,9 @@ def cache(
         raise ValueError("give a SOURCE of images and captions, or --demo")
     if source is None and (given := reading.given()):
         raise ValueError(f"{', '.join(given)}: for a SOURCE, not for --demo")
+    check_cluster(ray, ray_workers)
+    if ray is not None and "WORLD_SIZE" in os.environ:
+        raise ValueError("--ray shares the shards out itself: leave out accelerate launch")
     if teachers is not None:
         check_choice("--teachers", teachers, _TEACHERS)
     check_choice("--convention", convention, CONVENTIONS)
@@ -126,27 +143,24 @@ def cache(
         raise ValueError(
             f"--maps of {map_expert} need it among the teachers, which are {' and '.join(names) or 'none'}"
         )
-    from ..data.scenes import DemoScenes
-    from ..data.sources import open_source
-
-    if source is None:
-        images = DemoScenes(256 if count is None else count)
-    else:
-        images = open_source(source, count=count, seed=seed, **reading.given())
-    computer = _device(device)
+    opened = partial(_source, source, count, seed, reading.given())
+    images, computer = opened(), _device(device)
     from moe_sampler.tinyflux.features.cache_build import build_cache
 
     wanted = None if map_times is None else (map_expert, map_block, map_times)
     from ..loading.hub import Hub
 
     hub = Hub(local_files_only=experts.local_files_only)
-    teaching, student, default = _load(model, names, convention, encoders, computer, wanted, hub)
+    loaded = partial(_load, model, names, convention, encoders, computer, wanted, hub)
+    teaching, student, default = loaded()
     if size is None and default is None:
         raise ValueError("nothing says how large the images are: give --size")
     height, width = (default, default) if size is None else _size(size)
     settings: dict[str, Any] = {} if times is None else {"t_buckets": times}
     first = int(os.environ.get("RANK", "0")) == 0
-    with _bar(shown=first) as progress:
+    if ray is not None:
+        settings["cluster"] = _cluster(ray, ray_workers, computer, opened, loaded)
+    with progress_bar("samples", shown=first) as progress:
         manifest = build_cache(
             folder,
             images,
@@ -165,15 +179,37 @@ def cache(
         typer.echo(f"{folder}: {manifest.length} samples in {len(manifest.shards)} shards")
 
 
-@contextlib.contextmanager
-def _bar(shown: bool) -> Iterator[Callable[[int, int], None]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+def _source(path: Path | None, count: int | None, seed: int, reading: Mapping[str, Any]) -> Source:
+    """Images and captions; without a path, the demo's."""
+    from ..data.scenes import DemoScenes
+    from ..data.sources import open_source
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not shown) as progress:
-        task = progress.add_task("samples", total=None, visible=False)
-        yield lambda done, total: progress.update(task, completed=done, total=total, visible=total > 0)
+    if path is None:
+        return DemoScenes(256 if count is None else count)
+    return open_source(path.resolve() if path.exists() else path, count=count, seed=seed, **reading)
+
+
+def _cluster(
+    address: str,
+    workers: int | None,
+    device: Any,
+    opened: Callable[[], Source],
+    loaded: Callable[[], tuple[Teachers | None, StudentEncoders, int | None]],
+) -> Cluster:
+    """The workers of a Ray cluster, each of which loads what this process loads."""
+    from moe_sampler.tinyflux.features.cache_build import Cluster
+
+    from ..ray.cluster import over_workers
+
+    gpus = 1 if device.type == "cuda" else 0
+    return Cluster(partial(over_workers, address, workers=workers, gpus=gpus), partial(_all, opened, loaded))
+
+
+def _all(
+    opened: Callable[[], Source], loaded: Callable[[], tuple[Teachers | None, StudentEncoders, int | None]]
+) -> tuple[Source, StudentEncoders, Teachers | None]:
+    teaching, student, _ = loaded()
+    return opened(), student, teaching
 
 
 def numbers(text: str) -> list[float]:

@@ -13,6 +13,7 @@ __all__ = [
     "MAX_SIDE",
     "OFFLOADS",
     "OUTPUT_TYPES",
+    "PICTURE_FORMATS",
     "SPEEDS",
     "Convention",
     "Offload",
@@ -30,6 +31,8 @@ Speed = Literal["none", "fast", "max"]
 SPEEDS: tuple[Speed, ...] = get_args(Speed)
 """How far models are made faster: not at all; in what costs nothing beforehand; and compiled."""
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+PICTURE_FORMATS = ("png", "jpg", "webp")
+"""Of files that pictures of many prompts are written to."""
 MAX_IMAGES = 10_000
 """Of one call, which holds the latents of them all."""
 MAX_SIDE = 16_384

@@ -147,7 +147,7 @@ def compare(
             if on_batch_end is not None and ((index + 1) % size == 0 or index + 1 == len(asked)):
                 on_batch_end(so_far())
 
-        as_finished(pipe, own, take, plan=own, **call)
+        as_finished(pipe, len(own), take, plan=own, **call)
     return so_far()
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..sampling.plan import SamplingPlan
-
 __all__ = ["as_finished"]
 
 Watch = Callable[[Any, int, float, dict[str, Any]], None]
@@ -14,7 +12,7 @@ Watch = Callable[[Any, int, float, dict[str, Any]], None]
 
 def as_finished(
     pipe: Any,
-    plan: SamplingPlan,
+    steps: int,
     take: Callable[[int, Any], None],
     /,
     *,
@@ -27,7 +25,7 @@ def as_finished(
 
     Args:
         pipe: a `HybridPipeline` or a `StudentPipeline`.
-        plan: the one that it runs for this call.
+        steps: of the plan that it runs for this call.
         take: called in the order of the images.
         output_type: "pil", or another of `decode_latents`.
         watch: told of every step, before an image of it is taken, as `callback_on_step_end` is.
@@ -40,7 +38,7 @@ def as_finished(
         nonlocal finished
         if watch is not None:
             watch(pipe, step, timestep, tensors)
-        if step == len(plan) - 1:
+        if step == steps - 1:
             for image in pipe.decode_latents(tensors["latents"], output_type):
                 take(finished, image)
                 finished += 1

@@ -37,6 +37,7 @@ MADE_BY_OTHERS = {
     "trace.png": "the sheet that the README's --trace makes",
     "demo_scenes.png": "bench.demo.sheet",
     "demo_comparison.png": "bench.demo.sheet",
+    "topics.png": "Python of its page",
 }
 RUN_BY_CI = ("&& pytest", "&& moe-sampler generate", "python -m bench.report", "python -m sphinx")
 

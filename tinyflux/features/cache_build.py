@@ -6,7 +6,7 @@ on the settings alone: not on how many processes build, nor on when a build was 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -32,12 +32,12 @@ from moe_sampler.pipelines.latents import encode_images, latent_scaling
 from moe_sampler.pipelines.prompts import cut_silently
 from moe_sampler.tinyflux.features.block_maps import BlockMaps
 from moe_sampler.tinyflux.features.cache_format import LatentFacts, Manifest
-from moe_sampler.tinyflux.features.cache_shards import build_shards
+from moe_sampler.tinyflux.features.cache_shards import Span, build_shard, build_shards
 from moe_sampler.tinyflux.features.encoders import StudentEncoders, TextEncoder
 from moe_sampler.tinyflux.features.extraction import T_BUCKETS, UPSTREAMS, ExpertFeatures, check_buckets
 from moe_sampler.tinyflux.features.latent_space import same_latents
 
-__all__ = ["Teachers", "build_cache"]
+__all__ = ["Cluster", "Teachers", "build_cache"]
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in choices.DTYPES}
 MAP_TIMES = (0.75,)
@@ -112,6 +112,47 @@ class Teachers:
         return described
 
 
+@dataclass(frozen=True)
+class Cluster:
+    """Workers that build shards.
+
+    Args:
+        over: from what each worker makes once, a function, and items, to the function's results, in any
+            order; `moe_sampler.ray.over_workers` with an address.
+        load: gives source, encoders and teachers in a worker, as `build_cache` is given them. Both are
+            pickled.
+    """
+
+    over: Callable[[Callable[[], Callable[[Span], _Built]], Sequence[Span]], Iterable[_Built]]
+    load: Callable[[], tuple[Source, StudentEncoders, Teachers | None]]
+
+
+_Built = tuple[int, list[list[str]]]
+"""Samples of a shard, and names of captions that each text encoder cut."""
+
+
+class _ShardBuilder:
+    """In a worker: builds shards, one after the other."""
+
+    def __init__(
+        self,
+        load: Callable[[], tuple[Source, StudentEncoders, Teachers | None]],
+        folder: Path,
+        settings: dict[str, Any],
+    ) -> None:
+        self._load, self._folder, self._settings = load, folder, settings
+
+    def __call__(self) -> Callable[[Span], _Built]:
+        work = _Work(*self._load(), self._settings)
+
+        def build(span: Span) -> _Built:
+            for names in work.cut.values():
+                names.clear()
+            return sum(build_shard(self._folder, span, work.parts)), [list(n) for n in work.cut.values()]
+
+        return build
+
+
 def build_cache(
     folder: str | Path,
     source: Source,
@@ -126,6 +167,7 @@ def build_cache(
     shard_size: int = 256,
     micro_batch: int = 8,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    cluster: Cluster | None = None,
 ) -> Manifest:
     """Build the cache in `folder`, or continue one that was interrupted.
 
@@ -146,6 +188,7 @@ def build_cache(
         shard_size: samples a shard.
         micro_batch: samples computed together.
         progress: called with (samples done, samples in all) of this process's share.
+        cluster: other processes that do the work, which see the same folder; this one does none.
 
     Returns:
         The finished manifest.
@@ -160,7 +203,8 @@ def build_cache(
     )
     work = _Work(source, encoders, teachers, wanted.settings)
     try:
-        manifest = build_shards(Path(folder), wanted, work.parts, progress)
+        elsewhere = None if cluster is None else partial(work.elsewhere, Path(folder).resolve(), cluster)
+        manifest = build_shards(Path(folder), wanted, work.parts, progress, elsewhere)
     except BaseException:
         work.report()
         raise
@@ -239,9 +283,9 @@ class _Work:
         self._facts = LatentFacts(**settings["latents"])
         self._shared = teachers is not None and same_latents(encoders.vae, teachers.vae)
         self._done = 0
-        self._cut: dict[TextEncoder, list[str]] = {encoders.clip: []}
+        self.cut: dict[TextEncoder, list[str]] = {encoders.clip: []}
         if encoders.t5 is not None:
-            self._cut[encoders.t5] = []
+            self.cut[encoders.t5] = []
 
     def parts(self, first: int, length: int) -> Iterator[dict[str, Any]]:
         """Tensors by name, and the captions, of each micro-batch of a shard; images are read ahead."""
@@ -266,7 +310,7 @@ class _Work:
     ) -> dict[str, Any]:
         images, captions = [sample.image for sample in samples], [sample.caption for sample in samples]
         self._done += len(samples)
-        for encoder, names in self._cut.items():
+        for encoder, names in self.cut.items():
             long = encoder.too_long(captions)
             names += [sample.key for sample, cut in zip(samples, long, strict=True) if cut]
         with cut_silently():
@@ -277,10 +321,19 @@ class _Work:
             found["loss_mask"] = torch.stack(fitted)
         return found
 
+    def elsewhere(self, folder: Path, cluster: Cluster, spans: Sequence[Span]) -> Iterator[int]:
+        """As `build_shards` takes it."""
+        builder = _ShardBuilder(cluster.load, folder, self.settings)
+        for count, cut in cluster.over(builder, spans):
+            self._done += count
+            for names, more in zip(self.cut.values(), cut, strict=True):
+                names += more
+            yield count
+
     def report(self, gather: Callable[[list], list] = list) -> None:
         """Of captions that were cut, so far; gather: every process's rows to those of all."""
         done = sum(gather([self._done]))
-        for encoder, names in self._cut.items():
+        for encoder, names in self.cut.items():
             report_cut(gather(names), done, encoder.max_length, type(encoder.model).__name__)
 
     def _encode(

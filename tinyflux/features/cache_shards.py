@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from moe_sampler.tinyflux.features.cache_format import (
     write_shard,
 )
 
-__all__ = ["build_shards"]
+__all__ = ["Span", "build_shard", "build_shards"]
 
 KIND = "cache being built"
 OWN_NAMES = (MANIFEST, "shard-*", BUILDING)
@@ -44,11 +45,15 @@ def build_shards(
     wanted: Manifest,
     parts: Callable[[int, int], Iterator[dict[str, Any]]],
     progress: Callable[[int, int], None] = lambda done, total: None,
+    elsewhere: Callable[[Sequence[Span]], Iterator[int]] | None = None,
 ) -> Manifest:
     """Build what `wanted` describes, or continue it; `build_cache` says how.
 
-    parts: (first sample, length) of a shard to its tensors by name and list of `captions`, in one or several
-    parts.
+    Args:
+        folder, wanted, progress: as `build_cache` has them.
+        parts: as `build_shard` takes them.
+        elsewhere: does `build_shard` for each of these shards, in any order and wherever, and gives numbers
+            of samples as they are done; by default they are built here.
     """
     processes = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # it doesn't look there itself
     if (folder / MANIFEST).is_file():
@@ -68,7 +73,7 @@ def build_shards(
         processes.wait_for_everyone()
         begun = read_manifest(folder)
         if not begun.complete:
-            _build_missing(folder, begun, parts, progress, processes)
+            _build_missing(folder, begun, elsewhere or partial(_here, folder, parts), progress, processes)
         else:
             for record in begun.shards:
                 open_shard(folder, record, whole=True)
@@ -78,10 +83,33 @@ def build_shards(
     return read_manifest(folder)
 
 
+def build_shard(
+    folder: Path, span: Span, parts: Callable[[int, int], Iterator[dict[str, Any]]]
+) -> Iterator[int]:
+    """Compute a shard, write it and then its record; gives numbers of samples as they are computed.
+
+    parts: (first sample, length) of a shard to its tensors by name and list of `captions`, in one or several
+    parts.
+    """
+    index, first, length = span
+    found = []
+    for part in parts(first, length):
+        found.append(part)
+        yield len(part["captions"])
+    _write_record(folder, write_shard(folder, index, first, _joined(found)))
+
+
+def _here(
+    folder: Path, parts: Callable[[int, int], Iterator[dict[str, Any]]], spans: Sequence[Span]
+) -> Iterator[int]:
+    for span in spans:
+        yield from build_shard(folder, span, parts)
+
+
 def _build_missing(
     folder: Path,
     begun: Manifest,
-    parts: Callable[[int, int], Iterator[dict[str, Any]]],
+    build: Callable[[Sequence[Span]], Iterator[int]],
     progress: Callable[[int, int], None],
     processes: PartialState,
 ) -> None:
@@ -94,13 +122,9 @@ def _build_missing(
     mine = [span for span, record in zip(shards, records, strict=True) if record is None][share]
     total, done = sum(length for _, _, length in mine), 0
     progress(0, total)
-    for index, first, length in mine:
-        found = []
-        for part in parts(first, length):
-            found.append(part)
-            done += len(part["captions"])
-            progress(done, total)
-        _write_record(folder, write_shard(folder, index, first, _joined(found)))
+    for count in build(mine) if mine else ():
+        done += count
+        progress(done, total)
     processes.wait_for_everyone()
     if processes.is_main_process:
         records = [_read_record(folder, span) for span in shards]

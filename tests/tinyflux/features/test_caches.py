@@ -31,7 +31,7 @@ from moe_sampler.kernels import philox_normal
 from moe_sampler.pipelines.latents import encode_images
 from moe_sampler.pipelines.prompts import cut_silently
 from moe_sampler.tinyflux.features import cache_format
-from moe_sampler.tinyflux.features.cache_build import Teachers, build_cache
+from moe_sampler.tinyflux.features.cache_build import Cluster, Teachers, build_cache
 from moe_sampler.tinyflux.features.cache_format import CacheError, Manifest
 from moe_sampler.tinyflux.features.cache_read import FeatureCache, MultiSource, at_time
 from moe_sampler.tinyflux.features.cache_shards import KIND, build_shards
@@ -193,6 +193,29 @@ def test_a_different_micro_batch_differs_in_rounding_alone(tmp_path, built, enco
         a, b = a.float(), b.float()
         assert a.std() > 0, name
         torch.testing.assert_close(a, b, rtol=0, atol=2e-3 * float(b.abs().max()), msg=name)
+
+
+def test_workers_elsewhere_build_the_same_bytes(built, tmp_path, encoders, teachers):
+    loaded, asked = [], []
+
+    def over(make, spans):
+        asked.extend(spans)
+        build = make()
+        build(spans[-1])  # by a worker that died before it could say so
+        return map(build, reversed(spans))
+
+    def load():
+        loaded.append(True)
+        return DemoScenes(10), encoders, teachers
+
+    told: list[tuple[int, int]] = []
+    for _ in range(2):
+        cluster = Cluster(over, load)
+        settings = SETTINGS | {"cluster": cluster, "progress": lambda *done: told.append(done)}
+        build_cache(tmp_path / "a", DemoScenes(10), encoders, teachers, **settings)
+    assert contents(tmp_path / "a") == contents(built)
+    assert loaded == [True] and len(asked) == 3, "a finished cache needs no workers"
+    assert told == [(0, 10), (2, 10), (6, 10), (10, 10)]
 
 
 def build_simple(folder: Path) -> None:

@@ -1,0 +1,158 @@
+"""Images for a data set of prompts."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..pipelines.choices import any_of, check_choice
+
+__all__ = ["GenerateImages"]
+
+_FORMATS = {"png": {"format": "PNG"}, "jpg": {"format": "JPEG", "quality": 95, "subsampling": 0}}
+_FORMATS["webp"] = {"format": "WEBP", "quality": 95, "method": 4}
+_NOT_OF_ROWS = {"self", "prompt", "seed", "generator", "latents", "output_type", "return_dict", "batch_size"}
+_NOT_OF_ROWS |= {"num_images_per_prompt", "callback_on_step_end", "callback_on_step_end_tensor_inputs"}
+_NOT_OF_ROWS |= {"prompt_embeds", "negative_prompt_embeds"}
+
+
+class GenerateImages:
+    """A `HybridPipeline` for Ray Data: one a worker, kept between batches.
+
+        dataset.map_batches(GenerateImages, fn_constructor_args=("owner/name",), concurrency=2, num_gpus=1)
+
+    A row's image depends on its prompt, seed and settings; a model may round differently in another batch, so
+    for the same bits on any cluster give `batch_size=1` here (not to `map_batches`).
+
+    Args:
+        model: folder or hub id, as `HybridPipeline.from_pretrained` takes it; None is the demo's experts.
+        columns: columns that are arguments of the pipeline's call, by the same names: "handoff",
+            "negative_prompt" ... What is null in a row is left out there.
+        settings: the same for all rows; a row's own come first.
+        prompt_column, seed_column: where prompts and seeds are. Every row needs both.
+        image_format: "png", "jpg" or "webp": files' bytes, as parquet and WebDataset have them; "array":
+            uint8 [H, W, 3], as `Dataset.write_images` takes them.
+        batch_size: images sampled at once; by default all rows of a batch with the same settings.
+        loading: other arguments of `from_pretrained`: preset, experts, dtype, offload, device ...
+
+    Raises:
+        ValueError: a column or setting that isn't one of the pipeline's.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        *,
+        columns: Sequence[str] = (),
+        settings: Mapping[str, Any] | None = None,
+        prompt_column: str = "prompt",
+        seed_column: str = "seed",
+        image_format: str = "png",
+        batch_size: int | None = None,
+        **loading: Any,
+    ) -> None:
+        check_choice("image format", image_format, (*_FORMATS, "array"))
+        self._columns, self._settings = tuple(columns), dict(settings or {})
+        self._prompt, self._seed = prompt_column, seed_column
+        self._format, self._batch_size = image_format, batch_size
+        from ..pipelines.hybrid import HybridPipeline
+
+        known = inspect.signature(HybridPipeline.__call__).parameters.keys() - _NOT_OF_ROWS
+        unknown = [name for name in (*self._columns, *self._settings) if name not in known]
+        if unknown:
+            raise ValueError(f'"{unknown[0]}" is no setting of a row: use {any_of(sorted(known))}')
+        if model is None and "preset" not in loading:
+            from ..demo import experts_path
+
+            model = experts_path()
+        self._pipe = HybridPipeline.from_pretrained(model, **{"device": _device(), **loading})
+        self._pipe.set_progress_bar_config(disable=True)
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The batch with two more columns: `image`, and `error`, null where there is none. A row that can't
+        be made has no image: null, or one of 0 × 0.
+
+        batch: arrays or lists of one length, by column.
+
+        Raises:
+            ValueError: columns that aren't there.
+        """
+        wanted = (self._prompt, self._seed, *self._columns)
+        absent = [name for name in wanted if name not in batch]
+        if absent:
+            hint = (
+                ": an image follows from its row's seed, so give each one" if absent[0] == self._seed else ""
+            )
+            raise ValueError(f"the data set has no column {absent[0]}, only {', '.join(batch)}{hint}")
+        count = len(batch[self._prompt])
+        images: list[Any] = [None] * count
+        errors: list[str | None] = [None] * count
+        groups: dict[str, tuple[dict[str, Any], list[int]]] = {}
+        for i in range(count):
+            own = {name: _plain(batch[name][i]) for name in self._columns}
+            call = self._settings | {name: value for name, value in own.items() if value is not None}
+            groups.setdefault(json.dumps(call, default=repr, sort_keys=True), (call, []))[1].append(i)
+        for call, indices in groups.values():
+            self._make(batch, call, indices, images, errors)
+        return {**batch, "image": self._column(images), "error": np.array(errors, dtype=object)}
+
+    def _make(
+        self,
+        batch: Mapping[str, Any],
+        call: Mapping[str, Any],
+        indices: Sequence[int],
+        images: list[Any],
+        errors: list[str | None],
+    ) -> None:
+        from ..rows.making import each_that_can
+
+        def attempt(some: Sequence[int]) -> None:
+            prompts = [_plain(batch[self._prompt][i]) for i in some]
+            seeds = [_plain(batch[self._seed][i]) for i in some]
+            found = self._pipe(prompts, seed=seeds, batch_size=self._batch_size, **call).images
+            for i, image in zip(some, found, strict=True):
+                images[i] = self._encoded(image)
+
+        def failed(i: int, reason: str) -> None:
+            errors[i] = reason
+
+        each_that_can(indices, len(indices), attempt, failed)
+
+    def _encoded(self, image: Any) -> Any:
+        if self._format == "array":
+            return np.asarray(image.convert("RGB"))
+        file = io.BytesIO()
+        image.convert("RGB").save(file, **_FORMATS[self._format])
+        return file.getvalue()
+
+    def _column(self, images: Sequence[Any]) -> Any:
+        if self._format == "array":
+            images = [np.zeros((0, 0, 3), np.uint8) if image is None else image for image in images]
+            if len({image.shape for image in images}) == 1:
+                return np.stack(images)
+        column = np.empty(len(images), dtype=object)
+        for i, image in enumerate(images):
+            column[i] = image
+        return column
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's values, as Ray gives them, as Python's; not a number is nothing."""
+    value = value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
+    if isinstance(value, float) and value != value:
+        return None
+    if isinstance(value, Mapping):  # a struct has all experts' fields
+        return {name: _plain(one) for name, one in value.items() if one is not None}
+    return value
