@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from .._files import whole_folder
 from ..publishing.card import write_card
 from ..publishing.modelspec import describe_expert, stamp
-from ..publishing.upload import Address, Target
+from ..publishing.upload import Address, Target, pushed, saved
 from ..sampling.experts import Expert
 from .base import ExpertPipeline, config_of
 from .generic import draw_examples, pipeline_card, write_code_reference
@@ -61,15 +60,10 @@ class SavingMixin(ExpertPipeline):
                 folder is there.
             OSError: the folder can't be written; what was in it before is untouched.
         """
-        if kwargs and not push_to_hub:
-            raise TypeError(f"save_pretrained takes no {', '.join(sorted(kwargs))} without push_to_hub=True")
         self._check_savable(safe_serialization, use_flashpack)
-        folder = Path(save_directory)
-        target = Target(**{"repo_id": folder.resolve().name, **kwargs}) if push_to_hub else None
-        address = Address(str(save_directory)) if target is None else target.create()
-        self._write(folder, address, examples, license, variant=variant, max_shard_size=max_shard_size)
-        if target is not None:
-            target.send(folder, address, "pipeline")
+        options = {"variant": variant, "max_shard_size": max_shard_size}
+        write = partial(self._write, Path(save_directory), examples, license, options)
+        saved(write, save_directory, "pipeline", push_to_hub, **kwargs)
 
     def push_to_hub(
         self,
@@ -98,10 +92,8 @@ class SavingMixin(ExpertPipeline):
         """
         self._check_savable(safe_serialization)
         target = Target(repo_id, private, token, commit_message, create_pr, revision, subfolder)
-        address = target.create()
-        with TemporaryDirectory() as folder:
-            self._write(Path(folder), address, examples, license, variant=variant)
-            return target.send(folder, address, "pipeline")
+        write = partial(self._write, None, examples, license, {"variant": variant})
+        return pushed(write, target, "pipeline")
 
     def _check_savable(self, safe_serialization: bool, use_flashpack: bool = False) -> None:
         if not safe_serialization or use_flashpack:
@@ -116,20 +108,25 @@ class SavingMixin(ExpertPipeline):
             )
 
     def _write(
-        self, folder: Path, address: Address, examples: Sequence[str], license: str | None, **options: Any
+        self,
+        final: Path | None,
+        examples: Sequence[str],
+        license: str | None,
+        options: Mapping[str, Any],
+        folder: Path,
+        address: Address,
     ) -> None:
-        """All files of the folder, or none."""
+        """final: where the folder's files get their places."""
         settings = {name: self.config[name] for name in self._setting_names}
         license = license or self._license
-        with whole_folder(folder) as partial:
-            if self._offload is None:
-                super().save_pretrained(partial, **options)
-            else:
-                self._save_one_by_one(partial, {k: v for k, v in options.items() if v is not None})
-            self._describe_weights(partial, address, license)
-            write_code_reference(partial, self.expert_names, settings)
-            drawn = draw_examples(cast("HybridPipeline", self), partial, examples, address)
-            write_card(partial, pipeline_card(self.expert_names, settings, address, drawn, license), folder)
+        if self._offload is None:
+            super().save_pretrained(folder, **options)
+        else:
+            self._save_one_by_one(folder, {k: v for k, v in options.items() if v is not None})
+        self._describe_weights(folder, address, license)
+        write_code_reference(folder, self.expert_names, settings)
+        drawn = draw_examples(cast("HybridPipeline", self), folder, examples, address)
+        write_card(folder, pipeline_card(self.expert_names, settings, address, drawn, license), final)
 
     def _describe_weights(self, folder: Path, address: Address, license: str | None) -> None:
         scale = 2 ** (len(self.vae.config["block_out_channels"]) - 1)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
+from .._files import whole_folder
 from ..errors import CheckpointError
 from ..loading.folders import CARD
 from .card import is_ours, quoted
 
-__all__ = ["Address", "Kind", "Target"]
+__all__ = ["Address", "Kind", "Target", "pushed", "saved"]
 
 Kind = Literal["model", "dataset"]
 
@@ -147,3 +149,39 @@ class Target:
         except (OSError, ValueError, RuntimeError, HTTPError, EntryNotFoundError) as error:
             told = " ".join(str(error).split())  # the hub's own reason stands behind the address
             raise CheckpointError(f"{self.repo_id} cannot be written on the hub: {told[:400]}") from error
+
+
+Write = Callable[[Path, Address], object]
+"""Writes files to an empty folder, which will be found at the address."""
+
+
+def saved(write: Write, folder: str | os.PathLike, what: str, push_to_hub: bool, **target: Any) -> None:
+    """A `save_pretrained`: all files in the folder or none, and then, if asked for, on the hub.
+
+    Args:
+        what: is saved.
+        target: arguments of `Target`; the folder's name is the repository's by default.
+
+    Raises:
+        CheckpointError: the hub refuses the repository, and nothing is written; or the upload, and the folder
+            is there.
+        OSError: the folder can't be written; what was in it before is untouched.
+        TypeError: arguments that aren't a `Target`'s, or without push_to_hub.
+    """
+    if target and not push_to_hub:
+        raise TypeError(f"saving takes no {', '.join(sorted(target))} without push_to_hub=True")
+    place = Path(folder)
+    goal = Target(**{"repo_id": place.resolve().name, **target}) if push_to_hub else None
+    address = Address(os.fspath(folder)) if goal is None else goal.create()
+    with whole_folder(place) as partial:
+        write(partial, address)
+    if goal is not None:
+        goal.send(place, address, what)
+
+
+def pushed(write: Write, target: Target, what: str) -> str:
+    """A `push_to_hub`: the commit's address."""
+    address = target.create()
+    with TemporaryDirectory() as folder:
+        write(Path(folder), address)
+        return target.send(folder, address, what)
