@@ -190,7 +190,16 @@ def silent_device(monkeypatch) -> type[Waits]:
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
+def own_modules(tmp_path, monkeypatch):
+    """diffusers copies a folder's code to a cache before it runs it."""
+    from diffusers.utils import dynamic_modules_utils
+
+    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch, own_modules):
     """The Hugging Face hub, empty and on this machine, with a login; its `Repositories`."""
     import hub_server
     from huggingface_hub import constants, hf_api

@@ -17,6 +17,7 @@ from ..loading.parts import load_parts
 from ..loading.presets import ExpertSource
 from ..loading.presets import preset as find_preset
 from ..publishing.card import license_in
+from ..publishing.upload import Address
 from .offload import Offload, check_offload
 from .saving import SavingMixin
 from .settings import DEFAULTS
@@ -84,7 +85,7 @@ class PretrainedMixin(SavingMixin):
         check_speed(speed)
         named = {"sol": sol, "lune": lune, "sd15": sd15}
         given = {name: source for name, source in named.items() if source is not None} | dict(experts or {})
-        base = pretrained_model_name_or_path
+        base, own = pretrained_model_name_or_path, len(given)
         if preset is not None:
             known = find_preset(preset)
             base, given = known.base if base is None else base, {**known.experts, **given}
@@ -113,6 +114,9 @@ class PretrainedMixin(SavingMixin):
         pipe._weights.update(loaded.weights)
         if not given and not modules:  # what is from elsewhere has a licence of its own
             pipe._license = license_in(loaded.folder)
+            pipe._loaded_by = f"from_pretrained({Address(str(base), revision, subfolder).arguments})"
+        elif preset is not None and own == 0 and pretrained_model_name_or_path is None and not modules:
+            pipe._loaded_by = f'from_preset("{preset}")'
         if offload != "none" or device is not None:
             pipe.set_offload(offload, device)
         if speed != "none":

@@ -131,10 +131,10 @@ class SavingMixin(ExpertPipeline):
     def _describe_weights(self, folder: Path, address: Address, license: str | None) -> None:
         scale = 2 ** (len(self.vae.config["block_out_channels"]) - 1)
         for name in self.expert_names:
-            training = config_of(getattr(self, f"scheduler_{name}"))
+            unet, training = self.expert_unet(name), config_of(getattr(self, f"scheduler_{name}"))
             about = describe_expert(
                 f"{Path(address.source).name}, {name}",
-                self.expert_unet(name).config,
+                {**unet.config, "_class_name": type(unet).__name__},
                 training,
                 Expert.from_scheduler_config(name, training).prediction,
                 scale=scale,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -11,10 +12,31 @@ from .card import card_text, loading, write_card
 from .modelspec import stamp
 from .upload import Address
 
-__all__ = ["WEIGHTS", "write_lora"]
+__all__ = ["PEFT_SETTINGS", "WEIGHTS", "adapter_of", "write_lora"]
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 """The file's name, as diffusers' trainers have it."""
+
+PEFT_SETTINGS = "lora_adapter_metadata"
+"""In the header: ranks and alphas, as diffusers writes and reads them."""
+
+
+def adapter_of(model: Any, name: str, part: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(An adapter's tensors, its settings), as diffusers' files and their headers have them.
+
+    Args:
+        model: that PEFT put the adapter into.
+        name: of the adapter.
+        part: begins the names.
+    """
+    from peft.utils import get_peft_model_state_dict
+
+    tensors = get_peft_model_state_dict(model, adapter_name=name)
+    settings = model.peft_config[name].to_dict()
+    return (
+        {f"{part}.{key}": tensor.detach().cpu().contiguous() for key, tensor in tensors.items()},
+        {f"{part}.{key}": sorted(v) if isinstance(v, set) else v for key, v in settings.items()},
+    )
 
 
 def write_lora(

@@ -20,7 +20,10 @@ from typing import Any
 from .._files import write_whole
 from ..loading.marks import TRAINING_KEY
 
-__all__ = ["describe_expert", "describe_model", "stamp"]
+__all__ = ["HASH", "describe_expert", "describe_model", "stamp"]
+
+HASH = "modelspec.hash_sha256"
+"""Of a file's tensors."""
 
 _PREDICTIONS = {
     "epsilon": "epsilon",
@@ -79,7 +82,7 @@ def describe_expert(
     training: Mapping[str, Any],
     prediction: str,
     *,
-    scale: int,
+    scale: int | None = None,
     license: str | None = None,
 ) -> dict[str, str]:
     """As `describe_model`, of an expert, with what it was trained on.
@@ -88,7 +91,7 @@ def describe_expert(
         config: the model's.
         training: its scheduler config.
         prediction: what that says the model predicts.
-        scale: pixels a side of one latent pixel.
+        scale: pixels a side of one latent pixel, where its VAE is known.
     """
     side = config.get("sample_size")
     training = {k: v for k, v in training.items() if k == "_class_name" or not k.startswith("_")}
@@ -96,7 +99,7 @@ def describe_expert(
         _architecture(config, prediction),
         title,
         prediction=prediction,
-        resolution=(side * scale, side * scale) if isinstance(side, int) else None,
+        resolution=(side * scale, side * scale) if scale is not None and isinstance(side, int) else None,
         license=license,
     ) | {TRAINING_KEY: json.dumps(training, sort_keys=True)}
 
@@ -130,7 +133,7 @@ def stamp(files: Iterable[Path], described: Mapping[str, str]) -> None:
                 "format": "pt",
                 **header.get("__metadata__", {}),
                 **described,
-                "modelspec.hash_sha256": f"0x{digest.hexdigest()}",
+                HASH: f"0x{digest.hexdigest()}",
             }
             text = json.dumps({"__metadata__": dict(sorted(metadata.items()))} | _tensors(header)).encode()
             text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight

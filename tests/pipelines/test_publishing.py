@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.utils import dynamic_modules_utils
+from diffusers.utils import is_peft_available
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from moe_sampler import ExpertSource, HybridPipeline
@@ -25,11 +25,7 @@ from moe_sampler.viewing.images import read_settings
 CALL = dict(prompt="a castle", seed=2, output_type="latent")
 
 
-@pytest.fixture(autouse=True)
-def own_modules(tmp_path, monkeypatch):
-    """diffusers copies a folder's code to a cache before it runs it."""
-    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+needs_peft = pytest.mark.skipif(not is_peft_available(), reason="peft is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -222,3 +218,33 @@ def test_equal_pipelines_are_saved_as_equal_files(pipe, tmp_path, monkeypatch):
     ]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert header(files[0])[0]["__metadata__"]["modelspec.date"] == "1970-01-01"
+
+
+@needs_peft
+def test_a_lora_of_an_expert(hub, pipe, tmp_path):
+    pipe.push_to_hub("experts")
+    mine = HybridPipeline.from_pretrained("me/experts")
+    mine.set_progress_bar_config(disable=True)
+    unet, tensors = mine.unet_lune, {}
+    for rank, name in ((2, "attn1.to_q"), (3, "attn2.to_k")):  # a rank and an alpha of its own each
+        layer = next(n for n, m in unet.named_modules() if n.endswith(name))
+        shape = unet.get_submodule(layer).weight.shape
+        key = "lora_unet_" + layer.replace(".", "_")
+        tensors |= {f"{key}.lora_down.weight": torch.randn(rank, shape[1])}
+        tensors |= {f"{key}.lora_up.weight": torch.randn(shape[0], rank), f"{key}.alpha": torch.tensor(1.0)}
+    save_file(tensors, tmp_path / "kohya.safetensors")
+    plain = mine(**CALL).images
+    mine.load_lora_weights(tmp_path / "kohya.safetensors", expert="lune", adapter_name="style")
+    want = mine(**CALL).images
+    assert not torch.equal(want, plain)
+    with pytest.raises(ValueError, match="sol has no adapter"):
+        mine.save_lora_weights(tmp_path / "no", expert="sol")
+    with pytest.raises(ValueError, match="lune has no adapter 'other'; it has style"):
+        mine.save_lora_weights(tmp_path / "no", expert="lune", adapter_name="other")
+    mine.save_lora_weights(tmp_path / "style", expert="lune", push_to_hub=True, license="mit")
+    (found,) = run_card(hub.files("me/style")["README.md"].decode())
+    torch.testing.assert_close(found["pipe"](**CALL).images, want)
+    about = header(tmp_path / "style" / "pytorch_lora_weights.safetensors")[0]["__metadata__"]
+    assert (
+        about["modelspec.architecture"] == "UNet2DConditionModel/lora" and about["modelspec.license"] == "mit"
+    )

@@ -9,7 +9,6 @@ import re
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import dynamic_modules_utils
 from safetensors import safe_open
 from tinyflux_helpers import trained
 
@@ -25,18 +24,14 @@ from moe_sampler.tinyflux import (
     build_cache,
 )
 from moe_sampler.tinyflux.model.lora import LoraLayer, put_lora
+from moe_sampler.tinyflux.training.run import train
+from moe_sampler.tinyflux.training.settings import StudentSettings
+from moe_sampler.training.settings import from_tables
 from moe_sampler.viewing.images import read_settings
 
 CALL = dict(num_inference_steps=2, seed=3, output_type="latent")
 SIZES = dict(hidden_size=32, num_attention_heads=2, attention_head_dim=16, axes_dims_rope=(4, 6, 6))
 SIZES |= dict(num_double_layers=1, num_single_layers=1, sample_size=(16, 16))
-
-
-@pytest.fixture(autouse=True)
-def own_modules(tmp_path, monkeypatch):
-    """diffusers copies a folder's code to a cache before it runs it."""
-    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
 
 
 @pytest.fixture
@@ -146,8 +141,8 @@ def test_a_lora_of_a_student(hub, pipe, tmp_path):
     torch.testing.assert_close(other("a castle", **CALL).images, want, rtol=0, atol=0)
 
 
-def test_a_cache(hub, pipe, tmp_path):
-    build_cache(tmp_path / "cache", DemoScenes(5), pipe.encoders, None, height=32, width=32, shard_size=3)
+def test_a_cache_and_a_student_trained_on_it(hub, pipe, tmp_path):
+    build_cache(tmp_path / "cache", DemoScenes(5), pipe.encoders, None, height=64, width=64, shard_size=3)
     cache = FeatureCache(tmp_path / "cache")
     before = sorted(path.name for path in (tmp_path / "cache").iterdir())
     cache.push_to_hub("scenes", private=True, license="mit")
@@ -161,3 +156,22 @@ def test_a_cache(hub, pipe, tmp_path):
     assert len(again) == 5
     with pytest.raises(CheckpointError, match=r"me/lost:manifest\.json"):
         FeatureCache.from_pretrained("me/lost")
+
+    pipe.student.save_pretrained(tmp_path / "begin")
+    training = {"output_dir": str(tmp_path / "run"), "max_train_steps": 1, "lr_warmup_steps": 0}
+    training |= {"train_batch_size": 2, "report_to": "none", "push_to_hub": True, "license": "mit"}
+    tables = {"training": training, "data": {"caches": ["me/scenes"], "held_out": 2}}
+    tables |= {"model": {"preset": "demo", "init_from": str(tmp_path / "begin")}}
+    tables |= {"validation": {"num_inference_steps": 1}}
+    nothing = ("feature_input", "lune_weight", "sol_stats_weight", "sol_map_weight")
+    tables |= {"objective": dict.fromkeys(nothing, 0.0)}
+    train(from_tables(StudentSettings, tables), quiet=True)
+    files = hub.files("me/run")
+    sheet = "samples/step-000001.png"
+    assert files.keys() == {"README.md", "config.json", "tinyflux.py", "model.safetensors", sheet}
+    card = files["README.md"]
+    assert f"]({sheet})".encode() in card and b"license: mit" in card
+    ours, theirs = run_card(card)
+    assert same(ours["student"], theirs["student"]) and not same(ours["student"], pipe.student)
+    with safe_open(tmp_path / "run" / "model.safetensors", framework="pt") as opened:
+        assert opened.metadata()["modelspec.title"] == "run"
