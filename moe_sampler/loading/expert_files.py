@@ -193,14 +193,19 @@ def find_training(name: str, source: ExpertSource | str | Path, hub: Hub) -> dic
 
 
 def find_model_config(
-    name: str, source: ExpertSource, base: str | os.PathLike, revision: str | None, hub: Hub
+    name: str,
+    source: ExpertSource,
+    base: str | os.PathLike,
+    revision: str | None,
+    hub: Hub,
+    subfolder: str | None = None,
 ) -> Mapping[str, Any]:
     """The config of an expert's model, as `find_expert` says it; of the hub, configs alone are downloaded.
 
     Args:
         name: of the expert.
         source: where it is.
-        base, revision: whose model's config counts for single files.
+        base, revision, subfolder: whose model's config counts for single files.
         hub: for hub ids.
 
     Raises:
@@ -210,7 +215,7 @@ def find_model_config(
     if path.is_dir():
         return read_config(_model_folder(path, name)[0] / "config.json")
     configs = ["unet/config.json", "unet_*/config.json"]
-    return _base_config(_look_for_base(base, hub, revision).local(configs))
+    return _base_config(_look_for_base(base, hub, revision, subfolder).local(configs))
 
 
 def find_expert(

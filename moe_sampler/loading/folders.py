@@ -104,7 +104,7 @@ def expert_names(index: dict[str, Any]) -> list[str]:
     order = index.get("experts") or ["sol", "lune", *sorted(found)]
     order = order.split(", ") if isinstance(order, str) else order
     if not isinstance(order, list) or not all(isinstance(name, str) for name in order):
-        raise CheckpointError(f"{INDEX}: experts must be a list of names, got {order!r}")
+        raise CheckpointError(f"{INDEX}: experts must be names, a list or a text with commas, got {order!r}")
     return [name for name in dict.fromkeys([*order, *sorted(found)]) if name in found]
 
 

@@ -78,7 +78,7 @@ def draw_examples(
     if len(names) > 1:
         defaults["handoff"] = pipe.config["handoff"]
     defaults["guidance_scale"] = {name: pipe.config[f"{name}_guidance"] for name in names}
-    place = {"model": address.source, "revision": address.revision}
+    place = {"model": address.source, "revision": address.revision, "subfolder": address.subfolder}
     (folder / EXAMPLES).mkdir()
     examples = []
     for seed, (prompt, image) in enumerate(zip(prompts, output.images, strict=True)):

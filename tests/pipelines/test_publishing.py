@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from moe_sampler import ExpertSource, HybridPipeline
 from moe_sampler.cli import app
 from moe_sampler.errors import CheckpointError
+from moe_sampler.publishing.modelspec import describe_expert
 from moe_sampler.viewing.images import read_settings
 
 CALL = dict(prompt="a castle", seed=2, output_type="latent")
@@ -105,9 +106,10 @@ def test_a_cards_pictures_are_the_pipelines(hub, pipe, tmp_path, monkeypatch):
     assert settings["prompt"] == "a castle, at night" and settings["num_inference_steps"] == 3
     assert "Steps: 3" in Image.open(picture).info["parameters"]
     monkeypatch.chdir(tmp_path)
-    given = ["generate", "--like", str(picture), "--model", "saved", "-o", "again.png"]
-    result = CliRunner().invoke(app, given)
-    assert result.exit_code == 0, result.output
+    for place in (["--model", "saved"], ["--model", ".", "--subfolder", "saved"]):
+        given = ["generate", "--like", str(picture), *place, "-o", "again.png"]
+        result = CliRunner().invoke(app, given)
+        assert result.exit_code == 0, result.output
     np.testing.assert_array_equal(np.asarray(Image.open("again.png")), np.asarray(Image.open(picture)))
 
 
@@ -248,3 +250,15 @@ def test_a_lora_of_an_expert(hub, pipe, tmp_path):
     assert (
         about["modelspec.architecture"] == "UNet2DConditionModel/lora" and about["modelspec.license"] == "mit"
     )
+
+
+def test_stable_diffusions_models_are_called_as_modelspec_calls_them():
+    sizes = {"block_out_channels": [320, 640, 1280, 1280], "sample_size": 64}
+    for text, prediction, name in (
+        (768, "epsilon", "stable-diffusion-v1"),
+        (768, "flow_prediction", "stable-diffusion-v1-flow"),
+        (1024, "v_prediction", "stable-diffusion-v2-v"),
+        (640, "epsilon", "UNet2DConditionModel"),
+    ):
+        found = describe_expert("x", sizes | {"cross_attention_dim": text}, {}, prediction, scale=8)
+        assert found["modelspec.architecture"] == name and found["modelspec.resolution"] == "512x512"

@@ -11,7 +11,9 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors import safe_open
 from tinyflux_helpers import trained
+from typer.testing import CliRunner
 
+from moe_sampler.cli import app
 from moe_sampler.data.scenes import DemoScenes
 from moe_sampler.errors import CheckpointError
 from moe_sampler.tinyflux import (
@@ -92,7 +94,7 @@ def student_file(folder, files):
     return folder / "student.safetensors"
 
 
-def test_a_student_with_its_encoders(hub, pipe):
+def test_a_student_with_its_encoders(hub, pipe, tmp_path, monkeypatch):
     url = pipe.push_to_hub("team/student", examples=["a castle"], private=True, license="mit")
     assert "/team/student/commit/" in url
     files = hub.files("team/student")
@@ -103,6 +105,21 @@ def test_a_student_with_its_encoders(hub, pipe):
     for found in (ours["pipe"], theirs["pipe"]):
         assert isinstance(found, StudentPipeline)
         torch.testing.assert_close(found("a castle", **CALL).images, want, rtol=0, atol=0)
+    assert same(TinyFlux.from_pretrained("team/student"), pipe.student)
+    monkeypatch.chdir(tmp_path)
+    line = [
+        "tinyflux",
+        "sample",
+        "team/student",
+        "a castle",
+        "--steps",
+        "2",
+        "--local-files-only",
+        "-o",
+        "x.png",
+    ]
+    result = CliRunner().invoke(app, line)
+    assert result.exit_code == 0, result.output
     config = json.loads(files["transformer/config.json"])
     assert config["encoders"] is None and config["auto_map"] == {"AutoModel": "tinyflux.TinyFlux"}
 
@@ -172,6 +189,7 @@ def test_a_cache_and_a_student_trained_on_it(hub, pipe, tmp_path):
     card = files["README.md"]
     assert f"]({sheet})".encode() in card and b"license: mit" in card
     ours, theirs = run_card(card)
-    assert same(ours["student"], theirs["student"]) and not same(ours["student"], pipe.student)
+    trained_one = TinyFlux.from_pretrained(tmp_path / "run")
+    assert same(ours["student"], trained_one) and same(theirs["student"], trained_one)
     with safe_open(tmp_path / "run" / "model.safetensors", framework="pt") as opened:
         assert opened.metadata()["modelspec.title"] == "run"

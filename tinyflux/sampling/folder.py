@@ -14,6 +14,7 @@ from moe_sampler.loading.folders import CARD, INDEX
 from moe_sampler.loading.hub import Place, component_patterns
 from moe_sampler.publishing.card import Example, card_text, loading, quoted, table, write_card
 from moe_sampler.publishing.upload import Address
+from moe_sampler.tinyflux.model.loading import STUDENT_FOLDER, holds_pipeline
 from moe_sampler.tinyflux.model.published import CONFIG_SHOWN, REFERENCE, describe_student
 from moe_sampler.viewing.images import save_png, zoom
 from moe_sampler.viewing.parameters import parameters_text
@@ -21,9 +22,8 @@ from moe_sampler.viewing.parameters import parameters_text
 if TYPE_CHECKING:
     from moe_sampler.tinyflux.sampling.pipeline import StudentPipeline
 
-__all__ = ["STUDENT_FOLDER", "find_pipeline", "write_pipeline"]
+__all__ = ["find_pipeline", "write_pipeline"]
 
-STUDENT_FOLDER = "transformer"
 _ENCODERS = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 _MODULE = "pipeline"
 _CODE = '''"""The class of this folder's pipeline, for diffusers' DiffusionPipeline.from_pretrained.
@@ -41,10 +41,7 @@ class StudentPipeline(StudentDiffusionPipeline):
 
 def find_pipeline(place: Place) -> Path | None:
     """The folder on this machine of a pipeline that was saved whole; None for a student alone."""
-    if place.is_file:
-        return None
-    index = place.first([INDEX])
-    if index is None or STUDENT_FOLDER not in json.loads(index.read_text(encoding="utf-8")):
+    if not holds_pipeline(place):
         return None
     parts = (STUDENT_FOLDER, *_ENCODERS)
     return place.local([INDEX, CARD, *(p for part in parts for p in component_patterns(part))])

@@ -27,11 +27,12 @@ from moe_sampler.pipelines.settings import by_expert, given_plan
 from moe_sampler.publishing.upload import Target, pushed, saved
 from moe_sampler.tinyflux.features.encoders import StudentEncoders
 from moe_sampler.tinyflux.model import lora
+from moe_sampler.tinyflux.model.loading import STUDENT_FOLDER
 from moe_sampler.tinyflux.model.published import write_student_lora
 from moe_sampler.tinyflux.model.tinyflux import TinyFlux
 from moe_sampler.tinyflux.sampling.expert import STUDENT
 from moe_sampler.tinyflux.sampling.fitting import check_experts, check_student, default_side, scaling_of
-from moe_sampler.tinyflux.sampling.folder import STUDENT_FOLDER, find_pipeline, write_pipeline
+from moe_sampler.tinyflux.sampling.folder import find_pipeline, write_pipeline
 from moe_sampler.tinyflux.sampling.guided import GuidedRouter, Weight, guided_experts, guided_plan
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ class StudentPipeline(GuidanceMixin):
             whole = find_pipeline(hub.look(student, revision=revision, subfolder=subfolder))
             if whole is not None:
                 student, revision, subfolder = whole / STUDENT_FOLDER, None, None
-                places = places if told or experts is not None else places | {"encoders": whole}
+                places = places if told else places | {"encoders": whole}
             place = {"revision": revision, "subfolder": subfolder}
             model = TinyFlux.from_pretrained(student, ema=ema, **place, **vars(hub))
         model = model.to(dtype)
