@@ -124,12 +124,14 @@ class AdapterMixin(ExpertPipeline):
         """
         _check_peft()
         known = list(getattr(self.expert_unet(expert), "peft_config", {}))
-        name = known[0] if adapter_name is None and len(known) == 1 else adapter_name
-        if name not in known:
-            named = f"no adapter {name!r}; it has {listed(known) or 'none'}" if name else None
-            named = named or (f"several: {listed(known)}" if known else "no adapter")
-            raise ValueError(f"{expert} has {named}")
-        write = partial(self._write_lora, Path(save_directory), license, expert, name)
+        chosen = known if adapter_name is None else [name for name in known if name == adapter_name]
+        if len(chosen) != 1:
+            wanted = "no adapter" if adapter_name is None else f"no adapter {adapter_name!r}"
+            what = f"several adapters, {listed(chosen)}: say which" if chosen else wanted
+            raise ValueError(
+                f"{expert} has {what}" + ("" if chosen else f"; it has {listed(known) or 'none'}")
+            )
+        write = partial(self._write_lora, Path(save_directory), license, expert, chosen[0])
         saved(write, save_directory, "LoRA", push_to_hub, **kwargs)
 
     def _write_lora(

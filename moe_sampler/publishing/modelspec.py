@@ -34,7 +34,7 @@ _PREDICTIONS = {
 }
 """ModelSpec's own words are the first two; others it leaves to whoever needs them."""
 
-_STABLE_DIFFUSION = {
+_STABLE_DIFFUSION: dict[tuple[Any, ...], str] = {
     ("UNet2DConditionModel", (320, 640, 1280, 1280), 768): "stable-diffusion-v1",
     ("UNet2DConditionModel", (320, 640, 1280, 1280), 1024): "stable-diffusion-v2",
 }

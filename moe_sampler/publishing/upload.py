@@ -108,7 +108,7 @@ class Target:
         given: dict[str, Any] = {"revision": self.revision, "path_in_repo": self.subfolder}
         commit = self._ask(
             lambda: api.upload_folder(
-                folder_path=folder,
+                folder_path=Path(folder),
                 repo_id=address.source,
                 repo_type=self.kind,
                 commit_message=self.commit_message or f"Upload {what}",

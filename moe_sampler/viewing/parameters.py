@@ -42,7 +42,9 @@ def parameters_text(settings: Mapping[str, Any], plan: SamplingPlan, size: tuple
     negative = settings.get("negative_prompt")
     negatives = negative if isinstance(negative, Mapping) else dict.fromkeys(plan.experts, negative)
     negatives = {name: negatives.get(name) for name in plan.experts if negatives.get(name)}
-    solvers, scales, counts = {}, {}, dict.fromkeys(plan.experts, 0)
+    solvers: dict[str, str] = {}
+    scales: dict[str, float] = {}
+    counts = dict.fromkeys(plan.experts, 0)
     for step in plan.steps:
         solvers.setdefault(max(step.calls, key=lambda call: call.weight).name, step.solver)
         for call in step.calls:

@@ -132,6 +132,7 @@ class TinyFlux(ModelMixin, ConfigMixin):
         variant: str | None = None,
         max_shard_size: int | str = "10GB",
         push_to_hub: bool = False,
+        use_flashpack: bool = False,
         *,
         license: str | None = None,
         **kwargs: Any,
@@ -140,13 +141,14 @@ class TinyFlux(ModelMixin, ConfigMixin):
         what `diffusers.AutoModel` needs to load it.
 
         Args:
-            save_directory, is_main_process, save_function, safe_serialization, variant, max_shard_size: as
-                diffusers' own takes them.
+            save_directory, is_main_process, save_function, safe_serialization, variant, max_shard_size,
+                use_flashpack: as diffusers' own takes them.
             push_to_hub: upload the folder, too; kwargs are those of `publishing.upload.Target`.
             license: the model's, as the hub calls it.
         """
         options = {"is_main_process": is_main_process, "save_function": save_function}
         options |= {"safe_serialization": safe_serialization, "max_shard_size": max_shard_size}
+        options |= {"use_flashpack": True} if use_flashpack else {}
         write = partial(self._write, Path(save_directory), license, options | {"variant": variant})
         saved(write, save_directory, "student", push_to_hub, **kwargs)
 

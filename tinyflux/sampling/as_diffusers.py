@@ -15,7 +15,10 @@ from moe_sampler.tinyflux.sampling.pipeline import StudentPipeline
 __all__ = ["StudentDiffusionPipeline"]
 
 
-class StudentDiffusionPipeline(StudentPipeline, DiffusionPipeline):
+# Loading and saving are the first one's.
+class StudentDiffusionPipeline(  # pyright: ignore[reportIncompatibleMethodOverride]
+    StudentPipeline, DiffusionPipeline
+):
     """A `StudentPipeline` without experts, made of components under diffusers' names.
 
     Args:
