@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,7 +148,8 @@ class Target:
         try:
             return request()
         except (OSError, ValueError, RuntimeError, HTTPError, EntryNotFoundError) as error:
-            told = " ".join(str(error).split())  # the hub's own reason stands behind the address
+            # The hub's own reason is the last of it.
+            told = re.sub(r"For more information check: \S+", "", " ".join(str(error).split()))
             raise CheckpointError(f"{self.repo_id} cannot be written on the hub: {told[:400]}") from error
 
 

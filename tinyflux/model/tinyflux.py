@@ -141,8 +141,8 @@ class TinyFlux(ModelMixin, ConfigMixin):
         what `diffusers.AutoModel` needs to load it.
 
         Args:
-            save_directory, is_main_process, save_function, safe_serialization, variant, max_shard_size,
-                use_flashpack: as diffusers' own takes them.
+            save_directory, is_main_process, save_function: as diffusers' own takes them.
+            safe_serialization, variant, max_shard_size, use_flashpack: likewise.
             push_to_hub: upload the folder, too; kwargs are those of `publishing.upload.Target`.
             license: the model's, as the hub calls it.
         """
