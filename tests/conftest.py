@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moe_sampler import Expert
 from moe_sampler.sampling.paths import Level
 
+sys.path.insert(0, str(Path(__file__).parent))
+
 if "bench" not in sys.modules:
     # Importable without the repository root on the path, where `kernels` is another package.
     _spec = importlib.util.spec_from_file_location(
@@ -185,3 +187,31 @@ def silent_device(monkeypatch) -> type[Waits]:
     monkeypatch.setattr(optimizer, "_get_fused_kernels_supported_devices", lambda: ["meta"])
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # it knows no "meta"
     return Waits
+
+
+@pytest.fixture
+def own_modules(tmp_path, monkeypatch):
+    """diffusers copies a folder's code to a cache before it runs it."""
+    from diffusers.utils import dynamic_modules_utils
+
+    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch, own_modules):
+    """The Hugging Face hub, empty and on this machine, with a login; its `Repositories`."""
+    import hub_server
+    from huggingface_hub import constants, hf_api
+
+    with hub_server.serving() as (address, repositories):
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        template = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(hf_api.api, "endpoint", address)
+        monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
+        for name in ("NO_PROXY", "no_proxy"):
+            monkeypatch.setenv(name, "127.0.0.1")
+        yield repositories

@@ -133,8 +133,9 @@ _weight = _either(_any_number, _several(_row(_level, _any_number)))
 _CHECKS: dict[str, _Check] = {
     "prompt": lambda value: value is not None and _text(value),
     **dict.fromkeys(
-        ("router", "expert", "model", "preset", "variant", "revision", "dtype", "speed", "version"), _text
+        ("router", "expert", "model", "preset", "variant", "revision", "subfolder", "dtype"), _text
     ),
+    **dict.fromkeys(("speed", "version"), _text),
     **dict.fromkeys(("image", "image_sha256", "student", "vae", "clip", "t5", "encoders"), _text),
     **dict.fromkeys(("lora_text_encoder", "upstream_schedule"), _flag),
     **dict.fromkeys(("shift", "eta", "guidance_scale", "guidance_rescale"), _by_name(_any_number)),

@@ -17,7 +17,7 @@ from .options import ModelOptions
 __all__ = ["Model", "merge_models"]
 
 DEMO = "demo"
-_MODEL_KEYS = ("model", "preset", "sources", "revision", "variant")
+_MODEL_KEYS = ("model", "preset", "sources", "revision", "subfolder", "variant")
 
 
 def _kind(name: str, text: str) -> Any:
@@ -64,12 +64,13 @@ def merge_models(previous: Mapping[str, Any], options: ModelOptions) -> dict[str
         "sources": _sources(previous.get("sources") or {}, options),
         "variant": previous.get("variant") if options.variant is None else options.variant,
     }
-    revisions = ByExpert.read("--revision", options.revision)
-    settings["revision"] = previous.get("revision") if revisions.shared is None else revisions.shared
-    for name, revision in revisions.own.items():
-        if name not in settings["sources"]:
-            raise ValueError(f"--revision names {name}, which has no source of its own")
-        settings["sources"][name]["revision"] = revision
+    for key, texts in (("revision", options.revision), ("subfolder", options.subfolder)):
+        read = ByExpert.read(f"--{key}", texts)
+        settings[key] = previous.get(key) if read.shared is None else read.shared
+        for name, value in read.own.items():
+            if name not in settings["sources"]:
+                raise ValueError(f"--{key} names {name}, which has no source of its own")
+            settings["sources"][name][key] = value
     based = options.model is not None or options.preset is not None or "sources" in previous
     if settings["sources"] and not based:
         raise ValueError(
@@ -122,6 +123,11 @@ class Model:
 
         return {name: ExpertSource(**source) for name, source in self.settings.get("sources", {}).items()}
 
+    @property
+    def _place(self) -> dict[str, Any]:
+        """Where in its folder or repository the base is."""
+        return {key: self.settings.get(key) for key in ("revision", "subfolder")}
+
     def _hub(self) -> Any:
         from ..loading.hub import Hub
 
@@ -158,10 +164,11 @@ class Model:
         from ..pipelines.settings import default_settings
 
         base, sources = self._parts()
-        revision = self.settings.get("revision")
+        place = self._place
         # a preset's own base has no experts and no settings
-        index = {} if self.base is None else read_base_index(base, self._hub(), revision, tuple(sources))
-        own = ExpertSource(base, revision=revision)
+        replaced = tuple(sources)
+        index = {} if self.base is None else read_base_index(base, self._hub(), replaced=replaced, **place)
+        own = ExpertSource(base, **place)
         names = dict.fromkeys([*expert_names(index), *sources])
         configs = {name: find_training(name, sources.get(name, own), self._hub()) for name in names}
         return configs, default_settings(list(names), index)
@@ -173,10 +180,9 @@ class Model:
         from ..loading.presets import ExpertSource
 
         base, sources = self._parts()
-        revision = self.settings.get("revision")
-        own = ExpertSource(base, revision=revision)
+        own = ExpertSource(base, **self._place)
         configs = {
-            name: find_model_config(name, sources.get(name, own), base, revision, self._hub())
+            name: find_model_config(name, sources.get(name, own), base, hub=self._hub(), **self._place)
             for name in names
         }
         return {name: reuse_share(config) for name, config in configs.items()}
@@ -189,8 +195,9 @@ class Model:
         from ..loading.presets import ExpertSource
 
         base, sources = self._parts()
-        revision, variant = self.settings.get("revision"), self.settings.get("variant")
-        folder, index = find_base(base, self._hub(), revision, variant, list(sources))
+        variant = self.settings.get("variant")
+        given = {"variant": variant, "replaced": list(sources)}
+        folder, index = find_base(base, self._hub(), **given, **self._place)
         found = [
             find_expert(name, sources.get(name, ExpertSource(folder)), folder, self._hub(), variant)
             for name in dict.fromkeys([*expert_names(index), *sources])
@@ -232,7 +239,7 @@ class Model:
             experts=self.sources,
             dtype=machine.torch_dtype,
             variant=self.settings.get("variant"),
-            revision=self.settings.get("revision"),
+            **self._place,
             offload=machine.offload,
             speed=machine.speed,
             device=machine.device,

@@ -302,6 +302,10 @@ class ModelOptions:
         list[str] | None,
         option("Of the base on the hub, or of an expert.", MODEL, metavar="REV|NAME=REV"),
     ] = None
+    subfolder: Annotated[
+        list[str] | None,
+        option("Of the base's folder or repository, or of an expert's.", MODEL, metavar="DIR|NAME=DIR"),
+    ] = None
     local_files_only: Annotated[
         bool, option("Download nothing from the hub.", MODEL, "--local-files-only")
     ] = False

@@ -70,7 +70,8 @@ class Pictures:
 
         plan: the one that the pipeline runs for this call.
         """
-        self._files.check_room({**record, "prompt": max(self.prompts, key=len), "seed": 0})
+        longest = {**record, "prompt": max(self.prompts, key=len), "seed": 0}
+        self._files.check_room(longest, plan)
         if self.quiet:
             pipe.set_progress_bar_config(disable=True)
         watch = _Watch(self._count, batch_size) if self._watched else None
@@ -142,12 +143,14 @@ class _Files:
         for path in self.animations:
             check_writable(path, ".webp")
 
-    def check_room(self, record: Mapping[str, Any]) -> None:
+    def check_room(self, record: Mapping[str, Any], plan: SamplingPlan) -> None:
         """Whether the images' format holds these settings."""
         from .. import __version__
         from ..viewing.images import check_room
+        from ..viewing.parameters import parameters_text
 
-        check_room(self.paths[0], {**record, "version": __version__, "zoom": 1})
+        own = {**record, "version": __version__, "zoom": 1}
+        check_room(self.paths[0], own, parameters_text(own, plan, (1024, 1024)))
 
     def _say(self, path: Path) -> None:
         if not self._quiet:
@@ -165,6 +168,7 @@ class _Files:
         from .. import __version__
         from ..viewing.images import save_image, save_latents, save_png
         from ..viewing.images import zoom as enlarge
+        from ..viewing.parameters import parameters_text
 
         path = self.paths[index]
         record["version"] = __version__
@@ -173,7 +177,8 @@ class _Files:
             self._say(path)
             return
         record["zoom"] = record.get("zoom") or max(1, round(512 / max(made.size)))
-        save_image(enlarge(made, record["zoom"]), path, record)
+        parameters = parameters_text(record, plan, made.size)
+        save_image(enlarge(made, record["zoom"]), path, record, parameters)
         self._say(path)
         if watch is None:
             return

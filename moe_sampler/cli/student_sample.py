@@ -115,8 +115,10 @@ def sample(
     A weight is the expert's share of the prediction, the student has the rest. The settings are in each PNG's
     metadata, for --like.
     """
-    from moe_sampler.tinyflux.model.loading import load_config
+    from moe_sampler.tinyflux.model.loading import holds_pipeline, load_config
     from moe_sampler.tinyflux.sampling.expert import STUDENT as NAME
+
+    from ..loading.hub import Hub
 
     # What is wrong with the settings, the folder or the machine shows before any weights are read.
     previous = read_like(out)
@@ -156,8 +158,12 @@ def sample(
         settings, call = settings | own, call | own
         compiled = _checked_plan(plan, call, configs, defaults)
 
-    named = known.encoders is not None and not model.settings.get("model") and model.preset is None
-    pipe = _load(student, model, settings, computer, guided, None if guided or named else model.shared)
+    beside = holds_pipeline(Hub(local_files_only=where.local_files_only).look(student))
+    named = (
+        (beside or known.encoders is not None) and not model.settings.get("model") and model.preset is None
+    )
+    encoders = None if guided or named else model.shared
+    pipe = _load(student, model, settings, computer, guided, encoders, where.local_files_only)
     _merge(pipe.student, loras)
     record = {"student": local_place(student)} | settings | dict(model.settings) | {"dtype": computer.dtype}
     pictures.make(pipe, compiled, call, where.batch_size, record)
@@ -252,6 +258,7 @@ def _load(
     machine: Machine,
     guided: bool,
     encoders: str | None,
+    local_files_only: bool,
 ) -> Any:
     """The pipeline. encoders: where the settings name none."""
     from moe_sampler.tinyflux.sampling.pipeline import StudentPipeline
@@ -265,6 +272,7 @@ def _load(
         encoders=settings.get("encoders", encoders),
         dtype=machine.torch_dtype,
         device=machine.device,
+        local_files_only=local_files_only,
         **own,
     )
 

@@ -26,7 +26,9 @@ from ..loading.folders import read_config
 from ..loading.hub import Hub
 from ..loading.parts import check_experts_fit, load_shared, scheduler_from_config
 from ..loading.presets import ExpertSource
+from ..loading.state_dicts import header
 from ..loading.weights import empty_model, file_tensors
+from ..publishing.modelspec import HASH, stamp
 from ..training.checkpoints import write_tensors
 from ..training.run_folder import KIND, own_names
 from ..training.settings import SettingsError, to_tables
@@ -236,7 +238,9 @@ def _finish(folder: Path, task: ExpertTask) -> None:
     if own:
         rest = {name: tensor for name, tensor in tensors.items() if not name.startswith("unet.")}
         write_tensors(folder / "assessor.safetensors", rest)
+        said = {key: value for key, value in header(path)[0].items() if key != HASH}
         write_tensors(path, own, {"format": "pt"})
+        stamp([path], said)
     with writing(folder):
         task.unet.save_config(folder)
         scheduler_from_config(task.objective.scheduler).save_pretrained(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,12 +15,14 @@ from torch import Tensor, nn
 from .._transfers import OnDevice
 from ..architectures import architecture_of, shape_of
 from ..pipelines.latents import decode_latents
+from ..publishing.modelspec import describe_expert
+from ..publishing.upload import Address
 from ..sampling.experts import Expert
 from ..sampling.loop import sample
 from ..sampling.planner import plan
 from ..training.draws import Draws
 from ..training.settings import SettingsError, to_tables
-from ..training.task import Losses
+from ..training.task import Losses, Published
 from .captions import TextStates, TextTable
 from .david import AssessedUNet, structure_classes
 from .images import LatentImages
@@ -186,6 +189,22 @@ class ExpertTask:
             uncond={"encoder_hidden_states": self.text([""] * count, device)},
         )
         return decode_latents(latents, self.vae.to(device), VaeImageProcessor())
+
+    def published(self, address: Address, license: str | None) -> Published:
+        """What its folder says of the expert."""
+        kind = self.objective.kind
+        header = describe_expert(
+            Path(address.source).name,
+            {**self.unet.config, "_class_name": type(self.unet).__name__},
+            self.objective.scheduler,
+            self.objective.prediction,
+            scale=None if self.vae is None else 2 ** (len(self.vae.config["block_out_channels"]) - 1),
+            license=license,
+        )
+        source = f"ExpertSource({address.arguments})"
+        given = f"{kind}={source}" if kind in ("sol", "lune") else f'experts={{"mine": {source}}}'
+        told = f"As an expert on the base it was trained on: `HybridPipeline.from_pretrained(base, {given})`."
+        return Published(header, ["## Loading", told])
 
     def describe(self) -> dict[str, Any]:
         found = {

@@ -10,9 +10,9 @@ from typing import Any
 
 from ..architectures import DEFAULT_CONFIG, Architecture, named_architecture
 from ..errors import CheckpointError, listed
-from .folders import INDEX, SHARED, expert_names, read_config, read_model_index
+from .folders import CARD, INDEX, SHARED, expert_names, read_config, read_model_index
 from .hub import WEIGHTS, Hub, Place, component_patterns, component_variant
-from .marks import read_marks, with_marks
+from .marks import read_marks, read_training, with_marks
 from .presets import TRAINING, ExpertSource, training_config
 
 __all__ = ["ExpertFiles", "find_base", "find_expert", "find_model_config", "find_training", "read_base_index"]
@@ -42,7 +42,12 @@ class ExpertFiles:
 
 
 def find_base(
-    base: str | os.PathLike, hub: Hub, revision: str | None, variant: str | None, replaced: Sequence[str] = ()
+    base: str | os.PathLike,
+    hub: Hub,
+    revision: str | None,
+    variant: str | None,
+    replaced: Sequence[str] = (),
+    subfolder: str | None = None,
 ) -> tuple[Path, dict[str, Any]]:
     """The folder with the components that experts share, and its `model_index.json`.
 
@@ -50,17 +55,18 @@ def find_base(
         base: a local folder or a hub id, of a hybrid pipeline or a Stable Diffusion one.
         hub, revision, variant: for a hub id.
         replaced: experts whose weights come from elsewhere.
+        subfolder: of the folder or hub repository.
 
     Raises:
         CheckpointError: there is no such folder, or a shared component is missing from it.
     """
-    place = _look_for_base(base, hub, revision)
+    place = _look_for_base(base, hub, revision, subfolder)
     path = place.path
     if path is None:
         own = [name for name in expert_names(read_config(place.need([INDEX]))) if name not in replaced]
         parts = [*SHARED, *(f"{part}_{name}" for name in own for part in ("unet", "scheduler"))]
         # A single-file expert has no config of its own: the base's UNet has the same shape.
-        configs = ["*.json", "unet/config.json", "unet_*/config.json", "scheduler/*.json"]
+        configs = ["*.json", CARD, "unet/config.json", "unet_*/config.json", "scheduler/*.json"]
         path = place.local([*configs, *(p for part in parts for p in component_patterns(part, variant))])
     if not (path / INDEX).is_file():
         raise CheckpointError(f"{path} has no {INDEX}: it is not a diffusers pipeline folder")
@@ -68,17 +74,21 @@ def find_base(
 
 
 def read_base_index(
-    base: str | os.PathLike, hub: Hub, revision: str | None, replaced: Sequence[str] = ()
+    base: str | os.PathLike,
+    hub: Hub,
+    revision: str | None,
+    replaced: Sequence[str] = (),
+    subfolder: str | None = None,
 ) -> dict[str, Any]:
     """The base's `model_index.json` alone; a local folder must hold what it names.
 
     Args:
-        base, hub, revision, replaced: as `find_base` takes them.
+        base, hub, revision, replaced, subfolder: as `find_base` takes them.
 
     Raises:
         CheckpointError: as `find_base`.
     """
-    place = _look_for_base(base, hub, revision)
+    place = _look_for_base(base, hub, revision, subfolder)
     if place.path is None:
         return read_config(place.need([INDEX]))
     if not replaced or not (place.path / INDEX).is_file():
@@ -88,8 +98,10 @@ def read_base_index(
     return read_model_index(place.path, [*SHARED, *parts])
 
 
-def _look_for_base(base: str | os.PathLike, hub: Hub, revision: str | None) -> Place:
-    place = hub.look(base, revision=revision)
+def _look_for_base(
+    base: str | os.PathLike, hub: Hub, revision: str | None, subfolder: str | None = None
+) -> Place:
+    place = hub.look(base, revision=revision, subfolder=subfolder)
     if place.is_file:
         raise CheckpointError(
             f"{base} is a file: the base is a folder or hub id with vae/, text_encoder/ and tokenizer/, and "
@@ -134,7 +146,7 @@ def _base_config(base: Path) -> Mapping[str, Any]:
 def _locate(name: str, source: ExpertSource, hub: Hub, variant: str | None, weights: bool = True) -> Path:
     """Where it is on this machine; without weights, a hub repository's configs alone."""
     try:
-        place = hub.look(source.weights, revision=source.revision)
+        place = hub.look(source.weights, revision=source.revision, subfolder=source.subfolder)
         if place.is_file:
             return place.local() if weights or place.path is not None else Path(place.file)
         parts = ["", "unet", f"unet_{name}"]
@@ -146,12 +158,14 @@ def _locate(name: str, source: ExpertSource, hub: Hub, variant: str | None, weig
 
 
 def _training(name: str, source: ExpertSource, beside: Path | None, files: Sequence[Path]) -> dict[str, Any]:
-    """What an expert was trained on: what its source says, else the config beside it, else its name, and
-    nothing but what its files say of themselves, too."""
+    """What an expert was trained on: what its source says, else the config beside it, else the one in its own
+    file, else its name, and nothing but what its files say of themselves, too."""
     training, said_by = source.training, f"the training given for {name}"
     if training is None and beside is not None:
         training, said_by = read_config(beside), str(beside)
-    elif training is None and name in TRAINING:
+    if training is None:
+        training, said_by = read_training(files), f"the header of {files[0] if files else source.weights}"
+    if training is None and name in TRAINING:
         training, said_by = name, f"the name {name}"
     config = training if training is None else training_config(training)
     marks = read_marks(files)
@@ -179,14 +193,19 @@ def find_training(name: str, source: ExpertSource | str | Path, hub: Hub) -> dic
 
 
 def find_model_config(
-    name: str, source: ExpertSource, base: str | os.PathLike, revision: str | None, hub: Hub
+    name: str,
+    source: ExpertSource,
+    base: str | os.PathLike,
+    revision: str | None,
+    hub: Hub,
+    subfolder: str | None = None,
 ) -> Mapping[str, Any]:
     """The config of an expert's model, as `find_expert` says it; of the hub, configs alone are downloaded.
 
     Args:
         name: of the expert.
         source: where it is.
-        base, revision: whose model's config counts for single files.
+        base, revision, subfolder: whose model's config counts for single files.
         hub: for hub ids.
 
     Raises:
@@ -196,7 +215,7 @@ def find_model_config(
     if path.is_dir():
         return read_config(_model_folder(path, name)[0] / "config.json")
     configs = ["unet/config.json", "unet_*/config.json"]
-    return _base_config(_look_for_base(base, hub, revision).local(configs))
+    return _base_config(_look_for_base(base, hub, revision, subfolder).local(configs))
 
 
 def find_expert(

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "CARD",
     "INDEX",
     "SHARED",
     "aligned",
@@ -32,6 +33,9 @@ SHARED = ("vae", "text_encoder", "tokenizer")
 """What all experts of a pipeline share."""
 
 INDEX = "model_index.json"
+
+CARD = "README.md"
+"""What says to people, and to the hub, what a folder is."""
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -98,8 +102,9 @@ def expert_names(index: dict[str, Any]) -> list[str]:
     before any others."""
     found = [key.removeprefix("unet_") for key in index if key.startswith("unet_")]
     order = index.get("experts") or ["sol", "lune", *sorted(found)]
+    order = order.split(", ") if isinstance(order, str) else order
     if not isinstance(order, list) or not all(isinstance(name, str) for name in order):
-        raise CheckpointError(f"{INDEX}: experts must be a list of names, got {order!r}")
+        raise CheckpointError(f"{INDEX}: experts must be names, a list or a text with commas, got {order!r}")
     return [name for name in dict.fromkeys([*order, *sorted(found)]) if name in found]
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import CheckpointError, first_line
 
@@ -33,7 +33,12 @@ class Hub:
     force_download: bool = False
 
     def look(
-        self, source: str | os.PathLike, *, revision: str | None = None, subfolder: str | None = None
+        self,
+        source: str | os.PathLike,
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        kind: Literal["model", "dataset"] = "model",
     ) -> Place:
         """Where a source is; nothing is downloaded yet.
 
@@ -42,6 +47,7 @@ class Hub:
                 this machine comes first.
             revision: of a hub repository.
             subfolder: of a folder or hub repository.
+            kind: of a hub repository.
 
         Raises:
             CheckpointError: it can be none of these.
@@ -55,7 +61,7 @@ class Hub:
                 f"there is no {source}; give a folder, a file, a hub id owner/name or a hub file "
                 "owner/name:file"
             )
-        return Place(self, os.fspath(source), None, repo, file, revision, subfolder)
+        return Place(self, os.fspath(source), None, repo, file, revision, subfolder, kind)
 
     def _options(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
@@ -69,7 +75,7 @@ class Place:
         hub: how to ask.
         source: as it was given, for messages.
         path: on this machine; None on the hub.
-        repo, file, revision, subfolder: on the hub; without a file it is the repository.
+        repo, file, revision, subfolder, kind: on the hub; without a file it is the repository.
     """
 
     hub: Hub
@@ -79,6 +85,7 @@ class Place:
     file: str = ""
     revision: str | None = None
     subfolder: str | None = None
+    kind: Literal["model", "dataset"] = "model"
 
     @property
     def is_file(self) -> bool:
@@ -159,6 +166,7 @@ class Place:
         from huggingface_hub.errors import EntryNotFoundError
 
         arguments["revision"] = self.revision
+        arguments["repo_type"] = None if self.kind == "model" else self.kind
         given = {name: value for name, value in arguments.items() if value is not None}
         try:
             return Path(download(self.repo, *what, **given, **self.hub._options()))

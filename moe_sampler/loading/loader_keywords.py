@@ -36,10 +36,6 @@ _TRUE_ALREADY: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "max_memory": ((None,), _MEMORY),
     "offload_folder": ((None,), f"{_MEMORY}; on a CPU experts stay in their own files"),
     "quantization_config": ((None,), "quantize a model yourself and pass it as unet_<name>="),
-    "subfolder": (
-        (None, ""),
-        "give the pipeline's own folder; an expert's is its source, as in sol='folder/unet'",
-    ),
     "proxies": ((None,), "the environment's HTTPS_PROXY counts"),
     "mirror": ((None,), "the environment's HF_ENDPOINT counts"),
     "use_auth_token": ((None,), "it is called token"),

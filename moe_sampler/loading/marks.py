@@ -12,14 +12,18 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from .._readers import parse_json
 from ..errors import CheckpointError
 from .hub import SUFFIXES
 from .state_dicts import header, torch_header
 
-__all__ = ["MARK_TENSORS", "read_marks", "with_marks"]
+__all__ = ["MARK_TENSORS", "TRAINING_KEY", "read_marks", "read_training", "with_marks"]
 
 MARK_TENSORS = ("v_pred", "ztsnr")
 """Tensors that only say something: they are no weights."""
+
+TRAINING_KEY = "moe-sampler.training"
+"""In the headers of our own files: the scheduler config as JSON, betas and all."""
 
 _PREDICTIONS = {
     **dict.fromkeys(("epsilon", "eps"), "epsilon"),
@@ -89,6 +93,21 @@ def read_marks(files: Iterable[Path]) -> Marks:
                     f"says {value}"
                 )
     return marks
+
+
+def read_training(files: Iterable[Path]) -> dict[str, Any] | None:
+    """The scheduler config in the header of the first safetensors file, if it is one of ours.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    for file in files:
+        said = header(file)[0].get(TRAINING_KEY) if file.suffix == ".safetensors" else None
+        config = None if said is None else parse_json(said, f"{file}'s {TRAINING_KEY}")
+        if config is not None and not isinstance(config, dict):
+            raise CheckpointError(f"{file}'s {TRAINING_KEY} is no scheduler config")
+        return config
+    return None
 
 
 def with_marks(

@@ -48,12 +48,14 @@ class Loaded:
         experts: names, from noise to data.
         weights: of the experts that were found in files.
         index: the base's `model_index.json`.
+        folder: the base's, on this machine.
     """
 
     components: dict[str, Any]
     experts: tuple[str, ...]
     weights: dict[str, ExpertWeights]
     index: dict[str, Any]
+    folder: Path
 
 
 def check_names(experts: Any) -> tuple[str, ...]:
@@ -201,6 +203,7 @@ def load_parts(
     variant: str | None = None,
     passed: Mapping[str, Any] | None = None,
     resident: bool = True,
+    subfolder: str | None = None,
 ) -> Loaded:
     """A pipeline's parts. Configs and the headers of all weights are read and checked before any weights are.
 
@@ -211,13 +214,15 @@ def load_parts(
         hub, revision, variant: for what comes from the hub and from diffusers folders.
         passed: components to use instead of loading them.
         resident: whether the experts get their weights now.
+        subfolder: of the base.
 
     Raises:
         CheckpointError: anything missing, unreadable, unexpected or misshapen, by name.
         ValueError: parts that don't fit each other.
     """
     passed = dict(passed or {})
-    folder, index = find_base(base, hub, revision, variant, [*experts, *_passed_experts(passed)])
+    replaced = [*experts, *_passed_experts(passed)]
+    folder, index = find_base(base, hub, revision, variant, replaced, subfolder)
     own = [name for name in expert_names(index) if name not in experts]
     local = [*SHARED, *(f"{part}_{name}" for name in own for part in ("unet", "scheduler"))]
     read_model_index(folder, [name for name in local if name not in passed])
@@ -247,7 +252,7 @@ def load_parts(
     if resident:
         for own in weights.values():
             own.take("cpu")
-    return Loaded(components, tuple(files), weights, index)
+    return Loaded(components, tuple(files), weights, index, folder)
 
 
 def _check_configs(found: Mapping[str, ExpertFiles], folder: Path, passed: Mapping[str, Any]) -> None:

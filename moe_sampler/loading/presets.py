@@ -69,11 +69,13 @@ class ExpertSource:
             `_class_name`. Without it, the scheduler config beside the weights counts, else the expert's own
             name, if it is such a kind.
         revision: of the hub repository.
+        subfolder: of the folder or hub repository.
     """
 
     weights: str | Path
     training: str | Mapping[str, Any] | None = None
     revision: str | None = None
+    subfolder: str | None = None
 
 
 @dataclass(frozen=True)

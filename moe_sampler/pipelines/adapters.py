@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,10 @@ from ..architectures import architecture_of
 from ..architectures.unet import UNET
 from ..errors import listed
 from ..loading.lora_files import read_lora
+from ..publishing.card import quoted
+from ..publishing.lora import PEFT_SETTINGS, adapter_of, write_lora
+from ..publishing.modelspec import describe_model
+from ..publishing.upload import Address, saved
 from .base import ExpertPipeline
 from .text_adapters import activate, active, adapters, fuse, keeping_names, remove, remove_all, text_name
 
@@ -90,6 +96,68 @@ class AdapterMixin(ExpertPipeline):
             for part, model in models.items():
                 remove(model, {names[part]} & adapters(model))
             raise
+
+    def save_lora_weights(
+        self,
+        save_directory: str | Path,
+        *,
+        expert: str,
+        adapter_name: str | None = None,
+        push_to_hub: bool = False,
+        license: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write an expert's adapter in diffusers' format, as `load_lora_weights` here and elsewhere reads it,
+        with a card.
+
+        Args:
+            save_directory: created if need be.
+            expert: whose.
+            adapter_name: which; not needed where there is but one.
+            push_to_hub: upload the folder, too; kwargs are those of `publishing.upload.Target`.
+            license: the LoRA's, as the hub calls it.
+
+        Raises:
+            ValueError: without peft; an unknown expert; no such adapter, or several and none named.
+            CheckpointError: the hub doesn't take it.
+            OSError: the folder can't be written.
+        """
+        _check_peft()
+        known = list(getattr(self.expert_unet(expert), "peft_config", {}))
+        chosen = known if adapter_name is None else [name for name in known if name == adapter_name]
+        if len(chosen) != 1:
+            wanted = "no adapter" if adapter_name is None else f"no adapter {adapter_name!r}"
+            what = f"several adapters, {listed(chosen)}: say which" if chosen else wanted
+            raise ValueError(
+                f"{expert} has {what}" + ("" if chosen else f"; it has {listed(known) or 'none'}")
+            )
+        write = partial(self._write_lora, Path(save_directory), license, expert, chosen[0])
+        saved(write, save_directory, "LoRA", push_to_hub, **kwargs)
+
+    def _write_lora(
+        self, final: Path, license: str | None, expert: str, name: str, folder: Path, address: Address
+    ) -> None:
+        unet = self.expert_unet(expert)
+        tensors, settings = adapter_of(unet, name, "unet")
+        half = text_name(expert, name)
+        if half in adapters(self.text_encoder):
+            own, more = adapter_of(self.text_encoder, half, "text_encoder")
+            tensors, settings = tensors | own, settings | more
+        described = describe_model(f"{type(unet).__name__}/lora", Path(address.source).name, license=license)
+        described |= {PEFT_SETTINGS: json.dumps(settings, sort_keys=True)}
+        has_text = any(key.startswith("text_encoder.") for key in tensors)
+        write_lora(
+            folder,
+            tensors,
+            described,
+            address=address,
+            imports="from moe_sampler import HybridPipeline",
+            pipe=None if self._loaded_by is None else f"pipe = HybridPipeline.{self._loaded_by}",
+            more=f", expert={quoted(expert)}" + (", text_encoder=True" if has_text else ""),
+            of=f"the expert {expert}",
+            license=license,
+            final=final,
+        )
 
     def set_adapters(
         self,

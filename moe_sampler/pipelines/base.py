@@ -40,6 +40,8 @@ class ExpertPipeline(DiffusionPipeline):
         self._setting_names = tuple(settings)
         self.expert_names = tuple(n.removeprefix("unet_") for n in components if n.startswith("unet_"))
         self._weights: dict[str, ExpertWeights] = {}
+        self._license: str | None = None
+        self._loaded_by: str | None = None
         self._offload: ExpertOffload | None = None
         self._speed: Speed = "none"
         self._cuda_graphs = False

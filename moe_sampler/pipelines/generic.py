@@ -1,19 +1,24 @@
-"""What a saved pipeline's folder holds for diffusers' own `DiffusionPipeline.from_pretrained`: the class's
-name as code, and a model card that says how."""
+"""What a saved pipeline's folder holds beside its components: the class's name as code, for diffusers' own
+`DiffusionPipeline.from_pretrained`, and a card with pictures that says how it is loaded."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..loading.folders import INDEX, SHARED
+from ..publishing.card import Example, card_text, loading, quoted, table
+from ..publishing.upload import Address
 
-__all__ = ["CARD", "write_code_reference"]
+if TYPE_CHECKING:
+    from .hybrid import HybridPipeline
+
+__all__ = ["draw_examples", "pipeline_card", "write_code_reference"]
 
 _MODULE = "pipeline"
-CARD = "README.md"
+EXAMPLES = "examples"
 
 _CODE = '''"""The class of this folder's pipeline, for diffusers' DiffusionPipeline.from_pretrained.
 
@@ -33,42 +38,9 @@ class HybridPipeline(moe_sampler.HybridPipeline):
         )
 '''
 
-_CARD = """---
-library_name: diffusers
-pipeline_tag: text-to-image
-tags:
-- moe-sampler
----
 
-# Experts: {names}
-
-A pipeline of moe-sampler: {experts}, which make one image together, in this order.
-
-```python
-from moe_sampler import HybridPipeline
-
-pipe = HybridPipeline.from_pretrained("FOLDER or owner/name")
-image = pipe("{prompt}", seed=0).images[0]
-```
-
-Through diffusers alone, with moe-sampler installed, as `pipeline.py` imports its class from there:
-
-```python
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("FOLDER or owner/name", trust_remote_code=True)
-```
-
-| default | |
-|---|---|
-{defaults}
-"""
-
-
-def write_code_reference(
-    folder: Path, experts: Sequence[str], settings: Mapping[str, Any], *, card: bool
-) -> None:
-    """Add `pipeline.py`, named in the folder's index, and a model card, if one is wanted.
+def write_code_reference(folder: Path, experts: Sequence[str], settings: Mapping[str, Any]) -> None:
+    """Add `pipeline.py`, named in the folder's index.
 
     Args:
         folder: that a pipeline was saved to.
@@ -85,16 +57,85 @@ def write_code_reference(
     (folder / f"{_MODULE}.py").write_text(_CODE.format(**indented), encoding="utf-8")
     index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     index["_class_name"] = [_MODULE, "HybridPipeline"]
+    index["experts"] = ", ".join(experts)  # a list of words is a component to diffusers
     (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    if card:
-        (folder / CARD).write_text(_card(experts, settings), encoding="utf-8")
 
 
-def _card(experts: Sequence[str], settings: Mapping[str, Any]) -> str:
-    rows = [f"| `{name}` | {value} |" for name, value in settings.items() if name != "experts"]
-    return _CARD.format(
-        names=", ".join(experts),
-        experts=f"expert{'s' if len(experts) > 1 else ''} {' and '.join(experts)}",
-        prompt="a castle by a lake",
-        defaults="\n".join(rows),
+def draw_examples(
+    pipe: HybridPipeline, folder: Path, prompts: Sequence[str], address: Address
+) -> list[Example]:
+    """Pictures of the prompts by the pipeline as it is, with its defaults, written into the folder with their
+    settings, so that `--like` makes them again."""
+    if not prompts:
+        return []
+    from .. import __version__
+    from ..viewing.images import save_png, zoom
+    from ..viewing.parameters import parameters_text
+
+    output = pipe(list(prompts), seed=list(range(len(prompts))), batch_size=1)
+    names = pipe.expert_names
+    defaults = {"num_inference_steps": pipe.config["num_inference_steps"]}
+    if len(names) > 1:
+        defaults["handoff"] = pipe.config["handoff"]
+    defaults["guidance_scale"] = {name: pipe.config[f"{name}_guidance"] for name in names}
+    place = {"model": address.source, "revision": address.revision, "subfolder": address.subfolder}
+    (folder / EXAMPLES).mkdir()
+    examples = []
+    for seed, (prompt, image) in enumerate(zip(prompts, output.images, strict=True)):
+        settings = {"prompt": prompt, "seed": seed, **defaults, **place, "version": __version__}
+        settings |= {"zoom": max(1, round(512 / max(image.size)))}
+        settings = {key: value for key, value in settings.items() if value is not None}
+        file = f"{EXAMPLES}/{seed + 1}.png"
+        text = parameters_text(settings, output.plan, image.size)
+        save_png(zoom(image, settings["zoom"]), folder / file, settings, text)
+        examples.append(Example(prompt, file))
+    return examples
+
+
+def pipeline_card(
+    experts: Sequence[str],
+    settings: Mapping[str, Any],
+    address: Address,
+    examples: Sequence[Example] = (),
+    license: str | None = None,
+) -> str:
+    """The card's text.
+
+    Args:
+        experts: names, from noise to data.
+        settings: default settings.
+        address: where the folder will be.
+        examples: pictures in it.
+        license: its identifier on the hub, if it is known.
+    """
+    several = "s" if len(experts) > 1 else ""
+    prompt = quoted(examples[0].prompt if examples else "a castle by a lake")
+    sections = [
+        f"A pipeline of moe-sampler: expert{several} {' and '.join(experts)}"
+        + (", which make one image together, in this order." if several else "."),
+        "## Loading",
+        loading(
+            "from moe_sampler import HybridPipeline",
+            [
+                f"pipe = HybridPipeline.from_pretrained({address.arguments})",
+                f"image = pipe({prompt}, seed=0).images[0]",
+            ],
+        ),
+    ]
+    if not address.subfolder:  # which diffusers' loader knows of models alone
+        sections += [
+            "Through diffusers' own loader, with moe-sampler installed, which `pipeline.py` imports:",
+            loading(
+                "from diffusers import DiffusionPipeline",
+                [f"pipe = DiffusionPipeline.from_pretrained({address.arguments}, trust_remote_code=True)"],
+            ),
+        ]
+    defaults = {f"`{name}`": value for name, value in settings.items() if name != "experts"}
+    return card_text(
+        f"Experts: {', '.join(experts)}",
+        [*sections, "## Defaults", table(defaults)],
+        license=license,
+        examples=examples,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
     )

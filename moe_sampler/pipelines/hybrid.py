@@ -86,7 +86,8 @@ class HybridPipeline(PretrainedMixin, EncodingMixin, AdapterMixin, GuidanceMixin
     Args:
         vae: decodes latents; AutoencoderKL or AutoencoderTiny.
         text_encoder, tokenizer: CLIP, shared by the experts.
-        experts: names, from noise to data; by default the order in which the UNets are given.
+        experts: names, from noise to data, or one text of them ("sol, lune"); by default the order in which
+            the UNets are given.
         handoff: default noise level, between 0 (data) and 1 (noise), where one expert hands over to the next;
             of more than two experts, a list of them, descending.
         num_inference_steps: default steps in all.
@@ -108,7 +109,7 @@ class HybridPipeline(PretrainedMixin, EncodingMixin, AdapterMixin, GuidanceMixin
         vae: AutoencoderKL | AutoencoderTiny,
         text_encoder: CLIPTextModel,
         tokenizer: CLIPTokenizer,
-        experts: Sequence[str] | None = None,
+        experts: Sequence[str] | str | None = None,
         handoff: float | Sequence[float] | None = None,
         num_inference_steps: int | None = None,
         defaults: Mapping[str, Any] | None = None,
@@ -119,7 +120,7 @@ class HybridPipeline(PretrainedMixin, EncodingMixin, AdapterMixin, GuidanceMixin
         given = [key.removeprefix("unet_") for key in parts if key.startswith("unet_")]
         if experts is None:  # in the order they had before, then the others
             experts = [name for name in dict.fromkeys([*before.get("experts", ()), *given]) if name in given]
-        names = check_names(experts)
+        names = check_names(experts.split(", ") if isinstance(experts, str) else experts)
         wanted = {f"{part}_{name}" for name in names for part in ("unet", "scheduler")}
         unknown = parts.keys() - wanted - {f"{name}_guidance" for name in names}
         if unknown or wanted - parts.keys():

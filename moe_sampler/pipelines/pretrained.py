@@ -1,18 +1,14 @@
-"""`from_pretrained` and `save_pretrained`: a pipeline from a folder, the hub or a preset, with experts from
-anywhere; and as one folder."""
+"""`from_pretrained`: a pipeline from a folder, the hub or a preset, with experts from anywhere."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from huggingface_hub import create_repo
 
-from .._files import whole_folder
 from ..loading.dtypes import Dtypes, read_dtypes
 from ..loading.folders import SHARED
 from ..loading.hub import Hub
@@ -20,17 +16,18 @@ from ..loading.loader_keywords import device_of_map, without_loader_keywords
 from ..loading.parts import load_parts
 from ..loading.presets import ExpertSource
 from ..loading.presets import preset as find_preset
-from .base import ExpertPipeline
-from .generic import CARD, write_code_reference
+from ..publishing.card import license_in
+from ..publishing.upload import Address
 from .offload import Offload, check_offload
+from .saving import SavingMixin
 from .settings import DEFAULTS
 from .speed import Speed, check_speed, fast_dtype
 
 __all__ = ["PretrainedMixin"]
 
 
-class PretrainedMixin(ExpertPipeline):
-    """Loading and saving, for a pipeline whose constructor takes components and settings by name."""
+class PretrainedMixin(SavingMixin):
+    """Loading, for a pipeline whose constructor takes components and settings by name."""
 
     @classmethod
     def from_pretrained(
@@ -46,6 +43,7 @@ class PretrainedMixin(ExpertPipeline):
         torch_dtype: Dtypes | None = None,
         variant: str | None = None,
         revision: str | None = None,
+        subfolder: str | None = None,
         offload: Offload = "none",
         speed: Speed = "none",
         device: torch.device | str | None = None,
@@ -71,6 +69,7 @@ class PretrainedMixin(ExpertPipeline):
                 name; "auto" is what `device` computes fastest in (see `speed.fast_dtype`). float32.
             variant: prefer `*.<variant>.safetensors`, such as "fp16".
             revision: of the base on the hub.
+            subfolder: of the base's folder or hub repository.
             offload, device: see `set_offload`.
             speed: see `set_speed`; beside "none", `dtype` is "auto" unless it is given.
             cache_dir, local_files_only, token, force_download: for the hub.
@@ -86,7 +85,7 @@ class PretrainedMixin(ExpertPipeline):
         check_speed(speed)
         named = {"sol": sol, "lune": lune, "sd15": sd15}
         given = {name: source for name, source in named.items() if source is not None} | dict(experts or {})
-        base = pretrained_model_name_or_path
+        base, own = pretrained_model_name_or_path, len(given)
         if preset is not None:
             known = find_preset(preset)
             base, given = known.base if base is None else base, {**known.experts, **given}
@@ -106,12 +105,18 @@ class PretrainedMixin(ExpertPipeline):
             variant=variant,
             passed=modules,
             resident=offload != "expert",
+            subfolder=subfolder,
         )
         settings = {**_settings_of(loaded.index, loaded.experts), **settings}
         make: Any = cls
         pipe: Self = make(**loaded.components, experts=loaded.experts, **settings)
         pipe.register_to_config(_name_or_path=str(base))
         pipe._weights.update(loaded.weights)
+        if not given and not modules:  # what is from elsewhere has a licence of its own
+            pipe._license = license_in(loaded.folder)
+            pipe._loaded_by = f"from_pretrained({Address(str(base), revision, subfolder).arguments})"
+        elif preset is not None and own == 0 and pretrained_model_name_or_path is None and not modules:
+            pipe._loaded_by = f'from_preset("{preset}")'
         if offload != "none" or device is not None:
             pipe.set_offload(offload, device)
         if speed != "none":
@@ -122,75 +127,6 @@ class PretrainedMixin(ExpertPipeline):
     def from_preset(cls, name: str = "sd15", **kwargs: Any) -> Self:
         """A pipeline by name; kwargs are for `from_pretrained`."""
         return cls.from_pretrained(preset=name, **kwargs)
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        max_shard_size: int | str | None = None,
-        push_to_hub: bool = False,
-        use_flashpack: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """Write one folder, as diffusers does, that `from_pretrained` reads back to the same bits. With its
-        `pipeline.py` and moe-sampler installed, `DiffusionPipeline.from_pretrained` reads it too.
-
-        Args:
-            save_directory: created if need be.
-            safe_serialization, use_flashpack: safetensors always; there is no other format here.
-            variant, max_shard_size: as diffusers takes them.
-            push_to_hub: upload the folder; kwargs are diffusers': `repo_id`, the folder's name by default,
-                `private`, `token`, `commit_message`, `create_pr`.
-
-        Raises:
-            ValueError: an expert has LoRA adapters, which a folder of this layout doesn't hold.
-            OSError: the folder can't be written; what was in it before is untouched.
-        """
-        unknown = kwargs.keys() - {"repo_id", "private", "token", "commit_message", "create_pr"}
-        if unknown:
-            raise TypeError(f"save_pretrained takes no {', '.join(sorted(unknown))}")
-        if not safe_serialization or use_flashpack:
-            other = "use_flashpack" if use_flashpack else "safe_serialization=False"
-            raise ValueError(f"weights are written as safetensors only: leave out {other}")
-        experts = {name: self.expert_unet(name) for name in self.expert_names}
-        parts = {**experts, "text_encoder": self.text_encoder}
-        adapted = [name for name, part in parts.items() if getattr(part, "peft_config", None)]
-        if adapted:
-            raise ValueError(
-                f"{', '.join(adapted)} has LoRA adapters: fuse them or call unload_lora_weights() first"
-            )
-        options = {"variant": variant, "max_shard_size": max_shard_size}
-        folder = Path(save_directory)
-        settings = {name: self.config[name] for name in self._setting_names}
-        with whole_folder(folder) as partial:
-            if self._offload is None:
-                super().save_pretrained(partial, **options)
-            else:
-                self._save_one_by_one(partial, {k: v for k, v in options.items() if v is not None})
-            write_code_reference(partial, self.expert_names, settings, card=not (folder / CARD).exists())
-        if push_to_hub:
-            self._push(folder, **kwargs)
-
-    def _push(
-        self,
-        folder: Path,
-        repo_id: str | None = None,
-        private: bool | None = None,
-        token: str | None = None,
-        commit_message: str | None = None,
-        create_pr: bool = False,
-    ) -> None:
-        repo_id = create_repo(repo_id or folder.name, exist_ok=True, private=private, token=token).repo_id
-        self._upload_folder(folder, repo_id, token=token, commit_message=commit_message, create_pr=create_pr)
-
-    def _save_one_by_one(self, folder: Path, options: Mapping[str, Any]) -> None:
-        for name in self._component_names:
-            part = getattr(self, name)
-            expert = name.removeprefix("unet_") if name.startswith("unet_") else None
-            with nullcontext() if expert is None else self._with_expert(expert):
-                part.save_pretrained(folder / name, **(options if isinstance(part, torch.nn.Module) else {}))
-        self.save_config(folder)
 
 
 def _split(parts: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

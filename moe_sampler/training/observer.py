@@ -10,14 +10,17 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from huggingface_hub.errors import HTTPError
 
 from ..errors import NonFiniteError
+from ..publishing.card import Example
+from ..publishing.upload import Address
 from .model_card import model_card
 from .noise_bins import NoiseBins
 from .run import Run
 from .run_folder import RunFolder, ships_config
 from .settings import SettingsError, flat
+from .task import Published
 from .uploads import Uploads
 from .window import StepNumbers
 
@@ -35,7 +38,6 @@ class Observer:
 
     def __init__(self, run: Run, record: dict[str, Any]) -> None:
         self.run, self.record = run, record
-        self.folder = RunFolder(run.settings.output_dir, run.task)
         self.validation: dict[str, float] = {}
         self._validated_at = -1
         self._bins = NoiseBins(run.settings.noise_bins)
@@ -43,10 +45,18 @@ class Observer:
         self._count = 0
         self._seconds, self._since = 0.0, time.monotonic()
         self._repository = self._new_repository() if run.settings.push_to_hub else None
+        self._sheets: list[str] = []
+        published = getattr(run.task, "published", None)
+        address = Address(self._repository or str(run.settings.output_dir))
+        self._published = Published({}, [])
+        if published is not None:
+            self._published = published(address, run.settings.license)
+        self.folder = RunFolder(run.settings.output_dir, run.task, self._published.header)
         names = ["config.json"] if ships_config(run.task) else []
         self._uploads = None
         if self._repository is not None:
-            self._uploads = Uploads(self._repository, [*names, run.task.weights_name, "README.md"])
+            own = [*names, run.task.weights_name, "README.md", *self._published.files]
+            self._uploads = Uploads(self._repository, own)
 
     def begin(self) -> None:
         """Open the trackers, and take back what the log says of steps that will be made again."""
@@ -142,6 +152,7 @@ class Observer:
         if not images or not run.accelerator.is_main_process:
             return
         sheet = np.asarray(self.folder.save_samples(images, run.step))
+        self._sheets = [self.folder.sheet(run.step)]
         for tracker in run.accelerator.trackers:
             if hasattr(tracker, "log_images"):
                 shape = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
@@ -156,7 +167,8 @@ class Observer:
         with run.evaluating():
             tensors = run.tensors()
         if run.accelerator.is_main_process and not self._uploads.busy:
-            self._uploads.begin(self.folder.save_upload(tensors, self._card()), run.step)
+            folder = self.folder.save_upload(tensors, self._card(), self._sheets)
+            self._uploads.begin(folder, run.step, self._sheets)
 
     def finish(self) -> None:
         """Validate, draw samples, write the model and its card, and upload it if asked for."""
@@ -168,21 +180,29 @@ class Observer:
         if run.accelerator.is_main_process:
             self.folder.save_final(tensors, self._card())
             if self._uploads is not None:
-                self._uploads.finish(run.settings.output_dir)
+                self._uploads.finish(run.settings.output_dir, self._sheets)
             self.folder.remove_upload()
 
     def _card(self) -> str:
         run = self.run
         name = self._repository or run.settings.output_dir.resolve().name
         return model_card(
-            name, run.task.describe(), self.record, self.validation, self.folder.records(), run.step
+            name,
+            run.task.describe(),
+            self.record,
+            self.validation,
+            self.folder.records(),
+            run.step,
+            sections=self._published.sections,
+            license=run.settings.license,
+            examples=[Example("samples of the run's last sheet", sheet) for sheet in self._sheets],
         )
 
     def _new_repository(self) -> str:
         name = self.run.settings.hub_model_id or self.run.settings.output_dir.resolve().name
         try:
             return HfApi().create_repo(name, exist_ok=True).repo_id
-        except (HfHubHTTPError, LocalTokenNotFoundError, OSError, ValueError) as error:
+        except (HTTPError, OSError, ValueError) as error:
             raise SettingsError(
                 f"push_to_hub: {name} can't be made on the hub: {str(error).strip().splitlines()[0]}"
             ) from None

@@ -14,7 +14,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from torch import Tensor
 from .._files import remove, replace_folder, sweep, write_text, write_whole, writing
 from .._readers import parse_json
 from ..errors import CheckpointError
+from ..publishing.modelspec import stamp
 from .checkpoints import write_tensors
 from .task import Task
 
@@ -39,7 +41,14 @@ UPLOAD = ".upload.partial"
 
 def own_names(weights: str) -> tuple[str, ...]:
     """What a run writes into its folder, as patterns; `weights` is the model's file."""
-    names = ("README.md", "config.json", "assessor.safetensors", "scheduler_config.json", weights)
+    names = (
+        "README.md",
+        "config.json",
+        "tinyflux.py",
+        "assessor.safetensors",
+        "scheduler_config.json",
+        weights,
+    )
     names += ("best", "samples", "logs", "settings.json", "log.jsonl")
     return (*names, "checkpoint-*", "nonfinite-step-*")
 
@@ -48,10 +57,11 @@ class RunFolder:
     """Args:
     folder: of the run.
     task: whose model is written.
+    header: of its weights, beside what the writer puts there.
     """
 
-    def __init__(self, folder: Path, task: Task) -> None:
-        self.folder, self.task = folder, task
+    def __init__(self, folder: Path, task: Task, header: Mapping[str, str] | None = None) -> None:
+        self.folder, self.task, self.header = folder, task, dict(header or {})
         self.log_file = folder / "log.jsonl"
         self._logged: set[tuple[int, bool]] = set()
 
@@ -82,13 +92,17 @@ class RunFolder:
             return []
         return list(_records(self.log_file.read_bytes().decode("utf-8", "replace")))
 
+    def sheet(self, step: int) -> str:
+        """The name in the folder of a step's sheet of samples."""
+        return f"samples/step-{step:06d}.png"
+
     def save_samples(self, images: list[Image.Image], step: int) -> Image.Image:
         """One sheet, about square."""
         columns = math.ceil(math.sqrt(len(images)))
         rows = math.ceil(len(images) / columns)
         blank = Image.new("RGB", images[0].size)
         sheet = make_image_grid([*images, *[blank] * (rows * columns - len(images))], rows, columns)
-        path = self.folder / "samples" / f"step-{step:06d}.png"
+        path = self.folder / self.sheet(step)
         path.parent.mkdir(exist_ok=True)
         write_whole(path, lambda temporary: sheet.save(temporary, format="PNG"))
         return sheet
@@ -106,13 +120,19 @@ class RunFolder:
             for path in partial.iterdir():
                 os.replace(path, self.folder / path.name)
 
-    def save_upload(self, tensors: Mapping[str, Tensor], card: str) -> Path:
-        """The model and its card in a hidden folder, which lasts until `remove_upload`."""
+    def save_upload(self, tensors: Mapping[str, Tensor], card: str, shown: Sequence[str] = ()) -> Path:
+        """The model and its card in a hidden folder, which lasts until `remove_upload`.
+
+        shown: pictures of the run's folder that the card shows.
+        """
         folder = self.folder / UPLOAD
         remove(folder)
         with writing(folder):
             self._write_model(folder, tensors)
             write_text(folder / "README.md", card)
+            for name in shown:
+                (folder / name).parent.mkdir(exist_ok=True)
+                shutil.copy(self.folder / name, folder / name)
         return folder
 
     def remove_upload(self) -> None:
@@ -133,7 +153,10 @@ class RunFolder:
     def _write_model(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
         folder.mkdir(parents=True)
         shipped = getattr(self.task, "shipped", dict)
-        write_tensors(folder / self.task.weights_name, shipped(tensors), {"format": "pt"})
+        weights = folder / self.task.weights_name
+        write_tensors(weights, shipped(tensors), {"format": "pt"})
+        if self.header:
+            stamp([weights], self.header)
         save_config = getattr(self.task.model, "save_config", None) if ships_config(self.task) else None
         if save_config is not None:
             save_config(folder)

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from .draws import Draws
 
-__all__ = ["Losses", "Task"]
+__all__ = ["Losses", "Published", "Task"]
 
 
 class Losses(NamedTuple):
@@ -36,6 +36,18 @@ class Losses(NamedTuple):
         return Losses(own(self.loss), terms, own(self.per_sample), own(self.noise))
 
 
+class Published(NamedTuple):
+    """What a trained model's folder says of it, where it will be.
+
+    header: of its weights (see `publishing.modelspec`). sections: of its card, Markdown that says how it is
+    loaded. files: beside its config and weights.
+    """
+
+    header: dict[str, str]
+    sections: list[str]
+    files: tuple[str, ...] = ()
+
+
 class Task(Protocol):
     """Implement this to train something with `Trainer`.
 
@@ -46,7 +58,8 @@ class Task(Protocol):
         weights_name: of the file that the trained model's tensors go to, beside its config. Where there is a
             method `shipped`, it is given the model's tensors by name and says which these are; what is
             trained along and of no use afterwards stays in the checkpoints. `ships_config` is False where
-            they are no whole model.
+            they are no whole model. A method `published(address, license)` says what the model's card and
+            header hold beside the run, as `Published`, for the `publishing.upload.Address` it will have.
         steps_alike: whether `loss` asks the device for the same operations at every step, of batches of one
             shape: nothing is decided on the host, and what isn't a tensor in a batch isn't looked at. Then
             the step can be recorded (`cuda_graph`).

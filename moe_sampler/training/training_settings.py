@@ -97,6 +97,7 @@ class TrainingSettings:
         "background.",
     ] = "end"
     hub_model_id: Annotated[str | None, "Repository on the hub; default: the folder's name."] = None
+    license: Annotated[str | None, "The trained model's, as the hub calls it (mit ...), for its card."] = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "output_dir", Path(self.output_dir))

@@ -36,19 +36,23 @@ class Uploads:
         self._running = None
         return False
 
-    def begin(self, folder: Path, step: int) -> None:
-        """Upload a folder that stays as it is until `busy` is False again."""
+    def begin(self, folder: Path, step: int, shown: list[str]) -> None:
+        """Upload a folder that stays as it is until `busy` is False again.
+
+        shown: pictures that the card shows, beside the model.
+        """
         self._running = HfApi().upload_folder(
             folder_path=folder,
             repo_id=self.repository,
-            allow_patterns=self._names,
+            allow_patterns=[*self._names, *shown],
             commit_message=f"step {step}",
             run_as_future=True,
         )
 
-    def finish(self, folder: Path) -> None:
+    def finish(self, folder: Path, shown: list[str]) -> None:
         """Upload the trained model, after the one that is on its way."""
         if self._running is not None:
             self._running.exception()
             assert not self.busy
-        HfApi().upload_folder(folder_path=folder, repo_id=self.repository, allow_patterns=self._names)
+        names = [*self._names, *shown]
+        HfApi().upload_folder(folder_path=folder, repo_id=self.repository, allow_patterns=names)

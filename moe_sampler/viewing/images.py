@@ -36,8 +36,10 @@ _FORMATS = {
     ".jpeg": {"format": "JPEG", "quality": 95, "subsampling": 0},
     ".webp": {"format": "WEBP", "quality": 95, "method": 4},
 }
-# Exif 2.32: the comment's first eight bytes name its encoding.
-_EXIF_IFD, _USER_COMMENT, _ASCII = 0x8769, 0x9286, b"ASCII\0\0\0"
+# Exif 2.32. The user comment's first eight bytes name its encoding; "Unicode" is UTF-16, as others write and
+# read their parameters there.
+_DESCRIPTION, _EXIF_IFD, _USER_COMMENT, _UNICODE = 0x010E, 0x8769, 0x9286, b"UNICODE\0"
+_PARAMETERS = "parameters"
 _JPEG_ROOM = 65_000
 """Bytes of EXIF that a JPEG file holds in its one segment of 65,533, some of which the format takes."""
 _KINDS = {
@@ -73,34 +75,48 @@ def check_image_name(path: Path) -> None:
     check_writable(path, path.suffix.lower())
 
 
-def check_room(path: Path, settings: Mapping[str, Any]) -> None:
+def check_room(path: Path, settings: Mapping[str, Any], parameters: str = "") -> None:
     """Raise now if the format of `path` is JPEG and these settings are more than it holds."""
-    if path.suffix.lower() in (".jpg", ".jpeg") and len(_comment(settings)) > _JPEG_ROOM:
+    room = len(_description(settings)) + len(_comment(parameters))
+    if path.suffix.lower() in (".jpg", ".jpeg") and room > _JPEG_ROOM:
         raise ValueError(f"{path}: a JPEG holds 64 kB of settings, and these are more: use .png or .webp")
 
 
-def save_png(image: Image.Image, path: Path, settings: Mapping[str, Any] | None = None) -> None:
-    """Write the whole file or nothing. `settings` go into the metadata as JSON, for `read_settings`."""
+def save_png(
+    image: Image.Image, path: Path, settings: Mapping[str, Any] | None = None, parameters: str = ""
+) -> None:
+    """Write the whole file or nothing. `settings` go into the metadata as JSON, for `read_settings`, and
+    `parameters` for other programs, as `parameters_text` makes it."""
     info = PngInfo()
     if settings is not None:
         info.add_itxt(_KEY, json.dumps(dict(settings), ensure_ascii=False))
+    if parameters:
+        info.add_text(_PARAMETERS, parameters)  # as UTF-8 where Latin-1 hasn't got it
     write_whole(path, lambda file: image.save(file, format="PNG", pnginfo=info))
 
 
-def _comment(settings: Mapping[str, Any]) -> bytes:
-    return _ASCII + json.dumps({_KEY: dict(settings)}).encode("ascii")
+def _description(settings: Mapping[str, Any]) -> str:
+    return json.dumps({_KEY: dict(settings)})  # in ASCII, as the tag is
 
 
-def save_image(image: Image.Image, path: Path, settings: Mapping[str, Any]) -> None:
+def _comment(parameters: str) -> bytes:
+    return _UNICODE + parameters.encode("utf-16-be") if parameters else b""
+
+
+def save_image(image: Image.Image, path: Path, settings: Mapping[str, Any], parameters: str = "") -> None:
     """Write the whole file or nothing, in the format that its ending names. `settings` go into a PNG's text,
-    or into the EXIF user comment of a JPEG or WebP file, for `read_settings`."""
+    or into the EXIF description of a JPEG or WebP file, for `read_settings`; `parameters`, as
+    `parameters_text` makes it, to where other programs look for it: a text of that name, or the user comment.
+    """
     options = _FORMATS[path.suffix.lower()]
     if options["format"] == "PNG":
-        save_png(image, path, settings)
+        save_png(image, path, settings, parameters)
         return
-    check_room(path, settings)
+    check_room(path, settings, parameters)
     exif = Image.Exif()
-    exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = _comment(settings)
+    exif[_DESCRIPTION] = _description(settings)
+    if parameters:
+        exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = _comment(parameters)
     # Through memory: Pillow's JPEG encoder doesn't notice that a full disk took the first bytes only.
     encoded = io.BytesIO()
     image.convert("RGB").save(encoded, exif=exif, **options)
@@ -111,11 +127,10 @@ def _settings_text(image: Image.Image) -> str | None:
     """The JSON of an image's settings; None where it has none."""
     if _KEY in image.info:
         return image.info[_KEY]
-    comment = image.getexif().get_ifd(_EXIF_IFD).get(_USER_COMMENT)
-    if not isinstance(comment, bytes) or not comment.startswith(_ASCII + b'{"' + _KEY.encode()):
+    described = image.getexif().get(_DESCRIPTION)
+    if not isinstance(described, str) or not described.startswith('{"' + _KEY):
         return None
-    found = json.loads(comment.removeprefix(_ASCII))
-    return json.dumps(found[_KEY])
+    return json.dumps(json.loads(described)[_KEY])
 
 
 def save_latents(latents: Any, path: Path, settings: Mapping[str, Any]) -> None:

@@ -87,8 +87,10 @@ def exists(line: str) -> None:
 
 
 @pytest.mark.parametrize("page", WITH_BLOCKS)
-def test_a_page_from_top_to_bottom(page, tmp_path, monkeypatch):
+def test_a_page_from_top_to_bottom(page, tmp_path, monkeypatch, request):
     monkeypatch.chdir(tmp_path)
+    if page == "docs/HUB.md":
+        request.getfixturevalue("hub")
     namespace = {"__name__": Path(page).stem}
     for wanted, language, code in blocks(page):
         if language == "toml":  # a file by the name in its first line

@@ -1,5 +1,6 @@
 """An expert's training from settings to a folder that the pipeline loads."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from moe_sampler import ExpertSource, HybridPipeline
+from moe_sampler import Expert, ExpertSource, HybridPipeline
 from moe_sampler.data.folders import ImageFolder
 from moe_sampler.data.scenes import DemoScenes
 from moe_sampler.demo import experts_path
@@ -24,6 +25,9 @@ from moe_sampler.expert_training.objectives import Objective
 from moe_sampler.expert_training.run import load_base, new_task, train_expert
 from moe_sampler.expert_training.settings import RunSettings
 from moe_sampler.expert_training.task import VALIDATION_LEVELS
+from moe_sampler.loading.expert_files import find_training
+from moe_sampler.loading.hub import Hub
+from moe_sampler.loading.state_dicts import header
 from moe_sampler.training.draws import Draws
 from moe_sampler.training.settings import SettingsError
 from moe_sampler.training.training_settings import TrainingSettings
@@ -90,6 +94,8 @@ def test_david_trains_along_and_a_stopped_run_goes_on_to_the_same_bits(tmp_path,
     trained = load_file(made["whole"] / files[0])
     for key, value in pipe.unet_sol.state_dict().items():
         assert torch.equal(value, trained[key])
+    said, _ = header(made["whole"] / files[0])
+    assert said["modelspec.prediction_type"] == "v" and said["modelspec.title"] == "whole"
     record = json.loads((made["whole"] / "settings.json").read_text())
     assert record["david"]["use_david"] and record["training"]["max_train_steps"] == 4
 
@@ -106,6 +112,11 @@ def test_the_folder_says_what_the_expert_was_trained_on(tmp_path, kind, predicti
         mine = pipe.experts()[-1]
         assert (mine.name, mine.prediction) == ("mine", prediction)
         assert mine.shift == 2.5 or kind == "epsilon"
+        said, _ = header(folder / "diffusion_pytorch_model.safetensors")
+        assert said["modelspec.prediction_type"] == prediction.removesuffix("_prediction")
+        alone = find_training("mine", folder / "diffusion_pytorch_model.safetensors", Hub())
+        found = Expert.from_scheduler_config("mine", alone, mine.model, dtype=mine.dtype)
+        assert found == dataclasses.replace(mine, guidance_scale=found.guidance_scale)
 
 
 class Told:

@@ -23,7 +23,6 @@ NEVER = ("scheduler", "unet")
         *((name, (None, True, False)) for name in ANY_TRUTH),
         *((name, ()) for name in NEVER),
         ("use_safetensors", (None, True)),
-        ("subfolder", (None, "")),
     ],
 )
 def test_what_is_so_anyway_passes_and_the_rest_is_refused(name, fine):

@@ -383,7 +383,7 @@ def test_loaders_keywords_that_are_so_anyway():
     [
         *(dict(safety_checker=object()), dict(requires_safety_checker=True), dict(use_safetensors=False)),
         *(dict(device_map="balanced"), dict(device_map={"": 0}), dict(max_memory={0: "1GB"})),
-        *(dict(subfolder="unet"), dict(custom_pipeline="lpw"), dict(quantization_config=object())),
+        *(dict(custom_pipeline="lpw"), dict(quantization_config=object())),
         *(dict(scheduler=object()), dict(unet=object()), dict(output_loading_info=True)),
     ],
     ids=lambda keyword: next(iter(keyword)),

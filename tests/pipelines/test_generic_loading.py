@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 
 import diffusers
 import pytest
 import torch
-from diffusers.utils import dynamic_modules_utils
 
 from moe_sampler import HybridPipeline
 
+pytestmark = pytest.mark.usefixtures("own_modules")
+
 CALL = dict(prompt="a castle", seed=2, num_inference_steps=4, output_type="latent")
-
-
-@pytest.fixture(autouse=True)
-def own_modules(tmp_path, monkeypatch):
-    """diffusers copies a folder's code to a cache before it runs it."""
-    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
 
 
 @pytest.fixture
@@ -67,21 +60,3 @@ def test_the_card_says_how_and_a_users_card_stays(saved, demo_pipeline):
     assert (saved / "README.md").read_text() == "mine"
     index = json.loads((saved / "model_index.json").read_text())
     assert index["_class_name"] == ["pipeline", "HybridPipeline"] and index["handoff"] != 0.6
-
-
-def test_what_is_pushed_has_the_code(demo_pipeline, tmp_path, monkeypatch):
-    pushed = {}
-    monkeypatch.setattr(
-        "moe_sampler.pipelines.pretrained.create_repo",
-        lambda repo_id, **_: SimpleNamespace(repo_id=f"me/{repo_id}"),
-    )
-
-    def upload(self, folder, repo_id, **settings):
-        pushed[repo_id] = {file.name for file in folder.iterdir()}, settings["commit_message"]
-
-    monkeypatch.setattr(HybridPipeline, "_upload_folder", upload)
-    demo_pipeline.save_pretrained(tmp_path / "two", push_to_hub=True, commit_message="two experts")
-    names, message = pushed["me/two"]
-    assert {"pipeline.py", "README.md", "model_index.json", "unet_sol"} <= names and message == "two experts"
-    with pytest.raises(TypeError, match="comit_message"):
-        demo_pipeline.save_pretrained(tmp_path / "two", push_to_hub=True, comit_message="")

@@ -568,7 +568,9 @@ def test_the_hub_is_asked_before_training_and_gets_the_model(tmp_path, monkeypat
     train(tmp_path / "run", push_to_hub=True, hub_model_id="points", max_train_steps=2)
     (upload,) = uploads
     assert upload["repo_id"] == "me/points"
-    assert upload["allow_patterns"] == ["config.json", "model.safetensors", "README.md"]
+    sheet = "samples/step-000002.png"
+    assert upload["allow_patterns"] == ["config.json", "model.safetensors", "README.md", sheet]
+    assert f"]({sheet})" in (tmp_path / "run" / "README.md").read_text()
     assert "# me/points" in (tmp_path / "run" / "README.md").read_text()
 
 

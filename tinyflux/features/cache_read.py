@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from moe_sampler.loading.fingerprint import same_weights
+from moe_sampler.loading.hub import Hub
+from moe_sampler.publishing.upload import Target
 from moe_sampler.tinyflux.features.cache_format import (
     CacheError,
     open_shard,
@@ -21,6 +24,7 @@ from moe_sampler.tinyflux.features.cache_format import (
     shard_name,
     unpack_caption,
 )
+from moe_sampler.tinyflux.features.cache_hub import fetch_cache, push_cache
 
 __all__ = ["FeatureCache", "MultiSource", "at_time"]
 
@@ -116,6 +120,61 @@ class FeatureCache(Dataset):
                 lambda record: open_shard(self.folder, record, whole=verify), self.manifest.shards
             )
             self._shards: list[dict[str, Tensor] | None] = list(opened)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike,
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        maps: bool = True,
+        verify: bool = True,
+        cache_dir: str | os.PathLike | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        force_download: bool = False,
+    ) -> Self:
+        """A cache from a folder, or from a data set `owner/name` on the hub.
+
+        Args:
+            source: it.
+            revision, subfolder: of the hub repository; a folder may have a subfolder, too.
+            maps, verify: as the constructor takes them.
+            cache_dir, local_files_only, token, force_download: for the hub.
+
+        Raises:
+            CheckpointError: the hub doesn't have it.
+            CacheError: as the constructor.
+        """
+        hub = Hub(cache_dir, local_files_only, token, force_download)
+        folder = fetch_cache(source, hub, revision=revision, subfolder=subfolder)
+        return cls(folder, verify=verify, maps=maps)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        create_pr: bool = False,
+        subfolder: str | None = None,
+        *,
+        revision: str | None = None,
+        license: str | None = None,
+    ) -> str:
+        """Upload it as a data set, with a card that shows some of its pictures; returns the commit's address.
+
+        Args:
+            repo_id, commit_message, private, token, create_pr, subfolder, revision: as
+                `publishing.upload.Target` takes them.
+            license: the data's, as the hub calls it.
+
+        Raises:
+            CheckpointError: the hub doesn't take it.
+        """
+        place = (repo_id, private, token, commit_message, create_pr, revision, subfolder)
+        return push_cache(self, Target(*place, kind="dataset"), license)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the maps: a worker process opens its own."""

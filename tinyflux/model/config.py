@@ -203,7 +203,7 @@ class TinyFluxConfig:
             ValueError: a key this architecture doesn't have.
         """
         known = {field.name for field in dataclasses.fields(cls)}
-        given = {key: value for key, value in config.items() if not key.startswith("_")}
+        given = {k: v for k, v in config.items() if not k.startswith("_") and k != "auto_map"}
         if not any(option in given for option in _OPTIONS_OF_V4):
             for key, values in _UPSTREAMS_FIXED.items():
                 if given.get(key, values[0]) not in values:

@@ -19,13 +19,24 @@ from torch import Tensor
 
 from moe_sampler._readers import parse_json
 from moe_sampler.errors import CheckpointError, listed
-from moe_sampler.loading.folders import load_strictly, read_config
+from moe_sampler.loading.folders import INDEX, load_strictly, read_config
 from moe_sampler.loading.hub import Hub, Place
 from moe_sampler.loading.state_dicts import check_fit, read_safetensors, read_torch
 from moe_sampler.tinyflux.model.config import TinyFluxConfig
 from moe_sampler.tinyflux.model.tinyflux import TinyFlux
 
-__all__ = ["config_from_state_dict", "load_config", "load_tinyflux", "read_state_dict"]
+__all__ = [
+    "STUDENT_FOLDER",
+    "config_from_state_dict",
+    "holds_pipeline",
+    "load_config",
+    "load_tinyflux",
+    "read_state_dict",
+    "within_pipeline",
+]
+
+STUDENT_FOLDER = "transformer"
+"""Of a whole pipeline, as diffusers calls it."""
 
 WEIGHTS = (
     "diffusion_pytorch_model.safetensors",
@@ -73,8 +84,9 @@ def load_tinyflux(
 
     Args:
         source: a folder, a hub id `owner/name`, a hub file `owner/name:file`, or a `.safetensors` or `.pt`
-            file. In folders and repositories the first of `WEIGHTS` counts, then a trainer's `final`, its
-            last `step_N` or `epoch_N` (on this machine alone), and its `best`.
+            file; of a whole pipeline the student is taken. In folders and repositories the first of `WEIGHTS`
+            counts, then a trainer's `final`, its last `step_N` or `epoch_N` (on this machine alone), and its
+            `best`.
         config: what the model is; else what config.json beside the weights says, else what the file says of
             itself, else, for published checkpoints, what its tensors' shapes say.
         ema: True for averaged weights: the first of `EMA_WEIGHTS` or the only `*_ema` file, or those within a
@@ -90,7 +102,7 @@ def load_tinyflux(
     Raises:
         CheckpointError: nothing there, unreadable, or not this model's tensors, up to five named a kind.
     """
-    place = Hub(**hub).look(os.fspath(source), revision=revision, subfolder=subfolder)
+    place = within_pipeline(Hub(**hub).look(os.fspath(source), revision=revision, subfolder=subfolder))
     file, averaged = _weights_file(place, ema)
     state, embedded = read_state_dict(file, ema=averaged)
     if config is None:
@@ -114,7 +126,7 @@ def load_config(source: str | os.PathLike, *, ema: bool | str = False, **hub: An
     Raises:
         CheckpointError: as `load_tinyflux`.
     """
-    place = Hub(**hub).look(os.fspath(source))
+    place = within_pipeline(Hub(**hub).look(os.fspath(source)))
     beside = _config_file(place)
     if beside is not None:
         with _describing(beside):
@@ -123,6 +135,23 @@ def load_config(source: str | os.PathLike, *, ema: bool | str = False, **hub: An
     state, embedded = read_state_dict(file, ema=averaged)
     with _describing(file):
         return _config(embedded, state)
+
+
+def holds_pipeline(place: Place) -> bool:
+    """Whether it is a whole pipeline's folder or repository, with the student's encoders beside it."""
+    if place.is_file:
+        return False
+    index = place.first([INDEX])
+    return index is not None and STUDENT_FOLDER in read_config(index)
+
+
+def within_pipeline(place: Place) -> Place:
+    """Where the student is, of a whole pipeline or alone."""
+    if not holds_pipeline(place):
+        return place
+    if place.path is not None:
+        return replace(place, path=place.path / STUDENT_FOLDER)
+    return replace(place, subfolder="/".join(filter(None, (place.subfolder, STUDENT_FOLDER))))
 
 
 def _config_file(place: Place) -> Path | None:

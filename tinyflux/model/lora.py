@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from moe_sampler.errors import CheckpointError, listed
 from moe_sampler.loading.hub import Hub
 from moe_sampler.loading.state_dicts import read_safetensors
+from moe_sampler.publishing.lora import WEIGHTS
 
 __all__ = [
     "TARGETS",
@@ -34,7 +35,9 @@ __all__ = [
     "add_lora",
     "fuse_lora",
     "lora_file",
+    "lora_tensors",
     "merge_lora",
+    "placed_lora",
     "put_lora",
     "read_lora",
     "scales",
@@ -42,8 +45,6 @@ __all__ = [
     "take_lora",
 ]
 
-WEIGHTS = "pytorch_lora_weights.safetensors"
-"""The file's name in a folder, as diffusers' trainers have it."""
 TARGETS = ("txt_qkv", "img_qkv", "txt_out", "img_out", "qkv", "out_proj", "fc1", "fc2")
 """The blocks' attention and MLPs."""
 _OURS = "diffusion_model."
@@ -116,7 +117,15 @@ def lora_file(tensors: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
     return found
 
 
-def read_lora(source: str | os.PathLike, model: nn.Module, hub: Hub | None = None) -> dict[str, LoraLayer]:
+def read_lora(
+    source: str | os.PathLike,
+    model: nn.Module,
+    hub: Hub | None = None,
+    *,
+    weight_name: str | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+) -> dict[str, LoraLayer]:
     """A file's adapters by the names of the model's linear layers, every one of which fits.
 
     Args:
@@ -124,13 +133,17 @@ def read_lora(source: str | os.PathLike, model: nn.Module, hub: Hub | None = Non
             file `owner/name:file`.
         model: the student.
         hub: how to ask the hub.
+        weight_name: the file's name in the folder or repository.
+        revision: of the hub repository.
+        subfolder: of the folder or hub repository.
 
     Raises:
         CheckpointError: unreadable; tensors of no layer of this model, without their other half or of
             another shape, up to five named a kind.
     """
-    place = (hub or Hub()).look(os.fspath(source))
-    file = place.local() if place.is_file else place.need([WEIGHTS, "adapter_model.safetensors"])
+    place = (hub or Hub()).look(os.fspath(source), revision=revision, subfolder=subfolder)
+    names = [WEIGHTS, "adapter_model.safetensors"] if weight_name is None else [weight_name]
+    file = place.local() if place.is_file else place.need(names)
     state, metadata = read_safetensors(file)
     layers = {name: m for name, m in model.named_modules() if isinstance(_base(m), nn.Linear)}
     flat = {name.replace(".", "_"): name for name in layers}
@@ -197,6 +210,34 @@ def put_lora(
         own.lora_B[name].to(own.weight)
     set_scales(model, {**scales(model), name: scale})
     model.eval()
+
+
+def placed_lora(model: nn.Module, name: str = "default") -> dict[str, LoraLayer]:
+    """An adapter's layers by the names of the model's own, as `put_lora` or a training put them beside it.
+
+    Raises:
+        ValueError: there is no such adapter.
+    """
+    found: dict[str, LoraLayer] = {}
+    for path, layer in model.named_modules():
+        own: Any = layer
+        if hasattr(layer, "lora_A") and name in own.lora_A:
+            a, b = own.lora_A[name].weight.detach(), own.lora_B[name].weight.detach()
+            found[path] = LoraLayer(a, b, float(own.lora_alpha[name]))
+    if not found:
+        known = listed(list(getattr(model, "peft_config", {}))) or "none"
+        raise ValueError(f"there is no adapter {name!r}, but {known}")
+    return found
+
+
+def lora_tensors(layers: Mapping[str, LoraLayer]) -> dict[str, Tensor]:
+    """What a file holds of an adapter, as `read_lora` reads it back."""
+    found: dict[str, Tensor] = {}
+    for path, layer in layers.items():
+        found[f"{_OURS}{path}.lora_A.weight"] = layer.A.cpu().contiguous()
+        found[f"{_OURS}{path}.lora_B.weight"] = layer.B.cpu().contiguous()
+        found[f"{_OURS}{path}.alpha"] = torch.tensor(float(layer.alpha))
+    return found
 
 
 def scales(model: nn.Module) -> dict[str, float]:

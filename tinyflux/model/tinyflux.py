@@ -8,8 +8,9 @@ predicts the velocity data - noise.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast, overload
 
@@ -19,7 +20,9 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from moe_sampler._files import whole_folder
+from moe_sampler.publishing.card import write_card
+from moe_sampler.publishing.modelspec import stamp
+from moe_sampler.publishing.upload import Address, Target, pushed, saved
 from moe_sampler.tinyflux.model.alignment import AlignmentProjector
 from moe_sampler.tinyflux.model.checks import check_inputs
 from moe_sampler.tinyflux.model.conditioning import (
@@ -32,6 +35,7 @@ from moe_sampler.tinyflux.model.config import TinyFluxConfig
 from moe_sampler.tinyflux.model.dense import linear
 from moe_sampler.tinyflux.model.layers import DoubleBlock, RMSNorm, SingleBlock, TimeEmbedding
 from moe_sampler.tinyflux.model.predictors import LunePredictor, SolPrior
+from moe_sampler.tinyflux.model.published import describe_student, student_card, write_model_reference
 
 __all__ = ["TinyFlux", "TinyFluxOutput"]
 
@@ -119,13 +123,82 @@ class TinyFlux(ModelMixin, ConfigMixin):
         nn.Module.to(self, *args, **kwargs)
         return self
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As diffusers' own, all files of it or, with an OSError that names the folder, none."""
-        folder = Path(save_directory)
-        if kwargs.get("push_to_hub"):
-            kwargs.setdefault("repo_id", folder.resolve().name)  # not that of the folder written to first
-        with whole_folder(folder) as partial:
-            super().save_pretrained(partial, *args, **kwargs)
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        save_function: Callable[..., Any] | None = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        push_to_hub: bool = False,
+        use_flashpack: bool = False,
+        *,
+        license: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As diffusers' own, all files of it or, with an OSError that names the folder, none; with a card and
+        what `diffusers.AutoModel` needs to load it.
+
+        Args:
+            save_directory, is_main_process, save_function: as diffusers' own takes them.
+            safe_serialization, variant, max_shard_size, use_flashpack: likewise.
+            push_to_hub: upload the folder, too; kwargs are those of `publishing.upload.Target`.
+            license: the model's, as the hub calls it.
+        """
+        options = {"is_main_process": is_main_process, "save_function": save_function}
+        options |= {"safe_serialization": safe_serialization, "max_shard_size": max_shard_size}
+        options |= {"use_flashpack": True} if use_flashpack else {}
+        write = partial(self._write, Path(save_directory), license, options | {"variant": variant})
+        saved(write, save_directory, "student", push_to_hub, **kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        subfolder: str | None = None,
+        *,
+        revision: str | None = None,
+        license: str | None = None,
+    ) -> str:
+        """Upload what `save_pretrained` writes; returns the commit's address. Arguments as there, and as
+        `publishing.upload.Target` takes them.
+
+        Raises:
+            CheckpointError: the hub doesn't take it.
+        """
+        target = Target(repo_id, private, token, commit_message, create_pr, revision, subfolder)
+        options = {"safe_serialization": safe_serialization, "variant": variant}
+        return pushed(partial(self._write, None, license, options), target, "student")
+
+    def _write(
+        self,
+        final: Path | None,
+        license: str | None,
+        options: Mapping[str, Any],
+        folder: Path,
+        address: Address,
+    ) -> None:
+        name = Path(address.source).name
+        self.write_weights(folder, describe_student(name, self.config, license), **options)
+        write_card(folder, student_card(name, self.config, address, license), final)
+
+    def write_weights(self, folder: Path, described: Mapping[str, str], **options: Any) -> None:
+        """What diffusers' own `save_pretrained` writes, and `described` in the weights' headers."""
+        super().save_pretrained(folder, **options)
+        stamp(sorted(folder.glob("*.safetensors")), described)
+
+    def save_config(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """As diffusers' own, and `tinyflux.py`, by which `diffusers.AutoModel` finds this class."""
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+        write_model_reference(Path(save_directory))
 
     @overload
     @classmethod
@@ -178,6 +251,7 @@ class TinyFlux(ModelMixin, ConfigMixin):
         """
         from moe_sampler.tinyflux.model.loading import from_diffusers, load_tinyflux
 
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}
         if "dtype" in kwargs:
             kwargs["torch_dtype"] = kwargs.pop("dtype")
         if config is None and not ema and not kwargs.keys() <= _LOADERS_OWN:

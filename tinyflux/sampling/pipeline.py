@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,11 +24,15 @@ from moe_sampler.pipelines.latents import decode_latents
 from moe_sampler.pipelines.prompts import Negative, check_prompts, negative_embeds
 from moe_sampler.pipelines.queue import PlanRun, run_plan
 from moe_sampler.pipelines.settings import by_expert, given_plan
+from moe_sampler.publishing.upload import Target, pushed, saved
 from moe_sampler.tinyflux.features.encoders import StudentEncoders
 from moe_sampler.tinyflux.model import lora
+from moe_sampler.tinyflux.model.loading import STUDENT_FOLDER
+from moe_sampler.tinyflux.model.published import write_student_lora
 from moe_sampler.tinyflux.model.tinyflux import TinyFlux
 from moe_sampler.tinyflux.sampling.expert import STUDENT
 from moe_sampler.tinyflux.sampling.fitting import check_experts, check_student, default_side, scaling_of
+from moe_sampler.tinyflux.sampling.folder import find_pipeline, write_pipeline
 from moe_sampler.tinyflux.sampling.guided import GuidedRouter, Weight, guided_experts, guided_plan
 
 if TYPE_CHECKING:
@@ -66,6 +71,8 @@ class StudentPipeline(GuidanceMixin):
         self.sample_size = (sample_size, sample_size) if own is None else tuple(own)
         self.image_processor = VaeImageProcessor(vae_scale_factor=encoders.scale)
         self._interrupt, self._bar_settings = False, {}
+        self.loaded_from: str | None = None
+        """What `from_pretrained` was given, where it was given nothing else."""
 
     @classmethod
     def from_pretrained(
@@ -78,9 +85,12 @@ class StudentPipeline(GuidanceMixin):
         clip: str | os.PathLike | None = None,
         t5: str | os.PathLike | None = None,
         t5_length: int | None = None,
-        ema: bool = False,
-        dtype: torch.dtype = torch.float32,
+        ema: bool | str = False,
+        dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
+        revision: str | None = None,
+        subfolder: str | None = None,
         cache_dir: str | os.PathLike | None = None,
         local_files_only: bool = False,
         token: str | bool | None = None,
@@ -89,14 +99,16 @@ class StudentPipeline(GuidanceMixin):
         """Load a student, and what it needs to paint.
 
         Args:
-            student: what `TinyFlux.from_pretrained` takes, with ema; or a student itself.
+            student: what `TinyFlux.from_pretrained` takes, with ema; or what `save_pretrained` wrote or
+                `push_to_hub` uploaded, which has the encoders beside it; or a student itself.
             experts: a pipeline's folder or hub id with Sol and Lune, or one that is loaded, to guide the
                 student. Without it the student paints alone.
             encoders: a pipeline's folder or hub id with the student's VAE and text encoders; by default what
                 the student's config names, else the experts' own.
             vae, clip, t5, t5_length: other encoders, as `StudentEncoders.gather` takes them.
-            dtype: of the student and of experts that are loaded here.
+            dtype, torch_dtype: of the student and of experts that are loaded here; float32.
             device: of everything.
+            revision, subfolder: of the student's hub repository, or folder.
             cache_dir, local_files_only, token, force_download: for the hub.
 
         Raises:
@@ -104,10 +116,23 @@ class StudentPipeline(GuidanceMixin):
             ValueError: parts that don't fit each other, or neither experts nor encoders.
         """
         hub = Hub(cache_dir, local_files_only, token, force_download)
-        loaded = isinstance(student, TinyFlux)
-        model = (student if loaded else TinyFlux.from_pretrained(student, ema=ema, **vars(hub))).to(dtype)
+        dtype = dtype or torch_dtype or torch.float32
         places = {"encoders": encoders, "vae": vae, "clip": clip, "t5": t5}
-        given: dict[str, Any] = places if any(places.values()) else dict(model.config["encoders"] or {})
+        told = any(places.values())
+        name = None if isinstance(student, TinyFlux) or told or experts is not None else os.fspath(student)
+        if isinstance(student, TinyFlux):
+            model = student
+        else:
+            whole = find_pipeline(hub.look(student, revision=revision, subfolder=subfolder))
+            if whole is not None:
+                student, revision, subfolder = whole / STUDENT_FOLDER, None, None
+                places = places if told else places | {"encoders": whole}
+            place = {"revision": revision, "subfolder": subfolder}
+            model = TinyFlux.from_pretrained(student, ema=ema, **place, **vars(hub))
+        model = model.to(dtype)
+        given: dict[str, Any] = dict(model.config["encoders"] or {})
+        if any(places.values()):
+            given = places | {key: value for key, value in given.items() if key == "t5_length"}
         if t5_length is not None:
             given["t5_length"] = t5_length
         if experts is None and not given.get("encoders") and not (given.get("vae") and given.get("clip")):
@@ -117,7 +142,53 @@ class StudentPipeline(GuidanceMixin):
         made = StudentEncoders.gather(experts, **given, hub=hub)
         pipeline = given.get("encoders")
         side = None if pipeline is None else default_side(pipeline, hub)
-        return cls(model, made, experts, side).to(device)
+        pipe = cls(model, made, experts, side).to(device)
+        pipe.loaded_from = name
+        return pipe
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        push_to_hub: bool = False,
+        *,
+        examples: Sequence[str] = (),
+        license: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write the student with its VAE and text encoders into one folder, which `from_pretrained` reads
+        without any other, and diffusers' own loader, too; with a card. Experts are not a part of it.
+
+        Args:
+            save_directory: created if need be.
+            push_to_hub: upload the folder, too; kwargs are those of `publishing.upload.Target`.
+            examples: prompts of pictures that the card shows, made now by the student alone.
+            license: the student's, as the hub calls it.
+
+        Raises:
+            ValueError: the student has adapters, which a folder of this layout doesn't hold.
+            CheckpointError: the hub doesn't take it.
+            OSError: the folder can't be written; what was in it before is untouched.
+        """
+        write = partial(write_pipeline, self, Path(save_directory), examples, license)
+        saved(write, save_directory, "student", push_to_hub, **kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        subfolder: str | None = None,
+        *,
+        revision: str | None = None,
+        examples: Sequence[str] = (),
+        license: str | None = None,
+    ) -> str:
+        """Upload what `save_pretrained` writes; returns the commit's address. Arguments as there, and as
+        `publishing.upload.Target` takes them."""
+        target = Target(repo_id, private, token, commit_message, create_pr, revision, subfolder)
+        return pushed(partial(write_pipeline, self, None, examples, license), target, "student")
 
     def to(self, device: torch.device | str) -> Self:
         """Everything to a device."""
@@ -130,20 +201,59 @@ class StudentPipeline(GuidanceMixin):
     # Adapters
 
     def load_lora_weights(
-        self, source: str | os.PathLike, adapter_name: str = "default", scale: float = 1.0, **hub: Any
+        self,
+        source: str | os.PathLike,
+        adapter_name: str = "default",
+        scale: float = 1.0,
+        *,
+        weight_name: str | None = None,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        **hub: Any,
     ) -> None:
         """Load a LoRA of the student, which acts from now on beside those there are.
 
         Args:
-            source, hub: as `moe_sampler.tinyflux.model.lora.read_lora` and `Hub` take them.
+            source, weight_name, revision, subfolder: as `moe_sampler.tinyflux.model.lora.read_lora` takes
+                them.
             adapter_name: for `set_adapters`.
             scale: how strongly it acts.
+            hub: as `Hub` takes it (`token`, `cache_dir`, `local_files_only`, `force_download`).
 
         Raises:
             CheckpointError: no LoRA of this student.
             ValueError: no peft; an adapter of this name is there already.
         """
-        lora.put_lora(self.student, lora.read_lora(source, self.student, Hub(**hub)), adapter_name, scale)
+        place = {"weight_name": weight_name, "revision": revision, "subfolder": subfolder}
+        layers = lora.read_lora(source, self.student, Hub(**hub), **place)
+        lora.put_lora(self.student, layers, adapter_name, scale)
+
+    def save_lora_weights(
+        self,
+        save_directory: str | os.PathLike,
+        adapter_name: str = "default",
+        push_to_hub: bool = False,
+        *,
+        license: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write an adapter as `load_lora_weights`, ComfyUI and others read it, with a card.
+
+        Args:
+            save_directory: created if need be.
+            adapter_name: which.
+            push_to_hub: upload the folder, too; kwargs are those of `publishing.upload.Target`.
+            license: the LoRA's, as the hub calls it.
+
+        Raises:
+            ValueError: no adapter of this name.
+            CheckpointError: the hub doesn't take it.
+            OSError: the folder can't be written.
+        """
+        tensors = lora.lora_tensors(lora.placed_lora(self.student, adapter_name))
+        final = Path(save_directory)
+        write = partial(write_student_lora, self.loaded_from, self.student.config, tensors, final, license)
+        saved(write, save_directory, "LoRA", push_to_hub, **kwargs)
 
     def set_adapters(
         self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] = 1.0

@@ -53,7 +53,10 @@ def new_task(settings: StudentSettings) -> StudentTask:
     """The student, its data and its teachers, checked against each other."""
     aligned = settings.alignment.align_weight > 0
     maps = aligned and settings.alignment.align_maps == "cached"
-    caches = [FeatureCache(path, verify=settings.data.verify, maps=maps) for path in settings.data.caches]
+    caches = [
+        FeatureCache.from_pretrained(path, verify=settings.data.verify, maps=maps)
+        for path in settings.data.caches
+    ]
     data = MultiSource(caches)
     held_out = settings.data.held_out
     if held_out >= len(data):

@@ -65,7 +65,9 @@ class ModelSettings:
 class DataSettings:
     """What the student is trained on: caches made by `moe-sampler tinyflux cache`."""
 
-    caches: Annotated[tuple[Path, ...], "Folders of caches, used one after the other"] = ()
+    caches: Annotated[
+        tuple[Path, ...], "Folders of caches, or data sets owner/name on the hub, used one after the other"
+    ] = ()
     repeats: Annotated[
         tuple[int, ...], "How often an epoch has each cache's samples, a number a cache. Default: once"
     ] = ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from moe_sampler.kernels import flow_training_pair, weighted_mse
+from moe_sampler.publishing.upload import Address
 from moe_sampler.tinyflux.model.lora import WEIGHTS, lora_file
+from moe_sampler.tinyflux.model.published import REFERENCE, describe_student, loading_sections
 from moe_sampler.tinyflux.model.tinyflux import PROJECTOR, TinyFlux
 from moe_sampler.tinyflux.training.alignment import Alignment
 from moe_sampler.tinyflux.training.objective_settings import ObjectiveSettings
@@ -20,7 +23,7 @@ from moe_sampler.tinyflux.training.routed import RoutedTeachers
 from moe_sampler.tinyflux.training.teachers import FeatureTeachers
 from moe_sampler.tinyflux.training.time_settings import TimeSettings
 from moe_sampler.training import Draws, Losses
-from moe_sampler.training.task import length
+from moe_sampler.training.task import Published, length
 
 __all__ = ["StudentTask"]
 
@@ -146,6 +149,16 @@ class StudentTask:
         if self.lora_alpha is not None:
             return lora_file(tensors, self.lora_alpha)
         return {name: tensor for name, tensor in tensors.items() if not name.startswith(PROJECTOR)}
+
+    def published(self, address: Address, license: str | None) -> Published:
+        """What its folder says of the student, or of the LoRA."""
+        config, title = self.model.config, Path(address.source).name
+        header = describe_student(title, config, license, lora=not self.ships_config)
+        if self.ships_config:
+            return Published(header, loading_sections(config, address), (REFERENCE,))
+        load = f"pipe.load_lora_weights({address.arguments})"
+        told = f"On a `StudentPipeline` of the student that it was trained on: `{load}`."
+        return Published(header, ["## Loading", told])
 
     def describe(self) -> dict[str, Any]:
         """The data, the student's config and what teaches it."""

@@ -55,8 +55,10 @@ def test_save_pretrained_round_trip(tmp_path, config):
     model = trained(config)
     model.save_pretrained(tmp_path)
     assert sorted(f.name for f in tmp_path.iterdir()) == [
+        "README.md",
         "config.json",
         "diffusion_pytorch_model.safetensors",
+        "tinyflux.py",
     ]
     same(TinyFlux.from_pretrained(tmp_path), model)
     same(load_tinyflux(tmp_path), model)
@@ -236,7 +238,8 @@ def hub(upstreams, averaged, monkeypatch):
 
 def test_hub(hub, published, averaged):
     same(TinyFlux.from_pretrained("owner/student", revision="main"), published)
-    assert hub[0] == ("owner/student", "diffusion_pytorch_model.safetensors", {"revision": "main"})
+    assert hub[0] == ("owner/student", "model_index.json", {"revision": "main"})  # a whole pipeline's
+    assert hub[1] == ("owner/student", "diffusion_pytorch_model.safetensors", {"revision": "main"})
     assert [name for _, name, _ in hub[-2:]] == ["model.safetensors", "config.json"]
     same(load_tinyflux("owner/student", ema=True), averaged)
     with pytest.raises(CheckpointError, match="best_ema"):
