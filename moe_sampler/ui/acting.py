@@ -117,11 +117,11 @@ class Acts:
     def stop(self, request: gr.Request) -> Shown:
         """End this visitor's run at its next step."""
         running = self._running.get(str(request.session_hash))
-        if running is None:
-            return {self.page.blocks["status"]: _status("Nothing is being made.")}
-        running.set()
+        if running is not None:
+            running.set()
         text = "Stopped. What is shown is what the experts believed by then; it isn't kept."
-        return {self.page.blocks["status"]: _status(text)}
+        said = _status(text if running is not None else "Stopped: nothing is being made.")
+        return {self.page.blocks["status"]: said, self.page.blocks["said"]: said}
 
     def left(self, request: gr.Request) -> None:
         """The page was closed or loaded anew: nobody waits for its run."""

@@ -20,7 +20,7 @@ _CALL = (
     *("num_inference_steps", "handoff", "guidance_scale", "solver", "negative_prompt", "height", "width"),
     *("expert", "reuse", "sol_weight", "lune_weight"),
 )
-_WIDTH = 88
+_WIDTH = 74
 
 
 def command_line(settings: Mapping[str, Any], where: PipelineOptions, encoders: Mapping[str, str]) -> str:

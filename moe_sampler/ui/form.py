@@ -11,7 +11,9 @@ from ..pipelines.choices import MAX_PROMPT, MAX_SIDE
 
 __all__ = ["HYBRID", "LARGEST_SEED", "STUDENT", "Form", "Wrong"]
 
-HYBRID, STUDENT = "hybrid", "student"
+HYBRID = "hybrid"
+STUDENT = "tinyflux"
+"""As plans call the student (`tinyflux.sampling.expert`, which imports torch)."""
 LARGEST_SEED = 2**53 - 1
 """A browser's numbers are floats: above this they skip some."""
 
@@ -73,7 +75,8 @@ class Form:
         own = {}
         for name in self.experts:
             scale = self.defaults.get(f"{name}_guidance", 1.0)
-            own |= {f"steps_{name}": "", f"solver_{name}": "", f"guidance_{name}": scale}
+            own |= {f"steps_{name}": ""} if name != STUDENT else {}
+            own |= {f"solver_{name}": "", f"guidance_{name}": scale}
         return {
             "prompt": "",
             "negative": "",
@@ -84,7 +87,7 @@ class Form:
             **own,
             **dict.fromkeys(self.weights, 0.0),
             "reuse": 1,
-            "speed": "none",
+            "speed": self.defaults.get("speed", "none"),
             "height": "",
             "width": "",
             "image": None,
@@ -135,13 +138,17 @@ class Form:
             found["expert"] = maker
         shown = self.shown(maker)
         found["num_inference_steps"] = self._steps(values, shown)
+        shares = {field: _number(field, values[field]) for field in self.weights if field in shown}
+        if maker == STUDENT and not any(shares.values()):  # nobody guides it
+            shown -= {field for field in shown if field.startswith(("handoff", "guidance", "solver"))}
+            shown |= {f"guidance_{STUDENT}", f"solver_{STUDENT}"}
         levels = [_number(field, values[field]) for field in self.handoffs if field in shown]
         if levels:
             found["handoff"] = levels[0] if len(levels) == 1 else levels
         found |= self._own(values, shown)
-        for field in self.weights:
-            if field in shown and _number(field, values[field]):
-                found[f"{field.removeprefix('weight_')}_weight"] = _number(field, values[field])
+        found |= {
+            f"{field.removeprefix('weight_')}_weight": share for field, share in shares.items() if share
+        }
         for side in ("height", "width"):
             if values[side] != "":
                 found[side] = _whole(side, values[side], MAX_SIDE)
@@ -154,7 +161,7 @@ class Form:
         return found
 
     def _steps(self, values: Values, shown: set[str]) -> Any:
-        fields = {name: f"steps_{name}" for name in self.experts}
+        fields = {name: f"steps_{name}" for name in self.names}
         own = {
             name: _whole(field, values[field], 1000, 0)
             for name, field in fields.items()

@@ -25,30 +25,33 @@ CSS = """
 #ask { grid-area: ask; } #set { grid-area: set; } #show { grid-area: show; }
 .wrong p, .wrong { color: #b3261e; font-size: .9rem; margin: 0; }
 .dark .wrong, .dark .wrong p { color: #ff8a80; }
-.note { color: var(--body-text-color-subdued); font-size: .9rem; margin: 0; }
+.wrong p.note, .note { color: var(--body-text-color-subdued); font-size: .9rem; margin: 0; }
 .expert { border-left: 4px solid var(--own, #888); padding-left: 10px; }
 .expert h3 { margin: 0; font-size: 1rem; }
 .expert p { margin: 0; color: var(--body-text-color-subdued); font-size: .85rem; }
 .bar { display: flex; gap: 1px; height: 8px; margin: 2px 0 6px; }
 .bar i { flex: 1; border-radius: 1px; }
-.status { min-height: 3.2em; font-size: .95rem; }
+.status { min-height: 2.6em; font-size: .95rem; }
 .status .faint { color: var(--body-text-color-subdued); }
 .plan-words { font-size: .9rem; margin: 0; padding: 0; list-style: none; }
 .plan-words li { display: flex; gap: 8px; align-items: baseline; margin: 2px 0; }
+.plan-words b { white-space: nowrap; }
 .plan-words b::before { content: ""; display: inline-block; width: 10px; height: 10px; margin-right: 6px;
   background: var(--own); }
-#plan { overflow-x: auto; }
+#plan { overflow-x: auto !important; }
 #seed_row { align-items: end; } #dice { font-weight: 500; padding: 8px; }
 #ask button { font-weight: 500; }
 .gap, .form { gap: 10px; }
-#picture img { image-rendering: auto; }
+#gallery .grid-container { grid-template-columns: repeat(auto-fill, minmax(140px, 1fr)) !important; }
+#gallery .grid-wrap { min-height: 0 !important; height: auto !important; }
+#gallery .thumbnail-lg { aspect-ratio: 1; }
 button:focus-visible, input:focus-visible, textarea:focus-visible { outline: 2px solid #3d6db5 !important;
   outline-offset: 1px; }
 @media (max-width: 760px) {
   .gradio-container { padding: 10px !important; }
   #main { grid-template-columns: minmax(0, 1fr); grid-template-rows: none;
     grid-template-areas: "ask" "show" "set"; }
-  #plan img { min-width: 640px; }
+  #plan button, #plan img { width: 640px !important; max-width: none !important; }
 }
 """
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import gradio as gr
 
-from ..pipelines.choices import SPEEDS
 from ..sampling.scheduler_names import KNOWN_NAMES
 from ..sampling.solvers import SOLVERS
 from .form import HYBRID, LARGEST_SEED, STUDENT
@@ -70,7 +69,6 @@ def lay_out(cast: Cast) -> Page:
             remove = gr.Button("Remove the shown one", size="sm", scale=0, min_width=180, elem_id="remove")
         gallery = gr.Gallery(
             show_label=False,
-            columns=[2, 3, 5, 6],
             height="auto",
             object_fit="contain",
             allow_preview=False,
@@ -80,6 +78,9 @@ def lay_out(cast: Cast) -> Page:
         )
     page.blocks |= {"kept": kept, "remove": remove, "gallery": gallery}
     page.fields = {name: page.fields[name] for name in first}
+    counted = form.shown(first["maker"])
+    for group, names in page.groups:
+        group.visible = bool(counted & {*names})
     return page
 
 
@@ -145,7 +146,7 @@ def _show(page: Page) -> None:
         )
     with gr.Accordion("Make this picture again", open=False, elem_id="again"):
         blocks["command"] = gr.Code(
-            label="Command line", language="shell", interactive=False, elem_id="command"
+            label="Command line", language="shell", interactive=False, lines=1, elem_id="command"
         )
         blocks["python"] = gr.Code(label="Python", language="python", interactive=False, elem_id="python")
 
@@ -199,12 +200,15 @@ def _maker(name: str, names: Sequence[str]) -> str:
 
 def _expert(page: Page, cast: Cast, name: str, first: dict[str, Any]) -> None:
     if name == STUDENT:
-        text = "TinyFlux, taught by the experts"
+        text = "the student, taught by the experts"
     else:
         config = cast.training[0][name]
         flow = "FlowMatch" in config["_class_name"]
         text = _ARTS["flow_prediction" if flow else config.get("prediction_type", "epsilon")]
-    gr.HTML(title(name.title(), text, _COLORS.get(name, _OTHER_COLOR)), padding=False)
+    gr.HTML(
+        title("TinyFlux" if name == STUDENT else name.title(), text, _COLORS.get(name, _OTHER_COLOR)),
+        padding=False,
+    )
     if name != STUDENT:
         with gr.Column() as group:
             page.add(
@@ -232,7 +236,7 @@ def _expert(page: Page, cast: Cast, name: str, first: dict[str, Any]) -> None:
         gr.Slider(*(0, max(15, scale), scale), step=0.1, label="Guidance", elem_id=f"guidance_{name}"),
     )
     if f"weight_{name}" in cast.form.weights:
-        with gr.Column(visible=False) as group:
+        with gr.Column() as group:
             page.add(
                 f"weight_{name}",
                 gr.Slider(
@@ -286,7 +290,7 @@ def _rest(page: Page, cast: Cast, first: dict[str, Any]) -> None:
                         ("Fast number format", "fast"),
                         ("Compiled: minutes at first", "max"),
                     ],
-                    value=cast.where.speed or SPEEDS[0],
+                    value=first["speed"],
                     label="Speed",
                     elem_id="speed",
                 ),

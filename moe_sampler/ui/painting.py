@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import threading
@@ -67,6 +68,15 @@ class Painter:
         """What computes, at the speed that is wanted."""
         own = dataclasses.replace(self.cast.where, speed=settings.get("speed", "none"))
         return Machine.read(own, {})
+
+    def warm(self) -> None:
+        """Load the experts before anybody asks, in a thread of its own; what goes wrong is told who asks."""
+
+        def load() -> None:
+            with self._turn, contextlib.suppress(Exception):
+                self._experts({"speed": self.cast.where.speed or "none"}, lambda _: None)
+
+        threading.Thread(target=load, daemon=True).start()
 
     def picture(
         self, settings: Mapping[str, Any], plan: SamplingPlan, stop: Stop

@@ -57,7 +57,8 @@ class Cast:
     @cached_property
     def form(self) -> Form:
         configs, defaults = self.training
-        return Form(tuple(configs), defaults, self.student is not None)
+        speed = {"speed": self.where.speed or "none"}
+        return Form(tuple(configs), {**defaults, **speed}, self.student is not None)
 
     @cached_property
     def own_solvers(self) -> dict[str, str]:

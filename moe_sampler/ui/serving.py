@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .gallery import Gallery, default_folder
+from .painting import Painter
 from .planning import Cast
 
 __all__ = ["build", "serve"]
@@ -27,30 +28,33 @@ def _gradio() -> Any:
 
 
 def build(cast: Cast | None = None, gallery: Path | None = None) -> Any:
-    """The page, a `gradio.Blocks` with its queue; for `launch` give it `serving.LAUNCH`.
+    """The page, a `gradio.Blocks` with its queue, to be launched or mounted by other means than `serve`.
 
     Args:
         cast: who paints; the demo experts by default.
-        gallery: the folder for pictures; in the user's cache by default.
+        gallery: the folder for pictures, which `launch` must be allowed to read (`allowed_paths`); in the
+            user's cache by default.
 
     Raises:
         ValueError: no Gradio, or a model that isn't there.
     """
     gr = _gradio()
+    return _built(gr, Painter(Cast() if cast is None else cast), gallery or default_folder())
+
+
+def _built(gr: Any, painter: Painter, gallery: Path) -> Any:
     from .acting import Acts
     from .page import lay_out
-    from .painting import Painter
 
-    cast = Cast() if cast is None else cast
-    kept, painter = Gallery(gallery or default_folder()), Painter(cast)
     with gr.Blocks(title="moe-sampler", analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
-        page = lay_out(cast)
+        page = lay_out(painter.cast)
         page.blocks |= {
             "visitor": gr.BrowserState("", storage_key="moe-sampler", secret="moe-sampler"),
             "paths": gr.State([]),
             "shown": gr.State(""),
+            "said": gr.State(""),
         }
-        _wire(gr, blocks, page, Acts(page, painter, kept))
+        _wire(gr, blocks, page, Acts(page, painter, Gallery(gallery)))
     return blocks.queue(max_size=_WAITING)
 
 
@@ -77,7 +81,9 @@ def _wire(gr: Any, blocks: Any, page: Any, acts: Any) -> None:
     ]
     if "compare" in own:
         making.append(own["compare"].click(acts.compare, asked, everything, **turn))
-    own["cancel"].click(acts.stop, None, own["status"], cancels=making, **silent)
+    # Said again once the run's own words have ended, of which one may come late.
+    stopping = own["cancel"].click(acts.stop, None, [own["status"], own["said"]], cancels=making, **silent)
+    stopping.then(lambda said: said, own["said"], own["status"], **silent)
 
     own["gallery"].select(acts.look, [own["visitor"], own["paths"]], everything, **silent)
     own["remove"].click(acts.remove, [own["visitor"], own["shown"]], everything, **silent)
@@ -110,8 +116,9 @@ def serve(
     """
     from .look import CSS, HEAD, theme
 
-    kept = gallery or default_folder()
-    blocks = build(cast, kept)
+    gr, kept = _gradio(), gallery or default_folder()
+    painter = Painter(Cast() if cast is None else cast)
+    blocks = _built(gr, painter, kept)
     _, address, _ = blocks.launch(
         server_name=host,
         server_port=port,
@@ -129,6 +136,7 @@ def serve(
         css=CSS,
         head=HEAD,
     )
+    painter.warm()
     if wait:
         print(f"moe-sampler's page is at {address} (Ctrl-C ends it)", flush=True)
         try:
