@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from moe_sampler.tinyflux.sampling.expert import STUDENT as NAME
 from moe_sampler.ui.form import HYBRID, LARGEST_SEED, STUDENT, Form, Wrong
 from moe_sampler.ui.planning import Cast
 
@@ -95,9 +96,15 @@ def test_any_number_of_experts():
 
 
 def test_what_guides_the_student(cast):
-    form = Form(cast.form.names, {**cast.form.defaults, "student_guidance": 3.0}, student=True)
-    values = filled(form, maker=STUDENT, weight_sol=0.4, solver_student="euler", reuse=3)
+    form = Form(cast.form.names, {**cast.form.defaults, "tinyflux_guidance": 3.0}, student=True)
+    values = filled(form, maker=STUDENT, weight_sol=0.4, solver_tinyflux="euler", reuse=3)
     settings = form.settings(values)
     assert settings["sol_weight"] == 0.4 and "lune_weight" not in settings and "reuse" not in settings
-    assert settings["guidance_scale"]["student"] == 3.0 and settings["solver"] == {"student": "euler"}
+    assert settings["guidance_scale"]["tinyflux"] == 3.0 and settings["solver"] == {"tinyflux": "euler"}
     assert form.values(settings | {"student": "runs/student"}) | {"reuse": 3} == values
+    alone = form.settings(values | {"weight_sol": 0.0})
+    assert alone["guidance_scale"] == {"tinyflux": 3.0} and "handoff" not in alone
+
+
+def test_the_student_is_called_as_in_plans():
+    assert STUDENT == NAME
