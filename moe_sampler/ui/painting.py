@@ -147,9 +147,7 @@ class Painter:
                 if stop.is_set():
                     raise _Stopped
                 done = sum(image is not None for (image,) in so_far.images)
-                tell(
-                    Picture(so_far.sheet(), record | self._version() if done == len(so_far.images) else None)
-                )
+                tell(Picture(so_far.sheet(), record if done == len(so_far.images) else None))
                 if done < len(so_far.images):
                     tell(Said(f"{so_far.titles[done]}, {done + 1} of {len(so_far.titles)}"))
 
@@ -191,6 +189,7 @@ class Painter:
         return call_of(settings, self.cast.form.names)
 
     def _finished(self, image: Image.Image, settings: dict[str, Any], seen: tuple[Preview, ...]) -> Picture:
+        from .. import __version__
         from ..viewing.images import zoom
 
         factor = max(1, round(512 / max(image.size)))
@@ -199,12 +198,7 @@ class Painter:
         if loras and "student" not in settings:
             record |= {"loras": [[each.expert, each.path, each.scale] for each in loras]}
             record |= {} if text_encoder is None else {"lora_text_encoder": text_encoder}
-        return Picture(zoom(image, factor), record | self._version(), seen)
-
-    def _version(self) -> dict[str, str]:
-        from .. import __version__
-
-        return {"version": __version__}
+        return Picture(zoom(image, factor), record | {"version": __version__}, seen)
 
     def _experts(self, settings: Mapping[str, Any], tell: Tell) -> Any:
         machine = self.machine(settings)

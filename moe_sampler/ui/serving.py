@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from pathlib import Path
@@ -139,8 +140,7 @@ def serve(
     painter.warm()
     if wait:
         print(f"moe-sampler's page is at {address} (Ctrl-C ends it)", flush=True)
-        try:
+        with contextlib.suppress(KeyboardInterrupt):  # the way to end it
             threading.Event().wait()
-        finally:
-            blocks.close(verbose=False)
+        blocks.close(verbose=False)
     return address
