@@ -51,6 +51,7 @@ button:focus-visible, input:focus-visible, textarea:focus-visible { outline: 2px
   .gradio-container { padding: 10px !important; }
   #main { grid-template-columns: minmax(0, 1fr); grid-template-rows: none;
     grid-template-areas: "ask" "show" "set"; }
+  #picture { height: min(420px, 92vw) !important; }
   #plan button, #plan img { width: 640px !important; max-width: none !important; }
 }
 """
@@ -82,7 +83,13 @@ def theme() -> Any:
         font=_SANS,
         font_mono=_MONO,
         radius_size="sm",
-    ).set(block_border_width="1px", block_label_text_weight="500", block_title_text_weight="500")
+    ).set(
+        block_border_width="1px",
+        block_label_text_weight="500",
+        block_title_text_weight="500",
+        body_text_color_subdued="*neutral_500",
+        block_info_text_color="*neutral_500",
+    )
 
 
 def title(name: str, text: str, color: str) -> str:

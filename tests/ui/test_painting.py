@@ -61,15 +61,20 @@ def assert_same_settings(name: str, picture: Picture) -> None:
 
 
 def assert_made_again(painter: Painter, picture: Picture, name: str) -> None:
-    """By the command, and by the program, whose picture has the model's own size; a convolution may round
-    differently in another process's memory, by a grey level."""
+    """By the command, but for a grey level: a convolution may round differently elsewhere in memory."""
     line, program = again(painter, picture)
+    compile(program, "program", "exec")
     assert max(map(len, line.splitlines())) < 100 or "student" in picture.settings
     result = CliRunner().invoke(app, shlex.split(line.replace("\\\n", " "))[1:])
     assert result.exit_code == 0, result.output
     assert_same_settings(name, picture)
     assert np.abs(pixels(Image.open(name)) - pixels(picture.image)).max() <= 1
     Path(name).unlink()
+
+
+def assert_programmed(painter: Painter, picture: Picture, name: str) -> None:
+    """Likewise by the program, whose picture has the model's own size."""
+    _, program = again(painter, picture)
     exec(compile(program, "program", "exec"), {"__name__": "program"})
     made = Image.open(name)
     factor = picture.settings.get("zoom", 1)
@@ -89,15 +94,16 @@ def test_a_picture_is_watched_and_made_again(painter, tmp_path, monkeypatch):
     assert [type(found) for found in before if not isinstance(found, Preview)] in ([Said], [])
     assert picture.seen == tuple(previews) and picture.image.size == (512, 512)
     assert_made_again(painter, picture, "picture.png")
+    assert_programmed(painter, picture, "picture.png")
 
 
 def test_from_a_picture_with_one_expert_alone(painter, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (96, 64), "teal").save("start.png")
-    values = {"maker": "lune", "steps": 4, "image": str(tmp_path / "start.png"), "strength": 0.5}
+    values = {"maker": "lune", "steps": 2, "image": str(tmp_path / "start.png"), "strength": 0.5}
     settings, plan = asked(painter, **values)
     *_, picture = painter.picture(settings, plan, Stop())
-    assert len(plan) == 2 and picture.image.width > picture.image.height
+    assert len(plan) == 1 and picture.image.width > picture.image.height
     assert_made_again(painter, picture, "picture.png")
 
 
@@ -117,14 +123,15 @@ def test_a_comparison(painter, tmp_path, monkeypatch):
 @pytest.mark.parametrize("weight", [0.0, 0.4])
 def test_the_student(painter, tmp_path, monkeypatch, weight):
     monkeypatch.chdir(tmp_path)
-    settings, plan = asked(painter, maker=STUDENT, weight_sol=weight)
+    settings, plan = asked(painter, maker=STUDENT, weight_sol=weight, steps=2)
     *_, picture = painter.picture(settings, plan, Stop())
     assert set(plan.experts) == ({STUDENT, "sol"} if weight else {STUDENT})
-    assert_made_again(painter, picture, "picture.png")
+    made_again = assert_made_again if weight else assert_programmed
+    made_again(painter, picture, "picture.png")
 
 
 def test_who_stops_gets_no_picture_and_soon(painter):
-    settings, plan = asked(painter, steps=1000)
+    settings, plan = asked(painter, steps=300)
     stop, seen = Stop(), []
     for found in painter.picture(settings, plan, stop):
         seen.append(found)
@@ -190,6 +197,7 @@ def test_where_the_page_was_started_with_other_models():
         **{"prompt": "-o x", "seed": 1, "num_inference_steps": {"sol": 4, "lune": 8}, "handoff": [0.8, 0.5]},
         **{"guidance_scale": {"sol": 5.0}, "dtype": "bfloat16", "speed": "max"},
         "loras": [["lune", "style.safetensors", 0.8]],
+        "lora_text_encoder": False,
     }
     typed = shlex.split(command_line(settings, where, {}).replace("\\\n", " "))
     assert typed[:2] == ["moe-sampler", "generate"] and typed[-2:] == ["--", "-o x"]
