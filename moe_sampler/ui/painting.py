@@ -103,7 +103,8 @@ class Painter:
                 student = "student" in settings
                 pipe = self._student(settings, tell) if student else self._experts(settings, tell)
                 watch, made = Watch(plan, tell, stop), []
-                call = {} if student else {"image": start}
+                call: dict[str, Any] = {} if student else {"image": start}
+                call |= self._call(settings)
                 as_finished(
                     pipe,
                     plan,
@@ -111,7 +112,7 @@ class Painter:
                     watch=watch,
                     watched=watch.tensor_inputs,
                     prompt=[settings["prompt"]],
-                    **call | self._call(settings),
+                    **call,
                 )
             if made and not stop.is_set():
                 tell(self._finished(made[0], settings, tuple(watch.seen)))

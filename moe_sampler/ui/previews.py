@@ -56,7 +56,7 @@ class Watch:
         self._began, self._spent = perf_counter(), 0.0
         self.seen: list[Preview] = []
 
-    def __call__(self, pipe: Any, step: int, timestep: float, tensors: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, pipe: Any, step: int, timestep: float, tensors: dict[str, Any]) -> None:
         if self._stop.is_set():
             pipe._interrupt = True
         elif step < len(self._plan) - 1 and self._spent <= _SHARE * (perf_counter() - self._began):
@@ -65,4 +65,3 @@ class Watch:
             self._spent += perf_counter() - before
             self.seen.append(Preview(image, step, self._plan))
             self._tell(self.seen[-1])
-        return {}

@@ -193,6 +193,36 @@ def test_a_persons_path(visitor, address):
 
 @needs_gradio
 @needs_browser
+def test_visitors_take_turns(visitor, address):
+    """Who waits is told so, and may give up; nobody sees another's pictures."""
+    from selenium.webdriver.common.keys import Keys
+
+    second = Visitor(address)
+    try:
+        visitor.numbers("#steps", "100")
+        until(lambda: "100 steps" in visitor.one("#plan_words").text, "a plan of 100 steps")
+        visitor.type("#prompt textarea", "a castle", Keys.ENTER)
+        until(lambda: "of 100" in visitor.status(), "steps")
+        second.type("#prompt textarea", "a portrait", Keys.ENTER)
+        until(lambda: "queue: 1/1" in second.status(), "a place in the queue")
+        second.one("#cancel").click()
+        until(lambda: "Stopped" in second.status() and "queue" not in second.status(), "giving up")
+        assert "of 100" in visitor.status()
+        visitor.one("#cancel").click()
+        until(lambda: "Stopped" in visitor.status(), "the end")
+        second.numbers("#steps", "2")
+        until(lambda: "2 steps" in second.one("#plan_words").text, "a plan of 2 steps")
+        second.one("#generate").click()
+        until(lambda: len(second.all("#gallery img")) == 1, "the second's picture")
+        visitor.driver.refresh()
+        until(lambda: visitor.source("#plan"), "the plan")
+        assert not visitor.all("#gallery img")
+    finally:
+        second.driver.quit()
+
+
+@needs_gradio
+@needs_browser
 def test_on_a_phone(visitor):
     size = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
     visitor.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
