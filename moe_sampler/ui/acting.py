@@ -21,6 +21,7 @@ from .gallery import Gallery
 from .look import plan_words, progress
 from .page import Page, another_seed
 from .painting import Painter, Picture, Preview, Said
+from .shelf import Shelf
 from .telling import Stop
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Acts:
         self.page, self.painter, self.gallery = page, painter, gallery
         self._cast = painter.cast
         self._running: dict[str, Stop] = {}
+        self._shelf = Shelf()
 
     def values(self, given: tuple[Any, ...]) -> dict[str, Any]:
         """The fields by their names; a text that was never touched comes as None."""
@@ -59,7 +61,10 @@ class Acts:
         except Wrong as wrong:
             return self._said(wrong)
         blocks = self.page.blocks
-        return {blocks["plan"]: draw_plan(plan), blocks["plan_words"]: plan_words(plan)} | self._said()
+        return {
+            blocks["plan"]: self._shelf.put(draw_plan(plan)),
+            blocks["plan_words"]: plan_words(plan),
+        } | self._said()
 
     def groups(self, maker: str) -> list[Any]:
         """Which blocks of fields count for who paints."""
@@ -100,7 +105,7 @@ class Acts:
                     yield self._previewed(found)
                 else:
                     last = found
-                    yield {blocks["picture"]: found.image}
+                    yield {blocks["picture"]: self._shelf.put(found.image)}
             if last is not None and last.settings is not None and not stop.is_set():
                 yield self._kept(visitor, last, plan)
         except Wrong as wrong:
@@ -132,10 +137,11 @@ class Acts:
     def _previewed(self, found: Preview) -> Shown:
         who, how = found.label.split("\n")
         _, name = who.split(". ")
+        factor = max(1, round(_SIDE / max(found.image.size)))
         text = f"Step {found.step + 1} of {len(found.plan)}, {name} <span class='faint'>· {how}</span>"
         blocks = self.page.blocks
         return {
-            blocks["picture"]: zoom(found.image, max(1, round(_SIDE / max(found.image.size)))),
+            blocks["picture"]: self._shelf.put(zoom(found.image, factor), "webp"),
             blocks["status"]: progress(found.plan, found.step + 1, text),
         }
 
@@ -146,7 +152,8 @@ class Acts:
         found = self._looked_at(visitor, path, made.settings)
         if made.seen:
             labels = [preview.label for preview in made.seen]
-            found[blocks["sheet"]] = contact_sheet([preview.image for preview in made.seen], labels, 6)
+            sheet = contact_sheet([preview.image for preview in made.seen], labels, 6)
+            found[blocks["sheet"]] = self._shelf.put(sheet)
         if "prompts" not in made.settings:
             found[blocks["status"]] = progress(plan, len(plan), _caption(made.settings))
         return found | self._gallery(visitor)

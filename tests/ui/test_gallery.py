@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from PIL import Image
 
 from moe_sampler.ui.gallery import Gallery, default_folder
+from moe_sampler.ui.shelf import Shelf
 from moe_sampler.viewing.images import read_settings
 
 
@@ -59,3 +62,13 @@ def test_a_start_is_kept_once(gallery, tmp_path):
 def test_it_lies_in_the_users_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_folder() == tmp_path / "moe-sampler" / "gallery"
+
+
+def test_the_shelf_holds_the_latest_once_each():
+    shelf = Shelf(most=2)
+    red, green = (shelf.put(square(color)) for color in ("red", "green"))
+    before = Path(red).stat().st_mtime_ns
+    assert shelf.put(square("red")) == red and Path(red).stat().st_mtime_ns == before  # not written over
+    blue = shelf.put(square("blue"), "webp")
+    assert Path(red).exists() and Path(blue).suffix == ".webp" and not Path(green).exists()
+    assert Image.open(shelf.put(square("green"))).getpixel((0, 0)) == (0, 128, 0)
