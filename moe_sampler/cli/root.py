@@ -12,6 +12,7 @@ from .experts import app as experts_app
 from .generate import generate
 from .plan import plan
 from .student import app as tinyflux_app
+from .ui import ui
 
 __all__ = ["app", "end_with_signals"]
 
@@ -26,7 +27,7 @@ app = typer.Typer(
 **Sol** (v-prediction) lays the image out in the early, noisy steps; **Lune** (rectified flow) paints it in
 the later ones. A run is planned before it starts; `moe-sampler plan` shows the plan.""",
 )
-for _command in (generate, plan, compare):
+for _command in (generate, plan, compare, ui):
     app.command()(_command)
 app.add_typer(experts_app, name="experts")
 app.add_typer(tinyflux_app, name="tinyflux")

@@ -34,7 +34,7 @@ from .settings import merged, planned_experts, scales_in_full
 if TYPE_CHECKING:
     from ..sampling.plan import SamplingPlan
 
-__all__ = ["sample"]
+__all__ = ["STUDENT_CALL", "checked_plan", "sample"]
 
 
 @dataclass(frozen=True)
@@ -145,10 +145,10 @@ def sample(
         settings |= weights | _run_settings(previous, run, defaults, names)
     negative = ByExpert.read("--negative", size.negative, known=names)
     settings |= over_previous(previous, names, negative_prompt=negative)
-    call = {key: settings[key] for key in _CALL if key in settings}
+    call = {key: settings[key] for key in STUDENT_CALL if key in settings}
     if plan is not None:
         settings |= plan_settings(plan)
-    compiled = _checked_plan(plan, call, configs, defaults)
+    compiled = checked_plan(plan, call, configs, defaults)
     call |= {} if plan is None else {"plan": plan}
     computer = Machine.read(where, previous)
     ema = bool(settings.get("ema"))
@@ -156,7 +156,7 @@ def sample(
     if plan is None and "upstream_schedule" not in settings:
         own = {"upstream_schedule": known.schedule == "data"}
         settings, call = settings | own, call | own
-        compiled = _checked_plan(plan, call, configs, defaults)
+        compiled = checked_plan(plan, call, configs, defaults)
 
     beside = holds_pipeline(Hub(local_files_only=where.local_files_only).look(student))
     named = (
@@ -169,7 +169,7 @@ def sample(
     pictures.make(pipe, compiled, call, where.batch_size, record)
 
 
-_CALL = (
+STUDENT_CALL = (
     *("seed", "height", "width", "handoff", "sol_weight", "lune_weight", "upstream_schedule"),
     *("num_inference_steps", "guidance_scale", "shift", "solver", "levels", "negative_prompt"),
 )
@@ -223,7 +223,7 @@ def _weight(option: str, text: str) -> float | list[list[float]]:
         raise ValueError(f"{option} {text}: give a number, or knots LEVEL:WEIGHT as in 1:0.6,0.8:0") from None
 
 
-def _checked_plan(
+def checked_plan(
     plan: SamplingPlan | None,
     call: Mapping[str, Any],
     configs: Mapping[str, Mapping[str, Any]],

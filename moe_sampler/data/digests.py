@@ -20,7 +20,7 @@ from pathlib import Path
 from .._readers import read_json
 from ..errors import CheckpointError
 
-__all__ = ["content", "fingerprint", "remembered"]
+__all__ = ["cache_home", "content", "fingerprint", "remembered"]
 
 _UNSETTLED = 2_000_000_000
 """ns: a file changed so recently might change again within one tick of its file system's clock."""
@@ -51,7 +51,7 @@ def remembered(owner: str, files: Mapping[str, Path], digest: Callable[[str], st
     Raises:
         OSError: a file that can't be read.
     """
-    index = _cache_home() / "moe-sampler" / "digests" / f"{fingerprint([owner])[:32]}.json"
+    index = cache_home() / "moe-sampler" / "digests" / f"{fingerprint([owner])[:32]}.json"
     known = _read(index)
     stamps = {name: _stamp(path) for name, path in files.items()}
     found = {name: known[name][1] for name in files if name in known and known[name][0] == stamps[name]}
@@ -65,7 +65,8 @@ def remembered(owner: str, files: Mapping[str, Path], digest: Callable[[str], st
     return {name: found[name] for name in files}
 
 
-def _cache_home() -> Path:
+def cache_home() -> Path:
+    """The user's, for what can be made again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 

@@ -15,7 +15,7 @@ from .images import check_writable, save_webp, zoom
 from .plan_figure import expert_colors, mixed_color, pale
 from .sheets import BACKGROUND, FAINT, INK, contact_sheet, fitted, scalable_font
 
-__all__ = ["Animation", "Trace"]
+__all__ = ["Animation", "Trace", "step_label"]
 
 _RUN_MS, _HOLD_MS = 4500, 2500
 _SHORTEST_MS, _LONGEST_MS = 60, 400
@@ -85,7 +85,7 @@ class Trace:
     ) -> Image.Image:
         """A labelled contact sheet: expert, noise level and guidance of every step."""
         self._check_plan(plan)
-        labels = [f"{i}. {_who(step)}\n{_how(step)}" for i, step in enumerate(plan.steps, start=1)]
+        labels = [f"{i}. {step_label(step)}" for i, step in enumerate(plan.steps, start=1)]
         return contact_sheet(self.images(pipe, index), labels, columns, title=title)
 
     def animation(
@@ -108,6 +108,11 @@ class Trace:
         )
         each = round(min(max(_RUN_MS / len(frames), _SHORTEST_MS), _LONGEST_MS))
         return Animation(frames, (*[each] * (len(frames) - 1), _HOLD_MS))
+
+
+def step_label(step: PlanStep) -> str:
+    """Who takes a step, and in the next line how."""
+    return f"{_who(step)}\n{_how(step)}"
 
 
 def _who(step: PlanStep) -> str:
