@@ -153,6 +153,7 @@ def _loading(settings: Mapping[str, Any], model: Model, where: PipelineOptions) 
         "experts": model.sources or None,
         "variant": where.variant,
         "revision": model.settings.get("revision"),
+        "subfolder": model.settings.get("subfolder"),
         "dtype": None if settings["dtype"] == "float32" else settings["dtype"],
         "offload": None if where.offload == "none" else where.offload,
         "speed": settings.get("speed"),

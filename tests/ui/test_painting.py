@@ -187,6 +187,8 @@ def test_where_the_page_was_started_with_other_models():
     where = PipelineOptions(
         preset="sd15",
         sol="my sol.pt",
+        revision=["v1"],
+        subfolder=["experts"],
         lora=["lune=style.safetensors@0.8"],
         lora_text_encoder=False,
         device="cpu",
@@ -203,13 +205,15 @@ def test_where_the_page_was_started_with_other_models():
     assert typed[:2] == ["moe-sampler", "generate"] and typed[-2:] == ["--", "-o x"]
     assert " ".join(typed[2:-2]) == (
         "--seed 1 --steps sol=4 --steps lune=8 --guidance sol=5.0 --handoff 0.8 --handoff 0.5 --speed max "
-        "--preset sd15 --sol my sol.pt --local-files-only --lora lune=style.safetensors@0.8 "
+        "--preset sd15 --sol my sol.pt --revision v1 --subfolder experts --local-files-only --lora lune=style.safetensors@0.8 "
         "--no-lora-text-encoder --device cpu -o picture.png"
     )
     program = python_code(settings, Model.read(where, {}), where, {})
     compile(program, "program", "exec")
     for part in (
         'preset="sd15"',
+        'revision="v1"',
+        'subfolder="experts"',
         'experts={"sol": ExpertSource(weights="my sol.pt")}',
         'dtype="bfloat16"',
         'pipe.set_adapters(["lora_0"], [0.8], expert="lune")',
