@@ -151,8 +151,8 @@ class Acts:
         blocks = self.page.blocks
         found = self._looked_at(visitor, path, made.settings)
         if made.seen:
-            labels = [preview.label for preview in made.seen]
-            sheet = contact_sheet([preview.image for preview in made.seen], labels, 6)
+            seen = [*made.seen, Preview(made.image, len(plan) - 1, plan)]
+            sheet = contact_sheet([each.image for each in seen], [each.label for each in seen], 6)
             found[blocks["sheet"]] = self._shelf.put(sheet)
         if "prompts" not in made.settings:
             found[blocks["status"]] = progress(plan, len(plan), _caption(made.settings))

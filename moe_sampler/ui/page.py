@@ -142,7 +142,11 @@ def _show(page: Page) -> None:
     page.wrong[""] = gr.HTML(visible=False, elem_classes="wrong", elem_id="wrong_plan", padding=False)
     with gr.Accordion("What the experts believed, step by step", open=False):
         blocks["sheet"] = gr.Image(
-            show_label=False, interactive=False, elem_id="sheet", alt_text="Every step"
+            show_label=False,
+            buttons=["download", "fullscreen"],
+            interactive=False,
+            elem_id="sheet",
+            alt_text="Every step",
         )
     with gr.Accordion("Make this picture again", open=False, elem_id="again"):
         blocks["command"] = gr.Code(
@@ -255,6 +259,7 @@ def _rest(page: Page, cast: Cast, first: dict[str, Any]) -> None:
             "image",
             gr.Image(
                 label="Start from this picture",
+                buttons=["fullscreen"],
                 type="filepath",
                 sources=["upload", "clipboard"],
                 height=220,
