@@ -205,7 +205,8 @@ def test_where_the_page_was_started_with_other_models():
     assert typed[:2] == ["moe-sampler", "generate"] and typed[-2:] == ["--", "-o x"]
     assert " ".join(typed[2:-2]) == (
         "--seed 1 --steps sol=4 --steps lune=8 --guidance sol=5.0 --handoff 0.8 --handoff 0.5 --speed max "
-        "--preset sd15 --sol my sol.pt --revision v1 --subfolder experts --local-files-only --lora lune=style.safetensors@0.8 "
+        "--preset sd15 --sol my sol.pt --revision v1 --subfolder experts --local-files-only "
+        "--lora lune=style.safetensors@0.8 "
         "--no-lora-text-encoder --device cpu -o picture.png"
     )
     program = python_code(settings, Model.read(where, {}), where, {})
