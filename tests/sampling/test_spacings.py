@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -210,7 +211,8 @@ def levels_of(name: str, count: int) -> list[float]:
 @pytest.mark.parametrize(("solver", "order"), ORDERS.items())
 def test_orders_of_convergence_across_the_handoff(gentle_mixture, points, arrivals, name, solver, order):
     """From one path to the other, whose predictions remember each other's."""
-    experts = Expert("sol", EveryTimestep(), "v_prediction", solver=solver), Expert.lune(solver=solver)
+    path: Any = EveryTimestep()
+    experts = Expert("sol", path, "v_prediction", solver=solver), Expert.lune(solver=solver)
     errors = []
     for count in (40 * order, 80 * order):  # the higher, the later it shows
         compiled = plan(
