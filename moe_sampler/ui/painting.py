@@ -107,7 +107,7 @@ class Painter:
                 call |= self._call(settings)
                 as_finished(
                     pipe,
-                    plan,
+                    len(plan),
                     lambda _, image: made.append(image),
                     watch=watch,
                     watched=watch.tensor_inputs,
