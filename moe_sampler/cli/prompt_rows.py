@@ -129,7 +129,7 @@ class RowReader:
             sizes = self._size(settings, start)
             record = compiled.record | sizes | self._asked.of_all | {"version": __version__}
             call = {name: value for name, value in (compiled.call | sizes).items() if name != "seed"}
-            self._runs[key] = Run(call, record, len(compiled.plan))
+            self._runs[key] = Run(call, record, compiled.plan)
         return self._runs[key], own
 
     def _size(self, settings: Mapping[str, Any], start: Any) -> dict[str, int]:

@@ -9,7 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..sampling.plan import SamplingPlan
 
 __all__ = ["QUEUE", "Picture", "Queue", "Run", "Unit", "queues_of", "settings_text", "unfinished", "units_of"]
 
@@ -25,12 +28,12 @@ class Run:
     Args:
         call: what the pipeline is given, but for what is a picture's own.
         settings: what is written into each, but for its own.
-        steps: of the plan.
+        plan: that makes them.
     """
 
     call: Mapping[str, Any]
     settings: Mapping[str, Any]
-    steps: int
+    plan: SamplingPlan
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,6 +18,7 @@ from ..data.listing import METADATA
 from ..data.reports import printable, some
 from ..pipelines.choices import PICTURE_FORMATS
 from ..viewing.images import read_settings, save_image, zoom
+from ..viewing.parameters import parameters_text
 from .batches import Picture, Unit, settings_text
 
 __all__ = ["ERRORS", "KIND", "PictureFolder", "check_same", "write_errors"]
@@ -89,7 +90,8 @@ class PictureFolder:
         """Write a picture, unless it is there."""
         if not self.is_finished(picture):
             settings = picture.settings
-            save_image(zoom(image, settings["zoom"]), self.folder / picture.name, settings)
+            parameters = parameters_text(settings, picture.run.plan, image.size)
+            save_image(zoom(image, settings["zoom"]), self.folder / picture.name, settings, parameters)
 
     def end(self, unit: Unit) -> None:
         """All of a unit was tried."""

@@ -71,7 +71,7 @@ def make(
                 made.add(some[index].name)
 
         if not all(picture.name in made for picture in some):
-            as_finished(pipe, some[0].run.steps, taken, batch_size=batch_size, **_call(pipe, some))
+            as_finished(pipe, len(some[0].run.plan), taken, batch_size=batch_size, **_call(pipe, some))
 
     each_that_can(queue, batch_size, attempt, failed)
 

@@ -13,6 +13,7 @@ from ..cli.demo_words import strange_words
 from ..cli.like import check_types
 from ..data.digests import content
 from ..viewing.images import zoom
+from ..viewing.parameters import parameters_text
 from ..viewing.plan_figure import draw_plan
 from ..viewing.sheets import contact_sheet
 from .again import command_line, python_code
@@ -147,7 +148,9 @@ class Acts:
 
     def _kept(self, visitor: str, made: Picture, plan: SamplingPlan) -> Shown:
         assert made.settings is not None
-        path = self.gallery.keep(visitor, made.image, made.settings)
+        width, height = (side // made.settings["zoom"] for side in made.image.size)
+        parameters = parameters_text(made.settings, plan, (width, height))
+        path = self.gallery.keep(visitor, made.image, made.settings, parameters)
         blocks = self.page.blocks
         found = self._looked_at(visitor, path, made.settings)
         if made.seen:

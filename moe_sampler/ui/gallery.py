@@ -49,13 +49,16 @@ class Gallery:
         """Newest first."""
         return sorted(self._own(visitor).glob("*.png"), reverse=True)
 
-    def keep(self, visitor: str, image: Image.Image, settings: Mapping[str, Any]) -> Path:
-        """Write a picture with its settings, as `moe-sampler generate` does."""
+    def keep(
+        self, visitor: str, image: Image.Image, settings: Mapping[str, Any], parameters: str = ""
+    ) -> Path:
+        """Write a picture with its settings, and for other programs its `parameters_text`, as
+        `moe-sampler generate` does."""
         own = self._own(visitor)
         own.mkdir(exist_ok=True, mode=0o700)
         # Names in the order of time; nanoseconds, as several may be made in a second.
         path = own / f"{time.time_ns():020}.png"
-        save_png(image, path, settings)
+        save_png(image, path, settings, parameters)
         for old in self.pictures(visitor)[self._most :]:
             old.unlink(missing_ok=True)
         return path

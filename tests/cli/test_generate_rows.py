@@ -103,6 +103,8 @@ def test_columns_are_the_options_of_a_row():
     assert (one["file_name"], two["file_name"]) == ("000004-1.png", "000004-2.png")
     assert (one["seed"], two["seed"]) == (3, 4), "they count up over all rows before"
     assert Image.open("out/000004-1.png").size == (128, 64)
+    told = Image.open("out/000001.png").info["parameters"]  # what other programs read
+    assert told.startswith("a castle\nNegative prompt: a hat\nSteps: 2, ") and "lune CFG scale: 4" in told
     same = ("--seed", 5, "--guidance", 3, "--guidance", "lune=4", "--handoff", 0.8, "--negative", "a hat")
     run("a castle", "--steps", 2, "--zoom", 1, *same, "-o", "same.png")
     assert np.abs(pixels("same.png") - pixels("out/000001.png")).max() <= 1

@@ -19,7 +19,9 @@ from typer.testing import CliRunner
 
 from moe_sampler import ExpertSource, HybridPipeline
 from moe_sampler.cli import app
+from moe_sampler.demo import experts_path
 from moe_sampler.errors import CheckpointError
+from moe_sampler.publishing.card import license_in
 from moe_sampler.publishing.modelspec import describe_expert
 from moe_sampler.viewing.images import read_settings
 
@@ -168,6 +170,7 @@ def test_a_license_is_its_sources(pipe, tmp_path):
     mixed.save_pretrained(tmp_path / "three")
     card = (tmp_path / "three" / "README.md").read_text()
     assert "license:" not in card and "None was named" in card
+    assert license_in(experts_path()) == "mit"
 
 
 def test_the_weights_say_what_they_are(pipe, tmp_path):

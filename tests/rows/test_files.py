@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from moe_sampler import SamplingPlan
 from moe_sampler.rows.batches import Picture, Run, queues_of, unfinished, units_of
 from moe_sampler.rows.files import read_rows
 
@@ -73,7 +74,7 @@ def test_a_file_that_cannot_be_read_is_an_error(tmp_path, name, data, said):
 
 
 def pictures(count: int, runs: int = 1) -> list[Picture]:
-    shared = [Run({}, {}, 1) for _ in range(runs)]
+    shared = [Run({}, {}, SamplingPlan((), 1.0)) for _ in range(runs)]
     return [Picture(i + 1, "", f"{i}.png", shared[i % runs], {}, {}) for i in range(count)]
 
 

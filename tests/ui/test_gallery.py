@@ -24,7 +24,9 @@ def gallery(tmp_path) -> Gallery:
 def test_pictures_remember_their_settings_newest_first(gallery):
     visitor = gallery.visitor()
     for seed, color in enumerate(("red", "green", "blue")):
-        path = gallery.keep(visitor, square(color), {"prompt": color, "seed": seed})
+        path = gallery.keep(visitor, square(color), {"prompt": color, "seed": seed}, f"{color}\nSteps: 2")
+    with Image.open(path) as image:
+        assert image.info["parameters"] == "blue\nSteps: 2"
     newest, older = gallery.pictures(visitor)  # the oldest made room
     assert newest == path and read_settings(newest) == {"prompt": "blue", "seed": 2}
     assert gallery.settings(visitor, older)["prompt"] == "green"
