@@ -202,6 +202,7 @@ def own_modules(tmp_path, monkeypatch):
 def hub(tmp_path, monkeypatch, own_modules):
     """The Hugging Face hub, empty and on this machine, with a login; its `Repositories`."""
     import hub_server
+    from diffusers.loaders import lora_base
     from huggingface_hub import constants, hf_api
 
     with hub_server.serving() as (address, repositories):
@@ -210,6 +211,8 @@ def hub(tmp_path, monkeypatch, own_modules):
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        for module in (constants, lora_base):  # which has a copy
+            monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(hf_api.api, "endpoint", address)
         monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
         for name in ("NO_PROXY", "no_proxy"):

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .._files import write_whole
+from ..architectures.unet import UNET
 from ..loading.marks import TRAINING_KEY
 
 __all__ = ["HASH", "describe_expert", "describe_model", "stamp"]
@@ -35,8 +36,8 @@ _PREDICTIONS = {
 """ModelSpec's own words are the first two; others it leaves to whoever needs them."""
 
 _STABLE_DIFFUSION: dict[tuple[Any, ...], str] = {
-    ("UNet2DConditionModel", (320, 640, 1280, 1280), 768): "stable-diffusion-v1",
-    ("UNet2DConditionModel", (320, 640, 1280, 1280), 1024): "stable-diffusion-v2",
+    (UNET.class_name, (320, 640, 1280, 1280), 768): "stable-diffusion-v1",
+    (UNET.class_name, (320, 640, 1280, 1280), 1024): "stable-diffusion-v2",
 }
 _BLOCK = 1 << 22
 
@@ -106,7 +107,7 @@ def describe_expert(
 
 def _architecture(config: Mapping[str, Any], prediction: str) -> str:
     """Models that are run otherwise have another: one of v is `...-v`, as Stable Diffusion 2's is."""
-    name = str(config.get("_class_name", "UNet2DConditionModel"))
+    name = str(config.get("_class_name", UNET.class_name))
     sizes = tuple(config.get("block_out_channels") or ()), config.get("cross_attention_dim")
     known = _STABLE_DIFFUSION.get((name, *sizes), name)
     return known if prediction == "epsilon" else f"{known}-{_PREDICTIONS[prediction]}"

@@ -100,7 +100,7 @@ def _description(settings: Mapping[str, Any]) -> str:
 
 
 def _comment(parameters: str) -> bytes:
-    return _UNICODE + parameters.encode("utf-16-be") if parameters else b""
+    return _UNICODE + parameters.encode("utf-16-be", "surrogatepass") if parameters else b""
 
 
 def save_image(image: Image.Image, path: Path, settings: Mapping[str, Any], parameters: str = "") -> None:

@@ -512,7 +512,7 @@ def test_the_folder_is_plain_json_and_safetensors():
     index = json.loads((experts_path() / "model_index.json").read_text())
     assert index["_class_name"] == "HybridPipeline"
     names = {file.suffix for file in experts_path().rglob("*") if file.is_file()}
-    assert names <= {".json", ".safetensors", ".txt"}
+    assert names <= {".json", ".safetensors", ".txt", ".md"}
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,9 @@ SETTINGS = {"num_inference_steps": 2}
 
 @pytest.fixture(scope="module")
 def cluster():
-    ray = pytest.importorskip("ray", reason="the extra ray isn't installed")
-    pytest.importorskip("ray.data")
+    pytest.importorskip("ray.data", reason="the extra ray isn't installed")
+    import ray
+
     before = dict(os.environ)
     # Workers are nice by 15, which is for ever beside other tests; the dashboard is nobody's here.
     os.environ |= {"RAY_worker_niceness": "0", "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"}

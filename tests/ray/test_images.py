@@ -53,7 +53,7 @@ def test_files_are_bytes(generate, monkeypatch):
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "somewhere"])
 def test_a_cluster_that_is_not_there_is_said_at_once(address):
-    pytest.importorskip("ray", reason="the extra ray isn't installed")
+    pytest.importorskip("ray.data", reason="the extra ray isn't installed")
     with pytest.raises(ValueError, match=f"no Ray cluster at {address}|give host:port"):
         connect(address)
 
