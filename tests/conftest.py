@@ -19,14 +19,6 @@ from moe_sampler.sampling.paths import Level
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-if "bench" not in sys.modules:
-    # Importable without the repository root on the path, where `kernels` is another package.
-    _spec = importlib.util.spec_from_file_location(
-        "bench", Path(__file__).parents[1] / "bench" / "__init__.py"
-    )
-    sys.modules["bench"] = importlib.util.module_from_spec(_spec)
-    _spec.loader.exec_module(sys.modules["bench"])
-
 # Models are tiny, so threads would only wait for each other; processes that tests start follow the variable.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
@@ -35,9 +27,23 @@ os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
+HERE = Path(__file__).parent
+LONG = (
+    "training/test_trainer.py",
+    "kernels/test_interpreter.py",
+    "docs/test_pages.py",
+    "bench/test_device.py",
+    "tinyflux/training/test_training.py",
+    "tinyflux/features/test_caches.py",
+    "demo/test_training.py",
+    "cli/test_generate_rows.py",
+    "docs/test_recipes.py",
+)
+"""Files that take the longest go first: at the end one of them would run beside an idle process."""
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    # xdist would begin with the files that have many tests, and end with a long one beside an idle process.
-    if hasattr(config.option, "loadscopereorder"):
+    if hasattr(config.option, "loadscopereorder"):  # xdist's own order, by the number of tests in a file
         config.option.loadscopereorder = False
 
 
@@ -132,7 +138,13 @@ def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
+def _turn(item: pytest.Item) -> int:
+    file = item.path.relative_to(HERE).as_posix() if item.path.is_relative_to(HERE) else ""
+    return LONG.index(file) if file in LONG else len(LONG)
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=_turn)
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
