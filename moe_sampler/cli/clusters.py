@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 from .._numbers import whole
 
 __all__ = ["check_cluster"]
@@ -15,5 +13,7 @@ def check_cluster(address: str | None, workers: int | None) -> None:
         raise ValueError("--ray-workers is for --ray ADDRESS")
     if workers is not None:
         whole("--ray-workers", workers, 10**6)
-    if address is not None and find_spec("ray") is None:
-        raise ValueError('a cluster is reached by Ray: pip install "moe-sampler[ray]"')
+    if address is not None:
+        from ..ray.cluster import check_ray
+
+        check_ray()

@@ -166,7 +166,7 @@ class _Files:
         watch: _Watch | None,
     ) -> None:
         from .. import __version__
-        from ..viewing.images import save_image, save_latents, save_png
+        from ..viewing.images import save_image, save_latents, save_png, zoom_factor
         from ..viewing.images import zoom as enlarge
         from ..viewing.parameters import parameters_text
 
@@ -176,7 +176,7 @@ class _Files:
             save_latents(made[None], path, record)
             self._say(path)
             return
-        record["zoom"] = record.get("zoom") or max(1, round(512 / max(made.size)))
+        record["zoom"] = record.get("zoom") or zoom_factor(made.size)
         parameters = parameters_text(record, plan, made.size)
         save_image(enlarge(made, record["zoom"]), path, record, parameters)
         self._say(path)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..loading.folders import INDEX, SHARED
 from ..publishing.card import Example, card_text, loading, quoted, table
-from ..publishing.upload import Address
+from ..publishing.upload import Address, loading_by_diffusers
 
 if TYPE_CHECKING:
     from .hybrid import HybridPipeline
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 __all__ = ["draw_examples", "pipeline_card", "write_code_reference"]
 
 _MODULE = "pipeline"
-EXAMPLES = "examples"
 
 _CODE = '''"""The class of this folder's pipeline, for diffusers' DiffusionPipeline.from_pretrained.
 
@@ -68,9 +67,7 @@ def draw_examples(
     settings, so that `--like` makes them again."""
     if not prompts:
         return []
-    from .. import __version__
-    from ..viewing.images import save_png, zoom
-    from ..viewing.parameters import parameters_text
+    from ..publishing.examples import save_examples
 
     output = pipe(list(prompts), seed=list(range(len(prompts))), batch_size=1)
     names = pipe.expert_names
@@ -79,17 +76,7 @@ def draw_examples(
         defaults["handoff"] = pipe.config["handoff"]
     defaults["guidance_scale"] = {name: pipe.config[f"{name}_guidance"] for name in names}
     place = {"model": address.source, "revision": address.revision, "subfolder": address.subfolder}
-    (folder / EXAMPLES).mkdir()
-    examples = []
-    for seed, (prompt, image) in enumerate(zip(prompts, output.images, strict=True)):
-        settings = {"prompt": prompt, "seed": seed, **defaults, **place, "version": __version__}
-        settings |= {"zoom": max(1, round(512 / max(image.size)))}
-        settings = {key: value for key, value in settings.items() if value is not None}
-        file = f"{EXAMPLES}/{seed + 1}.png"
-        text = parameters_text(settings, output.plan, image.size)
-        save_png(zoom(image, settings["zoom"]), folder / file, settings, text)
-        examples.append(Example(prompt, file))
-    return examples
+    return save_examples(folder, prompts, output.images, output.plan, {**defaults, **place})
 
 
 def pipeline_card(
@@ -122,14 +109,7 @@ def pipeline_card(
             ],
         ),
     ]
-    if not address.subfolder:  # which diffusers' loader knows of models alone
-        sections += [
-            "Through diffusers' own loader, with moe-sampler installed, which `pipeline.py` imports:",
-            loading(
-                "from diffusers import DiffusionPipeline",
-                [f"pipe = DiffusionPipeline.from_pretrained({address.arguments}, trust_remote_code=True)"],
-            ),
-        ]
+    sections += loading_by_diffusers(address)
     defaults = {f"`{name}`": value for name, value in settings.items() if name != "experts"}
     return card_text(
         f"Experts: {', '.join(experts)}",

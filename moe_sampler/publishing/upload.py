@@ -13,9 +13,9 @@ from typing import Any, Literal
 from .._files import whole_folder
 from ..errors import CheckpointError
 from ..loading.folders import CARD
-from .card import is_ours, quoted
+from .card import is_ours, loading, quoted
 
-__all__ = ["Address", "Kind", "Target", "pushed", "saved"]
+__all__ = ["Address", "Kind", "Target", "loading_by_diffusers", "pushed", "saved"]
 
 Kind = Literal["model", "dataset"]
 
@@ -39,6 +39,17 @@ class Address:
         named = {"revision": self.revision, "subfolder": self.subfolder}
         more = [f"{name}={quoted(value)}" for name, value in named.items() if value]
         return ", ".join([quoted(self.source), *more])
+
+
+def loading_by_diffusers(address: Address) -> list[str]:
+    """A card's section on diffusers' loader of pipelines; none in a subfolder, where it finds models."""
+    if address.subfolder:
+        return []
+    line = f"pipe = DiffusionPipeline.from_pretrained({address.arguments}, trust_remote_code=True)"
+    return [
+        "Through diffusers' own loader, with moe-sampler installed, which `pipeline.py` imports:",
+        loading("from diffusers import DiffusionPipeline", [line]),
+    ]
 
 
 @dataclass(frozen=True)

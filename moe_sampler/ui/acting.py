@@ -12,7 +12,7 @@ import gradio as gr
 from ..cli.demo_words import strange_words
 from ..cli.like import check_types
 from ..data.digests import content
-from ..viewing.images import zoom
+from ..viewing.images import zoom, zoom_factor
 from ..viewing.parameters import parameters_text
 from ..viewing.plan_figure import draw_plan
 from ..viewing.sheets import contact_sheet
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 __all__ = ["Acts"]
 
 Shown = dict[Any, Any]
-_SIDE = 512
 
 
 class Acts:
@@ -74,8 +73,7 @@ class Acts:
 
     def picture(self, request: gr.Request, visitor: str, *given: Any) -> Iterator[Shown]:
         """Paint, step by step."""
-        values = self.values(given)
-        yield from self._run(visitor, values, request, self._paint)
+        yield from self._run(visitor, self.values(given), request, self.painter.picture)
 
     def compare(self, request: gr.Request, visitor: str, *given: Any) -> Iterator[Shown]:
         """Each alone, naive, and together."""
@@ -83,9 +81,6 @@ class Acts:
         yield from self._run(
             visitor, values, request, lambda settings, _, stop: self.painter.comparison(settings, stop)
         )
-
-    def _paint(self, settings: dict[str, Any], plan: SamplingPlan, stop: Stop) -> Iterator[Any]:
-        return self.painter.picture(settings, plan, stop)
 
     def _run(self, visitor: str, values: dict[str, Any], request: gr.Request, run: Any) -> Iterator[Shown]:
         blocks, stop = self.page.blocks, Stop()
@@ -95,8 +90,8 @@ class Acts:
             settings, plan = self._cast.settings(values)
             if "image" in settings:
                 uploaded = Path(settings["image"])
-                settings["image"] = str(self.gallery.keep_start(visitor, uploaded, content(uploaded)))
-                settings["image_sha256"] = content(uploaded)
+                digest = settings["image_sha256"] = content(uploaded)
+                settings["image"] = str(self.gallery.keep_start(visitor, uploaded, digest))
             yield self._said() | self._noted(settings) | {blocks["status"]: progress(plan, 0, "Beginning")}
             last: Picture | None = None
             for found in run(settings, plan, stop):
@@ -122,23 +117,25 @@ class Acts:
 
     def stop(self, request: gr.Request) -> Shown:
         """End this visitor's run at its next step."""
-        running = self._running.get(str(request.session_hash))
-        if running is not None:
-            running.set()
         text = "Stopped. What is shown is what the experts believed by then; it isn't kept."
-        said = _status(text if running is not None else "Stopped: nothing is being made.")
+        said = _status(text if self._end_run(request) else "Stopped: nothing is being made.")
         return {self.page.blocks["status"]: said, self.page.blocks["said"]: said}
 
     def left(self, request: gr.Request) -> None:
         """The page was closed or loaded anew: nobody waits for its run."""
+        self._end_run(request)
+
+    def _end_run(self, request: gr.Request) -> bool:
+        """Whether there was one."""
         running = self._running.get(str(request.session_hash))
         if running is not None:
             running.set()
+        return running is not None
 
     def _previewed(self, found: Preview) -> Shown:
         who, how = found.label.split("\n")
         _, name = who.split(". ")
-        factor = max(1, round(_SIDE / max(found.image.size)))
+        factor = zoom_factor(found.image.size)
         text = f"Step {found.step + 1} of {len(found.plan)}, {name} <span class='faint'>· {how}</span>"
         blocks = self.page.blocks
         return {

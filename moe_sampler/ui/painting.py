@@ -191,9 +191,9 @@ class Painter:
 
     def _finished(self, image: Image.Image, settings: dict[str, Any], seen: tuple[Preview, ...]) -> Picture:
         from .. import __version__
-        from ..viewing.images import zoom
+        from ..viewing.images import zoom, zoom_factor
 
-        factor = max(1, round(512 / max(image.size)))
+        factor = zoom_factor(image.size)
         record = self.cast.record(settings) | self.machine(settings).settings | {"zoom": factor}
         loras, text_encoder = self.loras
         if loras and "student" not in settings:

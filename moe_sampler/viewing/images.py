@@ -27,6 +27,7 @@ __all__ = [
     "save_png",
     "save_webp",
     "zoom",
+    "zoom_factor",
 ]
 
 _KEY = "moe-sampler"
@@ -182,6 +183,11 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ValueError(f"{path}'s settings are damaged: no JSON object")
     return settings
+
+
+def zoom_factor(size: tuple[int, int], side: int = 512) -> int:
+    """The whole factor that brings the longer side nearest to so many pixels."""
+    return max(1, round(side / max(size)))
 
 
 def zoom(image: Image.Image, factor: int) -> Image.Image:

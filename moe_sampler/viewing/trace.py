@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from ..sampling.plan import PlanStep, SamplingPlan
-from .images import check_writable, save_webp, zoom
+from .images import check_writable, save_webp, zoom, zoom_factor
 from .plan_figure import expert_colors, mixed_color, pale
 from .sheets import BACKGROUND, FAINT, INK, contact_sheet, fitted, scalable_font
 
@@ -102,7 +102,7 @@ class Trace:
         """
         self._check_plan(plan)
         images = self.images(pipe, index)
-        factor = max(1, round(size / max(images[0].size)))
+        factor = zoom_factor(images[0].size, size)
         frames = tuple(
             _frame(zoom(image.convert("RGB"), factor), plan, i, title) for i, image in enumerate(images)
         )

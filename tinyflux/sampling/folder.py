@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import diffusers
 
-from moe_sampler import __version__
 from moe_sampler.loading.folders import CARD, INDEX
 from moe_sampler.loading.hub import Place, component_patterns
 from moe_sampler.publishing.card import Example, card_text, loading, quoted, table, write_card
-from moe_sampler.publishing.upload import Address
+from moe_sampler.publishing.examples import save_examples
+from moe_sampler.publishing.upload import Address, loading_by_diffusers
 from moe_sampler.tinyflux.model.loading import STUDENT_FOLDER, holds_pipeline
 from moe_sampler.tinyflux.model.published import CONFIG_SHOWN, REFERENCE, describe_student
-from moe_sampler.viewing.images import save_png, zoom
-from moe_sampler.viewing.parameters import parameters_text
 
 if TYPE_CHECKING:
     from moe_sampler.tinyflux.sampling.pipeline import StudentPipeline
@@ -89,19 +87,9 @@ def _draw(pipe: StudentPipeline, folder: Path, prompts: Sequence[str], address: 
     """Pictures of the prompts by the student alone, with its defaults."""
     if not prompts:
         return []
-    seeds = list(range(len(prompts)))
-    output: Any = type(pipe)(pipe.student, pipe.encoders)(list(prompts), seed=seeds, batch_size=1)
-    (folder / "examples").mkdir()
-    made = []
-    for seed, prompt, image in zip(seeds, prompts, output.images, strict=True):
-        factor = max(1, round(512 / max(image.size)))
-        settings = {"prompt": prompt, "seed": seed, "student": address.source, "zoom": factor}
-        settings["version"] = __version__
-        file = f"examples/{seed + 1}.png"
-        text = parameters_text(settings, output.plan, image.size)
-        save_png(zoom(image, factor), folder / file, settings, text)
-        made.append(Example(prompt, file))
-    return made
+    alone: Any = type(pipe)(pipe.student, pipe.encoders)
+    output = alone(list(prompts), seed=list(range(len(prompts))), batch_size=1)
+    return save_examples(folder, prompts, output.images, output.plan, {"student": address.source})
 
 
 def _card(
@@ -121,14 +109,7 @@ def _card(
             ],
         ),
     ]
-    if not address.subfolder:
-        sections += [
-            "Through diffusers' own loader, with moe-sampler installed, which `pipeline.py` imports:",
-            loading(
-                "from diffusers import DiffusionPipeline",
-                [f"pipe = DiffusionPipeline.from_pretrained({address.arguments}, trust_remote_code=True)"],
-            ),
-        ]
+    sections += loading_by_diffusers(address)
     shown = {f"`{name}`": pipe.student.config[name] for name in CONFIG_SHOWN}
     return card_text(
         title,
