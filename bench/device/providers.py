@@ -35,6 +35,14 @@ def _diffusers(models: Models, batch: int, steps: int) -> Callable[[], Tensor]:
 def _of_diffusers(
     pipe: StableDiffusionPipeline, models: Models, batch: int, steps: int
 ) -> Callable[[], Tensor]:
+    return _images(pipe, models, batch, steps, lambda: {"generator": torch.Generator(DEVICE).manual_seed(0)})
+
+
+def _images(
+    pipe: Any, models: Models, batch: int, steps: int, own: Callable[[], dict[str, Any]]
+) -> Callable[[], Tensor]:
+    """own: what a call is given that others are not."""
+
     def call() -> Tensor:
         made = pipe(
             PROMPT,
@@ -43,9 +51,9 @@ def _of_diffusers(
             num_inference_steps=steps,
             guidance_scale=GUIDANCE,
             num_images_per_prompt=batch,
-            generator=torch.Generator(DEVICE).manual_seed(0),
             output_type="pt",
             return_dict=False,
+            **own(),
         )
         return cast(Tensor, made[0])
 
@@ -76,22 +84,7 @@ def _ours(expert: str) -> Provider:
 def _of_ours(
     pipe: HybridPipeline, expert: str, models: Models, batch: int, steps: int
 ) -> Callable[[], Tensor]:
-    def call() -> Tensor:
-        made = pipe(
-            PROMPT,
-            height=models.size.pixels,
-            width=models.size.pixels,
-            num_inference_steps=steps,
-            guidance_scale=GUIDANCE,
-            num_images_per_prompt=batch,
-            seed=0,
-            expert=expert,
-            output_type="pt",
-            return_dict=False,
-        )
-        return cast(Tensor, made[0])
-
-    return call
+    return _images(pipe, models, batch, steps, lambda: {"seed": 0, "expert": expert})
 
 
 class _RecordedCalls:

@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from ..pipelines.choices import any_of, check_choice
+from ..pipelines.choices import PICTURE_FORMATS, any_of, check_choice
+from ..viewing.images import FORMATS
 
 __all__ = ["GenerateImages"]
 
-_FORMATS = {"png": {"format": "PNG"}, "jpg": {"format": "JPEG", "quality": 95, "subsampling": 0}}
-_FORMATS["webp"] = {"format": "WEBP", "quality": 95, "method": 4}
 _NOT_OF_ROWS = {"self", "prompt", "seed", "generator", "latents", "output_type", "return_dict", "batch_size"}
 _NOT_OF_ROWS |= {"num_images_per_prompt", "callback_on_step_end", "callback_on_step_end_tensor_inputs"}
 _NOT_OF_ROWS |= {"prompt_embeds", "negative_prompt_embeds"}
@@ -57,7 +56,7 @@ class GenerateImages:
         batch_size: int | None = None,
         **loading: Any,
     ) -> None:
-        check_choice("image format", image_format, (*_FORMATS, "array"))
+        check_choice("image format", image_format, (*PICTURE_FORMATS, "array"))
         self._columns, self._settings = tuple(columns), dict(settings or {})
         self._prompt, self._seed = prompt_column, seed_column
         self._format, self._batch_size = image_format, batch_size
@@ -128,7 +127,7 @@ class GenerateImages:
         if self._format == "array":
             return np.asarray(image.convert("RGB"))
         file = io.BytesIO()
-        image.convert("RGB").save(file, **_FORMATS[self._format])
+        image.convert("RGB").save(file, **FORMATS[f".{self._format}"])
         return file.getvalue()
 
     def _column(self, images: Sequence[Any]) -> Any:

@@ -18,6 +18,7 @@ from .._readers import parse_json
 from ..errors import first_line
 
 __all__ = [
+    "FORMATS",
     "check_image_name",
     "check_room",
     "check_writable",
@@ -31,12 +32,13 @@ __all__ = [
 ]
 
 _KEY = "moe-sampler"
-_FORMATS = {
+FORMATS = {
     ".png": {"format": "PNG"},
     ".jpg": {"format": "JPEG", "quality": 95, "subsampling": 0},
     ".jpeg": {"format": "JPEG", "quality": 95, "subsampling": 0},
     ".webp": {"format": "WEBP", "quality": 95, "method": 4},
 }
+"""How Pillow writes a picture, by its file's ending."""
 # Exif 2.32. The user comment's first eight bytes name its encoding; "Unicode" is UTF-16, as others write and
 # read their parameters there.
 _DESCRIPTION, _EXIF_IFD, _USER_COMMENT, _UNICODE = 0x010E, 0x8769, 0x9286, b"UNICODE\0"
@@ -68,7 +70,7 @@ def check_writable(path: Path, suffix: str = ".png") -> None:
 
 def check_image_name(path: Path) -> None:
     """Raise now if an image could not be written to `path` later, as its ending says."""
-    if path.suffix.lower() not in _FORMATS:
+    if path.suffix.lower() not in FORMATS:
         raise ValueError(
             f"{path}: images are written as PNG, JPEG or WebP, so give a name that ends in .png, .jpg or "
             ".webp"
@@ -109,7 +111,7 @@ def save_image(image: Image.Image, path: Path, settings: Mapping[str, Any], para
     or into the EXIF description of a JPEG or WebP file, for `read_settings`; `parameters`, as
     `parameters_text` makes it, to where other programs look for it: a text of that name, or the user comment.
     """
-    options = _FORMATS[path.suffix.lower()]
+    options = FORMATS[path.suffix.lower()]
     if options["format"] == "PNG":
         save_png(image, path, settings, parameters)
         return
