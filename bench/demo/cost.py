@@ -82,14 +82,18 @@ class Result:
 
 
 def measure(
-    pipe: HybridPipeline, referee: Referee, settings: Sequence[Setting], seeds: Sequence[int]
+    pipe: HybridPipeline,
+    referee: Referee,
+    settings: Sequence[Setting],
+    seeds: Sequence[int],
+    batch_size: int = 50,
 ) -> list[Result]:
     """Every setting on the same prompts and seeds; the first one is what the others are compared with."""
     results: list[Result] = []
     first: list[np.ndarray] = []
     for setting in settings:
         made = [
-            generate(pipe, "hybrid", referee.prompts, seed, setting.steps, **setting.settings)
+            generate(pipe, "hybrid", referee.prompts, seed, setting.steps, batch_size, **setting.settings)
             for seed in seeds
         ]
         first = first or made
@@ -150,11 +154,13 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=300, help="prompts")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch-size", type=int, default=50, help="pictures made at once")
     options = parser.parse_args()
     pipe = HybridPipeline.from_pretrained(options.experts, device=options.device)
     pipe.set_progress_bar_config(disable=True)
-    referee = Referee.prepare(options.work_dir, pipe.vae, options.count)
-    results = measure(pipe, referee, SETTINGS, range(options.seeds))
+    vae = HybridPipeline.from_pretrained(options.experts).vae
+    referee = Referee.prepare(options.work_dir, vae, options.count)
+    results = measure(pipe, referee, SETTINGS, range(options.seeds), options.batch_size)
     write_csv([result.row() for result in results], RESULTS / "cost.csv")
     draw(results, RESULTS / "cost.png")
     print(table(results))

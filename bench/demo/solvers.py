@@ -37,7 +37,7 @@ SPACINGS = (None, "karras", "beta", "cosine")
 BORROWED = ("unipc", "deis_3", "dpmpp_3m_sde", "euler_a")
 """diffusers' own, at the levels they bring."""
 CHUNK = 8
-"""Prompts made together, with all seeds."""
+"""Prompts made together, with all seeds, unless told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,12 @@ SETTINGS = [
 ]
 
 
-def make(pipe: HybridPipeline, prompts: Sequence[str], folder: Path) -> None:
-    """uint8 [seeds, CHUNK, 64, 64, 3] of every setting and chunk of prompts that isn't there yet. An image's
+def make(pipe: HybridPipeline, prompts: Sequence[str], folder: Path, chunk: int = CHUNK) -> None:
+    """uint8 [seeds, chunk, 64, 64, 3] of every setting and chunk of prompts that isn't there yet. An image's
     noise is that of its prompt and seed, whatever else it is made by and with."""
     folder.mkdir(exist_ok=True)
-    for first in range(0, len(prompts), CHUNK):
-        texts = prompts[first : first + CHUNK]
+    for first in range(0, len(prompts), chunk):
+        texts = prompts[first : first + chunk]
         seeds = [1_000_000 * seed + first + i for seed in SEEDS for i in range(len(texts))]
         for setting in SETTINGS:
             path = setting.path(folder, first)
@@ -87,9 +87,9 @@ def make(pipe: HybridPipeline, prompts: Sequence[str], folder: Path) -> None:
         print(f"{first + len(texts)} prompts", flush=True)
 
 
-def chunks(folder: Path) -> list[int]:
+def chunks(folder: Path, chunk: int = CHUNK) -> list[int]:
     """Those that are there of every setting."""
-    firsts = range(0, HELD_OUT_SCENES, CHUNK)
+    firsts = range(0, HELD_OUT_SCENES, chunk)
     return [each for each in firsts if all(one.path(folder, each).exists() for one in SETTINGS)]
 
 
@@ -242,24 +242,26 @@ def main() -> None:
     parser.add_argument("work_dir", type=Path)
     parser.add_argument("--experts", type=Path, default=experts_path())
     parser.add_argument("--count", type=int, default=48, help="prompts")
+    parser.add_argument("--chunk", type=int, default=CHUNK, help="prompts made together, with all seeds")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--report", action="store_true", help="measure what there is, and make no more")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    pipe = HybridPipeline.from_pretrained(options.experts, speed="fast")  # bfloat16 where that is fast
+    pipe = HybridPipeline.from_pretrained(options.experts, device=options.device, speed="fast")
     pipe.set_progress_bar_config(disable=True)
     folder = options.work_dir / "solvers"
     if not options.report:
         scenes = SceneSet(options.work_dir / "scenes", HELD_OUT_SCENES, HELD_OUT_FIRST)
-        make(pipe, HeldOut(scenes, options.count).prompts()[0], folder)
-    firsts = chunks(folder)
+        make(pipe, HeldOut(scenes, options.count).prompts()[0], folder, options.chunk)
+    firsts = chunks(folder, options.chunk)
     if not firsts:
         parser.error("no prompts have pictures of every setting yet: run it without --report")
     vae = HybridPipeline.from_pretrained(options.experts).vae
-    referee = Referee.prepare(options.work_dir, vae, CHUNK * len(firsts))
+    referee = Referee.prepare(options.work_dir, vae, options.chunk * len(firsts))
     results = list(measure(pipe, referee, folder, firsts))
     write_csv([result.row() for result in results], RESULTS / "solvers.csv")
     draw(results, RESULTS / "solvers.png")
-    prompts, text = CHUNK * len(firsts), table(results)
+    prompts, text = options.chunk * len(firsts), table(results)
     page = f"# Solvers and spacings on the demo experts\n\n{prompts} prompts, {len(SEEDS)} seeds."
     (RESULTS / "solvers.md").write_text(f"{page}\n\n{text}\n", encoding="utf-8")
     own = block(results, prompts)
