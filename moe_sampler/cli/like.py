@@ -10,12 +10,13 @@ from typing import Any
 from ..errors import listed
 from ..pipelines.choices import MAX_PROMPT
 from .by_name import split_name
+from .models import DEMO
 from .options import OutputOptions
 
 __all__ = ["check_places", "check_types", "read_like"]
 
 _Check = Callable[[Any], bool]
-_PLACES = ("model", "image", "vae", "clip", "t5", "encoders")
+_PLACES = ("model", "image", "student", "vae", "clip", "t5", "encoders")
 _MOST = 10_000
 
 
@@ -50,7 +51,7 @@ def check_places(options: OutputOptions, previous: Mapping[str, Any], *groups: A
     if options.like is None or options.trust:
         return
     said = {name: value for group in groups for name, value in vars(group).items() if value not in (None, [])}
-    places = [previous[key] for key in _PLACES if key not in said and isinstance(previous.get(key), str)]
+    places = [previous[key] for key in _PLACES if key not in said and _names_files(key, previous.get(key))]
     sources = {} if said.keys() & {"model", "preset"} else previous.get("sources", {})
     if not sources and "preset" in said and previous.get("model") in places:
         places.remove(previous["model"])  # another preset replaces the model before
@@ -63,6 +64,10 @@ def check_places(options: OutputOptions, previous: Mapping[str, Any], *groups: A
             f"{options.like} was made with {listed(places)}: give --trust to read what an image names, "
             "or name it yourself with the options"
         )
+
+
+def _names_files(key: str, value: Any) -> bool:
+    return isinstance(value, str) and (key, value) != ("student", DEMO)
 
 
 def _number(low: float, high: float) -> _Check:

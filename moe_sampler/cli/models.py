@@ -14,10 +14,22 @@ from .loras import Lora, add_loras, local_place
 from .machine import Machine, quiet
 from .options import ModelOptions
 
-__all__ = ["Model", "merge_models"]
+__all__ = ["DEMO", "Model", "merge_models", "recorded_student", "student_place"]
 
 DEMO = "demo"
 _MODEL_KEYS = ("model", "preset", "sources", "revision", "subfolder", "variant")
+
+
+def student_place(text: str) -> str:
+    """Where the student lies that an option or an image names."""
+    from ..demo import student_path
+
+    return str(student_path()) if text == DEMO else text
+
+
+def recorded_student(text: str) -> str:
+    """What an image remembers of it."""
+    return text if text == DEMO else local_place(text)
 
 
 def _kind(name: str, text: str) -> Any:

@@ -11,9 +11,9 @@ import typer
 from .by_name import ByExpert, levels, number, over_previous, steps_over, whole
 from .commands import takes
 from .like import check_places, read_like
-from .loras import Lora, local_place
+from .loras import Lora
 from .machine import Machine, quiet
-from .models import Model
+from .models import DEMO, Model, recorded_student, student_place
 from .options import (
     GUIDANCE,
     STEPS,
@@ -39,8 +39,17 @@ __all__ = ["STUDENT_CALL", "checked_plan", "sample"]
 
 @dataclass(frozen=True)
 class StudentOptions(EncoderOptions):
-    """What the student was trained with."""
+    """The student, and what it was trained with."""
 
+    student: Annotated[
+        str | None,
+        option(
+            "Folder, hub id, .safetensors or .pt file of a TinyFlux. Default: demo, the small one in the "
+            "package.",
+            STUDENT,
+            metavar="FOLDER|ID|FILE",
+        ),
+    ] = None
     ema: Annotated[
         bool | None, option("The averaged weights of a trainer's checkpoint.", STUDENT, "--ema/--no-ema")
     ] = None
@@ -92,10 +101,6 @@ class GuideOptions(MachineOptions, ModelOptions):
 
 @takes(out=OutputOptions, size=SizeOptions, of=StudentOptions, run=StudentRunOptions, where=GuideOptions)
 def sample(
-    student: Annotated[
-        str,
-        typer.Argument(help="Folder, hub id, .safetensors or .pt file of a TinyFlux.", show_default=False),
-    ],
     prompts: Annotated[
         list[str] | None, typer.Argument(help="One or several prompts.", show_default=False)
     ] = None,
@@ -108,9 +113,9 @@ def sample(
 ) -> None:
     """Make images with a student, alone or guided by Sol and Lune.
 
-    `moe-sampler tinyflux sample runs/student "a castle at dusk" -o castle.png`
+    `moe-sampler tinyflux sample "a castle at dusk"`
 
-    `moe-sampler tinyflux sample runs/student "a castle at dusk" --sol-weight 0.5 --lune-weight 0.3`
+    `moe-sampler tinyflux sample "a castle at dusk" --student runs/student --sol-weight 0.5`
 
     A weight is the expert's share of the prediction, the student has the rest. The settings are in each PNG's
     metadata, for --like.
@@ -132,7 +137,7 @@ def sample(
     previous = previous if plan is None else without_plan(previous)
     model = Model.read(where, previous)
     plain = {"height": size.height, "width": size.width, **vars(of)}
-    del plain["lora"]
+    del plain["lora"], plain["student"]
     settings = pictures.settings | merged(previous, plain)
     loras = [Lora.read(text, NAME) for text in of.lora or ()]
     loras = loras or [Lora(*each) for each in previous.get("loras", ())]
@@ -152,6 +157,8 @@ def sample(
     call |= {} if plan is None else {"plan": plan}
     computer = Machine.read(where, previous)
     ema = bool(settings.get("ema"))
+    named = of.student or previous.get("student") or DEMO
+    student = student_place(named)
     known = load_config(student, ema=ema, local_files_only=where.local_files_only)
     if plan is None and "upstream_schedule" not in settings:
         own = {"upstream_schedule": known.schedule == "data"}
@@ -159,13 +166,13 @@ def sample(
         compiled = checked_plan(plan, call, configs, defaults)
 
     beside = holds_pipeline(Hub(local_files_only=where.local_files_only).look(student))
-    named = (
-        (beside or known.encoders is not None) and not model.settings.get("model") and model.preset is None
-    )
-    encoders = None if guided or named else model.shared
+    told = (beside or known.encoders is not None) and not model.settings.get("model") and model.preset is None
+    encoders = None if guided or told else model.shared
     pipe = _load(student, model, settings, computer, guided, encoders, where.local_files_only)
     _merge(pipe.student, loras)
-    record = {"student": local_place(student)} | settings | dict(model.settings) | {"dtype": computer.dtype}
+    record = (
+        {"student": recorded_student(named)} | settings | dict(model.settings) | {"dtype": computer.dtype}
+    )
     pictures.make(pipe, compiled, call, where.batch_size, record)
 
 

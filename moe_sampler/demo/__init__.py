@@ -1,11 +1,11 @@
-"""Demo experts: a tiny Sol and Lune trained on procedurally drawn, captioned scenes."""
+"""Demo experts: a tiny Sol and Lune trained on procedurally drawn, captioned scenes, and their student."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-__all__ = ["experts_path", "known_words"]
+__all__ = ["experts_path", "known_words", "student_path"]
 
 _END = "</w>"
 
@@ -13,6 +13,11 @@ _END = "</w>"
 def experts_path() -> Path:
     """The folder of the experts that ship with the package, in Stable Diffusion layout."""
     return Path(__file__).parent / "experts"
+
+
+def student_path() -> Path:
+    """The folder of the TinyFlux that ships with the package. Its VAE and text encoder are the experts'."""
+    return Path(__file__).parent / "student"
 
 
 def known_words(experts: Path | None = None) -> list[str]:

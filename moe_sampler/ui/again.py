@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ..cli.models import Model
+from ..cli.models import DEMO, Model
 from ..cli.options import PipelineOptions
 from ..loading.presets import ExpertSource
 
@@ -32,12 +32,11 @@ def command_line(settings: Mapping[str, Any], where: PipelineOptions, encoders: 
         encoders: likewise, of the student; by option.
     """
     compared, student = "prompts" in settings, settings.get("student")
-    words = ["moe-sampler", *(["tinyflux", "sample", student] if student else [])]
-    words += [] if student else ["compare" if compared else "generate"]
+    words = ["moe-sampler", *(["tinyflux", "sample"] if student else ["compare" if compared else "generate"])]
     (prompt,) = settings["prompts"] if compared else [settings["prompt"]]
     (seed,) = settings["seeds"] if compared else [settings["seed"]]
     flags = [("seed", seed), *_flags(settings), *_typed(where, bool(student))]
-    flags += [*encoders.items()] if student else []
+    flags += [*([("student", student)] if student != DEMO else []), *encoders.items()] if student else []
     flags += [("o", "compare.png" if compared else "picture.png")]
     options = [_flag(name, value) for name, value in flags]
     # What begins with a dash would be an option.
@@ -117,11 +116,16 @@ def python_code(
         imports = {"from moe_sampler.tinyflux import StudentPipeline"} | (imports if guided else set())
         own = {} if settings["dtype"] == "float32" else {"dtype": settings["dtype"]}
         imports |= {"import torch"} if own else set()
+        imports |= {"from moe_sampler.demo import student_path"} if student == DEMO else set()
         keywords = [*_keywords(encoders), *(f"{key}=torch.{name}" for key, name in own.items())]
         keywords += [] if where.device is None else [f"device={_literal(where.device)}"]
         made = _call(
             "pipe = StudentPipeline.from_pretrained",
-            [_literal(student), *(["pipe"] if guided else []), *keywords],
+            [
+                "student_path()" if student == DEMO else _literal(student),
+                *(["pipe"] if guided else []),
+                *keywords,
+            ],
         )
         lines = [load, made] if guided else [made]
     if compared:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..cli.loras import read_loras
 from ..cli.machine import Machine
+from ..cli.models import student_place
 from ..cli.settings import call_of
 from .form import Wrong
 from .planning import Cast
@@ -222,7 +223,7 @@ class Painter:
             tell(Said("Loading the student"))
             machine = self.machine(settings)
             made = StudentPipeline.from_pretrained(
-                self.cast.student or "",
+                student_place(self.cast.student or ""),
                 pipe,
                 **self.cast.student_encoders(guided),
                 dtype=machine.torch_dtype,

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ..cli.loras import local_place
-from ..cli.models import Model
+from ..cli.models import Model, recorded_student, student_place
 from ..cli.options import EncoderOptions, PipelineOptions
 from ..cli.settings import call_of, compile_plan, planned_experts, record_defaults
 from .form import STUDENT, Form, Wrong
@@ -70,7 +69,7 @@ class Cast:
         """The student's own, without its weights."""
         from moe_sampler.tinyflux.model.loading import load_config
 
-        return load_config(self.student or "", local_files_only=self.where.local_files_only)
+        return load_config(student_place(self.student or ""), local_files_only=self.where.local_files_only)
 
     def student_encoders(self, guided: bool) -> dict[str, Any]:
         """Keywords of `StudentPipeline.from_pretrained`: what the student sees and reads with."""
@@ -101,7 +100,7 @@ class Cast:
         settings = self.form.settings(values, prompted=prompted)
         if values["maker"] == STUDENT:
             settings |= {
-                "student": local_place(self.student or ""),
+                "student": recorded_student(self.student or ""),
                 "upstream_schedule": self.student_config.schedule == "data",
             }
         return settings

@@ -40,8 +40,16 @@ def run(arguments, code: int):
         (("generate", "a castle", "a portrait", "a street", "--zoom", "1"), "a.jpg", ["a-1.jpg"]),
         (("generate", "a castle", "-n", "3"), "a.safetensors", ["a-1.safetensors"]),
         (("generate", "a castle", "-n", "3", "--animate", "--zoom", "1"), "a.png", ["a-1.png", "a-1.webp"]),
-        (("tinyflux", "sample", "STUDENT", "a castle", "-n", "3", "--zoom", "1"), "a.png", ["a-1.png"]),
-        (("tinyflux", "sample", "STUDENT", "a castle", "-n", "3"), "a.safetensors", ["a-1.safetensors"]),
+        (
+            ("tinyflux", "sample", "--student", "STUDENT", "a castle", "-n", "3", "--zoom", "1"),
+            "a.png",
+            ["a-1.png"],
+        ),
+        (
+            ("tinyflux", "sample", "--student", "STUDENT", "a castle", "-n", "3"),
+            "a.safetensors",
+            ["a-1.safetensors"],
+        ),
     ],
     ids=["images", "prompts", "latents", "animations", "student", "student's latents"],
 )

@@ -191,7 +191,7 @@ def test_live_experts_see_latents_of_their_own(walk):
 def test_what_cannot_be_is_refused_with_what_to_do(walk):
     flags = "--vae flux --clip clip --t5 t5"
     assert "--preset sd15" in run(f"moe-sampler tinyflux cache new pictures {flags}", 2)
-    guided = "moe-sampler tinyflux sample runs/deep castle --preset sd15 --sol-weight 0.5"
+    guided = "moe-sampler tinyflux sample castle --student runs/deep --preset sd15 --sol-weight 0.5"
     assert "different latents" in run(guided, 2)
     assert "aren't what" in run("moe-sampler tinyflux train deep.toml --output-dir runs/no --vae sd15", 2)
     exported = "moe-sampler tinyflux export-model runs/shared -o elsewhere"

@@ -110,8 +110,9 @@ def test_a_student_with_its_encoders(hub, pipe, tmp_path, monkeypatch):
     line = [
         "tinyflux",
         "sample",
-        "team/student",
         "a castle",
+        "--student",
+        "team/student",
         "--steps",
         "2",
         "--local-files-only",

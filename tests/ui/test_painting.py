@@ -229,7 +229,7 @@ def test_the_students_command_has_its_encoders():
     encoders = {k: v for k, v in vars(EncoderOptions(t5="t5-base", t5_length=64)).items() if v is not None}
     line = command_line(settings, dataclasses.replace(PipelineOptions(), offload="expert"), encoders)
     assert re.sub(r"\s*\\\n\s*", " ", line) == (
-        "moe-sampler tinyflux sample 'runs/my student' 'a castle' --seed 0 --steps 4 --sol-weight 0.5 "
-        "--t5 t5-base --t5-length 64 -o picture.png"
+        "moe-sampler tinyflux sample 'a castle' --seed 0 --steps 4 --sol-weight 0.5 "
+        "--student 'runs/my student' --t5 t5-base --t5-length 64 -o picture.png"
     )
     assert "dtype=torch.bfloat16" in python_code(settings, Cast().model, PipelineOptions(), encoders)

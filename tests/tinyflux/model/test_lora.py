@@ -232,7 +232,7 @@ def test_a_run_leaves_a_lora_that_makes_the_student_it_trained(cache, base, tmp_
 
     def painted(scale: float) -> bytes:
         path = tmp_path / f"{scale}.png"
-        words = ["tinyflux", "sample", str(base), "a castle", "--steps", "2", "-o", str(path)]
+        words = ["tinyflux", "sample", "a castle", "--student", str(base), "--steps", "2", "-o", str(path)]
         result = CliRunner().invoke(app, [*words, "--lora", f"{folder}@{scale}"])
         assert result.exit_code == 0, result.output
         return Image.open(path).tobytes()

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from moe_sampler import SamplingPlan, plan, sample
 from moe_sampler.cli import app
-from moe_sampler.demo import experts_path
+from moe_sampler.demo import experts_path, student_path
 from moe_sampler.errors import NonFiniteError
 from moe_sampler.tinyflux import StudentEncoders, StudentPipeline, TinyFluxConfig, tinyflux_expert
 from moe_sampler.tinyflux.features.latent_space import same_latents
@@ -212,7 +212,9 @@ def run(*arguments, code=0):
 
 def test_the_command(pipe, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    shown = run(folder, *PROMPTS, "-o", "x.png", "--steps", 2, "--seed", 4, "--zoom", 1, "--trace").stdout
+    shown = run(
+        "--student", folder, *PROMPTS, "-o", "x.png", "--steps", 2, "--seed", 4, "--zoom", 1, "--trace"
+    ).stdout
     assert shown.split() == ["x-1.png", "x-1.trace.png", "x-2.png", "x-2.trace.png"]
     assert Image.open("x-2.png").size == (64, 64)
     alone = read_settings(tmp_path / "x-2.png")
@@ -229,23 +231,24 @@ def test_the_command(pipe, folder, tmp_path, monkeypatch):
         "--guidance",
         "lune=2",
     )
-    run(folder, "--like", "x-2.png", "-o", "guided.png", "--steps", 4, *weights)
+    run("--student", folder, "--like", "x-2.png", "-o", "guided.png", "--steps", 4, *weights)
     guided = read_settings(tmp_path / "guided.png")
     assert guided["sol_weight"] == [[1.0, 0.6], [0.8, 0.0]] and guided["lune_weight"] == 0.3
     assert guided["seed"] == 5 and guided["num_inference_steps"] == 4
     assert guided["guidance_scale"] == {"tinyflux": 3.0, "sol": 2.5, "lune": 2.0}
-    run(folder, "--like", "guided.png", "-o", "again.png")
+    assert "--trust" in run("--like", "guided.png", "-o", "again.png", code=2).output
+    run("--like", "guided.png", "--trust", "-o", "again.png")
     assert read_settings(tmp_path / "again.png") == guided
     pixels = [np.asarray(Image.open(name)) for name in ("guided.png", "again.png", "x-2.png")]
     assert (pixels[0] == pixels[1]).all() and (pixels[0] != pixels[2]).any()
 
     (tmp_path / "plan.json").write_text(pipe.plan(3, lune_weight=0.5, handoff=0.8).to_json())
-    run(folder, PROMPTS[0], "--plan", "plan.json", "--seed", 2, "-o", "planned.png", "--zoom", 1)
+    run("--student", folder, PROMPTS[0], "--plan", "plan.json", "--seed", 2, "-o", "planned.png", "--zoom", 1)
     made = pipe(PROMPTS[0], num_inference_steps=3, lune_weight=0.5, handoff=0.8, seed=2)
     assert (np.asarray(Image.open("planned.png")) == np.asarray(made.images[0])).all()
-    run(folder, "--like", "planned.png", "-o", "planned-2.png")
+    run("--student", folder, "--like", "planned.png", "-o", "planned-2.png")
     assert (np.asarray(Image.open("planned-2.png")) == np.asarray(made.images[0])).all()
-    refused = run(folder, PROMPTS[0], "--plan", "plan.json", "--lune-weight", 0.2, code=2)
+    refused = run("--student", folder, PROMPTS[0], "--plan", "plan.json", "--lune-weight", 0.2, code=2)
     assert "--plan decides what --lune-weight would" in refused.output
 
     result = CliRunner().invoke(app, ["generate", "--like", "guided.png", "-o", "no.png"])
@@ -272,8 +275,20 @@ def test_the_command(pipe, folder, tmp_path, monkeypatch):
 )
 def test_the_command_refuses_before_it_loads(tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    result = run("no-such-student", *arguments, code=2)
+    result = run("--student", "no-such-student", *arguments, code=2)
     assert message in " ".join(result.output.split()) and not list(tmp_path.iterdir())
+
+
+def test_the_command_has_a_student_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()  # a folder by that name is not meant
+    quick = ("--steps", 3, "--zoom", 1)
+    run("a castle at dusk", *quick, "-o", "a.png")
+    assert read_settings(tmp_path / "a.png")["student"] == "demo"
+    run("--like", "a.png", "-o", "b.png")  # nothing to be trusted
+    pipe = StudentPipeline.from_pretrained(student_path(), encoders=experts_path())
+    made = np.asarray(pipe("a castle at dusk", num_inference_steps=3, seed=0).images[0])
+    assert all((np.asarray(Image.open(tmp_path / name)) == made).all() for name in ("a.png", "b.png"))
 
 
 @pytest.mark.parametrize("bad", ["tinyflux", "lune", "CLIPTextModel", "the VAE"])

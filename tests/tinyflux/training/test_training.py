@@ -90,7 +90,17 @@ def test_the_command_trains_a_student_that_samples(cache, tmp_path):
     assert not torch.equal(
         average["img_in.weight"], load_file(folder / "checkpoint-3" / "model.safetensors")["img_in.weight"]
     )
-    command = ["tinyflux", "sample", str(folder), "a castle", "--steps", "2", "-o", str(tmp_path / "a.png")]
+    command = [
+        "tinyflux",
+        "sample",
+        "a castle",
+        "--student",
+        str(folder),
+        "--steps",
+        "2",
+        "-o",
+        str(tmp_path / "a.png"),
+    ]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     assert Image.open(tmp_path / "a.png").size == (512, 512)  # enlarged to be looked at
