@@ -32,8 +32,8 @@ def ui(
     student: Annotated[
         str | None,
         typer.Option(
-            help="A TinyFlux that may paint, too: a folder, hub id, .safetensors or .pt file, or demo, the small one "
-            "in the package.",
+            help="A TinyFlux that may paint, too: a folder, hub id, .safetensors or .pt file, or demo, the "
+            "small one in the package.",
             metavar="SOURCE",
             rich_help_panel=STUDENT,
         ),
