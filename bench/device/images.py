@@ -12,7 +12,7 @@ import torch
 
 from bench.counting import count_dispatches, peak_memory
 from bench.device.models import FULL, TOY, Models
-from bench.device.providers import DIFFUSERS, DIFFUSERS_COMPILED, OURS_HYBRID, PROVIDERS, SAME_AS, Provider
+from bench.device.providers import COMPILERS, DIFFUSERS, OURS_HYBRID, PROVIDERS, SAME_AS, Provider
 from bench.device.results import Results, Row
 from bench.graphs import recorded, seconds_of
 from bench.measure import DEVICE, OURS, Call
@@ -37,7 +37,7 @@ def measure(results: Results) -> None:
             results.attempt(
                 f"{name}, batch {batch}",
                 lambda name=name, provider=provider, batch=batch: _row(models, name, provider, batch),
-                limit=150 if name == DIFFUSERS_COMPILED else 60,
+                limit=150 if name in COMPILERS else 60,
             )
 
 
@@ -63,7 +63,7 @@ def _row(models: Models, name: str, provider: Provider, batch: int) -> Iterator[
         "images_per_s": batch / seconds,
         "step_ms": (seconds - fewer) / (size.steps - size.fewer) * 1e3,
         "beside_steps_ms": (seconds - size.steps * (seconds - fewer) / (size.steps - size.fewer)) * 1e3,
-        "host_waits": host_waits(call, name == DIFFUSERS_COMPILED),
+        "host_waits": host_waits(call, name in COMPILERS),
         "peak_MiB": peak_memory(call, DEVICE) / 2**20,
     }
     if name in _PIPELINES:

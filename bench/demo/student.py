@@ -1,0 +1,116 @@
+"""Measure the student that ships, beside the experts that taught it, as docs/DEMO.md measures those.
+
+`python -m bench.demo.student WORK_DIR`, with the work folder of a training run as for `bench.demo.evaluate`,
+prints the table, and writes it and docs/images/student.png for docs/TINYFLUX.md. Pictures are kept under
+WORK_DIR/evaluation, and painted again where they are missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from bench.demo.evaluate import STEPS, Referee, generate
+from bench.demo.report import MEASURES, markdown_table, measured
+from bench.pages import renew
+from moe_sampler import HybridPipeline
+from moe_sampler.demo import experts_path, student_path
+from moe_sampler.demo.captions import EXAMPLE_PROMPTS
+from moe_sampler.demo.data import write_array
+from moe_sampler.tinyflux import StudentPipeline
+from moe_sampler.viewing.sheets import Sheet
+
+DOCS = Path(__file__).parents[2] / "docs"
+SEEDS = (0, 1, 2)
+GUIDES: Mapping[str, dict[str, float]] = {
+    "student": {},
+    "student-guided": {"sol_weight": 0.5, "lune_weight": 0.5},
+}
+
+
+def paint(
+    pipe: StudentPipeline, prompts: list[str], seed: int, batch: int = 50, **settings: Any
+) -> np.ndarray:
+    """uint8 [N, 64, 64, 3]; image i of `seed` starts from the noise that the experts' does."""
+    made = pipe(
+        prompts,
+        num_inference_steps=STEPS,
+        seed=[1_000_000 * seed + i for i in range(len(prompts))],
+        batch_size=batch,
+        output_type="np",
+        **settings,
+    )
+    return (np.asarray(made.images) * 255).round().astype(np.uint8)
+
+
+def _kept(path: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
+    if not path.exists():
+        write_array(path, make())
+    return np.load(path)
+
+
+def table(work_dir: Path, count: int) -> str:
+    """Markdown: what could be reached, the student alone, with its teachers beside it, and the teachers."""
+    experts = HybridPipeline.from_pretrained(experts_path())
+    experts.set_progress_bar_config(disable=True)
+    student = StudentPipeline.from_pretrained(student_path(), experts)
+    student.set_progress_bar_config(disable=True)
+    referee = Referee.prepare(work_dir, experts.vae, count)
+    prompts, folder = referee.prompts, work_dir / "evaluation"
+    folder.mkdir(exist_ok=True)
+    sets = {"the prompts' own scenes, through the autoencoder": [referee.real["reconstructions"]]}
+    titles = {"student": "the student", "student-guided": "with Sol's and Lune's share at 0.5"}
+    for name, settings in GUIDES.items():
+        sets[titles[name]] = [
+            _kept(
+                folder / f"{name}-{seed}-{count}.npy",
+                lambda seed=seed, settings=settings: paint(student, prompts, seed, **settings),
+            )
+            for seed in SEEDS
+        ]
+    sets["Sol and Lune"] = [
+        _kept(
+            folder / f"hybrid-{seed}-{count}.npy",
+            lambda seed=seed: generate(experts, "hybrid", prompts, seed),
+        )
+        for seed in SEEDS
+    ]
+    rows = ([title, *measured([referee.measure(own) for own in made])] for title, made in sets.items())
+    return markdown_table(MEASURES, rows)
+
+
+def sheet(columns: int = 6, rows: int = 3) -> Image.Image:
+    """The example prompts in turn, each from another seed, without captions."""
+    pipe = StudentPipeline.from_pretrained(student_path(), encoders=experts_path())
+    pipe.set_progress_bar_config(disable=True)
+    count = columns * rows
+    prompts = [EXAMPLE_PROMPTS[i % len(EXAMPLE_PROMPTS)] for i in range(count)]
+    pictures = paint(pipe, prompts, 0)
+    made = Sheet(columns, rows, (128, 128), gap=4, margins=(4, 4, 4, 4), background="white")
+    for i, picture in enumerate(pictures):
+        made.paste(Image.fromarray(picture), i % columns, i // columns, smooth=True)
+    return made.image
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("work_dir", type=Path)
+    parser.add_argument("--count", type=int, default=300, help="prompts")
+    options = parser.parse_args()
+    sheet().save(DOCS / "images" / "student.png", optimize=True)
+    text = (
+        f"{options.count} held-out prompts, {len(SEEDS)} seeds, mean ± standard deviation between seeds; "
+        f"{STEPS} steps, each model's own guidance.\n\n{table(options.work_dir, options.count)}"
+    )
+    print(text)
+    page = DOCS / "TINYFLUX.md"
+    page.write_text(renew(page.read_text(encoding="utf-8"), "shipped student", text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
