@@ -243,7 +243,8 @@ def evaluate(
 ) -> dict:
     """Everything in docs/DEMO.md's tables; pictures are kept under `work_dir`/evaluation and reused."""
     pipe = HybridPipeline.from_pretrained(experts)
-    pipe.set_progress_bar_config(disable=True)
+    painter = HybridPipeline.from_pretrained(experts, speed="fast")
+    painter.set_progress_bar_config(disable=True)
     referee = Referee.prepare(work_dir, pipe.vae)
     pictures = {name: [images] for name, images in referee.real.items()}
     folder = work_dir / "evaluation"
@@ -252,7 +253,7 @@ def evaluate(
         for seed in seeds:
             path = folder / f"{method}-{seed}.npy"
             if not path.exists():
-                write_array(path, generate(pipe, method, referee.prompts, seed))
+                write_array(path, generate(painter, method, referee.prompts, seed))
             pictures.setdefault(method, []).append(np.load(path))
     table = {method: [referee.measure(images) for images in sets] for method, sets in pictures.items()}
     tallies = {method: [referee.by_attribute(images) for images in sets] for method, sets in pictures.items()}

@@ -70,19 +70,33 @@ def merge_runs(previous: Mapping[str, Any], run: RunOptions, names: Sequence[str
         raise ValueError("--router steps brings its own count: leave out --steps")
     settings = _route(previous, run) | ({} if listed else steps_over(previous, steps, names))
     own = {"sol": run.sol_guidance, "lune": run.lune_guidance}
+    solver = ByExpert.read("--solver", run.solver)
+    shift = ByExpert.read("--shift", run.shift, number)
     return settings | over_previous(
-        previous,
+        _without_levels(_without_levels(previous, solver, names), shift, names),
         names,
         guidance_scale=ByExpert.read("--guidance", run.guidance, number, own=own),
-        solver=ByExpert.read("--solver", run.solver),
+        solver=solver,
         levels=ByExpert.read("--levels", run.levels, levels),
-        shift=ByExpert.read("--shift", run.shift, number),
+        shift=shift,
         eta=ByExpert.read("--eta", run.eta, number),
         guidance_window=ByExpert.read("--guidance-window", run.guidance_window, window),
         guidance_rescale=ByExpert.read("--guidance-rescale", run.guidance_rescale, number),
         reuse=ByExpert.read("--reuse", run.reuse, full_calls),
         budget=ByExpert("--budget", run.budget),
     )
+
+
+def _without_levels(previous: Mapping[str, Any], given: ByExpert, names: Sequence[str]) -> Mapping[str, Any]:
+    """An image's settings, but for the levels of experts that get another solver or shift."""
+    if not given or previous.get("levels") is None:
+        return previous
+    from ..pipelines.settings import by_expert
+
+    kept = by_expert("levels", previous["levels"], names)
+    said = names if given.shared is not None else given.own
+    left = {name: own for name, own in kept.items() if own is not None and name not in said}
+    return {**previous, "levels": left or None}
 
 
 def call_of(settings: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
@@ -103,12 +117,12 @@ def planned_experts(
 
     reuse_shares: of `Model`, asked where calls may reuse features.
     """
-    from ..pipelines.settings import by_expert, guidance_scales, hybrid_experts
+    from ..pipelines.settings import by_expert, default_solvers, guidance_scales, hybrid_experts
 
     names = list(configs)
     guidance = guidance_scales(call.get("guidance_scale"), defaults, names)
-    own = ("shift", "solver", "levels", "eta", "guidance_rescale", "guidance_window", "reuse")
-    settings = {key: call.get(key) for key in own}
+    own = ("shift", "eta", "guidance_rescale", "guidance_window", "reuse")
+    settings = {key: call.get(key) for key in own} | default_solvers(call, defaults, names)
     reused = by_expert("reuse", call.get("reuse"), names)
     asked = [name for name in names if reused[name] is not None or call.get("budget") is not None]
     if asked and reuse_shares is not None:
@@ -169,7 +183,15 @@ def record_defaults(
         wanted.append("handoff")
     own = {name: defaults[f"{name}_guidance"] for name in names}
     scales = scales_in_full(settings.get("guidance_scale"), own)
-    return {key: defaults[key] for key in wanted} | dict(settings) | {"guidance_scale": scales}
+    from ..pipelines.settings import default_solvers
+
+    stepping = {
+        key: {name: value for name, value in values.items() if value is not None}
+        for key, values in default_solvers(settings, defaults, names).items()
+        if not isinstance(settings.get(key), (str, list))  # one for all says so
+    }
+    found = {key: defaults[key] for key in wanted} | dict(settings) | {"guidance_scale": scales}
+    return found | {key: values for key, values in stepping.items() if values}
 
 
 def _lists_all_levels(settings: Mapping[str, Any], names: Sequence[str]) -> bool:

@@ -29,8 +29,12 @@ COMPONENTS = {
     "scheduler_lune": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
 }
 KIND = "demo experts"
-SETTINGS = {"handoff": 0.9, "num_inference_steps": 24, "sol_guidance": 2.5, "lune_guidance": 2.5}
-"""What the pipeline does with these experts when not told otherwise."""
+SETTINGS = {
+    **{"handoff": 0.9, "num_inference_steps": 24, "sol_guidance": 2.5, "lune_guidance": 2.5},
+    **{"sol_levels": "beta", "lune_solver": "dpmpp_2m", "lune_levels": "beta"},
+}
+"""What the pipeline does with these experts when not told otherwise; the solver and the levels are those that
+docs/SOLVERS.md found best."""
 
 
 def export_experts(

@@ -45,7 +45,9 @@ from .schedules import Schedule, scheduled_plan
 from .settings import (
     by_expert,
     check_defaults,
+    default_keys,
     default_settings,
+    default_solvers,
     enter_plan,
     given_plan,
     guidance_scales,
@@ -95,7 +97,8 @@ class HybridPipeline(PretrainedMixin, EncodingMixin, AdapterMixin, GuidanceMixin
             them comes first.
         parts: `unet_<name>` and `scheduler_<name>` of every expert. The schedulers are not run; their configs
             say what each expert was trained on (betas, prediction type, shift, spacing, clipping) and their
-            class which solver is its default. `<name>_guidance` is an expert's default guidance scale.
+            class which solver is its default. `<name>_guidance` is an expert's default guidance scale,
+            `<name>_solver` its default solver by name, `<name>_levels` the spacing or levels that go with it.
 
     Raises:
         TypeError: a part that isn't one.
@@ -122,7 +125,7 @@ class HybridPipeline(PretrainedMixin, EncodingMixin, AdapterMixin, GuidanceMixin
             experts = [name for name in dict.fromkeys([*before.get("experts", ()), *given]) if name in given]
         names = check_names(experts.split(", ") if isinstance(experts, str) else experts)
         wanted = {f"{part}_{name}" for name in names for part in ("unet", "scheduler")}
-        unknown = parts.keys() - wanted - {f"{name}_guidance" for name in names}
+        unknown = parts.keys() - wanted - {*default_keys(names)}
         if unknown or wanted - parts.keys():
             what, keys = ("unknown", unknown) if unknown else ("missing", wanted - parts.keys())
             raise TypeError(f"{what} parts of a pipeline of {', '.join(names)}: {', '.join(sorted(keys))}")
@@ -166,9 +169,8 @@ class HybridPipeline(PretrainedMixin, EncodingMixin, AdapterMixin, GuidanceMixin
             configs,
             guidance_scales(guidance, self.config, names),
             shift=shift,
-            solver=solver,
             eta=eta,
-            levels=levels,
+            **default_solvers({"solver": solver, "levels": levels, "shift": shift}, self.config, names),
             guidance_rescale=guidance_rescale,
             guidance_window=guidance_window,
             reuse=reuse,

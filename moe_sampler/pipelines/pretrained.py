@@ -20,7 +20,7 @@ from ..publishing.card import license_in
 from ..publishing.upload import Address
 from .offload import Offload, check_offload
 from .saving import SavingMixin
-from .settings import DEFAULTS
+from .settings import default_keys, is_default
 from .speed import Speed, check_speed, fast_dtype
 
 __all__ = ["PretrainedMixin"]
@@ -74,8 +74,8 @@ class PretrainedMixin(SavingMixin):
             speed: see `set_speed`; beside "none", `dtype` is "auto" unless it is given.
             cache_dir, local_files_only, token, force_download: for the hub.
             parts: components to use instead of loading them, default settings (`handoff`,
-                `num_inference_steps`, `<name>_guidance`), and keywords of diffusers' loaders, of which those
-                that can't be followed are refused.
+                `num_inference_steps`, `<name>_guidance`, `<name>_solver`, `<name>_levels`), and keywords of
+                diffusers' loaders, of which those that can't be followed are refused.
 
         Raises:
             CheckpointError: anything missing, unreadable, unexpected or misshapen, by name.
@@ -133,7 +133,7 @@ def _split(parts: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Components and settings out of what was passed by name."""
     modules = {k: v for k, v in parts.items() if k in SHARED or k.startswith(("unet_", "scheduler_"))}
     settings = {k: v for k, v in parts.items() if k not in modules}
-    unknown = [k for k in settings if k not in DEFAULTS and not k.endswith("_guidance")]
+    unknown = [k for k in settings if not is_default(k)]
     if unknown:
         raise TypeError(f"unknown arguments or parts of a pipeline: {', '.join(unknown)}")
     return modules, settings
@@ -141,5 +141,4 @@ def _split(parts: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _settings_of(index: Mapping[str, Any], experts: Sequence[str]) -> dict[str, Any]:
     """The default settings a model index has for these experts."""
-    keys = ("handoff", "num_inference_steps", *(f"{name}_guidance" for name in experts))
-    return {key: index[key] for key in keys if key in index}
+    return {key: index[key] for key in default_keys(experts) if key in index}

@@ -13,7 +13,8 @@ from ..sampling.experts import Expert
 from ..sampling.plan import PlanStep, SamplingPlan
 from ..sampling.planner import plan, read_steps
 from ..sampling.routers import Boundary, PerStep, Router, Spans, inner_level
-from ..sampling.scheduler_names import is_borrowed
+from ..sampling.scheduler_names import check_solver_name, is_borrowed
+from ..sampling.spacing_names import read_levels
 
 __all__ = [
     "DEFAULTS",
@@ -21,12 +22,15 @@ __all__ = [
     "ExpertSettings",
     "by_expert",
     "check_defaults",
+    "default_keys",
     "default_settings",
+    "default_solvers",
     "enter_plan",
     "given_plan",
     "guidance_scales",
     "hybrid_experts",
     "hybrid_plan",
+    "is_default",
     "own_steps",
     "with_own",
 ]
@@ -39,19 +43,66 @@ _GUIDANCE = 7.5
 """The guidance scale of an expert that has no default of its own."""
 
 
+_OWN = ("guidance", "solver", "levels")
+"""What an expert has a default of, as `<name>_guidance`."""
+
+
+def is_default(key: str) -> bool:
+    """Whether a default setting may have this name, of some expert."""
+    return key in DEFAULTS or key.endswith(tuple(f"_{own}" for own in _OWN))
+
+
+def default_keys(experts: Sequence[str]) -> list[str]:
+    """The names of these experts' default settings."""
+    return ["handoff", "num_inference_steps", *(f"{name}_{own}" for name in experts for own in _OWN)]
+
+
 def default_settings(experts: Sequence[str], given: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The default settings of a pipeline of these experts, where `given` has none."""
+    """The default settings of a pipeline of these experts: `given`'s, and where it has none those that every
+    pipeline has.
+
+    Raises:
+        ValueError: a solver or levels that there aren't.
+    """
+    given = {} if given is None else given
     own = {f"{name}_guidance": DEFAULTS.get(f"{name}_guidance", _GUIDANCE) for name in experts}
     defaults = {key: DEFAULTS[key] for key in ("handoff", "num_inference_steps")} | own
-    return {key: (given or {}).get(key, value) for key, value in defaults.items()}
+    found = defaults | {key: given[key] for key in default_keys(experts) if given.get(key) is not None}
+    for name in experts:
+        if (solver := found.get(f"{name}_solver")) is not None:
+            check_solver_name(solver)
+        read_levels(f"{name}_levels", found.get(f"{name}_levels"))
+    return found
 
 
 def check_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     """Default settings, checked by name."""
-    unknown = [key for key in given if key not in ("experts", *DEFAULTS) and not key.endswith("_guidance")]
+    unknown = [key for key in given if key != "experts" and not is_default(key)]
     if unknown:
         raise TypeError(f"a pipeline has no default {', '.join(unknown)}")
     return dict(given)
+
+
+def default_solvers(
+    settings: Mapping[str, Any], defaults: Mapping[str, Any], names: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Solvers and levels by expert, under these names: what was given, else the model's own. The model's
+    levels go with its solver and shift: they don't count where one of these is given.
+
+    Args:
+        settings: "solver", "levels" and "shift", each one for all or by expert.
+        defaults: the model's.
+        names: of the experts.
+    """
+    keys = ("solver", "levels", "shift")
+    given = {key: by_expert(key, settings.get(key), names) for key in keys}
+    solvers, levels = dict(given["solver"]), dict(given["levels"])
+    for name in names:
+        if all(given[key][name] is None for key in keys):
+            levels[name] = defaults.get(f"{name}_levels")
+        if solvers[name] is None:
+            solvers[name] = defaults.get(f"{name}_solver")
+    return {"solver": solvers, "levels": levels}
 
 
 def by_expert(what: str, value: Any, names: Sequence[str]) -> dict[str, Any]:

@@ -133,9 +133,11 @@ def test_negative_prompts_by_expert(demo_pipeline):
 
 def test_options_override_what_an_image_says():
     run("generate castle --steps 3 --guidance 2 --solver sol=ddim --negative night -o a.png")
-    run("generate --like a.png --guidance lune=3 --solver lune=dpmpp_2m --negative sol=tree -o b.png")
+    run("generate --like a.png --guidance lune=3 --solver lune=heun --negative sol=tree -o b.png")
     first, second = (read_settings(Path(name)) for name in ("a.png", "b.png"))
-    changed = {"guidance_scale": {"sol": 2.0, "lune": 3.0}, "solver": {"sol": "ddim", "lune": "dpmpp_2m"}}
+    changed = {"guidance_scale": {"sol": 2.0, "lune": 3.0}, "solver": {"sol": "ddim", "lune": "heun"}}
+    # The model's own levels go with its own solver.
+    assert first["solver"] == {"sol": "ddim", "lune": "dpmpp_2m"} and first.pop("levels") == {"lune": "beta"}
     assert second == first | changed | {"negative_prompt": {"sol": "tree", "lune": "night"}}
     run("generate --like a.png --steps lune=2 --steps sol=1 -o c.png")
     third = read_settings(Path("c.png"))
@@ -270,13 +272,14 @@ def test_a_preset_and_a_hub_id(tmp_path, monkeypatch, demo_pipeline):
     files = {"sd15-flow-sol-unet.safetensors": SOL, "sd15-flow-lune-unet.safetensors": LUNE}
     cached("AbstractPhil/tinyflux-experts", files)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    flags = "--preset sd15 --steps 4 --handoff 0.9 --guidance 2.5"
+    flags = "--preset sd15 --steps 4 --handoff 0.9 --guidance 2.5 --solver dpmpp_2m --levels beta"
     run(f"generate castle --zoom 1 --height 64 --local-files-only -o a.png {flags}")
-    made = demo_pipeline("castle", num_inference_steps=4, handoff=0.9, guidance_scale=2.5, seed=0)
+    own = dict(solver="dpmpp_2m", levels="beta")
+    made = demo_pipeline("castle", num_inference_steps=4, handoff=0.9, guidance_scale=2.5, seed=0, **own)
     assert (pixels("a.png") == np.asarray(made.images[0])).all()
     assert read_settings(Path("a.png"))["preset"] == "sd15"
     assert SamplingPlan.from_json(run(f"plan --json {flags}").stdout) == made.plan
-    flags = "--model someone/hybrid --local-files-only --steps 4"
+    flags = "--model someone/hybrid --local-files-only --steps 4 --solver dpmpp_2m --levels beta"
     run(f"generate castle --zoom 1 -o b.png {flags}")
     assert (pixels("b.png") == np.asarray(made.images[0])).all()
     assert SamplingPlan.from_json(run(f"plan --json {flags}").stdout) == made.plan

@@ -82,10 +82,11 @@ def test_from_pipe_of_stable_diffusion_is_one_expert(demo_pipeline):
     made = HybridPipeline.from_pipe(other)
     assert made.expert_names == ("base",) and made.unet_base is other.unet
     guidance = demo_pipeline.config["sol_guidance"]
-    assert torch.equal(run(made, guidance_scale=guidance), run(demo_pipeline, expert="sol"))
+    own = {"sol": "ddpm", "lune": "euler"}  # it has no default solvers
+    assert torch.equal(run(made, guidance_scale=guidance), run(demo_pipeline, expert="sol", solver=own))
     lune = {"unet_lune": demo_pipeline.unet_lune, "scheduler_lune": demo_pipeline.scheduler_lune}
     both = HybridPipeline.from_pipe(other, expert="sol", handoff=demo_pipeline.config["handoff"], **lune)
-    assert torch.equal(run(both, guidance_scale=guidance), run(demo_pipeline, guidance_scale=guidance))
+    assert torch.equal(run(both, guidance_scale=guidance), run(demo_pipeline, solver=own))
     with pytest.raises(ValueError, match="StableDiffusionPipeline has no scheduler"):
         other.scheduler = None
         HybridPipeline.from_pipe(other)
@@ -189,7 +190,7 @@ def test_a_callback_changes_guidance_and_texts(demo_pipeline):
         return {}
 
     names = ["prompt_embeds"]
-    call = dict(expert="lune", guidance_scale=2.0, callback_on_step_end_tensor_inputs=names)
+    call = dict(expert="lune", solver="euler", guidance_scale=2.0, callback_on_step_end_tensor_inputs=names)
     made = run(demo_pipeline, callback_on_step_end=change, **call)
     want = by_hand(
         demo_pipeline,

@@ -36,9 +36,8 @@ def test_is_a_diffusers_pipeline(demo_pipeline):
 def test_lune_alone_is_what_diffusers_parts_make_by_hand(demo_pipeline):
     """The same components, diffusers' scheduler and guidance written out, from the same noise."""
     pipe, steps, scale = demo_pipeline, 6, 2.0
-    mine = pipe(
-        PROMPT, seed=5, expert="lune", num_inference_steps=steps, guidance_scale=scale, output_type="latent"
-    ).images
+    own = dict(expert="lune", solver="euler", num_inference_steps=steps, guidance_scale=scale)
+    mine = pipe(PROMPT, seed=5, output_type="latent", **own).images
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler_lune.config)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps).tolist())
     tokens = pipe.tokenizer(["", PROMPT], padding="max_length", truncation=True, return_tensors="pt")
@@ -170,6 +169,7 @@ def test_a_callback_may_change_the_latents_in_place(demo_pipeline):
 
 def test_guidance_and_its_negative_prompt_are_each_experts_own(demo_pipeline):
     """By whose steps change: Sol's latents at the handoff, or only Lune's after it."""
+    plain = {"solver": {"sol": "ddpm", "lune": "euler"}}
 
     def run(**settings):
         states = []
@@ -179,7 +179,7 @@ def test_guidance_and_its_negative_prompt_are_each_experts_own(demo_pipeline):
             return {}
 
         made = demo_pipeline(
-            PROMPT, seed=1, callback_on_step_end=watch, **{**QUICK, "handoff": 0.7, **settings}
+            PROMPT, seed=1, callback_on_step_end=watch, **{**QUICK, "handoff": 0.7, **plain, **settings}
         )
         first = next(i for i, step in enumerate(made.plan.steps) if step.calls[0].name == "lune")
         return states[first - 1], made.images
@@ -191,7 +191,7 @@ def test_guidance_and_its_negative_prompt_are_each_experts_own(demo_pipeline):
         dict(guidance_scale={"lune": 9.0}),
         dict(guidance_rescale={"lune": 0.7}),
         dict(guidance_window={"lune": (0.5, 0.2)}),
-        dict(solver={"lune": "heun"}),
+        dict(solver={"sol": "ddpm", "lune": "heun"}),
     ):
         sols, lunes = run(**settings)
         assert torch.equal(sols, handed) and not torch.equal(lunes, finished), settings
@@ -235,8 +235,9 @@ def test_lists_of_prompts_and_generators_are_paired(demo_pipeline):
 def test_image_to_image_enters_the_plan_at_the_right_expert(demo_pipeline):
     pipe, steps = demo_pipeline, 10
     picture = pipe(PROMPT, seed=0, num_inference_steps=12).images[0]
-    settings = dict(seed=5, num_inference_steps=steps, handoff=0.7, output_type="latent")
-    whole = pipe.plan(num_inference_steps=steps, handoff=0.7)
+    solver = {"sol": "ddpm", "lune": "euler"}
+    settings = dict(seed=5, num_inference_steps=steps, handoff=0.7, output_type="latent", solver=solver)
+    whole = pipe.plan(num_inference_steps=steps, handoff=0.7, experts=pipe.experts(solver=solver))
     for strength, count in ((1.0, 10), (0.8, 8), (0.35, 3), (0.1, 1)):
         made = pipe("a portrait", image=picture, strength=strength, **settings)
         assert [(s.calls[0].name, s.level) for s in made.plan.steps] == [

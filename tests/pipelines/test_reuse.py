@@ -43,7 +43,8 @@ def test_same_seed_same_image_however_it_is_made(demo_pipeline):
 
 
 def test_reuse_is_close_to_full_and_closer_than_fewer_steps_at_its_cost(demo_pipeline):
-    call = dict(prompt=PROMPTS[0], seed=5, output_type="np")
+    solver = {"sol": "ddpm", "lune": "euler"}
+    call = dict(prompt=PROMPTS[0], seed=5, output_type="np", solver=solver)
     full = demo_pipeline(**call)
     reused = demo_pipeline(**call, reuse=2)
     fewer = demo_pipeline(**call, num_inference_steps=14)
