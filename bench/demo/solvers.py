@@ -159,7 +159,7 @@ def table(results: Sequence[Result]) -> str:
 
 
 def beyond_spread(results: Sequence[Result], key: str, calls: int) -> list[Result]:
-    """What is better than the experts' own solvers and levels by more than both spreads together, from the
+    """What is better than the first of PAIRS on the experts' own levels by more than both spreads together, from the
     best on."""
     own = [one for one in results if one.setting.calls == calls]
     default = next(one for one in own if (one.setting.pair, one.setting.spacing) == (PAIRS[0], None))
@@ -173,7 +173,7 @@ def beyond_spread(results: Sequence[Result], key: str, calls: int) -> list[Resul
 
 
 def block(results: Sequence[Result], prompts: int) -> str:
-    """The section of docs/SOLVERS.md: what was done, what beats the defaults, and the plot, beside which the
+    """The section of docs/SOLVERS.md: what was done, what beats the first pair, and the plot, beside which the
     whole table is."""
     lines = [
         "### Which is best on the demo experts",
@@ -183,7 +183,7 @@ def block(results: Sequence[Result], prompts: int) -> str:
         "says; ± is the standard deviation between seeds. Made by `python -m bench.demo.solvers`; the whole "
         "table is [bench/results/solvers.md](../bench/results/solvers.md).",
         "![Attributes, Fréchet and patch distance over model calls](../bench/results/solvers.png)",
-        "Better than the defaults (Sol DDPM, Lune Euler, each on its own levels) by more than both spreads "
+        "Better than Sol DDPM and Lune Euler, each on its own levels, by more than both spreads "
         "together, the three that are furthest ahead:",
     ]
     rows = []

@@ -272,14 +272,13 @@ def test_a_preset_and_a_hub_id(tmp_path, monkeypatch, demo_pipeline):
     files = {"sd15-flow-sol-unet.safetensors": SOL, "sd15-flow-lune-unet.safetensors": LUNE}
     cached("AbstractPhil/tinyflux-experts", files)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    flags = "--preset sd15 --steps 4 --handoff 0.9 --guidance 2.5 --solver dpmpp_2m --levels beta"
+    flags = "--preset sd15 --steps 4 --handoff 0.9 --guidance 2.5 --solver lune=dpmpp_2m --levels lune=beta"
     run(f"generate castle --zoom 1 --height 64 --local-files-only -o a.png {flags}")
-    own = dict(solver="dpmpp_2m", levels="beta")
-    made = demo_pipeline("castle", num_inference_steps=4, handoff=0.9, guidance_scale=2.5, seed=0, **own)
+    made = demo_pipeline("castle", num_inference_steps=4, handoff=0.9, guidance_scale=2.5, seed=0)
     assert (pixels("a.png") == np.asarray(made.images[0])).all()
     assert read_settings(Path("a.png"))["preset"] == "sd15"
     assert SamplingPlan.from_json(run(f"plan --json {flags}").stdout) == made.plan
-    flags = "--model someone/hybrid --local-files-only --steps 4 --solver dpmpp_2m --levels beta"
+    flags = "--model someone/hybrid --local-files-only --steps 4"
     run(f"generate castle --zoom 1 -o b.png {flags}")
     assert (pixels("b.png") == np.asarray(made.images[0])).all()
     assert SamplingPlan.from_json(run(f"plan --json {flags}").stdout) == made.plan

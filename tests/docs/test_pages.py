@@ -39,6 +39,7 @@ MADE_BY_OTHERS = {
     "demo_scenes.png": "bench.demo.sheet",
     "demo_comparison.png": "bench.demo.sheet",
     "topics.png": "Python of its page",
+    "student.png": "bench.demo.student",
 }
 RUN_BY_CI = ("&& pytest", "&& moe-sampler generate", "python -m bench.report", "python -m sphinx")
 
