@@ -159,8 +159,8 @@ def table(results: Sequence[Result]) -> str:
 
 
 def beyond_spread(results: Sequence[Result], key: str, calls: int) -> list[Result]:
-    """What is better than the first of PAIRS on the experts' own levels by more than both spreads together, from the
-    best on."""
+    """What is better than the first of PAIRS on the experts' own levels, by more than both spreads together,
+    from the best on."""
     own = [one for one in results if one.setting.calls == calls]
     default = next(one for one in own if (one.setting.pair, one.setting.spacing) == (PAIRS[0], None))
     sign = 1.0 if key == "attributes" else -1.0
@@ -173,8 +173,8 @@ def beyond_spread(results: Sequence[Result], key: str, calls: int) -> list[Resul
 
 
 def block(results: Sequence[Result], prompts: int) -> str:
-    """The section of docs/SOLVERS.md: what was done, what beats the first pair, and the plot, beside which the
-    whole table is."""
+    """The section of docs/SOLVERS.md: what was done, what beats the first pair, and the plot, beside which
+    the whole table is."""
     lines = [
         "### Which is best on the demo experts",
         f"The hybrid with {len(PAIRS)} pairs of solvers on {len(SPACINGS)} spacings, and {len(BORROWED)} of "
