@@ -167,6 +167,8 @@ def modules() -> dict[str, set[str]]:
     found = {}
     for package, folder in PACKAGES.items():
         for file in sorted((ROOT / folder).rglob("*.py")):
+            if not (file.parent / "__init__.py").is_file():  # what a saved folder holds for diffusers
+                continue
             parts = file.relative_to(ROOT / folder).with_suffix("").parts
             name = ".".join([package, *parts]).removesuffix(".__init__")
             found[name] = imported(file, name)
