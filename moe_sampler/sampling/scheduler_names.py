@@ -65,6 +65,8 @@ _FLOW: Mapping[str, tuple[str, dict[str, Any]]] = {
     "heun": ("FlowMatchHeunDiscreteScheduler", {}),
     "lcm": ("FlowMatchLCMScheduler", {}),
 }
+_SINCE: Mapping[str, str] = {"LTXEulerAncestralRFScheduler": "0.37"}
+"""The diffusers that brought a scheduler, for those that the oldest supported one lacks."""
 KNOWN_NAMES: tuple[str, ...] = tuple(name for name in {**_VP, **_FLOW} if name not in SOLVERS)
 """What people call a sampler, beside the solvers built in; each may end in _karras, _exponential or _beta."""
 
@@ -190,18 +192,31 @@ def scheduler_of(expert: Expert) -> Any:
     else:
         raise ValueError(
             f"{expert.name}: {base} does not sample {'flows' if flow else 'DDPM paths'}: use one of "
-            f"{', '.join(dict.fromkeys([*SOLVERS, *known]))}"
+            f"{', '.join(_here(known))}"
         )
-    cls = _class(name)
+    cls = _class(expert, name, known)
     return _made(expert, cls, _config(expert, cls, settings))
 
 
-def _class(name: str) -> Any:
+def _here(known: Mapping[str, tuple[str, dict[str, Any]]]) -> list[str]:
+    """The names of solvers, built in and of the diffusers that is installed."""
+    import diffusers.schedulers
+
+    brought = (name for name, (cls, _) in known.items() if hasattr(diffusers.schedulers, cls))
+    return list(dict.fromkeys([*SOLVERS, *brought]))
+
+
+def _class(expert: Expert, name: str, known: Mapping[str, tuple[str, dict[str, Any]]]) -> Any:
     import diffusers.schedulers
 
     found = getattr(diffusers.schedulers, name, None)
     if found is None:
-        raise ValueError(f'diffusers has no scheduler "{name}"')
+        called = "" if expert.solver == name else f" ({expert.solver})"
+        came = f", which came with {_SINCE[name]}: install that or a newer one, or" if name in _SINCE else ":"
+        raise ValueError(
+            f"{expert.name}: diffusers {diffusers.__version__} has no {name}{called}{came} "
+            f"use one of {', '.join(_here(known))}"
+        )
     return found
 
 

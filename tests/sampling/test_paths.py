@@ -90,7 +90,9 @@ def test_paths_from_scheduler_configs():
         expected = scheduler.alphas_cumprod.double().numpy()
         assert read(scheduler).alphas ** 2 == pytest.approx(expected, abs=1e-6)
     with pytest.raises(ValueError, match="beta_schedule"):
-        read(diffusers.DDPMScheduler(beta_schedule="laplace"))
+        path_from_scheduler_config(
+            {**sd15.config, "_class_name": "DDPMScheduler", "beta_schedule": "laplace"}
+        )
     for betas in ((0.1, 1.2), (1.0, 0.5), (0.0, 0.1), ()):
         with pytest.raises(ValueError, match="beta"):
             VPPath(betas)

@@ -12,6 +12,7 @@ import pytest
 import scipy.stats
 import torch
 from diffusers.schedulers import AysSchedules
+from older_versions import NEEDS_A_FLOWS_EULER_A
 from scipy.integrate import solve_ivp
 
 from moe_sampler import Boundary, Expert, FlowPath, PerStep, SamplingPlan, VPPath, plan, sample
@@ -149,7 +150,11 @@ def test_what_brings_its_own_levels_takes_none():
         plan(Expert.sol(solver="unipc", levels="karras"), steps=5)
     with pytest.raises(ValueError, match="karras levels go down to"):
         plan((Expert.sol(), Expert.lune(levels="karras")), Boundary("sol", "lune", 0.0015), steps=5)
-    taken = plan(Expert.lune(solver="euler_a", levels="beta"), steps=5)  # of the levels that it is given
+
+
+@NEEDS_A_FLOWS_EULER_A
+def test_what_is_given_its_levels_takes_these():
+    taken = plan(Expert.lune(solver="euler_a", levels="beta"), steps=5)
     assert list(taken.noise_levels) == pytest.approx(nodes("beta", FlowPath(), 5, shift=2.0))
 
 

@@ -747,15 +747,16 @@ def stable_diffusion(demo_pipeline, scheduler, cls=diffusers.StableDiffusionPipe
 
 @pytest.mark.filterwarnings("ignore:The configuration file of this scheduler:FutureWarning")
 @pytest.mark.parametrize(
-    ("cls", "settings", "call"),
+    ("cls", "settings", "call", "most"),
     [
-        (FusedDDPMScheduler, {}, {}),
-        (FusedDDPMScheduler, {}, dict(num_inference_steps=None, timesteps=[999, 500, 100])),
-        (FusedDDIMScheduler, {}, dict(eta=0.5)),
-        (FusedDDIMScheduler, dict(clip_sample=True, steps_offset=0), {}),  # which the pipeline corrects
+        (FusedDDPMScheduler, {}, {}, 1e-4),
+        # Behind the first step the UNet, in float64 too, makes 2e-4 of what one rounding made of the state.
+        (FusedDDPMScheduler, {}, dict(num_inference_steps=None, timesteps=[999, 500, 100]), 1e-3),
+        (FusedDDIMScheduler, {}, dict(eta=0.5), 1e-4),
+        (FusedDDIMScheduler, dict(clip_sample=True, steps_offset=0), {}, 1e-4),  # the pipeline corrects both
     ],
 )
-def test_in_stable_diffusion(demo_pipeline, cls, settings, call):
+def test_in_stable_diffusion(demo_pipeline, cls, settings, call, most):
     config = dict(prediction_type="v_prediction", clip_sample=False, steps_offset=1) | settings
     images = []
     for scheduler in (cls(**config), ORIGINALS[cls](**config)):
@@ -768,7 +769,7 @@ def test_in_stable_diffusion(demo_pipeline, cls, settings, call):
                 **dict(num_inference_steps=3, guidance_scale=3.0) | call,
             ).images
         )
-    np.testing.assert_allclose(*images, atol=1e-4)
+    np.testing.assert_allclose(*images, atol=most)
     assert np.ptp(images[0]) > 0.5
 
 

@@ -1,8 +1,9 @@
 """The student's pipeline for diffusers' own loader, which makes one of the components in its folder."""
 
-from __future__ import annotations
+# diffusers reads the annotations of `__init__`, before 0.37 only as classes, Union and Optional.
+# ruff: noqa: UP007, UP045
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Optional, Union
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline
@@ -32,11 +33,11 @@ class StudentDiffusionPipeline(  # pyright: ignore[reportIncompatibleMethodOverr
     def __init__(
         self,
         transformer: TinyFlux,
-        vae: AutoencoderKL | AutoencoderTiny,
+        vae: Union[AutoencoderKL, AutoencoderTiny],
         text_encoder: CLIPTextModel,
         tokenizer: PreTrainedTokenizerBase,
-        text_encoder_2: T5EncoderModel | None = None,
-        tokenizer_2: PreTrainedTokenizerBase | None = None,
+        text_encoder_2: Optional[T5EncoderModel] = None,
+        tokenizer_2: Optional[PreTrainedTokenizerBase] = None,
     ) -> None:
         DiffusionPipeline.__init__(self)
         self.register_modules(

@@ -1,0 +1,11 @@
+"""What the oldest supported versions of libraries don't have."""
+
+from __future__ import annotations
+
+import diffusers.schedulers
+import pytest
+
+NEEDS_A_FLOWS_EULER_A = pytest.mark.skipif(
+    not hasattr(diffusers.schedulers, "LTXEulerAncestralRFScheduler"),
+    reason="diffusers has LTXEulerAncestralRFScheduler, a flow's euler_a, from 0.37 on",
+)
