@@ -16,7 +16,7 @@ from moe_sampler.kernels.attention_launches import (
 
 TOKENS, SMALL_TOKENS = (16, 1024, 512), (2, 64, 512)
 HEADS, SMALL_HEADS = (16, 4, 1024, 128), (2, 2, 64, 128)
-ATTENTION, SMALL_ATTENTION = (4, 8, 4096, 40), (2, 2, 256, 40)
+ATTENTION, SMALL_ATTENTION = (4, 8, 4096, 40), (2, 2, 144, 40)
 LATENT_TOKENS, SMALL_LATENT_TOKENS = (32, 4096, 16), (2, 1024, 16)
 
 

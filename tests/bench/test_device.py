@@ -28,34 +28,34 @@ FOUND = {
 }
 
 
+@pytest.fixture(scope="module")
+def rehearsed(tmp_path_factory):
+    """All parts' code at toy sizes: no typing error should cost a minute of a GPU."""
+    folder = tmp_path_factory.mktemp("rehearsed")
+    words = [sys.executable, "-m", "bench.device", str(folder), "--rehearse", "--minutes", "20"]
+    return folder, subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+
+
 @pytest.mark.parametrize("part", PARTS)
-def test_a_rehearsal(part, tmp_path):
-    """All of its code at toy sizes: no typing error should cost a minute of a GPU."""
-    words = [
-        sys.executable,
-        "-m",
-        "bench.device",
-        str(tmp_path),
-        "--rehearse",
-        "--only",
-        part,
-        "--minutes",
-        "9",
-    ]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    found = read(tmp_path, part)
-    assert done.returncode == 0, (done.stdout, done.stderr, found.get("failures"))
-    assert found["status"] == "done" and found["rehearsal"] and not found["failures"]
+def test_a_rehearsal(part, rehearsed):
+    folder, done = rehearsed
+    found = read(folder, part)
+    assert found["status"] == "done", (done.stdout, done.stderr, found.get("failures"))
+    assert found["rehearsal"] and not found["failures"]
     counts = {name: len(rows) for name, rows in found["tables"].items()}
     assert FOUND[part].items() <= counts.items()
     for row in found["tables"].get("images", ()):
         assert row.get("difference", 0.0) < 1e-5
-    extra = {"tests.xml"} if part == "tests" else set()
-    assert {path.name for path in tmp_path.iterdir()} == {f"{part}.json", *extra}
     shown = page.blocks({part: found})
     assert set(shown) == set(page.BLOCKS)
+
+
+def test_a_rehearsal_leaves_its_results_and_no_page(rehearsed):
+    folder, done = rehearsed
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    assert {path.name for path in folder.iterdir()} == {*(f"{part}.json" for part in PARTS), "tests.xml"}
     with pytest.raises(ValueError, match="holds a rehearsal"):
-        page.write(tmp_path)
+        page.write(folder)
 
 
 # Results

@@ -8,8 +8,6 @@ import math
 import os
 import random
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +15,9 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
+from processes import run
 from safetensors.torch import load_file
-from training_helpers import Late, Points, PowerCut, cut, digest, settings, train
+from training_helpers import Late, Points, PowerCut, alone, cut, digest, settings, train
 
 from moe_sampler._files import MARK
 from moe_sampler.training import (
@@ -32,23 +31,6 @@ from moe_sampler.training import (
 from moe_sampler.training import checkpoints as disk
 from moe_sampler.training.batches import BatchPlan
 from moe_sampler.training.distribution import new_accelerator
-
-HELPER = Path(__file__).with_name("training_helpers.py")
-
-
-def run(*arguments, processes: int = 1, **environment: str) -> subprocess.CompletedProcess:
-    launcher = (
-        []
-        if processes == 1
-        else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    )
-    return subprocess.run(
-        [sys.executable, *launcher, str(HELPER), *map(str, arguments)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -291,7 +273,7 @@ def test_at_any_moment_every_checkpoint_by_its_name_is_whole(tmp_path, monkeypat
 
 def test_a_killed_process_resumes_to_the_same_bits(whole, tmp_path):
     folder = tmp_path / "run"
-    assert run(folder, 7).returncode == -signal.SIGKILL
+    assert run(alone, folder, {}, 7).codes == [-signal.SIGKILL]
     assert [path.name for path in disk.checkpoint_folders(folder)] == ["checkpoint-4"]
     train(folder)
     assert digest(folder / "checkpoint-12") == digest(whole / "checkpoint-12")
@@ -299,7 +281,7 @@ def test_a_killed_process_resumes_to_the_same_bits(whole, tmp_path):
 
 def test_sigterm_saves_first(whole, tmp_path):
     folder = tmp_path / "run"
-    done = run(folder, "6t")
+    done = run(alone, folder, {}, 6, signal.SIGTERM)
     assert "stopped by SIGTERM after step 7" in done.stderr
     assert [path.name for path in disk.checkpoint_folders(folder)] == ["checkpoint-4", "checkpoint-7"]
     train(folder)
@@ -308,9 +290,9 @@ def test_sigterm_saves_first(whole, tmp_path):
 
 def test_sigterm_stops_two_processes_together(tmp_path):
     folder = tmp_path / "run"
-    done = run(folder, "6t", processes=2)
+    done = run(alone, folder, {}, 6, signal.SIGTERM, processes=2)
     # One step later than alone: several processes hear of each other without waiting.
-    assert done.returncode != 0 and done.stderr.count("stopped by SIGTERM after step 8") >= 2, done.stderr
+    assert 0 not in done.codes and done.stderr.count("stopped by SIGTERM after step 8") >= 2, done.stderr
     assert "outlives" not in done.stderr
     assert [path.name for path in disk.checkpoint_folders(folder)] == ["checkpoint-4", "checkpoint-8"]
 
@@ -361,9 +343,9 @@ def test_the_same_global_batch_trains_the_same(one_process, tmp_path, way):
     if processes == 1:
         train(folder, Points(dropout=0), **TWENTY, **changes)
     else:
-        flags = [f"{name}={value}" for name, value in (TWENTY | changes).items()]
-        done = run(folder, "", "dropout=0", *flags, processes=processes, **environment)
-        assert done.returncode == 0, done.stderr[-3000:]
+        given = {"dropout": 0.0, **TWENTY, **changes}
+        done = run(alone, folder, given, processes=processes, **environment)
+        assert done.codes == [0, 0], done.stderr[-3000:]
         assert json.loads((folder / "checkpoint-20" / "state.json").read_text())["processes"] == 2
     for name in ("model", "ema"):
         ours, theirs = (
@@ -610,10 +592,10 @@ def test_fp16_leaves_steps_out_until_the_scale_fits_and_resumes_to_the_same_bits
 
 @pytest.mark.gpu
 def test_on_cuda_it_scales_gradients_and_resumes_to_the_same_bits(tmp_path):
-    for name in ("whole", "broken"):
-        done = run(tmp_path / name, "" if name == "whole" else 7, "fp16=1", ACCELERATE_USE_CPU="false")
-        assert done.returncode == (0 if name == "whole" else -signal.SIGKILL), done.stderr[-2000:]
-    assert run(tmp_path / "broken", "", "fp16=1", ACCELERATE_USE_CPU="false").returncode == 0
+    for name, stop, code in (("whole", None, 0), ("broken", 7, -signal.SIGKILL), ("broken", None, 0)):
+        changes = {"mixed_precision": "fp16"}
+        done = run(alone, tmp_path / name, changes, stop, ACCELERATE_USE_CPU="false")
+        assert done.codes == [code], done.stderr[-2000:]
     whole, broken = (tmp_path / name / "checkpoint-12" for name in ("whole", "broken"))
     assert digest(whole) == digest(broken)
     assert json.loads((whole / "state.json").read_text())["scaler"]["scale"] > 1

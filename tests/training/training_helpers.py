@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import sys
+import os
+import signal
 import zlib
 from pathlib import Path
 
@@ -39,7 +40,7 @@ class Points:
 
     Args:
         poison: samples whose loss is NaN.
-        die_at: step before whose loss the process is killed, as by a power cut.
+        hook: called with the step before its loss.
     """
 
     name = "points"
@@ -138,26 +139,16 @@ def refuse_late_reducers() -> None:
     torch.distributed.destroy_process_group = checked
 
 
-def main(folder: str, kill_at: str = "", *changes: str) -> None:
-    """A run in a process of its own: `python training_helpers.py FOLDER [STEP] [NAME=VALUE ...]`."""
-    import os
-    import signal
+def alone(folder: Path, changes: dict, stop_at: int | None = None, stop: int = signal.SIGKILL) -> None:
+    """A run in a process of its own, which sends itself a signal before the loss of a step."""
 
-    def kill(step: int) -> None:
-        if step == int(kill_at.rstrip("t")):
-            os.kill(os.getpid(), signal.SIGTERM if kill_at.endswith("t") else signal.SIGKILL)
+    def hook(step: int) -> None:
+        if step == stop_at:
+            os.kill(os.getpid(), stop)
 
-    torch.set_num_threads(1)
     refuse_late_reducers()
-    given = {name: int(value) for name, _, value in (change.partition("=") for change in changes)}
-    dropout = given.pop("dropout", 10) / 100
-    if given.pop("fp16", 0):
-        given["mixed_precision"] = "fp16"
+    given = dict(changes)
     try:
-        train(Path(folder), Points(dropout=dropout, hook=kill if kill_at else lambda step: None), **given)
+        train(folder, Points(dropout=given.pop("dropout", 0.1), hook=hook), **given)
     finally:
         assert not torch.distributed.is_initialized(), "the process group outlives the run"
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

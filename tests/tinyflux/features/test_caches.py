@@ -7,8 +7,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +14,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
+from processes import command, run
 from torch.utils.data import DataLoader
 from transformers import CLIPTextModel, T5Config, T5EncoderModel
 from typer.testing import CliRunner
@@ -359,7 +358,7 @@ def test_what_was_finished_before_a_kill_is_not_computed_again(copy, encoders, t
 
 
 def test_two_processes_give_the_same_bytes(tmp_path):
-    """Each with its share of the shards, launched as `accelerate launch` does where there are GPUs."""
+    """Each with its share of the shards, as `accelerate launch` tells them where there are GPUs."""
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for i in range(7):
@@ -367,13 +366,8 @@ def test_two_processes_give_the_same_bytes(tmp_path):
         (pictures / f"{i}.txt").write_text("castle " * (60 if i in (1, 2, 5) else 1))
     arguments = [str(pictures), "--shard-size", "2", "--micro-batch", "2", "--size", "32"]
     arguments += ["--buckets", "0.2,0.8", "--device", "cpu"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", "moe_sampler.cli.student", "cache", str(tmp_path / "two")]
-    done = subprocess.run(
-        [*command, *arguments], capture_output=True, text=True, env=environment, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run(command, ["tinyflux", "cache", str(tmp_path / "two"), *arguments], processes=2)
+    assert done.codes == [0, 0], done.stderr[-3000:]
     assert done.stdout.count("7 samples in 4 shards") == 1
     told = [line for line in done.stderr.splitlines() if "are longer than" in line]
     assert len(told) == 1 and "3 of 7 captions" in told[0]

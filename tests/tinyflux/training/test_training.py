@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from processes import run
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -189,30 +189,33 @@ def test_validation_is_the_velocitys_error_on_held_out_samples(cache, tmp_path):
         assert task.validate(task.model) == {} and task.describe()["held-out samples"] == 0
 
 
-@pytest.mark.parametrize("kind", ["DDP", "FSDP"])
-def test_two_processes_train_as_one(cache, tmp_path, kind):
-    """Twenty steps with the same global batch, by gloo. FSDP's checkpoint goes on in one process."""
-    steps = 20 if kind == "DDP" else 3
-    changes = {"model": {"preset": "demo", "lune_dropout": 0.5}, "data": {"held_out": 0}}
-    shared = {"max_train_steps": steps, "checkpointing_steps": steps}
-    one = settings(cache, tmp_path / "one", training=shared | {"train_batch_size": 4}, **changes)
-    two = tables(cache, tmp_path / "two", training=shared | {"train_batch_size": 2}, **changes)
-    two["validation"]["prompts"] = ["a castle"]
-    config = tmp_path / "two.toml"
-    config.write_text(toml(two))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    environment |= {"ACCELERATE_USE_FSDP": "true"} if kind == "FSDP" else {}
+def launched(two: dict, folder: Path) -> None:
+    """The command, as `accelerate launch` starts it."""
+    (folder / "two.toml").write_text(toml(two))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [*launcher, "-m", "moe_sampler.cli", "tinyflux", "train", str(config)],
-        env=environment,
+        [*launcher, "-m", "moe_sampler.cli", "tinyflux", "train", str(folder / "two.toml")],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
         capture_output=True,
         text=True,
         timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    one = dataclasses.replace(one, validation=dataclasses.replace(one.validation, prompts=("a castle",)))
-    train(one, quiet=True)
+
+
+def sharded(two: dict, folder: Path) -> None:
+    done = run(train, from_tables(StudentSettings, two), processes=2, ACCELERATE_USE_FSDP="true")
+    assert done.codes == [0, 0], done.stderr[-3000:]
+
+
+@pytest.mark.parametrize(("steps", "begin"), [(20, launched), (3, sharded)], ids=["DDP", "FSDP"])
+def test_two_processes_train_as_one(cache, tmp_path, steps, begin):
+    """With the same global batch, by gloo. The checkpoint of two, FSDP's too, goes on in one process."""
+    changes = {"model": {"preset": "demo", "lune_dropout": 0.5}, "data": {"held_out": 0}}
+    changes["validation"] = {"prompts": ["a castle"]}
+    shared = {"max_train_steps": steps, "checkpointing_steps": steps}
+    begin(tables(cache, tmp_path / "two", training=shared | {"train_batch_size": 2}, **changes), tmp_path)
+    train(settings(cache, tmp_path / "one", training=shared | {"train_batch_size": 4}, **changes), quiet=True)
     state = json.loads((tmp_path / "two" / f"checkpoint-{steps}" / "state.json").read_text())
     assert (state["processes"], state["samples_a_step"]) == (2, 4)
     ours, theirs = (
