@@ -3,18 +3,20 @@
     pytest bench --benchmark-only
 
 The providers of a comparison are measured together, taking turns (`measure.interleave`), when its first one
-is asked for; pytest-benchmark is then shown the times that were taken.
+is asked for; pytest-benchmark is then shown the times that were taken. BENCH_TURNS=2 in the environment takes
+so many turns, however short, for who wants to see that all of it runs and not the times.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import cache
 
 import pytest
 
 from bench import suites
-from bench.measure import OURS, Comparison, Result, measure
+from bench.measure import OURS, TURNS, Comparison, Result, measure
 
 
 class _Replay:
@@ -35,12 +37,13 @@ class _Replay:
 
 
 _replay = _Replay()
+_TURNS = (int(os.environ["BENCH_TURNS"]),) * 2 if "BENCH_TURNS" in os.environ else TURNS
 _COMPARISONS = [c for c in suites.comparisons() if not c.slow]
 
 
 @cache
 def _measured(index: int) -> dict[str, Result]:
-    return measure(_COMPARISONS[index])
+    return measure(_COMPARISONS[index], _TURNS)
 
 
 def _parameters() -> list:

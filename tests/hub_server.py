@@ -113,22 +113,26 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._lacks("EntryNotFound")
 
-    def _info(self, kind: str, repo: str, revision: str) -> None:
+    def _found(self, kind: str, repo: str, revision: str):
+        """Its commit and files; None once the answer is that they aren't there."""
         branches = self._branches(kind, repo)
-        if branches is None:
-            return self._lacks("RepoNotFound")
-        found = self._find(branches, revision)
+        found = None if branches is None else self._find(branches, revision)
         if found is None:
-            return self._lacks("RevisionNotFound")
+            self._lacks("RepoNotFound" if branches is None else "RevisionNotFound")
+        return found
+
+    def _info(self, kind: str, repo: str, revision: str) -> None:
+        found = self._found(kind, repo, revision)
+        if found is None:
+            return
         commit, files = found
         siblings = [{"rfilename": name} for name in sorted(files)]
         self._json({"id": repo, "sha": commit, "siblings": siblings, "private": False, "tags": []})
 
     def _tree(self, kind: str, repo: str, revision: str) -> None:
-        branches = self._branches(kind, repo)
-        found = None if branches is None else self._find(branches, revision)
+        found = self._found(kind, repo, revision)
         if found is None:
-            return self._lacks("RepoNotFound" if branches is None else "RevisionNotFound")
+            return
         entries = [
             {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
             for name, content in sorted(found[1].items())
@@ -136,12 +140,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._json(entries)
 
     def _file(self, kind: str, repo: str, revision: str, name: str) -> None:
-        branches = self._branches(kind, repo)
-        if branches is None:
-            return self._lacks("RepoNotFound")
-        found = self._find(branches, revision)
+        found = self._found(kind, repo, revision)
         if found is None:
-            return self._lacks("RevisionNotFound")
+            return
         commit, files = found
         if name not in files:
             return self._answer(404, b"", X_Error_Code="EntryNotFound", X_Repo_Commit=commit)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from unets import inputs, unet
 
 from moe_sampler import Boundary, Expert, plan, sample
 from moe_sampler.architectures.captured_model import MOST, CapturedModel, Recordings
@@ -49,27 +49,6 @@ class Recorder:
         with Tape() as tape:
             output = work()
         return tape.replay, output
-
-
-def unet(seed: int = 0) -> UNet2DConditionModel:
-    torch.manual_seed(seed)
-    return UNet2DConditionModel.from_config(
-        {
-            "sample_size": 8,
-            "block_out_channels": [8, 16],
-            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-            "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-            "layers_per_block": 1,
-            "cross_attention_dim": 12,
-            "attention_head_dim": 4,
-            "norm_num_groups": 4,
-        }
-    ).eval()
-
-
-def inputs(seed: int = 1, batch: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    torch.manual_seed(seed)
-    return torch.randn(batch, 4, 8, 8), torch.tensor(400 + seed), torch.randn(batch, 5, 12)
 
 
 def captured(model: nn.Module) -> tuple[CapturedModel, Recorder]:

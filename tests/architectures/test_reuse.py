@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
+from unets import CROSS, PLAIN, config, inputs, unet
 
 from moe_sampler import Expert, plan, sample
 from moe_sampler.architectures import reusable, reuse_share
@@ -15,33 +15,6 @@ from moe_sampler.architectures.expert_model import ExpertModel
 from moe_sampler.architectures.unet import UNET
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-CROSS, PLAIN = "CrossAttnUpBlock2D", "UpBlock2D"
-
-
-def config(layers: int = 1, ends_in: str = PLAIN, **more) -> dict:
-    down = {CROSS: "CrossAttnDownBlock2D", PLAIN: "DownBlock2D"}[ends_in]
-    return {
-        "sample_size": 8,
-        "block_out_channels": [8, 16],
-        "down_block_types": [down, "CrossAttnDownBlock2D"],
-        "up_block_types": [CROSS, ends_in],
-        "layers_per_block": layers,
-        "cross_attention_dim": 12,
-        "attention_head_dim": 4,
-        "norm_num_groups": 4,
-        **more,
-    }
-
-
-def unet(**settings) -> UNet2DConditionModel:
-    torch.manual_seed(0)
-    return UNet2DConditionModel.from_config(config(**settings)).eval()
-
-
-def inputs(seed: int = 1, batch: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    torch.manual_seed(seed)
-    return torch.randn(batch, 4, 8, 8), torch.tensor(400 + seed), torch.randn(batch, 5, 12)
 
 
 @pytest.mark.parametrize("ends_in", [PLAIN, CROSS])

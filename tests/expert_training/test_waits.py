@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from waits import waits_are_errors
 
 from moe_sampler.architectures.unet import UNET
 from moe_sampler.demo import experts_path
@@ -80,9 +81,6 @@ def test_on_cuda_a_step_does_not_synchronise(tmp_path, kind):
     training = trainer(tmp_path, kind, False, LevelSettings())
     batches = iter(training.loader())
     training.make_step(batches, 1e-4, Interrupts())
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waits_are_errors():
         training.make_step(batches, 1e-4, Interrupts())
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     training.read_window()

@@ -4,6 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from waits import waits_are_errors
 
 from moe_sampler import Crossfade, Expert, SamplingRun, plan
 from moe_sampler.kernels import euler_step_, make_row, philox_normal, sampler_step_
@@ -32,11 +33,8 @@ def advance(x, output, table, history, next_input, seeds):
 @contextmanager
 def waiting_is_an_error():
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waits_are_errors():
         yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_loop_never_waits_for_the_device():

@@ -10,6 +10,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from every_timestep import EveryTimestep
 from scipy.integrate import solve_ivp
 
 from moe_sampler import (
@@ -138,22 +139,14 @@ def arrivals(gentle_mixture, points) -> torch.Tensor:
     return torch.from_numpy(solution.y[:, -1])[None]
 
 
-class EveryTimestep:
-    """The VP path in continuous time, so that rounding to integer timesteps doesn't blur an order."""
-
-    discrete = False
-
-    def __init__(self):
-        self._path = VPPath.linear()
-
-    def __getattr__(self, name):
-        return getattr(self._path, name)
+class EvenlyInFlow(EveryTimestep):
+    """Its grid is the flow's."""
 
     def grid(self, steps, start, end, shift, spacing):
         return FlowPath().grid(steps, start, end, shift)
 
 
-@pytest.mark.parametrize("path", [FlowPath(), EveryTimestep()], ids=["flow", "vp"])
+@pytest.mark.parametrize("path", [FlowPath(), EvenlyInFlow()], ids=["flow", "vp"])
 @pytest.mark.parametrize(("solver", "order"), [("ddim", 1), ("euler", 1), ("heun", 2), ("dpmpp_2m", 2)])
 def test_orders_of_convergence(gentle_mixture, points, arrivals, path, solver, order):
     expert = gentle_mixture.give_model(Expert("x", path, "sample", solver=solver))
@@ -188,7 +181,7 @@ def moments(compiled: SamplingPlan) -> tuple[float, float]:
     return float(first[0]), float(second[0, 0])
 
 
-@pytest.mark.parametrize("path", [FlowPath(), EveryTimestep()], ids=["flow", "vp"])
+@pytest.mark.parametrize("path", [FlowPath(), EvenlyInFlow()], ids=["flow", "vp"])
 @pytest.mark.parametrize(
     ("solver", "eta", "order"), [("ddpm", 0.0, 1), ("ddim", 0.5, 1), ("dpmpp_2m_sde", 0.0, 2)]
 )

@@ -12,6 +12,7 @@ import pytest
 import scipy.stats
 import torch
 from diffusers.schedulers import AysSchedules
+from every_timestep import EveryTimestep
 from older_versions import NEEDS_A_FLOWS_EULER_A
 from scipy.integrate import solve_ivp
 
@@ -160,18 +161,6 @@ def test_what_is_given_its_levels_takes_these():
 
 START, END, HANDOFF = 0.9, 0.05, 0.5
 ORDERS = {"euler": 1, "heun": 2, "dpmpp_2m": 2, "unip_3": 3}
-
-
-class EveryTimestep:
-    """The VP path in continuous time, so that rounding to integer timesteps doesn't blur an order."""
-
-    discrete = False
-
-    def __init__(self):
-        self._path = VPPath.linear()
-
-    def __getattr__(self, name):
-        return getattr(self._path, name)
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers.schedulers import scheduling_ddim, scheduling_ddpm
 from packaging.version import Version
+from waits import waits_are_errors
 
 from moe_sampler import FlowPath, FusedDDIMScheduler, FusedDDPMScheduler, FusedFlowMatchEulerScheduler, Level
 
@@ -277,12 +278,9 @@ def test_steps_do_not_wait_for_the_device(cls):
     fused.step(0.1 * x, fused.timesteps[0], x, generator=generator)  # the table goes to the device once
     fused.set_timesteps(5, device="cuda")
     fused.step(0.1 * x, fused.timesteps[0], x, generator=generator)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waits_are_errors():
         for t in fused.timesteps[1:]:
             x = fused.step(0.1 * x, t, x, generator=generator).prev_sample
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert x.isfinite().all()
 
 

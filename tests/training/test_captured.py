@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from training_helpers import Points, digest, settings, train
+from waits import waits_are_errors
 
 from moe_sampler.training import Draws, Losses, SettingsError, Trainer
 from moe_sampler.training.captured import WARM_UP, FedDraws, Inputs
@@ -179,12 +180,9 @@ def test_on_cuda_a_replayed_step_neither_waits_nor_launches_more_than_it_must(tm
     batches = iter(trainer.loader())
     for _ in range(WARM_UP + 1):
         trainer.make_step(batches, 1e-3, Interrupts())
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waits_are_errors():
         for _ in range(3):
             trainer.make_step(batches, 1e-3, Interrupts())
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     trainer.read_window()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from training_helpers import Points, settings
+from waits import waits_are_errors
 
 from moe_sampler._transfers import OnDevice, to_device
 from moe_sampler.training import Draws, Trainer
@@ -89,10 +90,7 @@ def test_on_cuda_a_step_does_not_synchronise(tmp_path):
     trainer = Trainer(task, settings(tmp_path / "run"))
     batches = iter(trainer.loader())
     trainer.make_step(batches, 1e-3, Interrupts())  # compiles kernels, brings things to the device
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waits_are_errors():
         for _ in range(3):
             trainer.make_step(batches, 1e-3, Interrupts())
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     trainer.read_window()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from tinyflux_helpers import new_config, trained
+from waits import waits_are_errors
 
 from moe_sampler import Boundary, Expert
 from moe_sampler.sampling.paths import FlowPath, VPPath
@@ -152,9 +153,6 @@ def test_on_cuda_a_step_does_not_synchronise(tmp_path, teachers, objective):
     training = trainer(tmp_path, teachers, "cuda", **objective)
     batches = iter(training.loader())
     training.make_step(batches, 1e-4, Interrupts())
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waits_are_errors():
         training.make_step(batches, 1e-4, Interrupts())
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     training.read_window()
