@@ -18,13 +18,17 @@ def levels(values, batch, kind, body):
     return [t.to(body.device) for t in spread], [t.double() for t in spread]
 
 
+def in_every_form(test):
+    test = pytest.mark.parametrize("shape", SHAPES)(test)
+    test = pytest.mark.parametrize("dtype", DTYPES, ids=str)(test)
+    return pytest.mark.parametrize("kind", ["numbers", "per sample"])(test)
+
+
 def broadcast(value, x):
     return value.view(-1, *(1,) * (x.ndim - 1)) if value.ndim else value
 
 
-@pytest.mark.parametrize("kind", ["numbers", "per sample"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES)
+@in_every_form
 def test_velocity_to_epsilon_recovers_the_noise(body, generator, assert_within_rule, shape, dtype, kind):
     """From v = α·ε − σ·x0 and x = α·x0 + σ·ε, on a path that is not variance preserving."""
     (alpha, sigma), exact = levels((0.6, 0.5), shape[0], kind, body)
@@ -54,9 +58,7 @@ def test_velocity_to_epsilon_with_everything_in_half(body, generator, assert_wit
     )
 
 
-@pytest.mark.parametrize("kind", ["numbers", "per sample"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES)
+@in_every_form
 def test_euler_step_moves_towards_the_data(body, generator, assert_within_rule, shape, dtype, kind):
     (sigma, sigma_next), exact = levels((0.7, 0.55), shape[0], kind, body)
     s, s_next = (broadcast(value, torch.empty(shape)) for value in exact)

@@ -179,27 +179,19 @@ def test_alone_in_a_batch_paused_and_beside_another_run(router):
 
 def test_features_are_made_only_where_they_are_used_and_given_up_after():
     [_, lune] = duo()
-    run = SamplingRun(
-        plan(lune, steps=5),
-        lune,
-        shape=(1, *SHAPE),
-        seeds=[1],
-        cond={"c": torch.ones(1)},
-        uncond={"c": torch.zeros(1)},
-    )
+    given = {
+        "shape": (1, *SHAPE),
+        "seeds": [1],
+        "cond": {"c": torch.ones(1)},
+        "uncond": {"c": torch.zeros(1)},
+    }
+    run = SamplingRun(plan(lune, steps=5), lune, **given)
     for kept in (True, True, False, True, False):  # F r r F r
         run.advance(run.index + 1)
         assert bool(run._calls._features) == kept
     assert lune.model.calls == ["full", "reuse", "reuse", "full", "reuse"]
     plain = dataclasses.replace(lune, model=Model(), reuse=None)
-    sample(
-        plan(plain, steps=3),
-        plain,
-        shape=(1, *SHAPE),
-        seeds=[1],
-        cond={"c": torch.ones(1)},
-        uncond={"c": torch.zeros(1)},
-    )
+    sample(plan(plain, steps=3), plain, **given)
     assert plain.model.calls == ["plain"] * 3
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+from pathlib import Path
 
+import torch
+from typer.testing import CliRunner
+
+from moe_sampler.cli import app
 from moe_sampler.tinyflux import TinyFlux, TinyFluxConfig
 
 SMALL = {
@@ -57,3 +61,11 @@ def inputs_of(config: TinyFluxConfig, size=(4, 4), batch=2, length=5, real=(), s
         side = config.sol_spatial_size
         found["sol_stats"], found["sol_spatial"] = draw(3), draw(side * side).softmax(-1).view(-1, side, side)
     return found
+
+
+def demo_cache(folder: Path, count: int, *flags: str) -> Path:
+    """The command's cache of so many scenes as 8×8 latents."""
+    words = ["tinyflux", "cache", str(folder), "--demo", "--count", str(count), "--size", "32", *flags]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    return folder

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load, load_file, save_file
-from tinyflux_helpers import inputs_of, new_config, trained
+from tinyflux_helpers import demo_cache, inputs_of, new_config, trained
 from typer.testing import CliRunner
 
 from moe_sampler.cli import app
@@ -165,11 +165,7 @@ def test_new_adapters_change_nothing_and_are_all_that_is_trained():
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "cache"
-    flags = ["--demo", "--count", "10", "--size", "32", "--teachers", "none"]
-    result = CliRunner().invoke(app, ["tinyflux", "cache", str(folder), *flags])
-    assert result.exit_code == 0, result.output
-    return folder
+    return demo_cache(tmp_path_factory.mktemp("data") / "cache", 10, "--teachers", "none")
 
 
 @pytest.fixture(scope="module")

@@ -68,25 +68,16 @@ def test_alone_it_is_the_sampler_with_the_null_condition(pipe, folder):
 
 
 def test_full_weights_are_the_experts_own_run(pipe, demo_pipeline):
+    negatives = {"sol": "a city", "lune": "blur"}
+    shared = {"handoff": 0.8, "seed": 3, "output_type": "latent", "negative_prompt": negatives}
     made = pipe(
         PROMPTS,
         num_inference_steps={"sol": 2, "lune": 3},
         sol_weight=1.0,
         lune_weight=1.0,
-        handoff=0.8,
-        seed=3,
-        output_type="latent",
-        negative_prompt={"sol": "a city", "lune": "blur"},
+        **shared,
     )
-    theirs = demo_pipeline(
-        PROMPTS,
-        sol_steps=2,
-        lune_steps=3,
-        handoff=0.8,
-        seed=3,
-        output_type="latent",
-        negative_prompt={"sol": "a city", "lune": "blur"},
-    )
+    theirs = demo_pipeline(PROMPTS, sol_steps=2, lune_steps=3, **shared)
     assert made.plan == theirs.plan
     assert torch.equal(made.images, theirs.images)
 

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from processes import run
 from safetensors.torch import load_file
+from tinyflux_helpers import demo_cache
 from typer.testing import CliRunner
 
 from moe_sampler.cli import app
@@ -27,11 +28,7 @@ from moe_sampler.training.settings import from_tables, help_of, to_tables
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> Path:
     """20 scenes as 8×8 latents."""
-    folder = tmp_path_factory.mktemp("data") / "cache"
-    flags = ["--demo", "--count", "20", "--size", "32", "--dtype", "float32"]
-    result = CliRunner().invoke(app, ["tinyflux", "cache", str(folder), *flags])
-    assert result.exit_code == 0, result.output
-    return folder
+    return demo_cache(tmp_path_factory.mktemp("data") / "cache", 20, "--dtype", "float32")
 
 
 def tables(cache: Path, folder: Path, **changes) -> dict:
