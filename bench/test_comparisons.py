@@ -37,13 +37,13 @@ class _Replay:
 
 
 _replay = _Replay()
-_TURNS = (int(os.environ["BENCH_TURNS"]),) * 2 if "BENCH_TURNS" in os.environ else TURNS
+_FEWEST, _MOST = (int(os.environ.get("BENCH_TURNS", turns)) for turns in TURNS)
 _COMPARISONS = [c for c in suites.comparisons() if not c.slow]
 
 
 @cache
 def _measured(index: int) -> dict[str, Result]:
-    return measure(_COMPARISONS[index], _TURNS)
+    return measure(_COMPARISONS[index], (_FEWEST, _MOST))
 
 
 def _parameters() -> list:
