@@ -21,6 +21,7 @@ __all__ = [
     "planned_experts",
     "record_defaults",
     "scales_in_full",
+    "stepping_in_full",
 ]
 
 Shares = Callable[[Sequence[str]], Mapping[str, float]]
@@ -183,15 +184,22 @@ def record_defaults(
         wanted.append("handoff")
     own = {name: defaults[f"{name}_guidance"] for name in names}
     scales = scales_in_full(settings.get("guidance_scale"), own)
+    found = {key: defaults[key] for key in wanted} | dict(settings) | {"guidance_scale": scales}
+    return found | stepping_in_full(settings, defaults, names)
+
+
+def stepping_in_full(
+    settings: Mapping[str, Any], defaults: Mapping[str, Any], names: Sequence[str]
+) -> dict[str, Any]:
+    """Solvers and levels that are given by name or left to the model, by name."""
     from ..pipelines.settings import default_solvers
 
-    stepping = {
+    whole = {
         key: {name: value for name, value in values.items() if value is not None}
         for key, values in default_solvers(settings, defaults, names).items()
-        if not isinstance(settings.get(key), (str, list))  # one for all says so
+        if not isinstance(settings.get(key), (str, list))  # one for all says so itself
     }
-    found = {key: defaults[key] for key in wanted} | dict(settings) | {"guidance_scale": scales}
-    return found | {key: values for key, values in stepping.items() if values}
+    return {key: values for key, values in whole.items() if values}
 
 
 def _lists_all_levels(settings: Mapping[str, Any], names: Sequence[str]) -> bool:

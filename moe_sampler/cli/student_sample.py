@@ -29,7 +29,7 @@ from .options import (
 )
 from .outputs import Pictures
 from .plans import find_plan, plan_settings, without_plan
-from .settings import merged, planned_experts, scales_in_full
+from .settings import merged, planned_experts, scales_in_full, stepping_in_full
 
 if TYPE_CHECKING:
     from ..sampling.plan import SamplingPlan
@@ -205,6 +205,7 @@ def _run_settings(
     )
     own = {student: GUIDANCE_SCALE} | {name: defaults[f"{name}_guidance"] for name in guides}
     settings["guidance_scale"] = scales_in_full(settings.get("guidance_scale"), own)
+    settings |= stepping_in_full(settings, defaults, names)
     plain = {"handoff": run.handoff, "upstream_schedule": run.upstream_schedule}
     found = {"num_inference_steps": 20} | ({"handoff": defaults["handoff"]} if guides else {})
     return found | merged(previous, plain) | settings | steps_over(previous, steps, names)

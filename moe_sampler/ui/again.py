@@ -15,10 +15,15 @@ from ..loading.presets import ExpertSource
 __all__ = ["command_line", "python_code"]
 
 _PLAIN = ("height", "width", "reuse", "image", "strength", "sol_weight", "lune_weight")
-_BY_NAME = {"num_inference_steps": "steps", "guidance_scale": "guidance", "solver": "solver"}
+_BY_NAME = {
+    "num_inference_steps": "steps",
+    "guidance_scale": "guidance",
+    "solver": "solver",
+    "levels": "levels",
+}
 _CALL = (
-    *("num_inference_steps", "handoff", "guidance_scale", "solver", "negative_prompt", "height", "width"),
-    *("expert", "reuse", "sol_weight", "lune_weight"),
+    *("num_inference_steps", "handoff", "guidance_scale", "solver", "levels", "negative_prompt"),
+    *("height", "width", "expert", "reuse", "sol_weight", "lune_weight"),
 )
 _WIDTH = 74
 
@@ -69,9 +74,9 @@ def _flags(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for key, name in _BY_NAME.items():
         value = settings.get(key)
         if isinstance(value, Mapping):
-            yield from ((name, f"{expert}={own}") for expert, own in value.items())
+            yield from ((name, f"{expert}={_listed(own)}") for expert, own in value.items())
         elif value is not None:
-            yield name, value
+            yield name, _listed(value)
     levels = settings.get("handoff")
     for level in levels if isinstance(levels, Sequence) else [levels] if levels is not None else []:
         yield "handoff", level
@@ -82,6 +87,10 @@ def _flags(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield key, settings[key]
     if settings.get("speed", "none") != "none" and "student" not in settings:
         yield "speed", settings["speed"]
+
+
+def _listed(value: Any) -> Any:
+    return ",".join(map(str, value)) if isinstance(value, list) else value
 
 
 def _typed(where: PipelineOptions, student: bool) -> Iterator[tuple[str, Any]]:

@@ -203,6 +203,11 @@ class Form:
             found |= zip(self.handoffs, self._levels(levels), strict=True)
         for what, key in (("solver", "solver"), ("guidance", "guidance_scale")):
             found |= self._by_name(what, settings.get(key))
+        levels = self._by_name("levels", settings.get("levels"))
+        for name in self.names:
+            own = found.get(f"solver_{name}"), levels.get(f"levels_{name}")
+            if own == (self.defaults.get(f"{name}_solver"), self.defaults.get(f"{name}_levels")):
+                found[f"solver_{name}"] = ""  # the model's own, with its levels
         weights = {field: settings.get(f"{field.removeprefix('weight_')}_weight") for field in self.weights}
         return found | {field: value for field, value in weights.items() if isinstance(value, int | float)}
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..cli.models import Model, recorded_student, student_place
 from ..cli.options import EncoderOptions, PipelineOptions
-from ..cli.settings import call_of, compile_plan, planned_experts, record_defaults
+from ..cli.settings import call_of, compile_plan, planned_experts, record_defaults, stepping_in_full
 from .form import STUDENT, Form, Wrong
 
 if TYPE_CHECKING:
@@ -135,7 +135,10 @@ class Cast:
     def record(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Settings with what they leave to the model spelled out, as a picture remembers them."""
         configs, defaults = self.training
-        found = (
-            dict(settings) if "student" in settings else record_defaults(settings, defaults, list(configs))
-        )
+        if "student" not in settings:
+            found = record_defaults(settings, defaults, list(configs))
+        elif any(f"{name}_weight" in settings for name in configs):
+            found = dict(settings) | stepping_in_full(settings, defaults, (STUDENT, *configs))
+        else:
+            found = dict(settings)
         return found | dict(self.model.settings)
