@@ -8,9 +8,8 @@ WORK_DIR/evaluation, and painted again where they are missing.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -27,15 +26,9 @@ from moe_sampler.viewing.sheets import Sheet
 
 DOCS = Path(__file__).parents[2] / "docs"
 SEEDS = (0, 1, 2)
-GUIDES: Mapping[str, dict[str, float]] = {
-    "student": {},
-    "student-guided": {"sol_weight": 0.5, "lune_weight": 0.5},
-}
 
 
-def paint(
-    pipe: StudentPipeline, prompts: list[str], seed: int, batch: int = 50, **settings: Any
-) -> np.ndarray:
+def paint(pipe: StudentPipeline, prompts: list[str], seed: int, batch: int = 50) -> np.ndarray:
     """uint8 [N, 64, 64, 3]; image i of `seed` starts from the noise that the experts' does."""
     made = pipe(
         prompts,
@@ -43,7 +36,6 @@ def paint(
         seed=[1_000_000 * seed + i for i in range(len(prompts))],
         batch_size=batch,
         output_type="np",
-        **settings,
     )
     return (np.asarray(made.images) * 255).round().astype(np.uint8)
 
@@ -55,24 +47,19 @@ def _kept(path: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
 
 
 def table(work_dir: Path, count: int) -> str:
-    """Markdown: what could be reached, the student alone, with its teachers beside it, and the teachers."""
+    """Markdown: what could be reached, the student, and its teachers."""
     experts = HybridPipeline.from_pretrained(experts_path())
     experts.set_progress_bar_config(disable=True)
-    student = StudentPipeline.from_pretrained(student_path(), experts)
+    student = StudentPipeline.from_pretrained(student_path(), encoders=experts_path())
     student.set_progress_bar_config(disable=True)
     referee = Referee.prepare(work_dir, experts.vae, count)
     prompts, folder = referee.prompts, work_dir / "evaluation"
     folder.mkdir(exist_ok=True)
     sets = {"the prompts' own scenes, through the autoencoder": [referee.real["reconstructions"]]}
-    titles = {"student": "the student", "student-guided": "with Sol's and Lune's share at 0.5"}
-    for name, settings in GUIDES.items():
-        sets[titles[name]] = [
-            _kept(
-                folder / f"{name}-{seed}-{count}.npy",
-                lambda seed=seed, settings=settings: paint(student, prompts, seed, **settings),
-            )
-            for seed in SEEDS
-        ]
+    sets["the student"] = [
+        _kept(folder / f"student-{seed}-{count}.npy", lambda seed=seed: paint(student, prompts, seed))
+        for seed in SEEDS
+    ]
     sets["Sol and Lune"] = [
         _kept(
             folder / f"hybrid-{seed}-{count}.npy",
