@@ -12,6 +12,8 @@ import dataclasses
 import math
 import time
 from collections import deque
+from itertools import pairwise
+from statistics import median
 
 from .settings import SettingsError
 from .training_settings import TrainingSettings
@@ -21,7 +23,8 @@ __all__ = ["Pace"]
 _EVERY = 0.5
 """Seconds between two looks at the clock."""
 _LOOKS = 60
-"""The speed is that of so many looks: it changes when another program comes or goes."""
+"""The speed is the median between so many looks: it changes when another program comes or goes, but not for a
+run that was halted for a while."""
 
 
 class Pace:
@@ -64,8 +67,9 @@ class Pace:
         now = time.time()
         if now - self._looks[-1][0] < _EVERY:
             return None
-        (then, before), left = self._looks[0], max(0.0, self._deadline - now)
-        fits = math.floor((step - before) / (now - then) * left)
+        looks = [*self._looks, (now, step)]
+        speed = median((after[1] - before[1]) / (after[0] - before[0]) for before, after in pairwise(looks))
+        fits = math.floor(speed * max(0.0, self._deadline - now))
         if self._compiles:  # the first steps also bring things to the device, and compile
             self._looks.clear()
             self._compiles = False

@@ -75,6 +75,14 @@ def test_a_decay_that_becomes_slower_is_shortened(tmp_path, clock):
     assert all(one.max_train_steps - one.lr_decay_steps == pace.decay_start for one in settled)
 
 
+def test_a_run_that_was_halted_is_not_slower_for_it(tmp_path, clock):
+    """Half a minute in the middle, as SIGSTOP or a laptop's lid make it."""
+    pace = Pace(stable(tmp_path), clock.now + 100)
+    steps, (settled,) = run(pace, clock, lambda step: 30.0 if step == 300 else 0.1)
+    assert 650 <= steps <= 701 and clock.now <= 1100.0 + 1e-6
+    assert settled.lr_decay_steps == pytest.approx(0.4 * steps, rel=0.02)
+
+
 def test_what_is_late_already_ends_at_once(tmp_path, clock):
     pace = Pace(stable(tmp_path), clock.now - 5)
     steps, (settled,) = run(pace, clock, lambda step: 1.0)
