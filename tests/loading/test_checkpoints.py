@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from moe_sampler import ExpertSource, HybridPipeline
 from moe_sampler.demo import experts_path
+from moe_sampler.demo.export import SETTINGS
 from moe_sampler.errors import CheckpointError
 from moe_sampler.loading import weights as expert_weights
 from moe_sampler.loading.expert_files import ExpertFiles
@@ -178,7 +179,8 @@ def test_an_expert_from_anywhere(tmp_path, base, sol, write):
 
 
 def test_experts_from_files_make_the_folders_image(demo_pipeline, base):
-    mine = load(base, sol=SOL, lune=str(LUNE), handoff=0.9, sol_guidance=2.5, lune_guidance=2.5)
+    own = {key: value for key, value in SETTINGS.items() if key != "num_inference_steps"}
+    mine = load(base, sol=SOL, lune=str(LUNE), **own)
     wanted = demo_pipeline("a castle", **QUICK)
     made = mine("a castle", **QUICK)
     assert made.plan == wanted.plan and torch.equal(made.images, wanted.images)
@@ -249,7 +251,8 @@ def hub(tmp_path, base, in_hub_cache) -> Path:
 def test_a_preset_is_one_argument(hub, demo_pipeline):
     pipe = quiet(HybridPipeline.from_preset("sd15", cache_dir=hub, local_files_only=True))
     assert pipe.expert_names == ("sol", "lune") and pipe.config.handoff == 0.7
-    same = dict(QUICK, handoff=0.9, guidance_scale=2.5)
+    stepping = {"solver": {"lune": SETTINGS["lune_solver"]}, "levels": {"lune": SETTINGS["lune_levels"]}}
+    same = dict(QUICK, handoff=0.9, guidance_scale=2.5, **stepping)
     assert torch.equal(pipe("a castle", **same).images, demo_pipeline("a castle", **same).images)
     other = HybridPipeline.from_pretrained(preset="sd15", sol=LUNE, cache_dir=hub, local_files_only=True)
     assert same_weights(other.unet_sol, load_file(LUNE))
