@@ -54,6 +54,7 @@ _OUTSIDE = {
     "project/contributing": "CONTRIBUTING.md",
     "project/changelog": "CHANGELOG.md",
     "project/kernel_report": "bench/results/kernels.md",
+    "project/solver_table": "bench/results/solvers.md",
 }
 _LINK = re.compile(r"\]\(([^)\s:#]+\.\w+)(#[^)]*)?\)")
 
