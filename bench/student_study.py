@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from rich.progress import track
 
-from bench.demo.evaluate import Referee, generate
+from bench.demo.evaluate import Referee, generate, to_bytes
 from moe_sampler import HybridPipeline
 from moe_sampler.demo.data import write_array
 from moe_sampler.tinyflux import StudentPipeline
@@ -158,7 +158,7 @@ class Painter:
             batch_size=self.batch_size,
             output_type="np",
         )
-        return (np.asarray(made.images) * 255).round().astype(np.uint8)
+        return to_bytes(made.images)
 
     def of_experts(self, seed: int) -> np.ndarray:
         """uint8 [prompts, H, W, 3]."""

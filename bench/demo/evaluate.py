@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,7 +89,7 @@ def generate(
             images = pipe(
                 texts, expert=method, num_inference_steps=steps, seed=seeds, output_type="np", **settings
             ).images
-        parts.append((np.asarray(images) * 255).round().astype(np.uint8))
+        parts.append(to_bytes(images))
     return np.concatenate(parts)
 
 
@@ -238,6 +240,18 @@ class Referee:
         return attributes_right(classes, scenes, self.test.prompts()[1])
 
 
+def kept(path: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """The array of the file, made and written where it isn't there."""
+    if not path.exists():
+        write_array(path, make())
+    return np.load(path)
+
+
+def to_bytes(images: Any) -> np.ndarray:
+    """uint8 of the same shape, from a pipeline's arrays in [0, 1]."""
+    return (np.asarray(images) * 255).round().astype(np.uint8)
+
+
 def evaluate(
     work_dir: Path, experts: Path, methods: tuple[str, ...] = METHODS, seeds: tuple[int, ...] = (0, 1, 2)
 ) -> dict:
@@ -251,10 +265,11 @@ def evaluate(
     folder.mkdir(exist_ok=True)
     for method in methods:
         for seed in seeds:
-            path = folder / f"{method}-{seed}.npy"
-            if not path.exists():
-                write_array(path, generate(painter, method, referee.prompts, seed))
-            pictures.setdefault(method, []).append(np.load(path))
+            made = kept(
+                folder / f"{method}-{seed}.npy",
+                lambda method=method, seed=seed: generate(painter, method, referee.prompts, seed),
+            )
+            pictures.setdefault(method, []).append(made)
     table = {method: [referee.measure(images) for images in sets] for method, sets in pictures.items()}
     tallies = {method: [referee.by_attribute(images) for images in sets] for method, sets in pictures.items()}
     errors = x0_errors(

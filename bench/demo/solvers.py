@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.demo.evaluate import HELD_OUT_SCENES, HeldOut, Referee
+from bench.demo.evaluate import HELD_OUT_SCENES, HeldOut, Referee, to_bytes
 from bench.pages import renew
 from bench.report import RESULTS, write_csv
 from moe_sampler import HybridPipeline, SamplingPlan
@@ -82,7 +82,7 @@ def make(pipe: HybridPipeline, prompts: Sequence[str], folder: Path, chunk: int 
             made = pipe(
                 list(texts) * len(SEEDS), plan=setting.plan(pipe), seed=seeds, output_type="np"
             ).images
-            pixels = (np.asarray(made) * 255).round().astype(np.uint8)
+            pixels = to_bytes(made)
             write_array(path, pixels.reshape(len(SEEDS), len(texts), *pixels.shape[1:]))
         print(f"{first + len(texts)} prompts", flush=True)
 
@@ -210,7 +210,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
     figure = Figure(figsize=(14, 5.6), layout="constrained")
     titles = ("attributes right (up is better)", "Fréchet distance (down)", "patch distance (down)")
     for axes, key, title in zip(figure.subplots(1, 3), MEASURES, titles, strict=True):
-        for pair, colour in zip(PAIRS, _COLOURS, strict=False):
+        for pair, colour in zip(PAIRS, _COLOURS, strict=True):
             for spacing, line in _LINES.items():
                 own = [one for one in results if (one.setting.pair, one.setting.spacing) == (pair, spacing)]
                 axes.errorbar(

@@ -8,19 +8,17 @@ WORK_DIR/evaluation, and painted again where they are missing.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from bench.demo.evaluate import STEPS, Referee, generate
+from bench.demo.evaluate import STEPS, Referee, generate, kept, to_bytes
 from bench.demo.report import MEASURES, markdown_table, measured
 from bench.pages import renew
 from moe_sampler import HybridPipeline
 from moe_sampler.demo import experts_path, student_path
 from moe_sampler.demo.captions import EXAMPLE_PROMPTS
-from moe_sampler.demo.data import write_array
 from moe_sampler.tinyflux import StudentPipeline
 from moe_sampler.viewing.sheets import Sheet
 
@@ -37,31 +35,23 @@ def paint(pipe: StudentPipeline, prompts: list[str], seed: int, batch: int = 50)
         batch_size=batch,
         output_type="np",
     )
-    return (np.asarray(made.images) * 255).round().astype(np.uint8)
+    return to_bytes(made.images)
 
 
-def _kept(path: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
-    if not path.exists():
-        write_array(path, make())
-    return np.load(path)
-
-
-def table(work_dir: Path, count: int) -> str:
+def table(student: StudentPipeline, work_dir: Path, count: int) -> str:
     """Markdown: what could be reached, the student, and its teachers."""
     experts = HybridPipeline.from_pretrained(experts_path())
     experts.set_progress_bar_config(disable=True)
-    student = StudentPipeline.from_pretrained(student_path(), encoders=experts_path())
-    student.set_progress_bar_config(disable=True)
     referee = Referee.prepare(work_dir, experts.vae, count)
     prompts, folder = referee.prompts, work_dir / "evaluation"
     folder.mkdir(exist_ok=True)
     sets = {"the prompts' own scenes, through the autoencoder": [referee.real["reconstructions"]]}
     sets["the student"] = [
-        _kept(folder / f"student-{seed}-{count}.npy", lambda seed=seed: paint(student, prompts, seed))
+        kept(folder / f"student-{seed}-{count}.npy", lambda seed=seed: paint(student, prompts, seed))
         for seed in SEEDS
     ]
     sets["Sol and Lune"] = [
-        _kept(
+        kept(
             folder / f"hybrid-{seed}-{count}.npy",
             lambda seed=seed: generate(experts, "hybrid", prompts, seed),
         )
@@ -71,13 +61,11 @@ def table(work_dir: Path, count: int) -> str:
     return markdown_table(MEASURES, rows)
 
 
-def sheet(columns: int = 6, rows: int = 3) -> Image.Image:
+def sheet(student: StudentPipeline, columns: int = 6, rows: int = 3) -> Image.Image:
     """The example prompts in turn, each from another seed, without captions."""
-    pipe = StudentPipeline.from_pretrained(student_path(), encoders=experts_path())
-    pipe.set_progress_bar_config(disable=True)
     count = columns * rows
     prompts = [EXAMPLE_PROMPTS[i % len(EXAMPLE_PROMPTS)] for i in range(count)]
-    pictures = paint(pipe, prompts, 0)
+    pictures = paint(student, prompts, 0)
     made = Sheet(columns, rows, (128, 128), gap=4, margins=(4, 4, 4, 4), background="white")
     for i, picture in enumerate(pictures):
         made.paste(Image.fromarray(picture), i % columns, i // columns, smooth=True)
@@ -89,10 +77,12 @@ def main() -> None:
     parser.add_argument("work_dir", type=Path)
     parser.add_argument("--count", type=int, default=300, help="prompts")
     options = parser.parse_args()
-    sheet().save(DOCS / "images" / "student.png", optimize=True)
+    student = StudentPipeline.from_pretrained(student_path(), encoders=experts_path())
+    student.set_progress_bar_config(disable=True)
+    sheet(student).save(DOCS / "images" / "student.png", optimize=True)
     text = (
         f"{options.count} held-out prompts, {len(SEEDS)} seeds, mean ± standard deviation between seeds; "
-        f"{STEPS} steps, each model's own guidance.\n\n{table(options.work_dir, options.count)}"
+        f"{STEPS} steps, each model's own guidance.\n\n{table(student, options.work_dir, options.count)}"
     )
     print(text)
     page = DOCS / "TINYFLUX.md"

@@ -8,6 +8,7 @@ makes the images that another path makes.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -63,21 +64,17 @@ def _images(
     return call
 
 
-class _Compiled:
+@functools.cache
+def _compiled(models: Models) -> StableDiffusionPipeline:
     """diffusers as its documentation makes it fast; compiled once for each batch size."""
+    unet = copy.deepcopy(models.ours.unet_sol).to(memory_format=torch.channels_last)
+    # On a CPU only the path is tried: to compile would take a minute there.
+    how: dict[str, Any] = {"mode": "reduce-overhead"} if DEVICE == "cuda" else {"backend": "eager"}
+    return models.new_theirs(torch.compile(unet, fullgraph=True, dynamic=False, **how))
 
-    def __init__(self) -> None:
-        self._pipes: dict[int, StableDiffusionPipeline] = {}
 
-    def __call__(self, models: Models, batch: int, steps: int) -> Callable[[], Tensor]:
-        if id(models) not in self._pipes:
-            unet = copy.deepcopy(models.ours.unet_sol).to(memory_format=torch.channels_last)
-            # On a CPU only the path is tried: to compile would take a minute there.
-            how: dict[str, Any] = {"mode": "reduce-overhead"} if DEVICE == "cuda" else {"backend": "eager"}
-            self._pipes[id(models)] = models.new_theirs(
-                torch.compile(unet, fullgraph=True, dynamic=False, **how)
-            )
-        return _of_diffusers(self._pipes[id(models)], models, batch, steps)
+def _diffusers_compiled(models: Models, batch: int, steps: int) -> Callable[[], Tensor]:
+    return _of_diffusers(_compiled(models), models, batch, steps)
 
 
 def _ours(expert: str) -> Provider:
@@ -90,35 +87,31 @@ def _of_ours(
     return _images(pipe, models, batch, steps, lambda: {"seed": 0, "expert": expert})
 
 
-class _RecordedCalls:
+@functools.cache
+def _recorded(models: Models) -> HybridPipeline:
     """Our pipeline with its experts' calls as CUDA graphs, recorded once for each batch size."""
-
-    def __init__(self, expert: str) -> None:
-        self._expert = expert
-        self._pipes: dict[int, HybridPipeline] = {}
-
-    def __call__(self, models: Models, batch: int, steps: int) -> Callable[[], Tensor]:
-        if id(models) not in self._pipes:
-            pipe = self._pipes[id(models)] = HybridPipeline.from_pipe(models.ours)
-            pipe.set_progress_bar_config(disable=True)
-            pipe.enable_cuda_graphs()
-        return _of_ours(self._pipes[id(models)], self._expert, models, batch, steps)
+    pipe = HybridPipeline.from_pipe(models.ours)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.enable_cuda_graphs()
+    return pipe
 
 
-class _Max:
+def _recorded_calls(expert: str) -> Provider:
+    return lambda models, batch, steps: _of_ours(_recorded(models), expert, models, batch, steps)
+
+
+@functools.cache
+def _fastest(models: Models) -> HybridPipeline:
     """Our pipeline as `speed="max"` loads it: a layout for convolutions, compiled blocks, and on CUDA each
     expert's call as a graph."""
+    pipe = HybridPipeline.from_pipe(models.ours, unet_sol=copy.deepcopy(models.ours.unet_sol))
+    pipe.set_progress_bar_config(disable=True)
+    pipe.set_speed("max" if DEVICE == "cuda" else "fast")  # on a CPU to compile would take a minute
+    return pipe
 
-    def __init__(self) -> None:
-        self._pipes: dict[int, HybridPipeline] = {}
 
-    def __call__(self, models: Models, batch: int, steps: int) -> Callable[[], Tensor]:
-        if id(models) not in self._pipes:
-            pipe = HybridPipeline.from_pipe(models.ours, unet_sol=copy.deepcopy(models.ours.unet_sol))
-            pipe.set_progress_bar_config(disable=True)
-            pipe.set_speed("max" if DEVICE == "cuda" else "fast")  # on a CPU to compile would take a minute
-            self._pipes[id(models)] = pipe
-        return _of_ours(self._pipes[id(models)], "sol", models, batch, steps)
+def _max(models: Models, batch: int, steps: int) -> Callable[[], Tensor]:
+    return _of_ours(_fastest(models), "sol", models, batch, steps)
 
 
 def _whole_run(expert: str) -> Provider:
@@ -159,15 +152,15 @@ PROVIDERS: tuple[dict[str, Provider], ...] = (
     {
         DIFFUSERS: _diffusers,
         OURS: _ours("sol"),
-        f"{OURS}, {_GRAPHS}": _RecordedCalls("sol"),
+        f"{OURS}, {_GRAPHS}": _recorded_calls("sol"),
         f"{OURS}, {_GRAPH}": _whole_run("sol"),
     },
     {
         OURS_HYBRID: _ours("hybrid"),
-        f"{OURS_HYBRID}, {_GRAPHS}": _RecordedCalls("hybrid"),
+        f"{OURS_HYBRID}, {_GRAPHS}": _recorded_calls("hybrid"),
         f"{OURS_HYBRID}, {_GRAPH}": _whole_run("hybrid"),
     },
-    {DIFFUSERS_COMPILED: _Compiled(), OURS_MAX: _Max()},  # which may not end in their time
+    {DIFFUSERS_COMPILED: _diffusers_compiled, OURS_MAX: _max},  # which may not end in their time
 )
 """By name, in groups: each is measured at all batch sizes before the next."""
 SAME_AS: dict[str, Provider] = {
