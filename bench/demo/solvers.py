@@ -210,7 +210,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
     figure = Figure(figsize=(14, 5.6), layout="constrained")
     titles = ("attributes right (up is better)", "Fréchet distance (down)", "patch distance (down)")
     for axes, key, title in zip(figure.subplots(1, 3), MEASURES, titles, strict=True):
-        for pair, colour in zip(PAIRS, _COLOURS, strict=True):
+        for pair, colour in zip(PAIRS, _COLOURS, strict=False):
             for spacing, line in _LINES.items():
                 own = [one for one in results if (one.setting.pair, one.setting.spacing) == (pair, spacing)]
                 axes.errorbar(
