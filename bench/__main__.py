@@ -2,14 +2,17 @@
 
     python -m bench                      # everything, a few minutes
     python -m bench "sampler step"       # one suite
+    python -m bench --page               # from the files of the last time, without measuring
 
-prints a table a suite, writes bench/results/*.csv and *.png, and renews the measured tables in
-docs/PERFORMANCE.md.
+prints a table a suite, writes it to bench/results/*.md, *.csv and *.png, and renews docs/PERFORMANCE.md,
+which shows of a long table what each provider came to.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,11 +23,11 @@ from rich.table import Table
 
 from bench import pipelines, plots, student_training, suites
 from bench.measure import ENVIRONMENT, OURS, measure, table_rows
-from bench.pages import renew
+from bench.pages import renew_performance
 from bench.report import RESULTS, markdown, write_csv
 
-PERFORMANCE = Path(__file__).parents[1] / "docs" / "PERFORMANCE.md"
 Rows = list[dict[str, object]]
+SHORT = 12  # rows that a page can show
 WHOLE = {module.SUITE: module.rows for module in (pipelines, student_training)}
 """Suites that measure more than the time of a call."""
 
@@ -63,35 +66,88 @@ def _lost(row: dict[str, object]) -> bool:
     return row["provider"] != OURS and float(str(row.get("times_ours", 1))) < 1
 
 
+def _whole(rows: Rows) -> str:
+    """All of a suite but the columns that every row shares, in Markdown."""
+    names = [name for name in rows[0] if name not in ("suite", "rounds", "p20_us", "p80_us", *ENVIRONMENT)]
+    return markdown(rows, names)
+
+
+def _came_to(rows: Rows) -> str:
+    """A row for each provider of each kind of work (a suite's first column): its least and its most."""
+    kind = list(rows[0])[1] if list(rows[0])[1] not in ("shape", "layers") else None
+    found: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        if row["provider"] != OURS:
+            key = str(row[kind]) if kind else "", str(row["provider"])
+            found.setdefault(key, []).append(float(str(row["times_ours"])))
+    table = [
+        {
+            **({kind: work} if kind else {}),
+            "provider": provider,
+            "comparisons": len(times),
+            "times ours, least": f"{min(times):.2f}",
+            "median": f"{statistics.median(times):.2f}",
+            "most": f"{max(times):.2f}",
+        }
+        for (work, provider), times in found.items()
+    ]
+    return markdown(table, list(table[0]))
+
+
 def _block(rows: Rows) -> str:
     """What docs/PERFORMANCE.md shows of a suite."""
-    names = [name for name in rows[0] if name not in ("suite", "rounds", "p20_us", "p80_us", *ENVIRONMENT)]
-    lost = [row for row in rows if _lost(row)]
-    parts = [f"{environment_line(rows)}.", markdown(rows, names)]
+    parts = [f"{environment_line(rows)}.", _whole(rows) if len(rows) <= SHORT else _came_to(rows)]
     if "times_ours" in rows[0]:
         count = sum(row["provider"] != OURS for row in rows)
-        parts.append(f"Slower than another provider in {len(lost)} of {count} comparisons.")
+        parts.append(f"Slower than another provider in {sum(map(_lost, rows))} of {count} comparisons.")
+    if len(rows) > SHORT:
+        name = f"{_stem(rows).name}.md"
+        parts[-1] += f" All of them: [bench/results/{name}](../bench/results/{name})."
     return "\n\n".join(parts)
+
+
+def _stem(rows: Rows) -> Path:
+    return RESULTS / str(rows[0]["suite"]).replace(" ", "_")
+
+
+def _write(rows: Rows) -> None:
+    """A suite's tables: the whole one beside its CSV file, and its part of the page."""
+    suite = str(rows[0]["suite"])
+    if len(rows) > SHORT:
+        text = f'# {suite.capitalize()}\n\n{environment_line(rows)}. Made by `python -m bench "{suite}"`.\n\n'
+        _stem(rows).with_suffix(".md").write_text(f"{text}{_whole(rows)}\n", encoding="utf-8")
+    renew_performance(suite, _block(rows))
+
+
+def _read(suite: str) -> Rows:
+    path = RESULTS / f"{suite.replace(' ', '_')}.csv"
+    with path.open(newline="", encoding="utf-8") as file:
+        return [dict(row) for row in csv.DictReader(file)]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     names = [*suites.SUITES, *WHOLE]
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measure the suites named, or all.")
     parser.add_argument("suite", nargs="*", help=", ".join(names))
-    chosen = parser.parse_args(arguments).suite or names
+    parser.add_argument("--page", action="store_true", help="renew the page from the files, measure nothing")
+    options = parser.parse_args(arguments)
+    chosen = options.suite or names
     unknown = [name for name in chosen if name not in names]
     if unknown:
         parser.error(f"unknown suite {unknown[0]!r}: use {', '.join(names)}")
+    if options.page:
+        for suite in chosen:
+            _write(_read(suite))
+        return
     # A table is unreadable in a pipe's 80 columns.
     console = Console() if sys.stdout.isatty() else Console(width=200)
     for suite in chosen:
         rows = measured(suite)
         show(rows, console)
-        stem = RESULTS / suite.replace(" ", "_")
+        stem = _stem(rows)
         write_csv(rows, stem.with_suffix(".csv"))
         plots.draw(rows, stem.with_suffix(".png"))
-        page = PERFORMANCE.read_text(encoding="utf-8")
-        PERFORMANCE.write_text(renew(page, suite, _block(rows)), encoding="utf-8")
+        _write(rows)
         console.print(f"written: {stem}.csv, {stem}.png")
 
 

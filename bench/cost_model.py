@@ -17,8 +17,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from bench.__main__ import PERFORMANCE, renew
 from bench.cases import cases
+from bench.pages import renew_performance
 from bench.report import markdown
 from bench.roofline import DEVICES, Device
 
@@ -173,8 +173,7 @@ def block() -> str:
 
 def main() -> None:
     text = block()
-    page = PERFORMANCE.read_text(encoding="utf-8")
-    PERFORMANCE.write_text(renew(page, "cost model", text), encoding="utf-8")
+    renew_performance("cost model", text)
     print(text)
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["renew"]
+from pathlib import Path
+
+__all__ = ["PERFORMANCE", "renew", "renew_performance"]
+
+PERFORMANCE = Path(__file__).parents[1] / "docs" / "PERFORMANCE.md"
 
 
 def renew(page: str, name: str, block: str) -> str:
@@ -16,3 +20,9 @@ def renew(page: str, name: str, block: str) -> str:
     if not (found and ended):
         raise ValueError(f"the page has no place marked {start} … {stop}")
     return f"{before}{start}\n\n{block}\n\n{stop}{after}"
+
+
+def renew_performance(name: str, block: str) -> None:
+    """`renew` on docs/PERFORMANCE.md itself."""
+    page = PERFORMANCE.read_text(encoding="utf-8")
+    PERFORMANCE.write_text(renew(page, name, block), encoding="utf-8")

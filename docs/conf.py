@@ -55,6 +55,9 @@ _OUTSIDE = {
     "project/changelog": "CHANGELOG.md",
     "project/kernel_report": "bench/results/kernels.md",
     "project/solver_table": "bench/results/solvers.md",
+    "project/sampler_step_table": "bench/results/sampler_step.md",
+    "project/noise_table": "bench/results/noise.md",
+    "project/training_table": "bench/results/training.md",
 }
 _LINK = re.compile(r"\]\(([^)\s:#]+\.\w+)(#[^)]*)?\)")
 

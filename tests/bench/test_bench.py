@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import counting, features, measure, noise, plots, recipe, roofline, steps, suites, training
+from bench import counting, features, measure, noise, pages, plots, recipe, roofline, steps, suites, training
 from bench.cases import cases
 from bench.measure import OURS, Comparison, Result
 
@@ -113,19 +113,45 @@ def test_the_command_shows_what_was_lost_and_renews_its_page(tmp_path):
     page = "before\n<!-- measured: toy -->\nold\n<!-- end: toy -->\nafter"
     block = command._block(rows())
     assert "Slower than another provider in 1 of 1 comparisons." in block
-    renewed = command.renew(page, "toy", block)
+    renewed = pages.renew(page, "toy", block)
     assert renewed.startswith("before\n") and renewed.endswith("\nafter") and "old" not in renewed
-    assert command.renew(renewed, "toy", block) == renewed
+    assert pages.renew(renewed, "toy", block) == renewed
     with pytest.raises(ValueError, match="no place marked <!-- measured: other -->"):
-        command.renew(page, "other", block)
+        pages.renew(page, "other", block)
     plots.draw(rows(), tmp_path / "toy.png")
     assert (tmp_path / "toy.png").stat().st_size > 1000
 
 
 def test_the_page_has_a_place_for_every_suite():
-    page = command.PERFORMANCE.read_text(encoding="utf-8")
+    page = pages.PERFORMANCE.read_text(encoding="utf-8")
     for suite in (*suites.SUITES, command.pipelines.SUITE, "cost model"):
-        command.renew(page, suite, "")
+        pages.renew(page, suite, "")
+
+
+def test_the_page_shows_what_the_files_hold():
+    """`python -m bench --page` leaves it as it is, and every long table has its file."""
+    page = pages.PERFORMANCE.read_text(encoding="utf-8")
+    for suite in (*suites.SUITES, *command.WHOLE):
+        found = command._read(suite)
+        page = pages.renew(page, suite, command._block(found))
+        if len(found) > command.SHORT:
+            assert command._whole(found) in command._stem(found).with_suffix(".md").read_text(
+                encoding="utf-8"
+            )
+    assert page == pages.PERFORMANCE.read_text(encoding="utf-8")
+
+
+def test_a_long_table_is_shown_by_what_providers_came_to():
+    def row(work, provider, times):
+        return {"suite": "toy", "work": work, "provider": provider, "times_ours": times}
+
+    shown = command._came_to(
+        [row("a", OURS, "1.00"), row("a", "x", "2.00"), row("a", "x", "0.50"), row("b", "x", "3.00")]
+    )
+    assert shown.splitlines()[2:] == [
+        "| a | x | 2 | 0.50 | 1.25 | 2.00 |",
+        "| b | x | 1 | 3.00 | 3.00 | 3.00 |",
+    ]
 
 
 def test_an_unknown_suite_is_refused(capsys):
