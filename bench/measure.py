@@ -113,11 +113,11 @@ def interleave(
     turns together, which sets their number within `turns`.
     """
     timed = _timed_on_cuda if DEVICE == "cuda" else _timed_on_cpu
-    calls = {}
+    calls, warm = {}, min(3, turns[1])
     for name, call in providers.items():
-        for _ in range(3):
+        for _ in range(warm):
             call()
-        once = min(second for _ in range(3) for second in timed(call, 1))
+        once = min(second for _ in range(warm) for second in timed(call, 1))
         calls[name] = int(min(max(1e-3 / once, 1), 20)), once
     round_seconds = sum((count + 1) * once for count, once in calls.values())
     names = list(providers)

@@ -3,7 +3,7 @@
     pytest bench --benchmark-only
 
 The providers of a comparison are measured together, taking turns (`measure.interleave`), when its first one
-is asked for; pytest-benchmark is then shown the times that were taken. BENCH_TURNS=2 in the environment takes
+is asked for; pytest-benchmark is then shown the times that were taken. BENCH_TURNS=1 in the environment takes
 so many turns, however short, for who wants to see that all of it runs and not the times.
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import importlib.util
 import math
 import os
@@ -45,6 +46,12 @@ LONG = (
 def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config.option, "loadscopereorder"):  # xdist's own order, by the number of tests in a file
         config.option.loadscopereorder = False
+
+
+def pytest_collection_finish() -> None:
+    """What all the imports made stays: no collection of garbage has to look through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @dataclasses.dataclass(frozen=True)

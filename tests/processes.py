@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
 import socket
 import sys
 import tempfile
@@ -12,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["Ended", "command", "run"]
+__all__ = ["Ended", "command", "module", "run"]
 
 _fresh = multiprocessing.get_context("spawn")
 _server = multiprocessing.get_context("forkserver")
@@ -51,6 +52,14 @@ def run(target: Callable[..., object], *arguments: object, processes: int = 1, *
             child.join()
         written = ("".join(path.read_text(encoding="utf-8") for path in paths) for paths in (out, err))
         return Ended([child.exitcode for child in started], *written)
+
+
+def module(name: str, arguments: Sequence[str], folder: Path) -> None:
+    """`python -m NAME` with these arguments in this folder, for `run`."""
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    sys.argv = [name, *arguments]
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
 def command(arguments: Sequence[str]) -> None:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from processes import run
+from processes import command, run
 from safetensors.torch import load_file
 from tinyflux_helpers import demo_cache
 from typer.testing import CliRunner
@@ -87,7 +84,7 @@ def test_the_command_trains_a_student_that_samples(cache, tmp_path):
     assert not torch.equal(
         average["img_in.weight"], load_file(folder / "checkpoint-3" / "model.safetensors")["img_in.weight"]
     )
-    command = [
+    words = [
         "tinyflux",
         "sample",
         "a castle",
@@ -98,7 +95,7 @@ def test_the_command_trains_a_student_that_samples(cache, tmp_path):
         "-o",
         str(tmp_path / "a.png"),
     ]
-    result = CliRunner().invoke(app, command)
+    result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
     assert Image.open(tmp_path / "a.png").size == (512, 512)  # enlarged to be looked at
 
@@ -186,18 +183,11 @@ def test_validation_is_the_velocitys_error_on_held_out_samples(cache, tmp_path):
         assert task.validate(task.model) == {} and task.describe()["held-out samples"] == 0
 
 
-def launched(two: dict, folder: Path) -> None:
-    """The command, as `accelerate launch` starts it."""
+def replicated(two: dict, folder: Path) -> None:
+    """The command, with the variables that `accelerate launch` sets."""
     (folder / "two.toml").write_text(toml(two))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*launcher, "-m", "moe_sampler.cli", "tinyflux", "train", str(folder / "two.toml")],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run(command, ["tinyflux", "train", str(folder / "two.toml")], processes=2)
+    assert done.codes == [0, 0], done.stderr[-3000:]
 
 
 def sharded(two: dict, folder: Path) -> None:
@@ -205,7 +195,7 @@ def sharded(two: dict, folder: Path) -> None:
     assert done.codes == [0, 0], done.stderr[-3000:]
 
 
-@pytest.mark.parametrize(("steps", "begin"), [(20, launched), (3, sharded)], ids=["DDP", "FSDP"])
+@pytest.mark.parametrize(("steps", "begin"), [(20, replicated), (3, sharded)], ids=["DDP", "FSDP"])
 def test_two_processes_train_as_one(cache, tmp_path, steps, begin):
     """With the same global batch, by gloo. The checkpoint of two, FSDP's too, goes on in one process."""
     changes = {"model": {"preset": "demo", "lune_dropout": 0.5}, "data": {"held_out": 0}}
