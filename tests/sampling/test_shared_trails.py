@@ -49,7 +49,7 @@ def test_a_model_in_two_is_as_good_as_one(kind, solver):
     experts = pair(kind, solver)
     names = [expert.name for expert in experts]
     for steps in (8,) if solver in ("deis", "lms") else (8, 20):  # these two integrate numerically
-        compiled = plan(experts, Boundary(*names, HANDOFF), steps=steps)
+        compiled = plan(experts, Boundary(names[0], names[1], HANDOFF), steps=steps)
         assert compiled.experts == tuple(names)
         expected = by_itself(scheduler_of(experts[0]), experts[0], steps)
         # diffusers has DEIS's coefficients of order 3, and a flow's 1 - sigma, in float32: four digits.
@@ -57,7 +57,7 @@ def test_a_model_in_two_is_as_good_as_one(kind, solver):
         assert difference(sample(compiled, experts, shape=SHAPE, seeds=SEEDS), expected) < most
         alone = plan(experts[0], steps=steps)
         assert (compiled.noise_levels, compiled.memories) == (alone.noise_levels, alone.memories)
-    assert SamplingPlan.from_json(compiled.to_json()) == compiled
+        assert SamplingPlan.from_json(compiled.to_json()) == compiled
 
 
 def test_three_experts_share_one_run():
