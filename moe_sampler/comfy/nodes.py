@@ -8,6 +8,7 @@ from comfy_api.latest import ComfyExtension, io, ui
 
 from ..loading.presets import PRESETS
 from ..sampling.solvers import SOLVERS
+from ..sampling.spacing_names import SPACING_NAMES
 
 __all__ = ["NODES", "comfy_entrypoint"]
 
@@ -16,6 +17,7 @@ Experts = io.Custom("MOE_EXPERTS")
 Router = io.Custom("MOE_ROUTER")
 Plan = io.Custom("MOE_PLAN")
 
+_MODELS_OWN = "as the model says"
 _OWN, _COMFYS = "moe-sampler", "ComfyUI"
 _PUBLISHED = "published, from the Hugging Face hub"
 _KINDS = ("handoff", "crossfade", "spans", "Wan 2.2 text to video", "Wan 2.2 image to video")
@@ -62,6 +64,13 @@ class MoEExpert(io.ComfyNode):
                 Experts.Input(
                     "experts", optional=True, tooltip="Those that work before this one, at more noise."
                 ),
+                io.Combo.Input(
+                    "levels",
+                    options=[_MODELS_OWN, *SPACING_NAMES],
+                    default=_MODELS_OWN,
+                    optional=True,
+                    tooltip="Where the steps lie between noise and data.",
+                ),
             ],
             outputs=[Experts.Output(display_name="experts")],
         )
@@ -74,11 +83,13 @@ class MoEExpert(io.ComfyNode):
         guidance_from: float,
         guidance_to: float,
         experts: Any = (),
+        levels: str = _MODELS_OWN,
         **settings: Any,
     ) -> io.NodeOutput:
         from .setups import ExpertSetup
 
         window = (guidance_from, guidance_to)
+        settings["spacing"] = None if levels == _MODELS_OWN else levels
         return io.NodeOutput(
             (
                 *(experts or ()),

@@ -34,6 +34,7 @@ class ExpertSetup:
         steps: 0 is a share of the plan's.
         shift: of a flow model's sigmas; 0 is as the model says.
         guidance_window: (high, low) noise levels between which guidance is on.
+        spacing: where the steps lie, by name; None is as the model says. `moe_sampler.Expert`'s `levels`.
     """
 
     name: str
@@ -46,6 +47,7 @@ class ExpertSetup:
     steps: int = 0
     shift: float = 0.0
     guidance_window: tuple[float, float] = (1.0, 0.0)
+    spacing: str | None = None
 
     def __post_init__(self) -> None:
         if not self.name or any(c.isspace() for c in self.name):
@@ -74,6 +76,7 @@ class ExpertSetup:
             model,
             solver=self.solver,
             eta=self.eta,
+            levels=self.spacing,
             shift=self.shift or self.levels.shift,
             guidance_scale=self.guidance,
             guidance_window=None if self.guidance_window == (1.0, 0.0) else self.guidance_window,

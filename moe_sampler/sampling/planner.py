@@ -180,19 +180,23 @@ def _spanned_nodes(
     counts = _counts(experts, spans, steps)
     nodes: list[_Node] = []
     initial_scale = None
-    for (name, high, low), count in zip(spans, counts, strict=True):
-        lead, landing = experts[name], nodes[-1].borrowed.landing if nodes and nodes[-1].borrowed else None
-        if landing is not None and low < landing.noise < high:
-            high = landing.noise  # nothing is lost between a scheduler's last level and the handoff
-        if is_borrowed(lead.solver):
-            from .scheduler_trails import scheduler_trail  # brings torch, which other plans don't need
+    parts = [(experts[name], count, *ends) for (name, *ends), count in zip(spans, counts, strict=True)]
+    for borrowed, stretch in itertools.groupby(parts, lambda part: is_borrowed(part[0].solver)):
+        landing = nodes[-1].borrowed.landing if nodes and nodes[-1].borrowed else None
+        if borrowed:
+            from .shared_trails import Part, trails  # brings torch, which other plans don't need
 
-            trail = scheduler_trail(lead, count, high, low)
-            initial_scale = initial_scale if nodes else trail.initial_scale
-            nodes += [_borrowed_node(experts, router, lead, each) for each in trail.evaluations]
+            given = [Part(*part) for part in stretch]
+            found = trails(given, own_counts=not isinstance(steps, Mapping))
+            for part, trail in zip(given, found, strict=True):
+                initial_scale = initial_scale if nodes else trail.initial_scale
+                nodes += [_borrowed_node(experts, router, part.expert, each) for each in trail.evaluations]
             continue
-        grid = lead.nodes(count, high, low)
-        nodes += [_routed(experts, router, noise) for noise in grid]
+        for lead, count, high, low in stretch:
+            if landing is not None and low < landing.noise < high:
+                high = landing.noise  # nothing is lost between a scheduler's last level and the handoff
+            landing = None
+            nodes += [_routed(experts, router, noise) for noise in lead.nodes(count, high, low)]
     return nodes, initial_scale
 
 

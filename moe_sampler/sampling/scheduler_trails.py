@@ -6,6 +6,7 @@ import copy
 import inspect
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,25 @@ from .trails import Trail, trail_of
 if TYPE_CHECKING:
     from .experts import Expert
 
-__all__ = ["scheduler_trail"]
+__all__ = ["TimedPart", "level_at", "probed", "scheduler_trail", "timed_part", "told_noise"]
+
+
+@dataclass(frozen=True)
+class TimedPart:
+    """The timesteps `first` to `last` (excluded) of a scheduler with its timesteps set: an expert's part."""
+
+    expert: Expert
+    scheduler: Any
+    first: int
+    last: int
+
+    @property
+    def times(self) -> list[float | None]:
+        """What the model is told. What people call by a name tells a flow the time it sees; some classes
+        round it to whole timesteps."""
+        exact = is_known_name(self.expert.solver) and not self.expert.path.discrete
+        told = self.scheduler.timesteps[self.first : self.last].tolist()
+        return [None if exact else float(timestep) for timestep in told]
 
 
 def scheduler_trail(
@@ -47,26 +66,16 @@ def scheduler_trail(
         raise ValueError("say how many steps")
     if steps is not None and name in GIVEN_LEVELS and not options:
         nodes = expert.nodes(steps, high, low)
-        timed, first, last = _with_levels(scheduler, expert, [*nodes, low]), 0, steps
-        trace = _probed(timed, expert, name, first, last)
+        timed = _with_levels(scheduler, expert, [*nodes, low])
+        trace = probed(timed, expert, name, steps, from_noise=True)
         levels = [expert.path.at(noise) for noise in (*nodes, low)]
-        return trail_of(expert, name, trace, levels[0], 1, exact_times=True, levels=levels)
-    if expert.levels is not None:
-        raise ValueError(
-            f"{expert.name}: {name} brings its own noise levels, so that none can be given: use one of "
-            f"{', '.join(SOLVERS)}, or a name that says them, like unipc_karras"
-        )
-    if steps is None or (high >= 1.0 and low <= 0.0):
-        timed = _timed(scheduler, expert, steps, options)
-        first, last = 0, len(timed.timesteps)
-    else:
-        timed, first, last = _part(scheduler, expert, steps, high, low)
-    order = int(getattr(timed, "order", 1))
-    start = _start(timed, expert, first)
-    trace = _probed(timed, expert, name, first, last)
-    # What people call by a name tells a flow the time it sees; some classes round it to whole timesteps.
-    exact = is_known_name(expert.solver) and not expert.path.discrete
-    return trail_of(expert, name, trace, start, order, exact_times=exact)
+        return trail_of(expert, name, trace, levels[0], 1, times=[None] * steps, levels=levels)
+    timed = timed_part(scheduler, expert, steps, high, low, options)
+    start, times = level_at(timed, timed.first), timed.times
+    own, count = timed.scheduler, timed.last - timed.first
+    _cut(own, timed.first)
+    trace = probed(own, expert, name, count, from_noise=timed.first == 0)
+    return trail_of(expert, name, trace, start, int(getattr(own, "order", 1)), times=times)
 
 
 def _with_levels(scheduler: Any, expert: Expert, noise: Sequence[float]) -> Any:
@@ -99,10 +108,25 @@ def _timed(
     return timed
 
 
-def _part(scheduler: Any, expert: Expert, steps: int, high: float, low: float) -> tuple[Any, int, int]:
-    """The scheduler timed for a whole run, and the first of its timesteps between two levels and the one
-    behind the last. Of all runs with so many steps there it is the longest, whose levels begin nearest to
-    `high` and end nearest to `low`."""
+def timed_part(
+    scheduler: Any,
+    expert: Expert,
+    steps: int | None,
+    high: float,
+    low: float,
+    options: Mapping[str, Any] | None = None,
+) -> TimedPart:
+    """The scheduler timed for a whole run, and which of its timesteps lie between two levels. Of all runs
+    with so many steps there it is the longest, whose levels begin nearest to `high` and end nearest to
+    `low`."""
+    if expert.levels is not None:
+        raise ValueError(
+            f"{expert.name}: {type(scheduler).__name__} brings its own noise levels, so that none can be "
+            f"given: use one of {', '.join(SOLVERS)}, or a name that says them, like unipc_karras"
+        )
+    if steps is None or (high >= 1.0 and low <= 0.0):
+        timed = _timed(scheduler, expert, steps, options)
+        return TimedPart(expert, timed, 0, len(timed.timesteps))
     total, found = steps, None
     while total <= 1000 and (found is None or len(found[1]) == steps):
         try:
@@ -110,7 +134,7 @@ def _part(scheduler: Any, expert: Expert, steps: int, high: float, low: float) -
         except ValueError:  # more than it has
             break
         order = int(getattr(timed, "order", 1))
-        noise = [_told_noise(expert, float(t)) for t in timed.timesteps[::order]]
+        noise = [told_noise(expert, float(t)) for t in timed.timesteps[::order]]
         inside = [i * order for i, each in enumerate(noise) if low < each and (high >= 1.0 or each <= high)]
         if len(inside) == steps or (found is None and len(inside) > steps):
             found = timed, inside
@@ -124,20 +148,22 @@ def _part(scheduler: Any, expert: Expert, steps: int, high: float, low: float) -
         )
     timed, inside = found
     inside = inside[:steps] if high >= 1.0 else inside[-steps:]
-    return timed, inside[0], min(inside[-1] + int(getattr(timed, "order", 1)), len(timed.timesteps))
+    last = min(inside[-1] + int(getattr(timed, "order", 1)), len(timed.timesteps))
+    return TimedPart(expert, timed, inside[0], last)
 
 
-def _told_noise(expert: Expert, timestep: float) -> float:
+def told_noise(expert: Expert, timestep: float) -> float:
     most = getattr(expert.path, "num_train_timesteps", math.inf)
     return expert.path.level(min(timestep, most - 1.0)).noise
 
 
-def _start(timed: Any, expert: Expert, first: int) -> Level:
-    """The level of the first model input: that of the scheduler's sigma, sigma / alpha or the flow's own,
-    which a timestep may only be the nearest whole number to; else that of the timestep."""
-    if not hasattr(timed, "sigmas"):
-        return expert.path.level(float(timed.timesteps[first]))
-    return expert.path.at(noise_of_sigma(expert.path, float(timed.sigmas[first])))
+def level_at(timed: TimedPart, index: int) -> Level:
+    """The level of the model input at a timestep: that of the scheduler's sigma, sigma / alpha or the flow's
+    own, which a timestep may only be the nearest whole number to; else that of the timestep."""
+    path, scheduler = timed.expert.path, timed.scheduler
+    if not hasattr(scheduler, "sigmas"):
+        return path.level(float(scheduler.timesteps[index]))
+    return path.at(noise_of_sigma(path, float(scheduler.sigmas[index])))
 
 
 def _input(timed: Any, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
@@ -154,28 +180,28 @@ def _as_double(timed: Any) -> Any:
     return timed
 
 
-def _probed(timed: Any, expert: Expert, name: str, first: int, last: int) -> Trace:
+def probed(timed: Any, expert: Expert, name: str, count: int, *, from_noise: bool) -> Trace:
+    """The first `count` calls of a scheduler with its timesteps set."""
     takes = inspect.signature(timed.step).parameters
     options = {"eta": expert.eta} if expert.eta and "eta" in takes else {}
-    _cut(timed, first)
     timed = _as_double(timed)
-    double = timed.timesteps[: last - first]
+    double = timed.timesteps[:count]
 
     def run(world: World) -> torch.Tensor:
         own = copy.deepcopy(timed)
         if hasattr(own, "noise_sampler"):
             own.noise_sampler = Brownian(world)
-        x = world.vector() * (float(getattr(own, "init_noise_sigma", 1.0)) if first == 0 else 1.0)
+        x = world.vector() * (float(getattr(own, "init_noise_sigma", 1.0)) if from_noise else 1.0)
         for timestep in double:
             told = _input(own, x, timestep)
             output = world.call(told, float(timestep))
             x = own.step(output, timestep, x, return_dict=False, **options)[0]
-        if last - first < len(own.timesteps):
+        if count < len(own.timesteps):
             # What comes behind is another expert's, on a state scaled as the models see it.
-            x = _input(own, x, own.timesteps[last - first])
+            x = _input(own, x, own.timesteps[count])
         return x
 
-    return probe(name, run, 3 + 2 * (last - first))
+    return probe(name, run, 3 + 2 * count)
 
 
 def _cut(timed: Any, first: int) -> None:

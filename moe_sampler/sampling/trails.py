@@ -78,10 +78,11 @@ def trail_of(
     start: Level,
     order: int,
     *,
-    exact_times: bool = False,
+    times: Sequence[float | None] | None = None,
+    leads: Sequence[Expert] | None = None,
     levels: Sequence[Level] | None = None,
 ) -> Trail:
-    """What a trace is for an expert.
+    """What a trace is for an expert, or for several that one sampler went through.
 
     Args:
         expert: whose path and prediction the sampler works with.
@@ -89,7 +90,10 @@ def trail_of(
         trace: what it does.
         start: the level of its first model input.
         order: model calls a step.
-        exact_times: whether the model is told what its path says of the level, not what the sampler says.
+        times: what the model is told at each call, where that isn't what the sampler says; None is what the
+            path says of the level.
+        leads: whose model is called each time, where that isn't `expert`. Rows are sums of x0, whatever
+            predicts it; on another path the state has another scale.
         levels: of every input and of the result, where the sampler says itself what they are.
 
     Raises:
@@ -98,16 +102,39 @@ def trail_of(
     from .realization import rows_of  # brings torch, which other plans don't need
 
     found, predictions = _levels(expert, trace, start)
-    levels = _checked(name, found, levels) if levels is not None else found
-    told = [expert.path.timestep(level) for level in levels] if exact_times else list(trace.times)
-    if not exact_times:
-        _check_times(expert, name, told, levels)
-    rows = rows_of(name, trace, levels[:-1], predictions)
-    evaluations = tuple(
-        Evaluation(levels[k], levels[k + 1], _whole(expert, told[k]), rows[k], _corrects(levels, k, order))
-        for k in range(len(trace))
-    )
-    return Trail(name, evaluations, float(np.abs(trace.inputs[0]).sum()))
+    found = _checked(name, found, levels) if levels is not None else found
+    leads = [expert] * len(trace) if leads is None else leads
+    own = [
+        level if lead.path == expert.path else lead.path.at(level.noise)
+        for lead, level in zip([*leads, leads[-1]], found, strict=True)
+    ]
+    evaluations = []
+    said = trace.times if times is None else times
+    for k, row in enumerate(rows_of(name, trace, found[:-1], predictions)):
+        told = said[k]
+        if told is None:
+            told = leads[k].path.timestep(own[k])
+        else:
+            _check_time(leads[k], name, told, own[k])
+        row = _rescaled(row, _scale(own[k], found[k]), _scale(own[k + 1], found[k + 1]))
+        evaluations.append(
+            Evaluation(own[k], own[k + 1], _whole(leads[k], told), row, _corrects(own, k, order))
+        )
+    return Trail(name, tuple(evaluations), float(np.abs(trace.inputs[0]).sum()))
+
+
+def _scale(own: Level, other: Level) -> float:
+    """Factor on a state at a level, to the same noise level on one's own path."""
+    return (own.alpha + own.sigma) / (other.alpha + other.sigma)
+
+
+def _rescaled(update: SolverRow, before: float, after: float) -> SolverRow:
+    """An update of a state times `before` to one times `after`, with memories of what they were."""
+    if before == after == 1.0:
+        return update
+    scaled = {name: after * getattr(update, name) for name in ("a", "b", "n", "d_0", "d_1", "d_2")}
+    scaled["a"] /= before
+    return update._replace(**scaled, keep_x=update.keep_x / before)
 
 
 def _checked(name: str, found: Sequence[Level], said: Sequence[Level]) -> list[Level]:
@@ -161,14 +188,13 @@ def _levels(expert: Expert, trace: Trace, start: Level) -> tuple[list[Level], li
     return levels, predictions
 
 
-def _check_times(expert: Expert, name: str, told: Sequence[float], levels: Sequence[Level]) -> None:
-    for timestep, level in zip(told, levels, strict=False):
-        if not means(expert.path, timestep, level):
-            raise ValueError(
-                f"{expert.name}: {name} would tell the model timestep {timestep:g} at alpha = "
-                f"{level.alpha:.4f}, sigma = {level.sigma:.4f}, which is no such timestep of its path: the "
-                "scheduler is for another path or prediction type, or cannot begin where it would have to"
-            )
+def _check_time(expert: Expert, name: str, told: float, level: Level) -> None:
+    if not means(expert.path, told, level):
+        raise ValueError(
+            f"{expert.name}: {name} would tell the model timestep {told:g} at alpha = "
+            f"{level.alpha:.4f}, sigma = {level.sigma:.4f}, which is no such timestep of its path: the "
+            "scheduler is for another path or prediction type, or cannot begin where it would have to"
+        )
 
 
 def means(path: Path, timestep: float, level: Level) -> bool:

@@ -186,6 +186,8 @@ def test_an_experts_settings_are_the_planners(sol, lune):
     assert setup("lune", lune).expert().shift == 2.0
     assert setup("lune", lune, shift=5.0).expert().shift == 5.0
     assert setup("lune", lune).expert().guidance_window is None
+    assert setup("lune", lune).expert().levels is None
+    assert setup("lune", lune, spacing="beta").expert().levels == "beta"
 
 
 def test_routers():
@@ -451,6 +453,9 @@ def test_a_workflow_by_the_nodes(sol, lune):
     (first,) = nodes.MoEExpert.execute(**{**given, "name": "sol", "model": sol}).args
     (both,) = nodes.MoEExpert.execute(**{**given, "name": "lune", "model": lune}, experts=first).args
     assert [own.name for own in both] == ["sol", "lune"]
+    assert [own.spacing for own in both] == [None, None]
+    (spaced,) = nodes.MoEExpert.execute(**{**given, "name": "a", "model": sol, "levels": "karras"}).args
+    assert spaced[0].spacing == "karras"
     (router,) = nodes.MoERouter.execute(kind="handoff", at=0.7, until=0.5, spans="").args
     planned = nodes.MoEPlan.execute(both, steps=6, start=1.0, router=router)
     run, drawing, table = planned.args
@@ -556,7 +561,7 @@ print(json.dumps([sorted(quiet), new, sorted(heavy), moe_sampler.__file__, moe_s
     assert set(new) == {
         *("moe_sampler", "moe_sampler._lazy", "moe_sampler.comfy", "moe_sampler.comfy.nodes"),
         *("moe_sampler.loading", "moe_sampler.loading.presets", "moe_sampler.sampling"),
-        "moe_sampler.sampling.solvers",
+        *("moe_sampler.sampling.solvers", "moe_sampler.sampling.spacing_names", "moe_sampler._numbers"),
     }
     assert not heavy and not strangers and count == 6
     assert package == str(ROOT / "moe_sampler" / "__init__.py")
