@@ -371,8 +371,8 @@ class SpeedOptions:
         str | None,
         option(
             "fast: --dtype auto, weights laid out as they are read, an attention's projections in one. max: "
-            "UNets and the VAE's decoder also compiled, which takes minutes before the first image of a size. "
-            "Default: none.",
+            "UNets and the VAE's decoder also compiled, which takes minutes before the first image of a "
+            "size. Default: none.",
             MACHINE,
             metavar="|".join(SPEEDS),
         ),

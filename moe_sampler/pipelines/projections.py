@@ -1,8 +1,8 @@
 """Queries, keys and values of an attention as one matrix product: what diffusers calls fused projections.
 
-diffusers' own `fuse_qkv_projections` copies the weights into layers of its own. They would take memory twice, be
-saved along, and know nothing of adapters, offloading or weights that are loaded later. Here the weights stay
-where they were named, and only come to lie side by side in memory, where one product reads them all.
+diffusers' own `fuse_qkv_projections` copies the weights into layers of its own. They would take memory twice,
+be saved along, and know nothing of adapters, offloading or weights that are loaded later. Here the weights
+stay where they were named, and only come to lie side by side in memory, where one product reads them all.
 """
 
 from __future__ import annotations

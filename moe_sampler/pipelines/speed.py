@@ -16,8 +16,8 @@ _DECODERS_BLOCKS = ("ResnetBlock2D", "AutoencoderTinyBlock")
 """What decoders repeat: diffusers names no blocks of theirs."""
 
 KINDS_OF_A_BLOCK = 64
-"""Shapes, batches and number formats that one class of blocks is compiled for. torch's own limit, 8, is that of
-Stable Diffusion 1.5's blocks in two sizes; beyond it blocks would run as they are, which nobody asked for."""
+"""Shapes, batches and number formats that one class of blocks is compiled for. torch's own limit, 8, is that
+of Stable Diffusion 1.5's blocks in two sizes; beyond it blocks would run as they are, unasked."""
 
 
 def check_speed(speed: str) -> None:
