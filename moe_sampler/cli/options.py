@@ -370,8 +370,9 @@ class SpeedOptions:
     speed: Annotated[
         str | None,
         option(
-            "fast: --dtype auto, and weights laid out as they are read. max: also compiled, which takes "
-            "minutes before the first image of a size. Default: none.",
+            "fast: --dtype auto, weights laid out as they are read, an attention's projections in one. max: "
+            "UNets and the VAE's decoder also compiled, which takes minutes before the first image of a "
+            "size. Default: none.",
             MACHINE,
             metavar="|".join(SPEEDS),
         ),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .by_name import ByExpert, levels, number, over_previous, steps_over, whole
+from .by_name import ByExpert, full_calls, levels, number, over_previous, steps_over, whole
 from .commands import takes
 from .like import check_places, read_like
 from .loras import Lora
@@ -22,6 +22,7 @@ from .options import (
     MachineOptions,
     ModelOptions,
     OutputOptions,
+    ReuseOptions,
     ScaleOptions,
     SizeOptions,
     SolverOptions,
@@ -32,6 +33,8 @@ from .plans import find_plan, plan_settings, without_plan
 from .settings import merged, planned_experts, scales_in_full, stepping_in_full
 
 if TYPE_CHECKING:
+    from moe_sampler.tinyflux.model.config import TinyFluxConfig
+
     from ..sampling.plan import SamplingPlan
 
 __all__ = ["STUDENT_CALL", "checked_plan", "sample"]
@@ -60,7 +63,7 @@ class StudentOptions(EncoderOptions):
 
 
 @dataclass(frozen=True)
-class StudentRunOptions(ScaleOptions, SolverOptions):
+class StudentRunOptions(ReuseOptions, ScaleOptions, SolverOptions):
     """How the run goes."""
 
     sol_weight: Annotated[
@@ -153,17 +156,22 @@ def sample(
     call = {key: settings[key] for key in STUDENT_CALL if key in settings}
     if plan is not None:
         settings |= plan_settings(plan)
-    compiled = checked_plan(plan, call, configs, defaults)
-    call |= {} if plan is None else {"plan": plan}
-    computer = Machine.read(where, previous)
     ema = bool(settings.get("ema"))
     named = of.student or previous.get("student") or DEMO
     student = student_place(named)
-    known = load_config(student, ema=ema, local_files_only=where.local_files_only)
+
+    def config() -> TinyFluxConfig:
+        return load_config(student, ema=ema, local_files_only=where.local_files_only)
+
+    prices = Prices(config, model.reuse_shares)
+    compiled = checked_plan(plan, call, configs, defaults, prices)
+    call |= {} if plan is None else {"plan": plan}
+    computer = Machine.read(where, previous)
+    known = config()
     if plan is None and "upstream_schedule" not in settings:
         own = {"upstream_schedule": known.schedule == "data"}
         settings, call = settings | own, call | own
-        compiled = checked_plan(plan, call, configs, defaults)
+        compiled = checked_plan(plan, call, configs, defaults, prices)
 
     beside = holds_pipeline(Hub(local_files_only=where.local_files_only).look(student))
     told = (beside or known.encoders is not None) and not model.settings.get("model") and model.preset is None
@@ -179,6 +187,7 @@ def sample(
 STUDENT_CALL = (
     *("seed", "height", "width", "handoff", "sol_weight", "lune_weight", "upstream_schedule"),
     *("num_inference_steps", "guidance_scale", "shift", "solver", "levels", "negative_prompt"),
+    *("reuse", "budget"),
 )
 """Settings that the pipeline's call takes as they are."""
 
@@ -202,6 +211,8 @@ def _run_settings(
         shift=ByExpert.read("--shift", run.shift, number),
         solver=ByExpert.read("--solver", run.solver),
         levels=ByExpert.read("--levels", run.levels, levels),
+        reuse=ByExpert.read("--reuse", run.reuse, full_calls),
+        budget=ByExpert("--budget", run.budget),
     )
     own = {student: GUIDANCE_SCALE} | {name: defaults[f"{name}_guidance"] for name in guides}
     settings["guidance_scale"] = scales_in_full(settings.get("guidance_scale"), own)
@@ -231,24 +242,48 @@ def _weight(option: str, text: str) -> float | list[list[float]]:
         raise ValueError(f"{option} {text}: give a number, or knots LEVEL:WEIGHT as in 1:0.6,0.8:0") from None
 
 
+@dataclass(frozen=True)
+class Prices:
+    """What is asked for what a call that reuses features costs.
+
+    Args:
+        student: gives the student's config.
+        guides: gives the shares of experts by name.
+    """
+
+    student: Callable[[], TinyFluxConfig]
+    guides: Callable[[Sequence[str]], Mapping[str, float]]
+
+
 def checked_plan(
     plan: SamplingPlan | None,
     call: Mapping[str, Any],
     configs: Mapping[str, Mapping[str, Any]],
     defaults: Mapping[str, Any],
+    prices: Prices | None = None,
 ) -> SamplingPlan:
-    """The run's plan, made without any weights; one that was given, if it fits."""
+    """The run's plan, made without any weights; one that was given, if it fits.
+
+    prices: asked where calls may reuse features.
+    """
+    from moe_sampler.tinyflux.sampling.expert import STUDENT
     from moe_sampler.tinyflux.sampling.guided import GuidedRouter, guided_experts, guided_plan
+    from moe_sampler.tinyflux.sampling.reuse import reuse_share
 
-    from ..pipelines.settings import given_plan
+    from ..pipelines.settings import by_expert, given_plan
 
-    keys = ("guidance_scale", "shift", "solver", "levels", "upstream_schedule")
-    student, *guides = guided_experts(
-        None,
-        configs,
-        lambda **settings: planned_experts(configs, defaults, settings),
-        **{key: call[key] for key in keys if key in call},
-    )
+    keys = ("guidance_scale", "shift", "solver", "levels", "upstream_schedule", "reuse")
+    budget = call.get("budget")
+    own = {key: call[key] for key in keys if key in call}
+    reused = by_expert("reuse", call.get("reuse"), (STUDENT, *configs))
+    if prices is not None and (budget is not None or reused[STUDENT] is not None):
+        own["reuse_share"] = reuse_share(prices.student())
+
+    def others(**settings: Any) -> Any:
+        named = settings | {"budget": budget}
+        return planned_experts(configs, defaults, named, None if prices is None else prices.guides)
+
+    student, *guides = guided_experts(None, configs, others, **own)
     if plan is not None:
         given_plan(plan, [student, *guides], image=False)
         return plan
@@ -256,7 +291,7 @@ def checked_plan(
     weights = {key.removesuffix("_weight"): call[key] for key in keys if key in call}
     handoff = call.get("handoff", defaults.get("handoff"))
     router = GuidedRouter(**weights) if handoff is None else GuidedRouter(**weights, handoff=handoff)
-    return guided_plan(student, guides, router, call.get("num_inference_steps"))
+    return guided_plan(student, guides, router, call.get("num_inference_steps"), budget)
 
 
 def _load(

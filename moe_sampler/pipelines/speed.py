@@ -1,4 +1,5 @@
-"""What makes models faster without changing what is sampled: number format, memory layout, compilation."""
+"""What makes models faster without changing what is sampled: number format, memory layout, compilation.
+`projections` has what attentions do with theirs."""
 
 from __future__ import annotations
 
@@ -9,7 +10,14 @@ import torch
 
 from .choices import SPEEDS, Speed, check_choice
 
-__all__ = ["SPEEDS", "Speed", "check_speed", "compile_blocks", "fast_dtype", "lay_out"]
+__all__ = ["SPEEDS", "Speed", "check_speed", "compile_blocks", "fast_dtype", "lay_out", "run_uncompiled"]
+
+_DECODERS_BLOCKS = ("ResnetBlock2D", "AutoencoderTinyBlock")
+"""What decoders repeat: diffusers names no blocks of theirs."""
+
+KINDS_OF_A_BLOCK = 64
+"""Shapes, batches and number formats that one class of blocks is compiled for. torch's own limit, 8, is that
+of Stable Diffusion 1.5's blocks in two sizes; beyond it blocks would run as they are, unasked."""
 
 
 def check_speed(speed: str) -> None:
@@ -49,16 +57,36 @@ def lay_out(models: Iterable[torch.nn.Module], channels_last: bool) -> None:
                 parameter.data = parameter.data.contiguous(memory_format=wanted)
 
 
-def compile_blocks(model: Any) -> None:
-    """Compile a model's repeated blocks, as diffusers names them, each for the sizes it meets; one that is
-    compiled already stays so.
+def compile_blocks(models: Iterable[torch.nn.Module]) -> list[torch.nn.Module]:
+    """Compile models' repeated blocks, as diffusers names them, each for the sizes it meets; what is compiled
+    already stays so.
+
+    models: experts', and a VAE's decoder.
+
+    Returns:
+        The blocks that were not compiled before.
 
     Raises:
-        ValueError: a model whose class names none.
+        ValueError: a model that has none; nothing is compiled.
     """
-    names = getattr(model, "_repeated_blocks", None)
-    if not names:
+    blocks = [block for model in models for block in _repeated_blocks(model)]
+    new = [block for block in blocks if block._compiled_call_impl is None]
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, KINDS_OF_A_BLOCK)
+    for block in new:
+        block.compile(dynamic=False)
+    return new
+
+
+def _repeated_blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
+    names: Any = getattr(model, "_repeated_blocks", None) or _DECODERS_BLOCKS
+    blocks = [module for module in model.modules() if type(module).__name__ in names]
+    if not blocks:
         raise ValueError(f'a {type(model).__name__} has no repeated blocks to compile: use speed="fast"')
-    for module in model.modules():
-        if type(module).__name__ in names and module._compiled_call_impl is None:
-            module.compile(dynamic=False)
+    return blocks
+
+
+def run_uncompiled(blocks: Iterable[torch.nn.Module]) -> None:
+    """Take back what `compile_blocks` did to the blocks that it returned."""
+    for block in blocks:
+        block._compiled_call_impl = None

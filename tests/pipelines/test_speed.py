@@ -91,26 +91,42 @@ def test_the_layout_stays_when_experts_come_and_go():
 
 
 def test_max_compiles_every_repeated_block_for_its_sizes(monkeypatch):
+    """The experts' and the decoder's; taken back, the same bits come out as before."""
     compiled = []
     compile_itself = torch.nn.Module.compile
 
     def eager(module, **kwargs):
-        compiled.append((type(module).__name__, kwargs))
+        compiled.append((module, kwargs))
         compile_itself(module, backend="eager", **kwargs)
 
     monkeypatch.setattr(torch.nn.Module, "compile", eager)
-    plain = load()("a castle", **QUICK, reuse=2).images
-    pipe = load(speed="max", dtype="float32")
-    blocks = [m for n in ("sol", "lune") for m in pipe.expert_unet(n).modules()]
-    count = sum(type(m).__name__ == "BasicTransformerBlock" for m in blocks)
-    assert compiled == [("BasicTransformerBlock", {"dynamic": False})] * count and count > 0
+    images = QUICK | {"output_type": "pt"}
+    pipe = load()
+    plain = pipe("a castle", **images, reuse=2).images
     pipe.set_speed("max")
-    assert len(compiled) == count
-    made = pipe("a castle", **QUICK, reuse=2).images  # features are reused beside compiled blocks
+    models = [pipe.unet_sol, pipe.unet_lune, pipe.vae.decoder]
+    names = ("BasicTransformerBlock", "AutoencoderTinyBlock")
+    blocks = [m for model in models for m in model.modules() if type(m).__name__ in names]
+    assert [module for module, _ in compiled] == blocks and {type(m).__name__ for m in blocks} == {*names}
+    assert all(kwargs == {"dynamic": False} for _, kwargs in compiled)
+    assert not any(m._compiled_call_impl for m in pipe.vae.encoder.modules())
+    assert torch._dynamo.config.recompile_limit >= speeds.KINDS_OF_A_BLOCK
+    pipe.set_speed("max")
+    assert len(compiled) == len(blocks)
+    made = pipe("a castle", **images, reuse=2).images  # features are reused beside compiled blocks
     assert (made - plain).abs().max() < 1e-3
     assert all(type(expert.model) is ExpertModel for expert in pipe.experts())  # there is no CUDA to record
-    with pytest.raises(ValueError, match="load the pipeline again"):
-        pipe.set_speed("none")
+    pipe.set_speed("none")
+    assert not any(m._compiled_call_impl for m in blocks) and not pipe._cuda_graphs
+    assert torch.equal(pipe("a castle", **images, reuse=2).images, plain)
+
+
+def test_a_model_without_repeated_blocks_is_not_compiled():
+    pipe = load()
+    pipe.vae.decoder = torch.nn.Conv2d(4, 3, 1)
+    with pytest.raises(ValueError, match=r'a Conv2d has no repeated blocks to compile: use speed="fast"'):
+        pipe.set_speed("max")
+    assert pipe.speed == "none" and not any(m._compiled_call_impl for m in pipe.unet_sol.modules())
 
 
 @pytest.mark.gpu

@@ -10,6 +10,7 @@ from torch import Tensor
 from moe_sampler import Expert, FlowPath
 from moe_sampler._numbers import number
 from moe_sampler.tinyflux.model.tinyflux import TinyFlux
+from moe_sampler.tinyflux.sampling.reuse import check_reusable, recording_model, reuse_share, reusing_model
 
 __all__ = ["STUDENT", "StudentModel", "tinyflux_expert"]
 
@@ -20,7 +21,7 @@ Features = Callable[[Tensor, Tensor], Mapping[str, Tensor]]
 
 
 class StudentModel:
-    """A student that eats latents, as a sampler's experts do.
+    """A student that eats latents, as a sampler's experts do, and a `sampling.reuse.ReusableModel`.
 
     Args:
         model: the student.
@@ -38,14 +39,32 @@ class StudentModel:
         sample: [B, C, H, W] of any float dtype. timestep: t, 0 at noise and 1 at data, [] or [B].
         conditioning: encoder_hidden_states, pooled_projections, and what else `TinyFlux.forward` takes.
         """
+        return self._call(self.model, sample, timestep, conditioning)
+
+    def _call(
+        self, model: TinyFlux, sample: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor]
+    ) -> Tensor:
         _, channels, height, width = sample.shape
         given = {} if self.features is None else self.features(sample, timestep)
         tokens = sample.flatten(2).transpose(1, 2)
         size = (height, width)
-        (velocity,) = self.model(
-            tokens, timestep=timestep, size=size, return_dict=False, **conditioning, **given
-        )
+        (velocity,) = model(tokens, timestep=timestep, size=size, return_dict=False, **conditioning, **given)
         return velocity.transpose(1, 2).reshape(-1, channels, height, width)
+
+    def check_reusable(self) -> None:
+        """Raise ValueError, with what to do, for a student whose features can't be reused."""
+        check_reusable(self.model)
+
+    def recording(self, sample: Tensor, timestep: Tensor, **conditioning: Tensor) -> tuple[Tensor, Tensor]:
+        """As a call, and what the middle blocks added to the tokens, [B, L + N, D]."""
+        recording, last = recording_model(self.model)
+        output = self._call(recording, sample, timestep, conditioning)
+        assert last.features is not None  # the call left them there
+        return output, last.features
+
+    def reusing(self, sample: Tensor, timestep: Tensor, features: Tensor, **conditioning: Tensor) -> Tensor:
+        """As a call, computed in the first and the last block alone."""
+        return self._call(reusing_model(self.model, features), sample, timestep, conditioning)
 
 
 def tinyflux_expert(
@@ -80,6 +99,9 @@ def tinyflux_expert(
     settings = {"solver": "euler", "shift": 3.0, **settings}
     if model is not None:
         settings = {"dtype": model.dtype, **settings}
+    if model is not None and settings.get("reuse") is not None:
+        check_reusable(model)
+        settings = {"reuse_share": reuse_share(model.config), **settings}
     if upstream_schedule is None:
         upstream_schedule = model is not None and model.config["schedule"] == "data"
     if upstream_schedule:

@@ -13,12 +13,17 @@ import numpy as np
 
 from moe_sampler import Expert, SamplingPlan, plan
 from moe_sampler._numbers import number
+from moe_sampler.pipelines.budget import within_budget
 from moe_sampler.pipelines.settings import by_expert
+from moe_sampler.sampling.reuse import Reuse
 from moe_sampler.sampling.routers import inner_level
 from moe_sampler.tinyflux.model.tinyflux import TinyFlux
 from moe_sampler.tinyflux.sampling.expert import STUDENT, tinyflux_expert
 
 __all__ = ["GUIDANCE_SCALE", "GuidedRouter", "Weight", "guided_experts", "guided_plan"]
+
+STEPS = 20
+"""In all, where none are given."""
 
 GUIDANCE_SCALE = 3.0
 """The student's own, where none is given."""
@@ -133,26 +138,31 @@ def guided_experts(
     solver: Any = None,
     levels: Any = None,
     upstream_schedule: bool | None = None,
+    reuse: Reuse | Mapping[str, Reuse] | None = None,
+    reuse_share: float | None = None,
 ) -> tuple[Expert, ...]:
     """The student and those who can guide it.
 
     Args:
         model: the student's; None for planning alone.
         names: of the others.
-        guides: makes the others of `guidance_scale`, `shift`, `solver` and `levels`, mappings by name, with
-            None where an expert's own default is meant.
-        guidance_scale, shift, solver, levels: one for all, or by name; None is each expert's default.
+        guides: makes the others of `guidance_scale`, `shift`, `solver`, `levels` and `reuse`, mappings by
+            name, with None where an expert's own default is meant.
+        guidance_scale, shift, solver, levels, reuse: one for all, or by name; None is each expert's default.
         upstream_schedule: as `tinyflux_expert` takes it.
+        reuse_share: of the student's calls that reuse features; by default as its model says.
 
     Raises:
         ValueError: a setting out of range, or of an expert there isn't.
     """
     names = tuple(names)
     given = {"guidance_scale": guidance_scale, "shift": shift, "solver": solver, "levels": levels}
+    given |= {"reuse": reuse}
     named = {key: by_expert(key, value, (STUDENT, *names)) for key, value in given.items()}
     given = {key: values.pop(STUDENT) for key, values in named.items()}
     own: dict[str, Any] = {"guidance_scale": GUIDANCE_SCALE}
     own |= {key: value for key, value in given.items() if value is not None}
+    own |= {} if reuse_share is None else {"reuse_share": reuse_share}
     student = tinyflux_expert(model, upstream_schedule=upstream_schedule, **own)
     return (student, *(guides(**named) if names else ()))
 
@@ -162,6 +172,7 @@ def guided_plan(
     guides: Sequence[Expert],
     router: GuidedRouter,
     steps: int | Mapping[str, int] | None = None,
+    budget: float | None = None,
 ) -> SamplingPlan:
     """The plan of the student, alone or with those of `guides` that have weight.
 
@@ -169,6 +180,7 @@ def guided_plan(
         student: from `tinyflux_expert`, by the router's name for it.
         guides: Sol, Lune; others may be among them.
         steps: in all, 20 by default, or by name.
+        budget: as `moe_sampler.pipelines.budget.within_budget` takes it, with `steps` as the most.
 
     Raises:
         ValueError: an expert with weight is missing, or what `plan` doesn't take.
@@ -181,4 +193,8 @@ def guided_plan(
             f"load a pipeline with {' and '.join(router.guides)}"
         )
     # Of two equal weights the first expert's leads: the student's.
-    return plan([student, *(known[name] for name in router.guides)], router, steps=steps)
+    experts = [student, *(known[name] for name in router.guides)]
+    if budget is None:
+        return plan(experts, router, steps=steps)
+    most = STEPS if steps is None else steps
+    return within_budget(budget, experts, most, lambda own, count: plan(own, router, steps=count)).plan

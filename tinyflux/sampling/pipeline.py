@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -14,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from moe_sampler import Expert, SamplingPlan
+from moe_sampler.architectures import reuse_share as hybrid_reuse_share
 from moe_sampler.architectures import shape_of
 from moe_sampler.loading.hub import Hub
 from moe_sampler.pipelines.callbacks import GuidanceMixin, StepEnd
@@ -25,6 +27,7 @@ from moe_sampler.pipelines.prompts import Negative, check_prompts, negative_embe
 from moe_sampler.pipelines.queue import PlanRun, run_plan
 from moe_sampler.pipelines.settings import by_expert, given_plan
 from moe_sampler.publishing.upload import Target, pushed, saved
+from moe_sampler.sampling.reuse import Reuse
 from moe_sampler.tinyflux.features.encoders import StudentEncoders
 from moe_sampler.tinyflux.model import lora
 from moe_sampler.tinyflux.model.loading import STUDENT_FOLDER
@@ -34,6 +37,7 @@ from moe_sampler.tinyflux.sampling.expert import STUDENT
 from moe_sampler.tinyflux.sampling.fitting import check_experts, check_student, default_side, scaling_of
 from moe_sampler.tinyflux.sampling.folder import find_pipeline, write_pipeline
 from moe_sampler.tinyflux.sampling.guided import GuidedRouter, Weight, guided_experts, guided_plan
+from moe_sampler.tinyflux.sampling.reuse import reuse_share
 
 if TYPE_CHECKING:
     from typing import Self
@@ -301,6 +305,7 @@ class StudentPipeline(GuidanceMixin):
         solver: Any = None,
         upstream_schedule: bool | None = None,
         levels: Any = None,
+        reuse: Reuse | Mapping[str, Reuse] | None = None,
     ) -> tuple[Expert, ...]:
         """The student and those who can guide it, as the planner sees them. Settings are one for all, or by
         name; None leaves them to each expert's default."""
@@ -314,6 +319,7 @@ class StudentPipeline(GuidanceMixin):
             solver=solver,
             levels=levels,
             upstream_schedule=upstream_schedule,
+            reuse=reuse,
         )
 
     def plan(
@@ -323,14 +329,24 @@ class StudentPipeline(GuidanceMixin):
         lune_weight: Weight = 0.0,
         handoff: float | None = None,
         experts: Sequence[Expert] | None = None,
+        budget: float | None = None,
     ) -> SamplingPlan:
         """The plan `__call__` runs with the same arguments; `experts` from `StudentPipeline.experts`."""
-        student, *guides = self.experts() if experts is None else experts
+        experts = self.experts() if experts is None else experts
         if handoff is None and self.hybrid is not None:
             handoff = self.hybrid.config["handoff"]
         settings = {} if handoff is None else {"handoff": handoff}
-        router = GuidedRouter(sol_weight, lune_weight, student=student.name, **settings)
-        return guided_plan(student, guides, router, num_inference_steps)
+        router = GuidedRouter(sol_weight, lune_weight, student=experts[0].name, **settings)
+        if budget is not None:
+            experts = [self._priced(expert, router.guides) for expert in experts]
+        return guided_plan(experts[0], experts[1:], router, num_inference_steps, budget)
+
+    def _priced(self, expert: Expert, guides: Sequence[str]) -> Expert:
+        """What its calls would cost that reuse features, if it may be asked to."""
+        if expert.name not in (STUDENT, *guides):
+            return expert
+        price = reuse_share if expert.name == STUDENT else hybrid_reuse_share
+        return dataclasses.replace(expert, reuse_share=price(self._model_of(expert.name).config))
 
     def encode_prompt(self, texts: Sequence[str], batch_size: int | None = None) -> dict[str, Tensor]:
         """What the student is told of texts, encoded `batch_size` at once: encoder_hidden_states [B, L, D]
@@ -378,6 +394,8 @@ class StudentPipeline(GuidanceMixin):
         solver: Any = None,
         upstream_schedule: bool | None = None,
         levels: Any = None,
+        reuse: Reuse | Mapping[str, Reuse] | None = None,
+        budget: float | None = None,
     ) -> HybridPipelineOutput:
         """Make images. Arguments that `HybridPipeline` has mean what they mean there; the student's name, for
         settings by name, is "tinyflux". The others:
@@ -392,6 +410,9 @@ class StudentPipeline(GuidanceMixin):
                 the rest.
             handoff: noise level down to which Sol's weight counts, and from which Lune's does; the experts'
                 own by default.
+            reuse: as `HybridPipeline` takes it. The student's calls that reuse run its first and last block
+                alone and add what those between them did in the last full call.
+            budget: as `HybridPipeline` takes it; the cost of a full pass of each model counts alike.
             upstream_schedule: as `tinyflux_expert` takes it; text mask, latents and size are as the student's
                 config says.
 
@@ -407,9 +428,9 @@ class StudentPipeline(GuidanceMixin):
         request = Request.read(len(prompts), num_images_per_prompt, batch_size, output_type)
         step_end = StepEnd(callback_on_step_end, callback_on_step_end_tensor_inputs)
         height, width = self._size(height, width)
-        experts = self.experts(guidance_scale, shift, solver, upstream_schedule, levels)
+        experts = self.experts(guidance_scale, shift, solver, upstream_schedule, levels, reuse)
         if plan is None:
-            compiled = self.plan(num_inference_steps, sol_weight, lune_weight, handoff, experts)
+            compiled = self.plan(num_inference_steps, sol_weight, lune_weight, handoff, experts, budget)
         else:
             compiled = given_plan(
                 plan,
@@ -425,6 +446,8 @@ class StudentPipeline(GuidanceMixin):
                 solver=solver,
                 levels=levels,
                 upstream_schedule=upstream_schedule,
+                reuse=reuse,
+                budget=budget,
             )
         cells = (height // self.encoders.scale, width // self.encoders.scale)
         shape = (request.images, self.student.config["in_channels"], *cells)

@@ -157,6 +157,7 @@ def test_settings_by_name():
         "shift": {"sol": 1.5, "lune": 1.5},
         "solver": {"sol": None, "lune": None},
         "levels": {"sol": None, "lune": None},
+        "reuse": {"sol": None, "lune": None},
     }
     with pytest.raises(ValueError, match="names sd15"):
         guided_experts(None, ("sol",), guides, solver={"sd15": "ddim"})
