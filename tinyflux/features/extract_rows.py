@@ -99,7 +99,7 @@ class ExtractFeatures:
         loading.setdefault("torch_dtype", "float16" if str(device).startswith("cuda") else "float32")
         pipe = HybridPipeline.from_pretrained(model, **loading)
         given = {"encoders": encoders, "vae": vae, "clip": clip, "t5": t5, "t5_length": t5_length}
-        places = {name: loading.get(name) for name in ("cache_dir", "token")}
+        places: dict[str, Any] = {name: loading.get(name) for name in ("cache_dir", "token")}
         hub = Hub(local_files_only=loading.get("local_files_only", False), **places)
         student = StudentEncoders.gather(pipe, **given, device=device, hub=hub)
         teaching = None
@@ -112,7 +112,7 @@ class ExtractFeatures:
         side = image_side(pipe)
         if side is None and (height is None or width is None):
             raise ValueError("nothing says how large the images are: give height and width")
-        size = (side if height is None else height, side if width is None else width)
+        size: Any = (side if height is None else height, side if width is None else width)
         settings = sample_settings(student, teaching, *size, t_buckets, dtype)
         self._made = {
             "schema": SCHEMA,
