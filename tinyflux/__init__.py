@@ -6,11 +6,14 @@ from moe_sampler._lazy import lazy_names
 
 if TYPE_CHECKING:
     from moe_sampler.tinyflux.features.block_maps import BlockMaps
-    from moe_sampler.tinyflux.features.cache_build import Teachers, build_cache
+    from moe_sampler.tinyflux.features.cache_build import build_cache
     from moe_sampler.tinyflux.features.cache_read import FeatureCache, MultiSource, at_time
     from moe_sampler.tinyflux.features.encoders import StudentEncoders, TextEncoder
     from moe_sampler.tinyflux.features.exchange import export_upstream, import_upstream
+    from moe_sampler.tinyflux.features.extract_rows import ExtractFeatures
     from moe_sampler.tinyflux.features.extraction import T_BUCKETS, ExpertFeatures, Features
+    from moe_sampler.tinyflux.features.import_rows import import_rows
+    from moe_sampler.tinyflux.features.teachers import Teachers
     from moe_sampler.tinyflux.model.config import TinyFluxConfig
     from moe_sampler.tinyflux.model.loading import load_tinyflux
     from moe_sampler.tinyflux.model.tinyflux import TinyFlux, TinyFluxOutput
@@ -36,12 +39,15 @@ if TYPE_CHECKING:
 # diffusers takes seconds to import: who asks for a name pays for what that name needs.
 _NAMES = {
     "features.block_maps": ("BlockMaps",),
-    "features.cache_build": ("Teachers", "build_cache"),
+    "features.cache_build": ("build_cache",),
     "features.cache_read": ("FeatureCache", "MultiSource", "at_time"),
     "model.config": ("TinyFluxConfig",),
     "features.encoders": ("StudentEncoders", "TextEncoder"),
     "features.exchange": ("export_upstream", "import_upstream"),
+    "features.extract_rows": ("ExtractFeatures",),
     "features.extraction": ("T_BUCKETS", "ExpertFeatures", "Features"),
+    "features.import_rows": ("import_rows",),
+    "features.teachers": ("Teachers",),
     "sampling.guided": ("GuidedRouter",),
     "model.loading": ("load_tinyflux",),
     "model.tinyflux": ("TinyFlux", "TinyFluxOutput"),
@@ -72,6 +78,7 @@ __all__ = [
     "CachedMaps",
     "CachedTeachers",
     "ExpertFeatures",
+    "ExtractFeatures",
     "FeatureCache",
     "FeatureTeachers",
     "Features",
@@ -99,6 +106,7 @@ __all__ = [
     "check_objective",
     "check_shared_latents",
     "export_upstream",
+    "import_rows",
     "import_upstream",
     "load_tinyflux",
     "sample_noise",

@@ -100,25 +100,37 @@ def import_(
     source: Annotated[
         Path,
         typer.Argument(
-            help="Folder with upstream's encodings.pt and the others, or with state.json and shards."
+            help="Folder with upstream's encodings.pt and the others, or with state.json and shards; or the "
+            ".parquet files of rows that `ExtractFeatures` made on a cluster."
         ),
     ],
     convention: Annotated[
-        str,
-        typer.Option(help=f"How the features were extracted. {conventions_help()}."),
-    ] = CONVENTIONS[1],
+        str | None,
+        typer.Option(
+            help=f"How upstream's features were extracted. {conventions_help()}. Default: {CONVENTIONS[1]}.",
+            show_default=False,
+        ),
+    ] = None,
     shard_size: Annotated[int, typer.Option(help="Samples a file.")] = 256,
 ) -> None:
-    """Make a cache of upstream TinyFlux's files.
+    """Make a cache of upstream TinyFlux's files, or of rows that a Ray cluster made.
 
     `moe-sampler tinyflux import runs/cache upstream/`
     """
     with one_line_errors():
-        from moe_sampler.tinyflux.features.exchange import import_upstream
+        from moe_sampler.tinyflux.features.import_rows import import_rows, parquet_files
 
-        made = import_upstream(
-            source, folder, convention=cast("Convention", convention), shard_size=shard_size
-        )
+        if parquet_files(source):
+            if convention is not None:
+                raise ValueError(
+                    "--convention is for upstream's files: rows say themselves how they were made"
+                )
+            made = import_rows(source, folder, shard_size=shard_size)
+        else:
+            from moe_sampler.tinyflux.features.exchange import import_upstream
+
+            chosen = cast("Convention", convention or CONVENTIONS[1])
+            made = import_upstream(source, folder, convention=chosen, shard_size=shard_size)
         typer.echo(f"{folder}: {made.length} samples in {len(made.shards)} shards")
 
 

@@ -20,8 +20,9 @@ from .options import MODEL, EncoderOptions, ModelOptions, ReadingOptions, given_
 from .progress import progress_bar
 
 if TYPE_CHECKING:
-    from moe_sampler.tinyflux.features.cache_build import Cluster, Teachers
+    from moe_sampler.tinyflux.features.cache_build import Cluster
     from moe_sampler.tinyflux.features.encoders import StudentEncoders
+    from moe_sampler.tinyflux.features.teachers import Teachers
 
     from ..data.samples import Source
     from ..loading.hub import Hub
@@ -273,11 +274,9 @@ def _load(
     """(What teaches, what encodes for the student, the images' side)."""
     quiet()
     from moe_sampler.tinyflux.features.block_maps import BlockMaps
-    from moe_sampler.tinyflux.features.cache_build import Teachers
     from moe_sampler.tinyflux.features.encoders import StudentEncoders
+    from moe_sampler.tinyflux.features.teachers import Teachers, image_side
     from moe_sampler.tinyflux.sampling.fitting import default_side
-
-    from ..architectures import shape_of
 
     if model is None:
         student = StudentEncoders.gather(**vars(options), device=device, hub=hub)
@@ -285,10 +284,9 @@ def _load(
         return None, student, None if side is None else side * student.scale
     dtype = "float16" if device.type == "cuda" else "float32"
     pipe = model.load(Machine(str(device), dtype, "none"))
-    side = shape_of(pipe.expert_unet(pipe.expert_names[0])).sample_size
     kept: dict[str, Any] = {"convention": convention}
     if maps is not None:
         kept |= {"maps": BlockMaps.from_pipeline(pipe, *maps[:2]), "map_times": maps[2]}
     teaching = Teachers.from_pipeline(pipe, names, **kept) if names else None
     student = StudentEncoders.gather(pipe, **vars(options), device=device, hub=hub)
-    return teaching, student, None if side is None else side * pipe.vae_scale_factor
+    return teaching, student, image_side(pipe)

@@ -15,16 +15,14 @@ from typing import Any
 from PIL import Image
 
 from .captions import check_text, report_empty
+from .cells import CAPTIONS, IMAGES, cell_picture
 from .digests import content, fingerprint, remembered
 from .options import Reading
-from .pictures import read_picture
 from .reports import printable
 from .samples import CaptionedImage
 
 __all__ = ["TableRows", "hub_table", "parquet_table"]
 
-_IMAGES = ("image", "img", "jpg", "png", "webp", "picture")
-_CAPTIONS = ("text", "caption", "captions", "prompt", "txt", "description")
 _KEPT = 256
 _COMMIT = re.compile("[0-9a-f]{40}")
 
@@ -144,7 +142,7 @@ class TableRows:
         if wanted is not None:
             return self._there(columns, wanted)
         typed = [name for name, kind in columns.items() if type(kind).__name__ == "Image"]
-        usual = [name for name in _IMAGES if name in columns]
+        usual = [name for name in IMAGES if name in columns]
         if len(typed) == 1 or (not typed and usual):
             return (typed or usual)[0]
         raise ValueError(
@@ -155,10 +153,10 @@ class TableRows:
     def _caption_columns(self, columns: Mapping[str, Any], wanted: Sequence[str]) -> tuple[str, ...]:
         if wanted:
             return tuple(self._there(columns, name) for name in wanted)
-        usual = [name for name in _CAPTIONS if name in columns]
+        usual = [name for name in CAPTIONS if name in columns]
         if not usual:
             raise ValueError(
-                f"{self._name} has no column {' or '.join(_CAPTIONS)}, only {', '.join(columns)}: name those "
+                f"{self._name} has no column {' or '.join(CAPTIONS)}, only {', '.join(columns)}: name those "
                 "of captions by caption_fields"
             )
         return (usual[0],)
@@ -237,20 +235,7 @@ class TableRows:
         return [text for text in found if text] or [""]
 
     def _picture(self, row: Mapping[str, Any], column: str, key: str) -> Image.Image:
-        value = row[column]
-        if isinstance(value, Mapping):
-            value = value.get("path") if value.get("bytes") is None else value["bytes"]
-        if isinstance(value, str):
-            if value.startswith(("http://", "https://")):
-                raise ValueError(f"{key}: {column} is an address; fetch the images first (img2dataset)")
-            import fsspec
-
-            opened: Any = fsspec.open(value, "rb")
-            with opened as file:
-                value = file.read()
-        if not isinstance(value, bytes):
-            raise ValueError(f"{key}: {column} holds no picture, but {type(value).__name__}")
-        return read_picture(value, key, self._max_pixels)
+        return cell_picture(row[column], f"{key}: {column}", self._max_pixels)
 
 
 def _datasets() -> Any:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin
-from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
 from .._files import check_ours, writing
@@ -26,10 +25,7 @@ from ..loading.folders import read_config
 from ..loading.hub import Hub
 from ..loading.parts import check_experts_fit, load_shared, scheduler_from_config
 from ..loading.presets import ExpertSource
-from ..loading.state_dicts import header
 from ..loading.weights import empty_model, file_tensors
-from ..publishing.modelspec import HASH, stamp
-from ..training.checkpoints import write_tensors
 from ..training.run_folder import KIND, own_names
 from ..training.settings import SettingsError, to_tables
 from ..training.trainer import Trainer
@@ -231,16 +227,7 @@ def train_expert(task: ExpertTask, settings: RunSettings, *, quiet: bool = False
 
 
 def _finish(folder: Path, task: ExpertTask) -> None:
-    """What the trainer left, as an expert's folder: the UNet alone, and what it was trained on."""
-    path = folder / task.weights_name
-    tensors = load_file(path)
-    own = {name.removeprefix("unet."): t for name, t in tensors.items() if name.startswith("unet.")}
-    if own:
-        rest = {name: tensor for name, tensor in tensors.items() if not name.startswith("unet.")}
-        write_tensors(folder / "assessor.safetensors", rest)
-        said = {key: value for key, value in header(path)[0].items() if key != HASH}
-        write_tensors(path, own, {"format": "pt"})
-        stamp([path], said)
+    """What the trainer left, as an expert's folder: what it was trained on, beside it."""
     with writing(folder):
         task.unet.save_config(folder)
         scheduler_from_config(task.objective.scheduler).save_pretrained(folder)

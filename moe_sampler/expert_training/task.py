@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,17 @@ class ExpertTask:
             uncond={"encoder_hidden_states": self.text([""] * count, device)},
         )
         return decode_latents(latents, self.vae.to(device), VaeImageProcessor())
+
+    def shipped(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The UNet's, by its own names."""
+        if not self.assessed:
+            return dict(tensors)
+        return {name.removeprefix("unet."): t for name, t in tensors.items() if name.startswith("unet.")}
+
+    def beside(self, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """The assessor's, in a file of its own."""
+        rest = {name: t for name, t in tensors.items() if not name.startswith("unet.")}
+        return {"assessor.safetensors": rest} if self.assessed else {}
 
     def published(self, address: Address, license: str | None) -> Published:
         """What its folder says of the expert."""

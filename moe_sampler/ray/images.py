@@ -13,6 +13,7 @@ import numpy as np
 
 from ..pipelines.choices import PICTURE_FORMATS, any_of, check_choice
 from ..viewing.images import FORMATS
+from .batches import check_columns, column_of, default_device, plain
 
 __all__ = ["GenerateImages"]
 
@@ -70,7 +71,7 @@ class GenerateImages:
             from ..demo import experts_path
 
             model = experts_path()
-        self._pipe = HybridPipeline.from_pretrained(model, **{"device": _device(), **loading})
+        self._pipe = HybridPipeline.from_pretrained(model, **{"device": default_device(), **loading})
         self._pipe.set_progress_bar_config(disable=True)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,23 +84,18 @@ class GenerateImages:
             ValueError: columns that aren't there.
         """
         wanted = (self._prompt, self._seed, *self._columns)
-        absent = [name for name in wanted if name not in batch]
-        if absent:
-            hint = (
-                ": an image follows from its row's seed, so give each one" if absent[0] == self._seed else ""
-            )
-            raise ValueError(f"the data set has no column {absent[0]}, only {', '.join(batch)}{hint}")
+        check_columns(batch, wanted, self._seed)
         count = len(batch[self._prompt])
         images: list[Any] = [None] * count
         errors: list[str | None] = [None] * count
         groups: dict[str, tuple[dict[str, Any], list[int]]] = {}
         for i in range(count):
-            own = {name: _plain(batch[name][i]) for name in self._columns}
+            own = {name: plain(batch[name][i]) for name in self._columns}
             call = self._settings | {name: value for name, value in own.items() if value is not None}
             groups.setdefault(json.dumps(call, default=repr, sort_keys=True), (call, []))[1].append(i)
         for call, indices in groups.values():
             self._make(batch, call, indices, images, errors)
-        return {**batch, "image": self._column(images), "error": np.array(errors, dtype=object)}
+        return {**batch, "image": self._column(images), "error": column_of(errors)}
 
     def _make(
         self,
@@ -112,8 +108,8 @@ class GenerateImages:
         from ..rows.making import each_that_can
 
         def attempt(some: Sequence[int]) -> None:
-            prompts = [_plain(batch[self._prompt][i]) for i in some]
-            seeds = [_plain(batch[self._seed][i]) for i in some]
+            prompts = [plain(batch[self._prompt][i]) for i in some]
+            seeds = [plain(batch[self._seed][i]) for i in some]
             found = self._pipe(prompts, seed=seeds, batch_size=self._batch_size, **call).images
             for i, image in zip(some, found, strict=True):
                 images[i] = self._encoded(image)
@@ -135,23 +131,4 @@ class GenerateImages:
             images = [np.zeros((0, 0, 3), np.uint8) if image is None else image for image in images]
             if len({image.shape for image in images}) == 1:
                 return np.stack(images)
-        column = np.empty(len(images), dtype=object)
-        for i, image in enumerate(images):
-            column[i] = image
-        return column
-
-
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _plain(value: Any) -> Any:
-    """NumPy's values, as Ray gives them, as Python's; not a number is nothing."""
-    value = value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
-    if isinstance(value, float) and value != value:
-        return None
-    if isinstance(value, Mapping):  # a struct has all experts' fields
-        return {name: _plain(one) for name, one in value.items() if one is not None}
-    return value
+        return column_of(images)

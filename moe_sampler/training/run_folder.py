@@ -155,6 +155,8 @@ class RunFolder:
         shipped = getattr(self.task, "shipped", dict)
         weights = folder / self.task.weights_name
         write_tensors(weights, shipped(tensors), {"format": "pt"})
+        for name, own in getattr(self.task, "beside", lambda _: {})(tensors).items():
+            write_tensors(folder / name, own, {"format": "pt"})
         if self.header:
             stamp([weights], self.header)
         save_config = getattr(self.task.model, "save_config", None) if ships_config(self.task) else None

@@ -57,7 +57,8 @@ class Task(Protocol):
         data: a dataset with a length; torch's `default_collate` or the task's own `collate` makes batches.
         weights_name: of the file that the trained model's tensors go to, beside its config. Where there is a
             method `shipped`, it is given the model's tensors by name and says which these are; what is
-            trained along and of no use afterwards stays in the checkpoints. `ships_config` is False where
+            trained along and of no use afterwards stays in the checkpoints, or where a method `beside` gives
+            tensors by file name, lies there, and isn't uploaded. `ships_config` is False where
             they are no whole model. A method `published(address, license)` says what the model's card and
             header hold beside the run, as `Published`, for the `publishing.upload.Address` it will have.
         steps_alike: whether `loss` asks the device for the same operations at every step, of batches of one

@@ -142,7 +142,7 @@ def test_pictures_as_bytes_are_read_and_damaged_ones_named():
     raw = datasets.Dataset.from_dict({"jpg": [png(GREEN), b"no picture"], "txt": ["green", ""]})
     source = TableRows(raw, "a/b", {})
     assert source[0].image.getpixel((0, 0)) == GREEN
-    with pytest.raises(ValueError, match="a/b, row 1 cannot be read as an image"):
+    with pytest.raises(ValueError, match="a/b, row 1: jpg cannot be read as an image"):
         source[1]
 
 

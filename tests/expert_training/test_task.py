@@ -29,6 +29,7 @@ from moe_sampler.loading.expert_files import find_training
 from moe_sampler.loading.hub import Hub
 from moe_sampler.loading.state_dicts import header
 from moe_sampler.training.draws import Draws
+from moe_sampler.training.run_folder import RunFolder
 from moe_sampler.training.settings import SettingsError
 from moe_sampler.training.training_settings import TrainingSettings
 
@@ -90,6 +91,11 @@ def test_david_trains_along_and_a_stopped_run_goes_on_to_the_same_bits(tmp_path,
         assert all(torch.equal(whole[key], halves[key]) for key in whole)
     assert whole.keys() == {f"assessor.{key}" for key in before}
     assert any(not torch.equal(whole[f"assessor.{key}"], value) for key, value in before.items())
+    assert load_file(made["whole"] / files[0]).keys() == task.unet.state_dict().keys()
+    tensors = task.model.state_dict()
+    upload = RunFolder(tmp_path / "up", task, {}).save_upload(tensors, "card")
+    assert load_file(upload / files[0]).keys() == task.unet.state_dict().keys()
+    assert (upload / "config.json").is_file(), "it is loaded as an expert, and no assessor with it"
     pipe = HybridPipeline.from_pretrained(experts_path(), experts={"sol": ExpertSource(made["whole"])})
     trained = load_file(made["whole"] / files[0])
     for key, value in pipe.unet_sol.state_dict().items():

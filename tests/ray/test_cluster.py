@@ -16,8 +16,10 @@ from typer.testing import CliRunner
 from moe_sampler import HybridPipeline
 from moe_sampler.cli import app
 from moe_sampler.cli.asked import Asked
+from moe_sampler.data.scenes import DemoScenes
 from moe_sampler.demo import experts_path
 from moe_sampler.ray import GenerateImages
+from moe_sampler.tinyflux import ExtractFeatures
 
 pytestmark = pytest.mark.processes
 
@@ -121,3 +123,18 @@ def test_a_students_cache_on_the_cluster_is_the_same_files(cluster, tmp_path, mo
     assert "4 samples in 2 shards" in run("tinyflux", "cache", "out", *arguments, "--ray", "auto").stdout
     assert contents(Path("out")) == contents(Path("alone"))
     assert "for --ray" in run("tinyflux", "cache", "x", "--demo", "--ray-workers", 2, code=2).stderr
+
+    # and of rows that Ray reads and writes
+    scenes = [DemoScenes(4)[i] for i in range(4)]
+    rows = [{"image": np.asarray(s.image), "text": s.caption, "seed": i} for i, s in enumerate(scenes)]
+    order = cluster.data.DataContext.get_current().execution_options
+    monkeypatch.setattr(order, "preserve_order", True)
+    cluster.data.from_items(rows, override_num_blocks=2).map_batches(
+        ExtractFeatures,
+        fn_constructor_kwargs={"t_buckets": [0.5]},
+        batch_size=2,
+        compute=cluster.data.ActorPoolStrategy(size=1),
+    ).write_parquet(str(tmp_path / "rows"))
+    run("tinyflux", "import", "made", "rows", "--shard-size", 2)
+    shards = {name: data for name, data in contents(Path("made")).items() if name.startswith("shard")}
+    assert len(shards) == 2 and shards.items() <= contents(Path("alone")).items()

@@ -59,7 +59,7 @@ def test_a_cluster_that_is_not_there_is_said_at_once(address):
 
 
 def test_what_a_data_set_lacks_is_said(generate):
-    with pytest.raises(ValueError, match="no column seed, only prompt: an image follows from its row's seed"):
+    with pytest.raises(ValueError, match="no column seed, only prompt: what comes of a row"):
         generate(batch(prompt=["x"]))
     with pytest.raises(ValueError, match=r'"guidence" is no setting of a row: use .*guidance_scale'):
         GenerateImages(columns=["guidence"])

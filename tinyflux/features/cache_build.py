@@ -8,108 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import gather_object
-from diffusers import AutoencoderKL, AutoencoderTiny
 from PIL import Image
-from torch import Tensor, nn
 
 from moe_sampler import __version__
-from moe_sampler.data.captions import check_text, report_cut
-from moe_sampler.data.masks import fit_mask, has_masks, mask_of
-from moe_sampler.data.pictures import fit_image, to_rgb
+from moe_sampler.data.masks import has_masks, mask_of
 from moe_sampler.data.samples import CaptionedImage, Source
-from moe_sampler.kernels import philox_normal
-from moe_sampler.kernels.noise import seeds_tensor
-from moe_sampler.loading.fingerprint import portable_fingerprint
-from moe_sampler.pipelines import choices
-from moe_sampler.pipelines.latents import encode_images, latent_scaling
-from moe_sampler.pipelines.prompts import cut_silently
-from moe_sampler.tinyflux.features.block_maps import BlockMaps
-from moe_sampler.tinyflux.features.cache_format import LatentFacts, Manifest
+from moe_sampler.tinyflux.features.cache_format import Manifest
 from moe_sampler.tinyflux.features.cache_shards import Span, build_shard, build_shards
-from moe_sampler.tinyflux.features.encoders import StudentEncoders, TextEncoder
-from moe_sampler.tinyflux.features.extraction import T_BUCKETS, UPSTREAMS, ExpertFeatures, check_buckets
-from moe_sampler.tinyflux.features.latent_space import same_latents
+from moe_sampler.tinyflux.features.encoders import StudentEncoders
+from moe_sampler.tinyflux.features.extraction import T_BUCKETS
+from moe_sampler.tinyflux.features.sample_features import SampleFeatures, sample_settings
+from moe_sampler.tinyflux.features.teachers import Teachers
 
-__all__ = ["Cluster", "Teachers", "build_cache"]
-
-DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in choices.DTYPES}
-MAP_TIMES = (0.75,)
-"""At little noise a diffusion model's features say most of an image (DIFT, arXiv:2306.03881)."""
-_PREVIEW = 64
-_FULL = (
-    "prompt_mask",
-    "sol_stats",
-    "sol_maps",
-    "previews",
-    "loss_mask",
-)  # small or not floats: kept as they are
-
-
-@dataclass(frozen=True)
-class Teachers:
-    """The experts with the VAE whose latents they know.
-
-    Args:
-        features: of Sol, Lune or both, with their text encoder.
-        vae: the experts' own.
-        text_encoder: the model behind `features.encode_prompt`, for the manifest's fingerprint.
-        maps: of one of these experts, to align a student's tokens with; None for none.
-        map_times: increasing times they are taken at.
-
-    Raises:
-        ValueError: maps of another expert, or without times.
-    """
-
-    features: ExpertFeatures
-    vae: AutoencoderKL | AutoencoderTiny
-    text_encoder: nn.Module
-    maps: BlockMaps | None = None
-    map_times: tuple[float, ...] = MAP_TIMES
-
-    def __post_init__(self) -> None:
-        if self.maps is not None:
-            object.__setattr__(self, "map_times", check_buckets(self.map_times))
-            if self.maps.expert not in self.features.teachers:
-                teachers = ", ".join(self.features.teachers)
-                raise ValueError(f"the maps are {self.maps.expert}'s, but the teachers are {teachers}")
-
-    @classmethod
-    def from_pipeline(
-        cls,
-        pipe: Any,
-        teachers: Sequence[str] | None = None,
-        *,
-        maps: BlockMaps | None = None,
-        map_times: Sequence[float] = MAP_TIMES,
-        **settings: Any,
-    ) -> Teachers:
-        """The experts of a HybridPipeline; `teachers` and `settings` as `ExpertFeatures.from_pipeline`."""
-        features = ExpertFeatures.from_pipeline(pipe, teachers, **settings)
-        return cls(features, pipe.vae, pipe.text_encoder, maps, tuple(map_times))
-
-    def describe(self) -> dict[str, Any]:
-        described: dict[str, Any] = {
-            "vae": {"class": type(self.vae).__name__, "fingerprint": portable_fingerprint(self.vae)},
-            "text_encoder": {
-                "class": type(self.text_encoder).__name__,
-                "fingerprint": portable_fingerprint(self.text_encoder),
-            },
-        }
-        for name in self.features.teachers:
-            path = getattr(self.features, f"{name}_path")
-            described[name] = {
-                "fingerprint": portable_fingerprint(getattr(self.features, name)),
-                "path": type(path).__name__,
-                "timesteps": [path.timestep(path.at(s)) for s in (0.25, 0.5, 0.75)],
-            }
-        return described
+__all__ = ["Cluster", "build_cache"]
 
 
 @dataclass(frozen=True)
@@ -146,9 +63,10 @@ class _ShardBuilder:
         work = _Work(*self._load(), self._settings)
 
         def build(span: Span) -> _Built:
-            for names in work.cut.values():
+            for names in work.make.cut.values():
                 names.clear()
-            return sum(build_shard(self._folder, span, work.parts)), [list(n) for n in work.cut.values()]
+            count = sum(build_shard(self._folder, span, work.parts))
+            return count, [list(names) for names in work.make.cut.values()]
 
         return build
 
@@ -206,9 +124,9 @@ def build_cache(
         elsewhere = None if cluster is None else partial(work.elsewhere, Path(folder).resolve(), cluster)
         manifest = build_shards(Path(folder), wanted, work.parts, progress, elsewhere)
     except BaseException:
-        work.report()
+        work.make.report()
         raise
-    work.report(gather_object)
+    work.make.report(gather_object)
     return manifest
 
 
@@ -225,51 +143,24 @@ def _manifest(
     micro_batch: int,
 ) -> Manifest:
     """What is asked for, checked."""
-    buckets = check_buckets(t_buckets)
-    choices.check_choice("dtype", dtype, DTYPES)
     for name, value in (("shard_size", shard_size), ("micro_batch", micro_batch), ("length", len(source))):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if not 0 <= seed < 2**62:
         raise ValueError(f"seed must lie in [0, 2**62), got {seed}")
-    scales = {"the student's": encoders.scale}
-    if teachers is not None:
-        scales["the experts'"] = 2 ** (len(teachers.vae.config["block_out_channels"]) - 1)
-    for whose, scale in scales.items():
-        if height < scale or width < scale or height % scale or width % scale:
-            raise ValueError(
-                f"height and width must be multiples of {scale} for {whose} VAE, got {height} × {width}"
-            )
     settings = {
         "source": source.describe(),
-        "height": height,
-        "width": width,
-        "t_buckets": [] if teachers is None else list(buckets),
-        "convention": None if teachers is None else teachers.features.convention,
-        "map_size": None if teachers is None else teachers.features.map_size,
-        "latents": asdict(_latent_facts(encoders, teachers)),
+        **sample_settings(encoders, teachers, height, width, t_buckets, dtype),
         "seed": seed,
-        "dtype": dtype,
         "shard_size": shard_size,
         "micro_batch": micro_batch,
     }
-    if teachers is not None and teachers.maps is not None:
-        maps = teachers.maps
-        settings["maps"] = {"expert": maps.expert, "block": maps.block, "t": list(teachers.map_times)}
     experts = None if teachers is None else teachers.describe()
     return Manifest(settings, encoders.describe(), experts, len(source), (), __version__)
 
 
-def _latent_facts(encoders: StudentEncoders, teachers: Teachers | None) -> LatentFacts:
-    """The VAE's own scale and shift; upstream's students know neither its shift nor a mask of the text."""
-    scale, shift = latent_scaling(encoders.vae)
-    if teachers is not None and teachers.features.convention == UPSTREAMS:
-        return LatentFacts(False, scale, 0.0, "data")
-    return LatentFacts(True, scale, shift, "noise")
-
-
 class _Work:
-    """Computes samples, a micro-batch at a time."""
+    """Computes a source's samples, a micro-batch at a time."""
 
     def __init__(
         self,
@@ -278,124 +169,30 @@ class _Work:
         teachers: Teachers | None,
         settings: dict[str, Any],
     ) -> None:
-        self.source, self.encoders, self.teachers, self.settings = source, encoders, teachers, settings
-        self.dtype = DTYPES[settings["dtype"]]
-        self._facts = LatentFacts(**settings["latents"])
-        self._shared = teachers is not None and same_latents(encoders.vae, teachers.vae)
-        self._done = 0
-        self.cut: dict[TextEncoder, list[str]] = {encoders.clip: []}
-        if encoders.t5 is not None:
-            self.cut[encoders.t5] = []
+        self._source, self._settings = source, settings
+        self.make = SampleFeatures(encoders, teachers, settings)
 
     def parts(self, first: int, length: int) -> Iterator[dict[str, Any]]:
         """Tensors by name, and the captions, of each micro-batch of a shard; images are read ahead."""
-        size = self.settings["micro_batch"]
+        size = self._settings["micro_batch"]
         indices = range(first, first + length)
         batches = [indices[i : i + size] for i in range(0, length, size)]
         with ThreadPoolExecutor(min(8, size)) as pool:
             ahead = [pool.submit(self._load, i) for i in batches[0]]
             for batch, following in zip(batches, [*batches[1:], range(0)], strict=True):
-                images = [future.result() for future in ahead]
+                samples, masks = zip(*(future.result() for future in ahead), strict=True)
                 ahead = [pool.submit(self._load, i) for i in following]
-                yield self._compute(batch, *zip(*images, strict=True))
+                seeds = [self._settings["seed"] + i for i in batch]
+                yield self.make(samples, seeds, masks if has_masks(self._source) else None)
 
     def _load(self, index: int) -> tuple[CaptionedImage, Image.Image | None]:
-        sample = self.source[index]
-        check_text(sample.caption, f"the caption of {sample.key}")
-        image = fit_image(to_rgb(sample.image, sample.key), self.settings["height"], self.settings["width"])
-        return sample._replace(image=image), mask_of(self.source, index)
-
-    def _compute(
-        self, indices: range, samples: Sequence[CaptionedImage], masks: Sequence[Image.Image | None]
-    ) -> dict[str, Any]:
-        images, captions = [sample.image for sample in samples], [sample.caption for sample in samples]
-        self._done += len(samples)
-        for encoder, names in self.cut.items():
-            long = encoder.too_long(captions)
-            names += [sample.key for sample, cut in zip(samples, long, strict=True) if cut]
-        with cut_silently():
-            found = self._encode(indices, samples, images, captions)
-        if has_masks(self.source):
-            size, latents = (self.settings["height"], self.settings["width"]), found["latents"].shape[2:]
-            fitted = [torch.from_numpy(fit_mask(mask, size, tuple(latents)).copy()) for mask in masks]
-            found["loss_mask"] = torch.stack(fitted)
-        return found
+        return self.make.fitted(self._source[index]), mask_of(self._source, index)
 
     def elsewhere(self, folder: Path, cluster: Cluster, spans: Sequence[Span]) -> Iterator[int]:
         """As `build_shards` takes it."""
-        builder = _ShardBuilder(cluster.load, folder, self.settings)
+        builder = _ShardBuilder(cluster.load, folder, self._settings)
         for count, cut in cluster.over(builder, spans):
-            self._done += count
-            for names, more in zip(self.cut.values(), cut, strict=True):
+            self.make.done += count
+            for names, more in zip(self.make.cut.values(), cut, strict=True):
                 names += more
             yield count
-
-    def report(self, gather: Callable[[list], list] = list) -> None:
-        """Of captions that were cut, so far; gather: every process's rows to those of all."""
-        done = sum(gather([self._done]))
-        for encoder, names in self.cut.items():
-            report_cut(gather(names), done, encoder.max_length, type(encoder.model).__name__)
-
-    def _encode(
-        self,
-        indices: range,
-        samples: Sequence[CaptionedImage],
-        images: list[Image.Image],
-        captions: list[str],
-    ) -> dict[str, Any]:
-        text = self.encoders.text(captions)
-        seeds = [self.settings["seed"] + i for i in indices]
-        latents = self._latents(images, seeds)
-        found = {
-            "latents": latents,
-            "prompt_embeds": text.states,
-            "prompt_mask": text.mask if self._facts.text_mask else torch.ones_like(text.mask),
-            "pooled_prompt_embeds": text.pooled,
-            "previews": _previews(images),
-        }
-        if self.teachers is not None:
-            seen = latents
-            if not self._shared:
-                found["expert_latents"] = seen = encode_images(self.teachers.vae, images)
-            features = self.teachers.features(seen, captions, seeds=seeds, t=self.settings["t_buckets"])
-            found |= {name: value for name, value in features._asdict().items() if value is not None}
-            if self.teachers.maps is not None:
-                found["block_maps"] = self._block_maps(self.teachers.maps, seen, captions, seeds)
-        for name, value in found.items():
-            value = value.to("cpu", value.dtype if name in _FULL else self.dtype)
-            if value.is_floating_point() and not value.isfinite().all():
-                bad = value.flatten(1).isfinite().all(1).logical_not().nonzero()[0].item()
-                raise ValueError(
-                    f"{name} of {samples[bad].key} are not finite in {self.settings['dtype']}: use float32, "
-                    "or remove the sample"
-                )
-            found[name] = value
-        return found | {"captions": captions}
-
-    def _block_maps(self, maps: BlockMaps, latents: Tensor, captions: list[str], seeds: list[int]) -> Tensor:
-        """[B, M, channels, h, w]."""
-        own = seeds_tensor(seeds, latents.device)
-        levels = [
-            torch.full((len(latents),), 1 - t, device=latents.device) for t in self.settings["maps"]["t"]
-        ]
-        return torch.stack([maps(latents, captions, seeds=own, noise=level) for level in levels], 1)
-
-    def _latents(self, images: list[Image.Image], seeds: list[int]) -> Tensor:
-        """The student's; upstream draws them from what the VAE says, ours are the most likely ones."""
-        scale, shift = self._facts.latent_scale, self._facts.latent_shift
-        assert scale is not None  # only an import doesn't know it
-        noise = None
-        if self.settings["convention"] == UPSTREAMS:
-            own = seeds_tensor(seeds, self.encoders.vae.device)
-            noise = partial(philox_normal, seeds=own, stream=1)  # features take stream 0
-        return encode_images(self.encoders.vae, images, (scale, shift), noise)
-
-
-def _previews(images: list[Any]) -> Tensor:
-    """uint8 [B, h, w, 3], the longer side 64."""
-    scale = _PREVIEW / max(images[0].size)
-    width, height = (max(1, round(side * scale)) for side in images[0].size)
-    small = [
-        torch.frombuffer(bytearray(fit_image(i, height, width).tobytes()), dtype=torch.uint8) for i in images
-    ]
-    return torch.stack(small).view(len(images), height, width, 3)

@@ -30,12 +30,13 @@ from moe_sampler.kernels import philox_normal
 from moe_sampler.pipelines.latents import encode_images
 from moe_sampler.pipelines.prompts import cut_silently
 from moe_sampler.tinyflux.features import cache_format
-from moe_sampler.tinyflux.features.cache_build import Cluster, Teachers, build_cache
+from moe_sampler.tinyflux.features.cache_build import Cluster, build_cache
 from moe_sampler.tinyflux.features.cache_format import CacheError, Manifest
 from moe_sampler.tinyflux.features.cache_read import FeatureCache, MultiSource, at_time
 from moe_sampler.tinyflux.features.cache_shards import KIND, build_shards
 from moe_sampler.tinyflux.features.encoders import StudentEncoders, TextEncoder, find_t5, load_vae
 from moe_sampler.tinyflux.features.extraction import ExpertFeatures
+from moe_sampler.tinyflux.features.teachers import Teachers
 from moe_sampler.tinyflux.training.teachers import check_shared_latents
 
 pytestmark = pytest.mark.usefixtures("one_thread")

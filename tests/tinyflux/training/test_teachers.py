@@ -11,10 +11,11 @@ from torch.utils.data import default_collate
 
 from moe_sampler.data.scenes import DemoScenes
 from moe_sampler.kernels import philox_normal
-from moe_sampler.tinyflux.features.cache_build import Teachers, build_cache
+from moe_sampler.tinyflux.features.cache_build import build_cache
 from moe_sampler.tinyflux.features.cache_read import FeatureCache, MultiSource
 from moe_sampler.tinyflux.features.encoders import StudentEncoders, TextEncoder
 from moe_sampler.tinyflux.features.extraction import ExpertFeatures
+from moe_sampler.tinyflux.features.teachers import Teachers
 from moe_sampler.tinyflux.model.config import TinyFluxConfig
 from moe_sampler.tinyflux.model.tinyflux import TinyFlux
 from moe_sampler.tinyflux.training.objective_settings import ObjectiveSettings, check_objective
