@@ -8,7 +8,7 @@ stay where they were named, and only come to lie side by side in memory, where o
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -91,16 +91,18 @@ def join_projections(models: Iterable[nn.Module], joined: bool) -> None:
     somebody gave another processor are left alone."""
     from diffusers.models.attention_processor import AttnProcessor2_0, FusedAttnProcessor2_0
 
+    fused: Any = FusedAttnProcessor2_0  # diffusers annotates the oldest of its processors alone
+    plain: Any = AttnProcessor2_0
     for attention in _attentions(models):
         name, own = ("to_kv", "kv") if attention.is_cross_attention else ("to_qkv", "qkv")
         is_joined = isinstance(getattr(attention, name, None), Projections)
-        if joined and not is_joined and type(attention.processor) is AttnProcessor2_0:
+        if joined and not is_joined and type(attention.processor) is plain:
             setattr(attention, name, Projections(attention, [f"to_{each}" for each in own]))
-            attention.set_processor(FusedAttnProcessor2_0())
+            attention.set_processor(fused())
         elif is_joined and not joined:
             delattr(attention, name)
-            if type(attention.processor) is FusedAttnProcessor2_0:
-                attention.set_processor(AttnProcessor2_0())
+            if type(attention.processor) is fused:
+                attention.set_processor(plain())
 
 
 def _attentions(models: Iterable[nn.Module]) -> Iterator[Attention]:

@@ -110,10 +110,10 @@ class ExtractFeatures:
                 maps = {"maps": found, "map_times": map_times}
             teaching = Teachers.from_pipeline(pipe, teachers, convention=convention, **maps)
         side = image_side(pipe)
-        if side is None and (height is None or width is None):
+        height, width = side if height is None else height, side if width is None else width
+        if height is None or width is None:
             raise ValueError("nothing says how large the images are: give height and width")
-        size: Any = (side if height is None else height, side if width is None else width)
-        settings = sample_settings(student, teaching, *size, t_buckets, dtype)
+        settings = sample_settings(student, teaching, height, width, t_buckets, dtype)
         self._made = {
             "schema": SCHEMA,
             "version": __version__,
