@@ -7,6 +7,7 @@ from moe_sampler._lazy import lazy_names
 if TYPE_CHECKING:
     from moe_sampler.kernels.attention import AttentionStatistics, attention_statistics, combine_statistics
     from moe_sampler.kernels.conversions import euler_step_, shift_sigmas, velocity_to_epsilon
+    from moe_sampler.kernels.guidance import projected_guidance, zero_star_guidance
     from moe_sampler.kernels.loss_weights import MinSNR, min_snr_weight
     from moe_sampler.kernels.losses import weighted_mse
     from moe_sampler.kernels.modulation import rms_norm_modulate
@@ -28,6 +29,10 @@ _NAMES = {
         "euler_step_",
         "shift_sigmas",
         "velocity_to_epsilon",
+    ),
+    "guidance": (
+        "projected_guidance",
+        "zero_star_guidance",
     ),
     "loss_weights": (
         "MinSNR",
@@ -65,6 +70,7 @@ __all__ = [
     "make_row",
     "min_snr_weight",
     "philox_normal",
+    "projected_guidance",
     "rms_norm_modulate",
     "rope_qk",
     "sampler_step_",
@@ -72,6 +78,7 @@ __all__ = [
     "shift_sigmas",
     "velocity_to_epsilon",
     "weighted_mse",
+    "zero_star_guidance",
 ]
 
 __getattr__, __dir__ = lazy_names(globals(), _NAMES)

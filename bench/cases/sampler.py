@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from bench.cases.case import DTYPES, FP32, Built, Case, Tensors, using
-from moe_sampler.kernels import conversions, noise, sampler_step
+from moe_sampler.kernels import conversions, guidance, noise, sampler_step
 from moe_sampler.kernels.rows import ROW_WIDTH
 
 
@@ -91,6 +91,20 @@ def _noise(make: Tensors, shape: tuple[int, ...], dtype: torch.dtype) -> Built:
     return Built(noise.launch_of(out, seeds, 0, 0), (), (out,), (seeds,))
 
 
+def _zero_star(make: Tensors, shape: tuple[int, ...], dtype: torch.dtype) -> Built:
+    guided, output = make(shape), make(_twice(shape), dtype)
+    return Built(guidance.zero_star_launch_of(guided, output, 5.0), (), (guided,), (output,), loops=True)
+
+
+def _projected(make: Tensors, shape: tuple[int, ...], dtype: torch.dtype, momentum: float = 0.0) -> Built:
+    guided, output, x = make(shape), make(_twice(shape), dtype), make(shape)
+    running = make(shape) if momentum else None
+    numbers = (1.0, -0.8, 5.0, 0.0, 2.5, momentum)
+    launch = guidance.projected_launch_of(guided, output, x, running, *numbers)
+    kept = () if running is None else (running,)
+    return Built(launch, (), (guided, *kept), (output, x, *kept), loops=True)
+
+
 def sampler_cases() -> list[Case]:
     """The step, the conversions and the noise."""
     found = [
@@ -104,5 +118,9 @@ def sampler_cases() -> list[Case]:
         ("philox_normal", _noise),
     ):
         found += [Case(operation, "", dtype, make) for dtype in DTYPES]
+    for dtype in DTYPES:  # read twice, the second time from the cache
+        found.append(Case("zero_star_guidance", "", dtype, _zero_star))
+        found.append(Case("projected_guidance", "", dtype, _projected))
+        found.append(Case("projected_guidance", "momentum", dtype, using(_projected, momentum=-0.5)))
     found.append(Case("shift_sigmas", "", FP32, _shift, (1 << 20,), (4096,)))
     return found

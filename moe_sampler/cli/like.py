@@ -153,7 +153,7 @@ _CHECKS: dict[str, _Check] = {
     "strength": _level,
     "handoff": _either(_level, _several(_level)),
     "num_inference_steps": _by_name(_whole(0, _MOST)),
-    "solver": _by_name(_text),
+    **dict.fromkeys(("solver", "guider"), _by_name(_text)),
     "levels": _by_name(_either(_text, _several(_level))),
     "negative_prompt": _by_name(_text),
     "guidance_window": _by_name(_row(_any_number, _any_number)),

@@ -15,6 +15,7 @@ import typer
 
 from ..loading.presets import PRESETS, TRAINING
 from ..pipelines.choices import DTYPES, OFFLOADS, SPEEDS, any_of
+from ..sampling.guiders import GUIDERS, PLAIN
 from ..sampling.scheduler_names import KNOWN_NAMES
 from ..sampling.solvers import SOLVERS
 from ..sampling.spacing_names import SPACING_NAMES
@@ -212,6 +213,15 @@ class SteppingOptions(ScaleOptions, SolverOptions):
             "Share of the guided prediction that is scaled back to the unguided contrast, 0 to 1.",
             GUIDANCE,
             metavar="PHI|NAME=PHI",
+        ),
+    ] = None
+    guider: Annotated[
+        list[str] | None,
+        option(
+            f"How the guidance is made: {any_of((PLAIN, *GUIDERS))}, with settings in words, as in "
+            '"apg eta 0.5 norm_threshold 5 momentum -0.5" or "cfg_zero_star zero_init_steps 1".',
+            GUIDANCE,
+            metavar="GUIDER|NAME=GUIDER",
         ),
     ] = None
 

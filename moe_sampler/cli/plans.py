@@ -18,7 +18,7 @@ __all__ = ["find_plan", "plan_settings", "without_plan"]
 
 DECIDED = (
     *("expert", "num_inference_steps", "handoff", "router", "solver", "levels", "shift", "eta", "strength"),
-    *("guidance_scale", "guidance_window", "guidance_rescale", "reuse", "budget"),
+    *("guidance_scale", "guidance_window", "guidance_rescale", "guider", "reuse", "budget"),
     *("sol_weight", "lune_weight", "upstream_schedule"),
 )
 """Settings that a plan takes the place of."""

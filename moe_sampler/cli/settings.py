@@ -29,7 +29,7 @@ Shares = Callable[[Sequence[str]], Mapping[str, float]]
 _CALL_KEYS = (
     *("negative_prompt", "seed", "expert", "num_inference_steps", "handoff", "shift", "solver", "eta"),
     "levels",
-    *("guidance_scale", "guidance_window", "guidance_rescale", "height", "width", "strength"),
+    *("guidance_scale", "guidance_window", "guidance_rescale", "guider", "height", "width", "strength"),
     *("reuse", "budget"),
 )
 """Settings that the pipeline's call takes as they are."""
@@ -83,6 +83,7 @@ def merge_runs(previous: Mapping[str, Any], run: RunOptions, names: Sequence[str
         eta=ByExpert.read("--eta", run.eta, number),
         guidance_window=ByExpert.read("--guidance-window", run.guidance_window, window),
         guidance_rescale=ByExpert.read("--guidance-rescale", run.guidance_rescale, number),
+        guider=ByExpert.read("--guider", run.guider),
         reuse=ByExpert.read("--reuse", run.reuse, full_calls),
         budget=ByExpert("--budget", run.budget),
     )
@@ -122,7 +123,7 @@ def planned_experts(
 
     names = list(configs)
     guidance = guidance_scales(call.get("guidance_scale"), defaults, names)
-    own = ("shift", "eta", "guidance_rescale", "guidance_window", "reuse")
+    own = ("shift", "eta", "guidance_rescale", "guidance_window", "guider", "reuse")
     settings = {key: call.get(key) for key in own} | default_solvers(call, defaults, names)
     reused = by_expert("reuse", call.get("reuse"), names)
     asked = [name for name in names if reused[name] is not None or call.get("budget") is not None]

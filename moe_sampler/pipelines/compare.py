@@ -21,7 +21,7 @@ __all__ = ["Comparison", "compare"]
 
 _EXPERT_SETTINGS = (
     *("shift", "solver", "levels", "eta"),
-    *("guidance_scale", "guidance_rescale", "guidance_window"),
+    *("guidance_scale", "guidance_rescale", "guidance_window", "guider"),
 )
 
 
@@ -108,7 +108,8 @@ def compare(
         negative_prompt, height, width, batch_size: as the pipeline takes them; a negative prompt is one text
             for all, or a mapping to texts by expert.
         on_batch_end: given what there is whenever a batch of images ends, so that it can be kept.
-        settings: `shift`, `solver`, `levels`, `eta`, `guidance_scale`, `guidance_rescale`, `guidance_window`.
+        settings: `shift`, `solver`, `levels`, `eta`, `guidance_scale`, `guidance_rescale`,
+            `guidance_window`, `guider`.
 
     Raises:
         ValueError: wrong input, before any work.

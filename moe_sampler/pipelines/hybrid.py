@@ -19,6 +19,7 @@ from ..architectures import reuse_share, shape_of
 from ..data.arrays import Picture
 from ..loading.parts import check_experts_fit, check_names
 from ..sampling.experts import Expert
+from ..sampling.guiders import Guider
 from ..sampling.plan import SamplingPlan
 from ..sampling.reuse import Reuse
 from ..sampling.routers import PerStep, Router
@@ -158,6 +159,7 @@ class HybridPipeline(PretrainedMixin, EncodingMixin, AdapterMixin, GuidanceMixin
         guidance_scale: float | Mapping[str, float] | None = None,
         guidance_rescale: float | Mapping[str, float] | None = None,
         guidance_window: tuple[float, float] | Mapping[str, tuple[float, float]] | None = None,
+        guider: Guider | str | Mapping[str, Guider | str] | None = None,
         reuse: Reuse | Mapping[str, Reuse] | None = None,
     ) -> tuple[Expert, ...]:
         """The experts as the planner sees them, from noise to data; None leaves a setting at this model's
@@ -173,6 +175,7 @@ class HybridPipeline(PretrainedMixin, EncodingMixin, AdapterMixin, GuidanceMixin
             **default_solvers({"solver": solver, "levels": levels, "shift": shift}, self.config, names),
             guidance_rescale=guidance_rescale,
             guidance_window=guidance_window,
+            guider=guider,
             reuse=reuse,
             reuse_share=self._reuse_shares(by_expert("reuse", reuse, names)),
         )
@@ -326,6 +329,7 @@ class HybridPipeline(PretrainedMixin, EncodingMixin, AdapterMixin, GuidanceMixin
         clip_skip: int | None = None,
         guidance_rescale: float | Mapping[str, float] | None = None,
         guidance_window: tuple[float, float] | Mapping[str, tuple[float, float]] | None = None,
+        guider: Guider | str | Mapping[str, Guider | str] | None = None,
         reuse: Reuse | Mapping[str, Reuse] | None = None,
         budget: float | None = None,
     ) -> HybridPipelineOutput:
@@ -357,7 +361,7 @@ class HybridPipeline(PretrainedMixin, EncodingMixin, AdapterMixin, GuidanceMixin
             sol_guidance, lune_guidance: guidance scales, before `guidance_scale`.
             shift: k of the shifted sigmas of flow experts.
             solver, levels: as `Expert` takes them: `levels="karras"`, or `{"lune": [0.7, 0.4, 0.2]}`.
-            guidance_rescale, guidance_window: as `Expert` takes them.
+            guidance_rescale, guidance_window, guider: as `Expert` takes them: `guider="apg momentum -0.5"`.
             reuse: which calls of a model are full, as `Expert` takes it: `reuse=3`, every third; the others
                 reuse its deep features and cost a tenth or less.
             budget: what an image may cost, in full passes through a model (guidance takes two a step): the
@@ -387,6 +391,7 @@ class HybridPipeline(PretrainedMixin, EncodingMixin, AdapterMixin, GuidanceMixin
             "levels": levels,
             "guidance_rescale": guidance_rescale,
             "guidance_window": guidance_window,
+            "guider": guider,
             "reuse": reuse,
         }
         route = {

@@ -10,6 +10,7 @@ from typing import Any, TypedDict, Unpack
 from .._numbers import number
 from ..sampling.calls import check_fits
 from ..sampling.experts import Expert
+from ..sampling.guiders import Guider
 from ..sampling.plan import PlanStep, SamplingPlan
 from ..sampling.planner import plan, read_steps
 from ..sampling.routers import Boundary, PerStep, Router, Spans, inner_level
@@ -152,6 +153,7 @@ class ExpertSettings(TypedDict, total=False):
     levels: Any
     guidance_rescale: float | Mapping[str, float] | None
     guidance_window: Sequence[float] | Mapping[str, Sequence[float]] | None
+    guider: Guider | str | Mapping[str, Guider | str] | None
     reuse: Any
     reuse_share: Mapping[str, float] | None
 

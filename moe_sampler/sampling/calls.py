@@ -38,10 +38,12 @@ def expert_call(
     scale = 1.0 if own == state else own.sigma / state.sigma
     p, q = x0_coefficients(expert.prediction, own)
     g = expert.guidance_at(state.noise)
-    rescale = expert.guidance_rescale if g != 1.0 else 0.0
-    call = ExpertCall(expert.name, weight, timestep, g, scale, rescale)
-    # A rescaled prediction comes to the row with its guidance already in it.
-    folded = 1.0 if rescale else g
+    rescale, guider = (expert.guidance_rescale, expert.own_guider) if g != 1.0 else (0.0, None)
+    call = ExpertCall(expert.name, weight, timestep, g, scale, rescale, guider=guider)
+    if guider is not None and guider.kind == "apg":
+        call = dataclasses.replace(call, to_x0=(p * scale, q))
+    # What depends on the sample comes to the row with its guidance already in it.
+    folded = 1.0 if rescale or guider else g
     return call, weight * p * scale, (weight * folded * q, weight * (1.0 - folded) * q)
 
 
@@ -104,6 +106,7 @@ def _misread(step: PlanStep, experts: dict[str, Expert]) -> str | None:
             "guidance_scale": planned.guidance_scale,
             "guidance_rescale": planned.guidance_rescale,
             "guidance_window": None,
+            "guider": planned.guider,
         }
         expert = dataclasses.replace(experts[planned.name], **guidance)
         call, share, q = expert_call(expert, planned.weight, step.level, _told(step, planned, expert))
@@ -111,6 +114,7 @@ def _misread(step: PlanStep, experts: dict[str, Expert]) -> str | None:
         pairs = [
             (planned.timestep, call.timestep),
             (planned.input_scale, call.input_scale),
+            *zip(planned.to_x0, call.to_x0, strict=True),
             *zip((found[f"q_cond_{slot}"], found[f"q_uncond_{slot}"]), q, strict=True),
         ]
         if not all(math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9) for a, b in pairs):
@@ -148,7 +152,9 @@ def with_guidance(
 def _guided(step: PlanStep, experts: dict[str, Expert], scale: float) -> PlanStep:
     row, calls = step.coefficients, []
     for slot, planned in enumerate(step.calls):
-        expert = dataclasses.replace(experts[planned.name], guidance_scale=scale, guidance_window=None)
+        own = experts[planned.name]
+        guider = own.guider if scale > 1.0 else None
+        expert = dataclasses.replace(own, guidance_scale=scale, guidance_window=None, guider=guider)
         told = _told(step, planned, expert)
         call, _, (row[f"q_cond_{slot}"], row[f"q_uncond_{slot}"]) = expert_call(
             expert, planned.weight, step.level, told

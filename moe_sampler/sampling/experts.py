@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .._numbers import number
 from .._protocols import missing_names
+from .guiders import Guider, read_guider
 from .paths import FlowPath, Level, Path, VPPath
 from .predictions import Prediction, check_prediction
 from .reuse import Reuse, read_reuse
@@ -55,6 +56,9 @@ class Expert:
             the scale is 1 and the model is called once (arXiv:2404.07724). None is everywhere.
         guidance_rescale: phi in [0, 1] of arXiv:2305.08891, section 3.4: the share of the guided prediction
             that is scaled back to the conditional one's standard deviation, sample by sample.
+        guider: how the guidance is made of the two predictions: "cfg", plain; "cfg_zero_star", or "apg" with
+            its settings in words, "apg eta 0.5 momentum -0.5", or a `guiders.Guider`, which says what they
+            mean. None is plain.
         clip_sample_range: clip x0 to plus-minus this before the solver; None leaves it alone. Clipping harms
             latents and is meant for pixel-space models.
         set_alpha_to_one: whether a run's last step goes to the data or, on a discrete path, to the level of
@@ -89,6 +93,7 @@ class Expert:
     reuse: Reuse | None = None
     reuse_share: float = 0.1
     levels: Any = None
+    guider: Guider | str | None = None
 
     def __post_init__(self) -> None:
         check_prediction(self.prediction)
@@ -128,6 +133,8 @@ class Expert:
             raise ValueError(
                 f"{self.name}: guidance_rescale must lie between 0 and 1, got {self.guidance_rescale}"
             )
+        object.__setattr__(self, "guider", read_guider(f"{self.name}: guider", self.guider))
+        self._check_guider()
         if self.guidance_window is not None:
             what = f"{self.name}: a level of guidance_window"
             given = self.guidance_window
@@ -138,6 +145,27 @@ class Expert:
                     f"to data (0), got {self.guidance_window}"
                 )
             object.__setattr__(self, "guidance_window", window)
+
+    def _check_guider(self) -> None:
+        guider = self.own_guider
+        if guider is None:
+            return
+        if not self.guided:
+            raise ValueError(
+                f"{self.name}: guider {guider.kind} is a kind of guidance, and the guidance scale of "
+                f"{self.guidance_scale:g} is none: give {self.name} a scale above 1, or no guider"
+            )
+        if guider.zero_init_steps and self.path.discrete:
+            raise ValueError(
+                f"{self.name}: zero_init_steps is for flow paths, where a zero prediction leaves the state "
+                "as it is; this one is a DDPM path: leave it out"
+            )
+
+    @property
+    def own_guider(self) -> Guider | None:
+        """The guider, as it was read."""
+        assert not isinstance(self.guider, str)
+        return self.guider
 
     @property
     def guided(self) -> bool:

@@ -1,4 +1,4 @@
-"""Classifier-free guidance where a table's row can't hold it: the models' conditioning, and the rescale."""
+"""Classifier-free guidance where a plan's row can't hold it: the models' conditioning, guiders, rescaling."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from typing import TypeAlias
 
 import torch
 
+from moe_sampler.kernels import projected_guidance, zero_star_guidance
+
+from .guiders import Guider
 from .plan import ExpertCall, SamplingPlan
 
-__all__ = ["Conditioning", "GuidanceInputs", "rescaled_guidance"]
+__all__ = ["Conditioning", "GuidanceInputs", "GuidedOutputs", "rescaled_guidance"]
 
 Conditioning: TypeAlias = Mapping[str, torch.Tensor] | Mapping[str, Mapping[str, torch.Tensor]]
 """Keyword arguments for the models, tensors with the batch first; or those of each expert, by its name."""
@@ -111,23 +114,71 @@ def _std(x: torch.Tensor) -> torch.Tensor:
     return torch.stack(each).view(-1, *[1] * (x.ndim - 1))
 
 
-def rescaled_guidance(output: torch.Tensor, scale: float, rescale: float) -> torch.Tensor:
+def rescaled_guidance(guided: torch.Tensor, cond: torch.Tensor, rescale: float) -> torch.Tensor:
     """Guidance whose standard deviation, sample by sample, is pulled back to the conditional prediction's.
 
-    g = uncond + scale * (cond - uncond); rescale * g * std(cond) / std(g) + (1 - rescale) * g
-    (arXiv:2305.08891, section 3.4, eq. 15 and 16). Nothing is read back from the device.
+    rescale * guided * std(cond) / std(guided) + (1 - rescale) * guided (arXiv:2305.08891, section 3.4, eq. 15
+    and 16). Nothing is read back from the device.
 
     Args:
-        output: [2B, ...], first half unconditional, as a model returns it.
-        scale: of the guidance.
+        guided: [B, ...] float32.
+        cond: [B, ...], as a model returns it.
         rescale: phi in [0, 1].
 
     Returns:
         [B, ...] float32.
     """
-    uncond, cond = output.float().chunk(2)
-    guided = uncond + scale * (cond - uncond)
     deviation = _std(guided)
     # A constant prediction has nothing to rescale.
     factor = torch.where(deviation > 0, _std(cond) / deviation, 1.0)
     return guided * (rescale * factor + (1.0 - rescale)).float()
+
+
+class GuidedOutputs:
+    """What the rows read of guided calls, with what guiders remember from one of an expert's calls to the
+    next: a run's own, and nothing after a step in which the expert wasn't guided."""
+
+    def __init__(self) -> None:
+        self._running: dict[str, tuple[int, torch.Tensor]] = {}
+
+    def of(self, call: ExpertCall, output: torch.Tensor, x: torch.Tensor, index: int) -> torch.Tensor:
+        """[B, ...] float32 with its guidance in it, or the model's output itself, [B or 2B, ...], where the
+        row has the guidance.
+
+        Args:
+            output: of the model.
+            x: [B, ...] float32, the state.
+            index: the step.
+        """
+        output = output.contiguous()
+        if not (call.guider or call.guidance_rescale):
+            return output
+        scale, cond = call.guidance_scale, output[len(x) :]
+        if call.guider is None:
+            uncond = output[: len(x)].float()
+            guided = uncond + scale * (cond.float() - uncond)
+        elif call.guider.kind == "cfg_zero_star":
+            guided = zero_star_guidance(output, scale)
+        else:
+            guided = self._projected(call, call.guider, output, x, index)
+        return rescaled_guidance(guided, cond, call.guidance_rescale) if call.guidance_rescale else guided
+
+    def _projected(
+        self, call: ExpertCall, guider: Guider, output: torch.Tensor, x: torch.Tensor, index: int
+    ) -> torch.Tensor:
+        momentum, running = guider.momentum, None
+        if momentum:
+            last, kept = self._running.get(call.name, (-1, None))
+            running = torch.empty_like(x) if kept is None else kept
+            momentum = momentum if kept is not None and last == index - 1 else 0.0
+            self._running[call.name] = index, running
+        return projected_guidance(
+            output,
+            x,
+            *call.to_x0,
+            call.guidance_scale,
+            eta=guider.eta,
+            norm_threshold=guider.norm_threshold,
+            running=running,
+            momentum=momentum,
+        )

@@ -13,7 +13,7 @@ from moe_sampler.kernels.noise import normal_of_steps, seeds_tensor
 from .experts import Expert
 from .features import KeptFeatures
 from .finite import FiniteWatch
-from .guidance import Conditioning, GuidanceInputs, rescaled_guidance
+from .guidance import Conditioning, GuidanceInputs, GuidedOutputs
 from .plan import ExpertCall, PlanStep, SamplingPlan
 from .predictions import add_noise
 
@@ -199,7 +199,7 @@ class SamplingRun:
             raise ValueError(f"{batch} samples need as many seeds, got {len(seeds)}")
         self._told = cond, uncond
         self._guidance = GuidanceInputs(plan, list(self._experts), batch, cond, uncond)
-        self._calls = KeptFeatures(self._models)
+        self._calls, self._guided = KeptFeatures(self._models), GuidedOutputs()
         self._calls.check(plan, 0, batch)
         self._seeds, self._noise, self._callback = seeds, noise, callback
         self._keep_x0 = keep_x0 and callback is not None
@@ -290,9 +290,7 @@ class SamplingRun:
     ) -> torch.Tensor:
         conditioning = self._conditioning[call.name, call.guided]
         output = self._calls.call(call, following, x, timestep, conditioning)
-        if call.guidance_rescale:
-            return rescaled_guidance(output, call.guidance_scale, call.guidance_rescale)
-        return output.contiguous()
+        return self._guided.of(call, output, self.x, self.index)
 
     def _step(
         self,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from moe_sampler._readers import parse_json, typed
 from moe_sampler.kernels.rows import COLUMNS, INDEX, MOST_EXPERTS, ROW_WIDTH, check_row
 
+from .guiders import Guider
 from .paths import Level
 from .recipe import Recipe, compile_again
 from .reuse import check_reuse
@@ -29,10 +30,10 @@ MOST_STEPS = 100_000
 _ROW_BEFORE_7 = {"p", "a", "b", "d", "n", "clip", "scale_0", "scale_1"} | {
     f"q_{kind}_{slot}" for kind in ("cond", "uncond") for slot in (0, 1)
 }
-_FORMAT = 8
-_READABLE_FORMATS = (1, 2, 3, 4, 5, 6, 7, 8)
+_FORMAT = 9
+_READABLE_FORMATS = (1, 2, 3, 4, 5, 6, 7, 8, 9)
 """1 knew no guidance rescale, 2 no start from an image, 3 no digest, 4 not what it was compiled from, 5 no
-reuse of features, 6 but one memory, which every step wrote, 7 no levels of experts."""
+reuse of features, 6 but one memory, which every step wrote, 7 no levels of experts, 8 no guiders."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +48,15 @@ class ExpertCall:
     input_scale: float
     """Factor from the state to this expert's input: 1 unless two paths are mixed."""
     guidance_rescale: float = 0.0
-    """Share of the guided prediction that is scaled back to the conditional one's standard deviation: the one
-    thing that depends on the data, so it is no coefficient of the row."""
+    """Share of the guided prediction that is scaled back to the conditional one's standard deviation. It
+    depends on the data, as guiders do, so it is no coefficient of the row."""
     share: float = 1.0
     """How much of a full pass it computes; below 1 the rest is reused from the expert's last full call (see
     `reuse`)."""
+    guider: Guider | None = None
+    """How the guidance is made of the two predictions, if not plainly."""
+    to_x0: tuple[float, float] = (0.0, 1.0)
+    """(p, q) from the state and this expert's output to x0, which an "apg" guider projects on."""
 
     @property
     def guided(self) -> bool:
@@ -176,6 +181,8 @@ class SamplingPlan:
             check_row(step.row)
             if not all(0.0 < call.share <= 1.0 for call in step.calls):
                 raise ValueError(f"step {index} of the plan has a call whose share is not in (0, 1]")
+            if not all(len(call.to_x0) == 2 and call.to_x0[1] for call in step.calls):
+                raise ValueError(f"step {index} of the plan has a call whose output says nothing of x0")
         check_reuse(self.steps)
         kept = 0
         for step in self.steps:
@@ -400,8 +407,11 @@ def _difference(one: PlanStep, other: PlanStep) -> str | None:
         mine, theirs = getattr(one, side), getattr(other, side)
         pairs += [(side, mine.alpha, theirs.alpha), (side, mine.sigma, theirs.sigma)]
     for mine, theirs in zip(one.calls, other.calls, strict=True):
+        if mine.guider != theirs.guider:
+            return "guider"
         for name in ("weight", "timestep", "guidance_scale", "input_scale", "guidance_rescale", "share"):
             pairs.append((name, getattr(mine, name), getattr(theirs, name)))
+        pairs += [("to_x0", *each) for each in zip(mine.to_x0, theirs.to_x0, strict=True)]
     return next((name for name, a, b in pairs if not _close(a, b)), None)
 
 
@@ -440,4 +450,5 @@ def _step_from_json(step: Any, where: str) -> PlanStep:
 
 def _guidance(call: ExpertCall) -> str:
     rescaled = f" rescaled {call.guidance_rescale:g}" if call.guidance_rescale else ""
-    return f"{call.guidance_scale:g}{rescaled}"
+    kind = f" {call.guider.kind}" if call.guider else ""
+    return f"{call.guidance_scale:g}{kind}{rescaled}"

@@ -349,6 +349,24 @@ def _remembering(evaluations: Sequence[_Evaluation]) -> list[_Evaluation]:
     ]
 
 
+def _zero_init_steps(experts: Mapping[str, Expert], nodes: Sequence[_Node]) -> int:
+    """How many of the first steps are left out: a guider's zero prediction of a flow leaves the noise as it
+    is, so the run may as well begin with the step after them."""
+    found = 0
+    for name in dict.fromkeys(name for node in nodes for name in node.weights):
+        guider = experts[name].own_guider
+        count = 0 if guider is None else guider.zero_init_steps
+        first = nodes[: count + 1]
+        own = all(list(node.weights) == [name] and node.borrowed is None for node in first)
+        if count and not (own and len(first) > count and nodes[0].noise == 1.0):
+            raise ValueError(
+                f"{name}: {count} zero_init_steps are for a run that begins from noise alone, with more "
+                f"steps than that of {name} alone and a built-in solver: leave them out"
+            )
+        found = max(found, count)
+    return found
+
+
 def _check_row(row: Mapping[str, float], calls: Sequence[ExpertCall], index: int, step: _Evaluation) -> None:
     numbers = {**row, "clip": 0.0, **{f"{call.name}'s timestep": call.timestep for call in calls}}
     bad = [f"{name} = {value:g}" for name, value in numbers.items() if not abs(value) <= _LARGEST]
@@ -392,6 +410,7 @@ def plan_trail(expert: Expert, trail: Trail) -> SamplingPlan:
     """A run of one expert that is one trail."""
     known, router = {expert.name: expert}, Spans(((expert.name, 0.0),))
     nodes = [_borrowed_node(known, router, expert, each) for each in trail.evaluations]
+    _zero_init_steps(known, nodes)
     evaluations = [
         _Evaluation(node, each.landing, trail.name + ("_corrector" if each.corrects else ""), each.update)
         for node, each in zip(nodes, trail.evaluations, strict=True)
@@ -509,7 +528,8 @@ def plan(
             f"the last step's integer timestep is noise level {nodes[-1].noise:.4f}, not above the end of "
             f"the run ({end:.4f}): end further down"
         )
-    evaluations = _remembering(list(_evaluations(known, nodes, end)))
+    unmoved = _zero_init_steps(known, nodes)
+    evaluations = _remembering(list(_evaluations(known, nodes[unmoved:], end)))
     # Where a grid begins is its own affair; levels that were asked for may leave out the run's first part.
     asked = start < 1.0 or not spaced
     from_image = asked and nodes[0].noise < _node(known, nodes[0].weights, 1.0).noise

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .._readers import typed
 from .betas import BETA_SCHEDULES, betas_from_config
 from .experts import Expert
+from .guiders import Guider
 from .paths import FlowPath, Path, VPPath
 from .routers import Boundary, Crossfade, PerStep, Spans
 from .scheduler_configs import vp_path_from_config
@@ -45,6 +46,7 @@ class ExpertRecipe:
     reuse: Any = None
     reuse_share: float = 0.1
     levels: Any = None
+    guider: Guider | None = None
 
     @classmethod
     def of(cls, expert: Expert) -> ExpertRecipe:

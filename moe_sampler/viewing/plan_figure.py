@@ -118,6 +118,9 @@ def expert_summary(plan: SamplingPlan, name: str) -> list[str]:
         lines[0] += f", {mixed} of them shared"
     scales = [call.guidance_scale for call in calls]
     lines.append("no guidance" if max(scales) == min(scales) == 1.0 else f"guidance {_range(scales, 'g')}")
+    kinds = dict.fromkeys(str(call.guider) for call in calls if call.guider)
+    if kinds:
+        lines[-1] += f", {', '.join(kinds)}"
     rescaled = max(call.guidance_rescale for call in calls)
     if rescaled:
         lines[-1] += f", rescaled {rescaled:g}"

@@ -23,6 +23,7 @@ WHOLE = {
     "num_inference_steps": {"sol": 2, "lune": 2},
     "guidance_scale": {"sol": 2.5, "lune": None},
     "guidance_window": [0.9, 0.1],
+    "guider": {"lune": "apg eta 0.5 momentum -0.5"},
     "levels": {"sol": "karras", "lune": [0.7, 0.2]},
     "height": 64,
     "width": 64,

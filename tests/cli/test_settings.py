@@ -58,6 +58,10 @@ FLAGS = [
         "--guidance-window lune=0.8:0.2 --guidance-rescale 0.5",
         dict(guidance_window={"lune": (0.8, 0.2)}, guidance_rescale=0.5),
     ),
+    (
+        "--guider sol=apg --guider lune=cfg_zero_star",
+        dict(guider={"sol": "apg", "lune": "cfg_zero_star"}),
+    ),
     ("--steps sol=2 --steps lune=3 --handoff 0.5", dict(sol_steps=2, lune_steps=3, handoff=0.5)),
     ("--steps 5 --expert lune", dict(num_inference_steps=5, expert="lune")),
     (

@@ -93,6 +93,7 @@ BENT = VPPath((*VPPath.linear().betas[:500], *(beta * 1.01 for beta in VPPath.li
         (dict(plan=whole(), sol_guidance=2.0), "decides guidance_scale"),
         (dict(plan=whole(), solver="ddim", eta=0.5, shift=2.0), "decides shift, solver, eta"),
         (dict(plan=whole(), guidance_rescale=0.5), "decides guidance_rescale"),
+        (dict(plan=whole(), guider="apg"), "decides guider"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_any_work(demo_pipeline, monkeypatch, call, message):

@@ -191,6 +191,7 @@ def test_guidance_and_its_negative_prompt_are_each_experts_own(demo_pipeline):
         dict(guidance_scale={"lune": 9.0}),
         dict(guidance_rescale={"lune": 0.7}),
         dict(guidance_window={"lune": (0.5, 0.2)}),
+        dict(guider={"lune": "apg momentum -0.5"}),
         dict(solver={"sol": "ddpm", "lune": "heun"}),
     ):
         sols, lunes = run(**settings)
@@ -547,6 +548,7 @@ def test_the_folder_is_plain_json_and_safetensors():
         (dict(guidance_scale={"luna": 2.0}), "guidance_scale names luna"),
         (dict(guidance_rescale=1.5), "between 0 and 1"),
         (dict(guidance_window=(0.1, 0.5)), "guidance_window is"),
+        (dict(guider="apg", sol_guidance=1.0), "sol: guider apg is a kind of guidance"),
         (dict(handoff=0.0), "strictly between"),
         (dict(handoff=[0.8, 0.4]), "2 experts need 1 handoffs"),
         (dict(handoff="late"), "the handoff must be a finite number, got 'late'"),

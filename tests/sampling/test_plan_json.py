@@ -46,7 +46,7 @@ def changed(change) -> str:
         ("", "no JSON"),
         ("[1, 2]", "format is None"),
         ("3", "format is None"),
-        (changed(lambda b: b.update(format=9)), "format is 9"),
+        (changed(lambda b: b.update(format=10)), "format is 10"),
         (changed(lambda b: b.pop("steps")), "steps is missing"),
         (changed(lambda b: b.pop("initial_scale")), "initial_scale is missing"),
         (changed(lambda b: b.update(steps=[])), "no steps"),
