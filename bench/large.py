@@ -1,14 +1,15 @@
 """End to end at Stable Diffusion 1.5's size: images a second, at equal steps, guidance and number format.
 
-Random weights, which make noise at the price of pictures; 256x256 on a CPU, 512x512 on CUDA. One UNet of a
-number format serves every provider of it, as both of our experts and as diffusers' one.
+Random weights, which make noise at the price of pictures; 256x256 on a CPU, 512x512 on CUDA. One UNet is both
+of our experts.
 
-`python -m bench.large` takes ten minutes on two idle cores and 6 GB of memory, prints the table and writes
-bench/results/large.csv.
+`python -m bench.large` takes ten minutes on two idle cores and 12 GB of memory, prints the table, writes
+bench/results/large.csv and renews the table in docs/PERFORMANCE.md.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import time
 from collections.abc import Callable
@@ -20,14 +21,16 @@ from diffusers import AutoencoderKL, DDPMScheduler, FlowMatchEulerDiscreteSchedu
 from diffusers import UNet2DConditionModel as UNet
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from bench.__main__ import environment_line
 from bench.make_random_sd15 import TEXT_ENCODER, VAE, random_weights
-from bench.measure import DEVICE, OURS, Call, environment
+from bench.measure import DEVICE, ENVIRONMENT, OURS, Call, environment
+from bench.pages import renew_performance
 from bench.report import RESULTS, markdown, write_csv
 from moe_sampler import HybridPipeline
 from moe_sampler.architectures.unet import SD15_UNET
 from moe_sampler.demo import experts_path
 from moe_sampler.loading.folders import load_tokenizer
-from moe_sampler.pipelines.speed import fast_dtype
+from moe_sampler.pipelines.speed import Speed, fast_dtype
 
 STEPS, PROMPT, GUIDANCE = 20, "a castle with two towers, at dusk", 7.5
 SIDE = 512 if DEVICE == "cuda" else 256
@@ -74,9 +77,26 @@ def _theirs(modules: dict[str, Any]) -> StableDiffusionPipeline:
     return pipe
 
 
-def providers() -> dict[str, Call]:
-    """By name, a call that makes one image. diffusers' faster ones are what its guide to speed offers here:
-    number format, channels last, and DeepCache where it is installed."""
+def _theirs_fast(dtype: torch.dtype, compiled: bool) -> StableDiffusionPipeline:
+    """What diffusers' guide to speed offers: number format, layout, fused projections, compiled blocks."""
+    pipe = _theirs(_modules(dtype))
+    for module in (pipe.unet, pipe.vae):
+        module.to(memory_format=torch.channels_last)
+    pipe.fuse_qkv_projections()
+    if compiled:
+        pipe.unet.compile_repeated_blocks(fullgraph=True, dynamic=False)
+    return pipe
+
+
+def _ours_fast(dtype: torch.dtype, speed: Speed) -> HybridPipeline:
+    pipe = _ours(_modules(dtype))
+    pipe.set_speed(speed)
+    return pipe
+
+
+def providers(compiled: bool) -> dict[str, Call]:
+    """By name, a call that makes one image; `compiled` also those that compile, and DeepCache where it is
+    installed."""
     shared: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
     shared |= {"height": SIDE, "width": SIDE, "output_type": "np"}
     fast = fast_dtype(DEVICE)
@@ -88,20 +108,22 @@ def providers() -> dict[str, Call]:
     def ours(pipe: HybridPipeline, **settings: Any) -> Call:
         return lambda: pipe(PROMPT, seed=0, **shared, **settings)
 
-    plain, quick = _modules(torch.float32), _modules(fast)
-    fast_pipe = _ours(quick)
-    fast_pipe.set_speed("fast")
-    own = _ours(plain)
+    plain, fast_pipe = _modules(torch.float32), _ours_fast(fast, "fast")
     found: dict[str, Call] = {
         "diffusers, float32": theirs(_theirs(plain)),
-        f"diffusers, {name}, channels last": theirs(_theirs(quick)),
-        f"{OURS}, float32": ours(own),
+        f"diffusers, {name}, channels last, fused": theirs(_theirs_fast(fast, compiled=False)),
+        f"{OURS}, float32": ours(_ours(plain)),
         f"{OURS}, fast": ours(fast_pipe),
     }
     for every in REUSE:
         found[f"{OURS}, fast, 1 of {every} full"] = ours(fast_pipe, reuse=every)
+    if compiled:
+        found[f"diffusers, {name}, channels last, fused, compiled"] = theirs(
+            _theirs_fast(fast, compiled=True)
+        )
+        found[f"{OURS}, max"] = ours(_ours_fast(fast, "max"))
     if importlib.util.find_spec("DeepCache") is not None:
-        found[f"diffusers, {name}, DeepCache 1 of 3"] = _deep_cache(_theirs(quick), theirs)
+        found[f"diffusers, {name}, DeepCache 1 of 3"] = _deep_cache(_theirs(_modules(fast)), theirs)
     return found
 
 
@@ -140,9 +162,10 @@ def interleaved(calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
     return taken
 
 
-def rows(rounds: int = 3) -> list[dict[str, object]]:
+def rows(rounds: int = 3, compiled: bool = False) -> list[dict[str, object]]:
     """One row a provider."""
-    medians = {name: float(np.median(each)) for name, each in interleaved(providers(), rounds).items()}
+    taken = interleaved(providers(compiled), rounds)
+    medians = {name: float(np.median(each)) for name, each in taken.items()}
     slow = medians["diffusers, float32"]
     return [
         {
@@ -159,9 +182,15 @@ def rows(rounds: int = 3) -> list[dict[str, object]]:
 
 
 def main() -> None:
-    table = rows()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=3, help="images each, after a first that doesn't count")
+    parser.add_argument("--compile", action="store_true", help="those that compile, too: minutes more each")
+    options = parser.parse_args()
+    table = rows(options.rounds, options.compile)
     write_csv(table, RESULTS / "large.csv")
-    print(markdown(table, list(table[0])))
+    shown = markdown(table, [name for name in table[0] if name not in ENVIRONMENT])
+    renew_performance("large", f"{environment_line(table)}.\n\n{shown}")
+    print(shown)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,21 @@
-"""Quality against cost on the demo experts: reuse of features, guidance windows and fewer steps.
+"""What pictures of the demo experts cost, and what they are worth.
 
 `python -m bench.demo.cost WORK_DIR`, with the work folder of a training run as for `bench.demo.evaluate`,
-measures pictures of held-out prompts for every setting with three seeds, prints the table of
-docs/PERFORMANCE.md and writes bench/results/cost.csv and cost.png. `--count` and `--seeds` shorten it.
+measures pictures of held-out prompts for every setting of a study with three seeds, writes
+bench/results/<study>.csv, .md and .png, and renews its table in docs/PERFORMANCE.md. The studies:
+
+    cost       how many steps, how many of them full, guidance everywhere or in a window
+    guidance   scales and guiders
+
+A setting that the CSV file has already isn't measured again: a study can be stopped and run again, and
+`--report` measures none.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+import csv
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -17,7 +24,8 @@ from typing import Any
 import numpy as np
 
 from bench.demo.evaluate import Referee, generate
-from bench.demo.report import MEASURES, markdown_table, measured
+from bench.demo.report import MEASURES, cells, markdown_table, summarized
+from bench.pages import renew_performance
 from bench.report import RESULTS, write_csv
 from moe_sampler import HybridPipeline
 from moe_sampler.demo import experts_path
@@ -26,6 +34,8 @@ STEPS = (24, 16, 10)
 REUSE = (None, 2, 3, 4)
 WINDOWS: Mapping[str, tuple[float, float] | None] = {"everywhere": None, "1 to 0.3": (1.0, 0.3)}
 """Where guidance is on, as noise levels."""
+GUIDERS = ("cfg", "cfg_zero_star", "apg", "apg momentum -0.5", "apg norm_threshold 10")
+SCALES = (1.5, 2.5, 4.0, 6.0)
 
 
 @dataclass(frozen=True)
@@ -33,52 +43,46 @@ class Setting:
     """One way to make the pictures."""
 
     steps: int
-    reuse: int | None = None
-    window: str = "everywhere"
+    reuse: int = 1
+    guided: str = "everywhere"
+    scale: float | None = None
+    guider: str = "cfg"
 
     @property
     def settings(self) -> dict[str, Any]:
-        """As `HybridPipeline.__call__` takes them, beside the number of steps."""
-        return {"reuse": self.reuse, "guidance_window": WINDOWS[self.window]}
+        """As `HybridPipeline.__call__` and `HybridPipeline.experts` take them, beside the number of steps."""
+        found: dict[str, Any] = {"reuse": self.reuse, "guidance_window": WINDOWS[self.guided]}
+        found |= {} if self.scale is None else {"guidance_scale": self.scale}
+        return found | ({} if self.guider == "cfg" else {"guider": self.guider})
+
+    @property
+    def kind(self) -> str:
+        """The line of the plot that it is a point of."""
+        if self.scale is not None:
+            return self.guider
+        own = "all full" if self.reuse == 1 else f"1 of {self.reuse} full"
+        return own + ("" if WINDOWS[self.guided] is None else f", guided {self.guided}")
 
     @property
     def title(self) -> str:
-        parts = [f"{self.steps} steps", "all full" if self.reuse is None else f"1 of {self.reuse} full"]
-        return ", ".join([*parts, *([] if self.window == "everywhere" else [f"guided {self.window}"])])
+        return (
+            f"{self.steps} steps, {self.kind}" if self.scale is None else f"{self.kind}, scale {self.scale:g}"
+        )
 
     def cost(self, pipe: HybridPipeline) -> float:
         """In full passes a picture."""
-        experts = pipe.experts(reuse=self.reuse, guidance_window=WINDOWS[self.window])
-        return pipe.plan("hybrid", self.steps, experts=experts).cost
+        return pipe.plan("hybrid", self.steps, experts=pipe.experts(**self.settings)).cost
 
 
-SETTINGS = [Setting(steps, reuse, window) for window, steps, reuse in product(WINDOWS, STEPS, REUSE)]
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a setting came to, a run a seed, in the keys of `bench.demo.report`'s measures."""
-
-    setting: Setting
-    cost: float
-    runs: Sequence[Mapping[str, float]]
-    distance: float
-    """RMS difference from the pictures of the full run of as many steps as STEPS begins with, in [0, 1]."""
-
-    def row(self) -> dict[str, object]:
-        keys = ("attributes", "frechet", "patches")
-        means = {key: float(np.mean([run[key] for run in self.runs])) for key in keys}
-        spread = {f"{key}_std": float(np.std([run[key] for run in self.runs], ddof=1)) for key in keys}
-        shown = {key: f"{value:.5f}" for key, value in {**means, **spread}.items()}
-        own = self.setting
-        return {
-            "steps": own.steps,
-            "reuse": own.reuse or 1,
-            "guided": own.window,
-            "cost": f"{self.cost:.2f}",
-            "rms_from_full": f"{self.distance:.4f}",
-            **shown,
-        }
+STUDIES: Mapping[str, Sequence[Setting]] = {
+    "cost": [
+        *(Setting(steps, reuse or 1, window) for window, steps, reuse in product(WINDOWS, STEPS, REUSE)),
+        *(Setting(steps) for steps in (8, 6, 5)),
+    ],
+    "guidance": [Setting(10, scale=scale, guider=guider) for scale, guider in product(SCALES, GUIDERS)],
+}
+AXES = {"cost": "full passes a picture", "guidance": "guidance scale"}
+Row = dict[str, Any]
 
 
 def measure(
@@ -87,83 +91,125 @@ def measure(
     settings: Sequence[Setting],
     seeds: Sequence[int],
     batch_size: int = 50,
-) -> list[Result]:
-    """Every setting on the same prompts and seeds; the first one is what the others are compared with."""
-    results: list[Result] = []
+    done: Sequence[Row] = (),
+) -> Iterator[Row]:
+    """A row for every setting that isn't `done`, on the same prompts and seeds.
+
+    Their pictures' distance is the RMS difference, of values in [0, 1], from those of the first setting.
+    """
+
+    def made_with(setting: Setting) -> list[np.ndarray]:
+        shared = (setting.steps, batch_size)
+        return [generate(pipe, "hybrid", referee.prompts, s, *shared, **setting.settings) for s in seeds]
+
+    titles = {row["setting"] for row in done}
     first: list[np.ndarray] = []
     for setting in settings:
-        made = [
-            generate(pipe, "hybrid", referee.prompts, seed, setting.steps, batch_size, **setting.settings)
-            for seed in seeds
-        ]
-        first = first or made
+        if setting.title in titles:
+            continue
+        first = first or made_with(settings[0])
+        made = first if setting == settings[0] else made_with(setting)
         apart = [np.mean(((a - b.astype(float)) / 255) ** 2) for a, b in zip(made, first, strict=True)]
-        runs = [referee.measure(images) for images in made]
-        results.append(Result(setting, setting.cost(pipe), runs, float(np.sqrt(np.mean(apart)))))
-        print(results[-1].row(), flush=True)
-    return results
+        yield {
+            "setting": setting.title,
+            "cost": setting.cost(pipe),
+            "rms_from_first": float(np.sqrt(np.mean(apart))),
+            **summarized([referee.measure(images) for images in made]),
+        }
 
 
-def table(results: Sequence[Result]) -> str:
+def read(path: Path) -> list[Row]:
+    """The rows of a study's CSV file; none where there is none."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [
+            {k: v if k == "setting" else float(v) for k, v in row.items()} for row in csv.DictReader(file)
+        ]
+
+
+def table(rows: Sequence[Row]) -> str:
     """Markdown, a row a setting, from dear to cheap."""
-    rows = (
-        [r.setting.title, f"{r.cost:.1f}", f"{r.distance:.3f}", *measured(r.runs)]
-        for r in sorted(results, key=lambda r: -r.cost)
+    shown = (
+        [row["setting"], f"{row['cost']:.1f}", f"{row['rms_from_first']:.3f}", *cells(row)]
+        for row in sorted(rows, key=lambda row: -row["cost"])
     )
-    return markdown_table(("full passes", "from the full run", *MEASURES), rows)
+    return markdown_table(("full passes", "from the first", *MEASURES), shown)
 
 
-def draw(results: Sequence[Result], path: Path) -> None:
-    """Each measure over the cost, a line a number of full calls."""
+def draw(study: str, rows: Sequence[Row], path: Path) -> None:
+    """Each measure over the cost or the scale, a line a kind of setting."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4), layout="constrained")
     panels = {"attributes": "attributes right", "frechet": "Fréchet distance", "patches": "patch distance"}
+    by_title = {row["setting"]: row for row in rows}
+    own = [(setting, by_title[setting.title]) for setting in STUDIES[study] if setting.title in by_title]
+    kinds = list(dict.fromkeys(setting.kind for setting, _ in own))
     for axes, (key, title) in zip(figure.subplots(1, 3), panels.items(), strict=True):
-        for (window, reuse), style in zip(product(WINDOWS, REUSE), _STYLES, strict=True):
-            own = [r for r in results if (r.setting.window, r.setting.reuse) == (window, reuse)]
-            values = [[run[key] for run in r.runs] for r in own]
-            label = "all full" if reuse is None else f"1 of {reuse} full"
-            label += "" if WINDOWS[window] is None else f", guided {window}"
-            if own:
-                axes.errorbar(
-                    [r.cost for r in own],
-                    [np.mean(each) for each in values],
-                    [np.std(each, ddof=1) if len(each) > 1 else 0.0 for each in values],
-                    label=label,
-                    **style,
+        for number, kind in enumerate(kinds):
+            points = sorted(
+                (
+                    row["cost"] if setting.scale is None else setting.scale,
+                    row[key],
+                    row.get(f"{key}_std", 0.0),
                 )
+                for setting, row in own
+                if setting.kind == kind
+            )
+            axes.errorbar(
+                *zip(*points, strict=True),
+                label=kind,
+                color=_COLOURS[number % 4 if study == "cost" else number],
+                linestyle=":" if "guided" in kind else "-",
+                marker="o",
+                markersize=4,
+                capsize=2,
+            )
         axes.set_title(title)
-        axes.set_xlabel("full passes a picture")
+        axes.set_xlabel(AXES[study])
         axes.grid(alpha=0.3)
     figure.axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=120)
 
 
-_COLOURS = ("#333333", "#3d6db5", "#2f9d78", "#dd8a1f")
-_STYLES = [
-    {"color": colour, "linestyle": line, "marker": "o", "markersize": 4, "capsize": 2}
-    for line, colour in product(("-", ":"), _COLOURS)
-]
+_COLOURS = ("#333333", "#3d6db5", "#2f9d78", "#dd8a1f", "#a64ca6")
+
+
+def report(study: str, rows: Sequence[Row], count: str) -> None:
+    """The study's files but its CSV, and its table in docs/PERFORMANCE.md."""
+    made = f"Made by `python -m bench.demo.cost --study {study}`, {count}."
+    text = f"# {study.capitalize()}\n\n{made}\n\n{table(rows)}\n"
+    (RESULTS / f"{study}.md").write_text(text, encoding="utf-8")
+    draw(study, rows, RESULTS / f"{study}.png")
+    renew_performance(study, table(rows))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("work_dir", type=Path)
+    parser.add_argument("--study", choices=STUDIES, default="cost")
+    parser.add_argument("--report", action="store_true", help="of what is measured, measure nothing")
     parser.add_argument("--experts", type=Path, default=experts_path())
     parser.add_argument("--count", type=int, default=300, help="prompts")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch-size", type=int, default=50, help="pictures made at once")
     options = parser.parse_args()
-    pipe = HybridPipeline.from_pretrained(options.experts, device=options.device)
-    pipe.set_progress_bar_config(disable=True)
-    vae = HybridPipeline.from_pretrained(options.experts).vae
-    referee = Referee.prepare(options.work_dir, vae, options.count)
-    results = measure(pipe, referee, SETTINGS, range(options.seeds), options.batch_size)
-    write_csv([result.row() for result in results], RESULTS / "cost.csv")
-    draw(results, RESULTS / "cost.png")
-    print(table(results))
+    path = RESULTS / f"{options.study}.csv"
+    rows = read(path)
+    if not options.report:
+        pipe = HybridPipeline.from_pretrained(options.experts, device=options.device)
+        pipe.set_progress_bar_config(disable=True)
+        vae = HybridPipeline.from_pretrained(options.experts).vae
+        referee = Referee.prepare(options.work_dir, vae, options.count)
+        seeds, settings = range(options.seeds), STUDIES[options.study]
+        for row in measure(pipe, referee, settings, seeds, options.batch_size, done=list(rows)):
+            print(row, flush=True)
+            rows.append(row)
+            write_csv(rows, path)
+    report(options.study, rows, f"{options.count} prompts, {options.seeds} seeds")
+    print(table(rows))
 
 
 if __name__ == "__main__":

@@ -36,16 +36,31 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str
     return "\n".join([*lines, *(f"| {' | '.join(cells)} |" for cells in rows)])
 
 
+def summarized(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Of every measure the mean over seeds and, of several, the standard deviation as `<measure>_std`."""
+    found = {}
+    for key, *_ in _MEASURES:
+        values = np.array([run[key] for run in runs])
+        found[key] = float(values.mean())
+        if len(values) > 1:
+            found[f"{key}_std"] = float(values.std(ddof=1))
+    return found
+
+
+def cells(summary: Mapping[str, float]) -> list[str]:
+    """A cell for each of MEASURES, of what `summarized` returned."""
+    made = []
+    for key, _, factor, form, unit in _MEASURES:
+        cell = form.format(summary[key] * factor)
+        if f"{key}_std" in summary:
+            cell += " ± " + form.format(summary[f"{key}_std"] * factor)
+        made.append(cell + unit)
+    return made
+
+
 def measured(runs: Sequence[Mapping[str, float]]) -> list[str]:
     """A cell for each of MEASURES: mean over seeds ± standard deviation between them."""
-    cells = []
-    for key, _, factor, form, unit in _MEASURES:
-        values = np.array([run[key] for run in runs]) * factor
-        cell = form.format(values.mean())
-        if len(values) > 1:
-            cell += " ± " + form.format(values.std(ddof=1))
-        cells.append(cell + unit)
-    return cells
+    return cells(summarized(runs))
 
 
 def measures_table(table: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
