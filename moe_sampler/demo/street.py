@@ -193,6 +193,14 @@ def _cars(canvas: Canvas, view: _View, attributes, ground: float, rng) -> None:
             _car(canvas, view, attributes["time"], lane, colour, ground, depth[i])
 
 
+def _roof(
+    x: float, foot: float, s: float, sill: tuple[float, float], top: tuple[float, float]
+) -> list[tuple[float, float]]:
+    """A car's, as a trapezoid; `sill` and `top`: half its width there, and the height over the road."""
+    corners = ((-1, *sill), (-1, *top), (1, *top), (1, *sill))
+    return [(x + side * half * s, foot - height * s) for side, half, height in corners]
+
+
 def _car(
     canvas: Canvas, view: _View, time: str, lane: str, colour_name: str, ground: float, depth: float
 ) -> None:
@@ -210,26 +218,10 @@ def _car(
             foot + 0.5 * s,
             (26, 26, 30),
         )
-    canvas.polygon(
-        [
-            (x - 4.9 * s, foot - 6 * s),
-            (x - 3.7 * s, foot - 10 * s),
-            (x + 3.7 * s, foot - 10 * s),
-            (x + 4.9 * s, foot - 6 * s),
-        ],
-        colour,
-    )
+    canvas.polygon(_roof(x, foot, s, (4.9, 6.0), (3.7, 10.0)), colour)
     canvas.rectangle(x - 6.2 * s, foot - 6.4 * s, x + 6.2 * s, foot - 1.3 * s, colour)
     pane = lit((150, 186, 206), light)
-    canvas.polygon(
-        [
-            (x - 3.9 * s, foot - 6.5 * s),
-            (x - 3.0 * s, foot - 9.2 * s),
-            (x + 3.0 * s, foot - 9.2 * s),
-            (x + 3.9 * s, foot - 6.5 * s),
-        ],
-        pane,
-    )
+    canvas.polygon(_roof(x, foot, s, (3.9, 6.5), (3.0, 9.2)), pane)
     dark = time in ("dusk", "night")
     if coming:
         lamp, shine = ((255, 246, 190) if dark else (250, 244, 220)), (255, 240, 170)

@@ -127,15 +127,8 @@ def save_unet(file: Path, unet: UNet2DConditionModel) -> None:
 
 def wan(seed: int) -> WanTransformer3DModel:
     torch.manual_seed(seed)
-    model = WanTransformer3DModel(
-        num_attention_heads=1,
-        attention_head_dim=128,
-        ffn_dim=256,
-        num_layers=2,
-        text_dim=4096,
-        rope_max_seq_len=32,
-    )
-    return in_half(model, seed)
+    small = {"num_layers": 2, "ffn_dim": 256, "text_dim": 4096, "rope_max_seq_len": 32}
+    return in_half(WanTransformer3DModel(num_attention_heads=1, attention_head_dim=128, **small), seed)
 
 
 def save_wan(file: Path, model: WanTransformer3DModel) -> None:

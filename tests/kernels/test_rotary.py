@@ -55,10 +55,14 @@ def on(body, x):
     return copy.copy_(x)
 
 
-@pytest.mark.parametrize("modulated", [False, True], ids=["plain", "modulated"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES)
+def every_case(test):
+    test = pytest.mark.parametrize("shape", SHAPES)(test)
+    test = pytest.mark.parametrize("dtype", DTYPES, ids=str)(test)
+    test = pytest.mark.parametrize("layout", LAYOUTS)(test)
+    return pytest.mark.parametrize("modulated", [False, True], ids=["plain", "modulated"])(test)
+
+
+@every_case
 def test_forward(body, generator, assert_within_rule, shape, dtype, layout, modulated):
     q, k = qkv(generator, shape, dtype, layout)
     cos, sin = angles(generator, shape)
@@ -72,10 +76,7 @@ def test_forward(body, generator, assert_within_rule, shape, dtype, layout, modu
         assert_within_rule(result, low, exact)
 
 
-@pytest.mark.parametrize("modulated", [False, True], ids=["plain", "modulated"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES)
+@every_case
 def test_gradients(body, generator, assert_within_rule, shape, dtype, layout, modulated):
     q, k = qkv(generator, shape, dtype, layout)
     cos, sin = angles(generator, shape)

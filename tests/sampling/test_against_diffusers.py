@@ -68,10 +68,13 @@ def same_noise(monkeypatch):
     monkeypatch.setattr(diffusers_ddpm, "randn_tensor", lambda *a, **k: step_noise(next(counter)))
 
 
-@pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize(
+TWO_SCHEDULES = pytest.mark.parametrize(
     ("schedule", "prediction"), [("linear", "v_prediction"), ("scaled_linear", "epsilon")]
 )
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@TWO_SCHEDULES
 def test_ddpm(mixture, same_noise, spacing, schedule, prediction):
     expert = vp_expert(mixture, schedule, prediction, solver="ddpm", spacing=spacing)
     scheduler = vp_scheduler(diffusers.DDPMScheduler, schedule, prediction, timestep_spacing=spacing)
@@ -102,9 +105,7 @@ def test_ddpm_by_the_guides_recipe(mixture, same_noise, spacing):
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize(
-    ("schedule", "prediction"), [("linear", "v_prediction"), ("scaled_linear", "epsilon")]
-)
+@TWO_SCHEDULES
 def test_ddim(mixture, spacing, schedule, prediction, eta):
     expert = vp_expert(mixture, schedule, prediction, solver="ddim", eta=eta, spacing=spacing)
     scheduler = vp_scheduler(diffusers.DDIMScheduler, schedule, prediction, timestep_spacing=spacing)
@@ -161,9 +162,7 @@ def test_flow_match_euler_on_its_default_sigmas(mixture, shift):
     torch.testing.assert_close(ours(expert, noise_levels=nodes), x, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(
-    ("schedule", "prediction"), [("linear", "v_prediction"), ("scaled_linear", "epsilon")]
-)
+@TWO_SCHEDULES
 @pytest.mark.parametrize("order", [2, 3])
 def test_dpmpp_multistep(mixture, schedule, prediction, order):
     expert = vp_expert(mixture, schedule, prediction, solver=f"dpmpp_{order}m")
@@ -181,9 +180,7 @@ def test_dpmpp_multistep(mixture, schedule, prediction, order):
     torch.testing.assert_close(ours(expert), x, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(
-    ("schedule", "prediction"), [("linear", "v_prediction"), ("scaled_linear", "epsilon")]
-)
+@TWO_SCHEDULES
 def test_unip(mixture, schedule, prediction):
     """diffusers' UniPC without its corrector, but for the last step into the data, where it says nothing."""
     expert = vp_expert(mixture, schedule, prediction, solver="unip_3")
@@ -235,9 +232,7 @@ def test_flow_match_heun(mixture, shift):
 
 
 @pytest.mark.parametrize("spacing", ["trailing", "leading"])  # its "linspace" isn't rounded to timesteps
-@pytest.mark.parametrize(
-    ("schedule", "prediction"), [("linear", "v_prediction"), ("scaled_linear", "epsilon")]
-)
+@TWO_SCHEDULES
 def test_heun(mixture, spacing, schedule, prediction):
     """diffusers keeps x / alpha, whose noise has the standard deviation sigma / alpha."""
     expert = vp_expert(mixture, schedule, prediction, solver="heun", spacing=spacing)
@@ -255,9 +250,7 @@ def test_heun(mixture, spacing, schedule, prediction):
 
 
 @pytest.mark.parametrize("steps", [10, STEPS])
-@pytest.mark.parametrize(
-    ("schedule", "prediction"), [("linear", "v_prediction"), ("scaled_linear", "epsilon")]
-)
+@TWO_SCHEDULES
 def test_dpmpp_2m_sde(mixture, schedule, prediction, steps):
     expert = vp_expert(mixture, schedule, prediction, solver="dpmpp_2m_sde")
     scheduler = vp_scheduler(

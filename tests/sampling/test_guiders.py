@@ -53,6 +53,11 @@ def guided_by_hand(expert: Expert, guide, steps: int) -> Expert:
     return dataclasses.replace(expert, model=by_hand, guidance_scale=1.0, guider=None)
 
 
+def zero_star_oracle(zero_init_steps: int):
+    settings = {"guidance_scale": 4.0, "zero_init_steps": zero_init_steps}
+    return oracle("classifier_free_zero_star_guidance", "ClassifierFreeZeroStarGuidance", **settings)
+
+
 def zero_star(guider):
     def guide(step, x, cond, uncond, p, q):
         guider.set_state(step, 8, torch.tensor(0))
@@ -74,12 +79,7 @@ def projected(guider):
 
 @pytest.mark.parametrize("make", [lune, sol], ids=["flow", "ddpm"])
 def test_zero_star_is_diffusers_own(make):
-    guider = oracle(
-        "classifier_free_zero_star_guidance",
-        "ClassifierFreeZeroStarGuidance",
-        guidance_scale=4.0,
-        zero_init_steps=0,
-    )
+    guider = zero_star_oracle(zero_init_steps=0)
     expected = run(guided_by_hand(make(), zero_star(guider), 8))
     ours = run(make(guider="cfg_zero_star"))
     torch.testing.assert_close(ours, expected, atol=2e-5, rtol=1e-5)
@@ -88,12 +88,7 @@ def test_zero_star_is_diffusers_own(make):
 
 def test_zero_init_is_diffusers_own_and_calls_no_model():
     """Euler on the flow: a zero velocity moves nothing."""
-    guider = oracle(
-        "classifier_free_zero_star_guidance",
-        "ClassifierFreeZeroStarGuidance",
-        guidance_scale=4.0,
-        zero_init_steps=2,
-    )
+    guider = zero_star_oracle(zero_init_steps=2)
     expected = run(guided_by_hand(lune(), zero_star(guider), 8))
     ours = lune(guider="cfg_zero_star zero_init_steps 2")
     torch.testing.assert_close(run(ours), expected, atol=2e-5, rtol=1e-5)

@@ -63,6 +63,27 @@ def inputs_of(config: TinyFluxConfig, size=(4, 4), batch=2, length=5, real=(), s
     return found
 
 
+def tables(cache: Path, folder: Path, **changes: dict) -> dict:
+    """A short run's settings, as its TOML file has them."""
+    found = {
+        "training": {
+            "output_dir": str(folder),
+            "max_train_steps": 4,
+            "train_batch_size": 4,
+            "lr_warmup_steps": 1,
+            "learning_rate": 1e-3,
+            "checkpointing_steps": 2,
+            "report_to": "none",
+        },
+        "data": {"caches": [str(cache)], "held_out": 4},
+        "model": {"preset": "demo"},
+        "validation": {"num_inference_steps": 2, "noise_levels": [0.3, 0.7]},
+    }
+    for name, values in changes.items():
+        found[name] = found.get(name, {}) | values
+    return found
+
+
 def demo_cache(folder: Path, count: int, *flags: str) -> Path:
     """The command's cache of so many scenes as 8×8 latents."""
     words = ["tinyflux", "cache", str(folder), "--demo", "--count", str(count), "--size", "32", *flags]

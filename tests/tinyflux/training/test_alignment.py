@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from safetensors.torch import load_file
-from tinyflux_helpers import inputs_of, new_config, trained
+from tinyflux_helpers import inputs_of, new_config, tables, trained
 from torch.utils.data import default_collate
 from typer.testing import CliRunner
 
@@ -392,30 +392,12 @@ def test_the_loss_has_the_weighted_error_of_samples_that_have_teachers():
 # A run
 
 
-def tables(cache: Path, folder: Path, **changes) -> dict:
-    found = {
-        "training": {
-            "output_dir": str(folder),
-            "max_train_steps": 4,
-            "train_batch_size": 4,
-            "lr_warmup_steps": 0,
-            "learning_rate": 1e-3,
-            "checkpointing_steps": 2,
-            "sample_steps": 0,
-            "report_to": "none",
-        },
-        "data": {"caches": [str(cache)], "held_out": 4},
-        "model": {"preset": "demo"},
-        "alignment": {"align_weight": 0.5, "align_noise": "0:0.25, 1:0.5"},
-        "validation": {"num_inference_steps": 2, "noise_levels": [0.5]},
-    }
+def settings(cache: Path, folder: Path, **changes) -> StudentSettings:
+    own = {"training": {"lr_warmup_steps": 0, "sample_steps": 0}, "validation": {"noise_levels": [0.5]}}
+    own["alignment"] = {"align_weight": 0.5, "align_noise": "0:0.25, 1:0.5"}
     for name, values in changes.items():
-        found[name] = found.get(name, {}) | values
-    return found
-
-
-def settings(*args, **changes) -> StudentSettings:
-    return from_tables(StudentSettings, tables(*args, **changes))
+        own[name] = own.get(name, {}) | values
+    return from_tables(StudentSettings, tables(cache, folder, **own))
 
 
 def test_a_run_trains_the_projector_and_ships_a_plain_student(cache, tmp_path):

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from processes import command, run
 from safetensors.torch import load_file
-from tinyflux_helpers import demo_cache
+from tinyflux_helpers import demo_cache, tables
 from typer.testing import CliRunner
 
 from moe_sampler.cli import app
@@ -26,26 +26,6 @@ from moe_sampler.training.settings import from_tables, help_of, to_tables
 def cache(tmp_path_factory) -> Path:
     """20 scenes as 8×8 latents."""
     return demo_cache(tmp_path_factory.mktemp("data") / "cache", 20, "--dtype", "float32")
-
-
-def tables(cache: Path, folder: Path, **changes) -> dict:
-    found = {
-        "training": {
-            "output_dir": str(folder),
-            "max_train_steps": 4,
-            "train_batch_size": 4,
-            "lr_warmup_steps": 1,
-            "learning_rate": 1e-3,
-            "checkpointing_steps": 2,
-            "report_to": "none",
-        },
-        "data": {"caches": [str(cache)], "held_out": 4},
-        "model": {"preset": "demo"},
-        "validation": {"num_inference_steps": 2, "noise_levels": [0.3, 0.7]},
-    }
-    for name, values in changes.items():
-        found[name] = found.get(name, {}) | values
-    return found
 
 
 def settings(cache: Path, folder: Path, **changes) -> StudentSettings:
