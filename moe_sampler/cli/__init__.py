@@ -4,6 +4,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from .._lazy import lazy_names
+from .imports import without_collecting
 
 if TYPE_CHECKING:
     from .root import app
@@ -19,7 +20,8 @@ __getattr__, __dir__ = lazy_names(globals(), _NAMES)
 def main() -> None:
     """Run the command. Ctrl-C ends it with one word and exit code 130 from here on, imports included."""
     try:
-        from .root import app, end_with_signals
+        with without_collecting():
+            from .root import app, end_with_signals
 
         end_with_signals()
         app(prog_name="moe-sampler")

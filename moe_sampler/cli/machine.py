@@ -8,6 +8,7 @@ from typing import Any
 
 from .._numbers import whole
 from ..pipelines.choices import DTYPES, MAX_IMAGES, OFFLOADS, SPEEDS, Offload, Speed, check_choice
+from .imports import without_collecting
 from .options import MachineOptions, SpeedOptions
 
 __all__ = ["Machine", "check_device", "quiet"]
@@ -56,7 +57,8 @@ class Machine:
     @classmethod
     def read(cls, options: MachineOptions, previous: Mapping[str, Any]) -> Machine:
         """From the options, checked against this machine; an image's dtype counts before the default."""
-        import torch
+        with without_collecting():
+            import torch
 
         offload = check_choice("offload", options.offload, OFFLOADS)
         own_device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .by_name import ByExpert, split_name
+from .imports import without_collecting
 from .loras import Lora, add_loras, local_place
 from .machine import Machine, quiet
 from .options import ModelOptions
@@ -239,11 +239,8 @@ class Model:
 
     def load(self, machine: Machine, loras: Sequence[Lora] = (), text_encoder: bool | None = None) -> Any:
         """The pipeline, with its adapters."""
-        # Importing diffusers makes very many objects and no garbage: collecting meanwhile costs a second.
-        gc.disable()
-        from ..pipelines.hybrid import HybridPipeline
-
-        gc.enable()
+        with without_collecting():
+            from ..pipelines.hybrid import HybridPipeline
         quiet()
         pipe = HybridPipeline.from_pretrained(
             self.base,
