@@ -91,8 +91,8 @@ def _rms(values: np.ndarray) -> np.ndarray:
 
 def even_in_log_snr(count: int, high: float) -> tuple[float, ...]:
     """From `high` to CLEANEST."""
-    ends = np.log(1.0 / np.array([high, CLEANEST]) - 1.0)
-    between = 1.0 / (1.0 + np.exp(np.linspace(*ends, count)))
+    first, last = np.log(1.0 / np.array([high, CLEANEST]) - 1.0)
+    between = 1.0 / (1.0 + np.exp(np.linspace(first, last, count)))
     return (high, *map(float, between[1:]))
 
 
