@@ -70,8 +70,9 @@ class Expert:
             after unguided ones. The model must be a `reuse.ReusableModel`, as
             `architectures.expert_model.ExpertModel` makes one of a UNet.
         reuse_share: what a call that reuses costs of a full one, for `SamplingPlan.cost`.
-        levels: where a built-in solver's steps lie: the name of a spacing, "timestep", "uniform", "karras",
-            "exponential", "beta", "cosine" or "align_your_steps" (see `spacings`), or the noise levels
+        levels: where the steps lie of a built-in solver, or on flows of any name: the name of a spacing,
+            "timestep", "uniform", "karras", "exponential", "beta", "cosine" or "align_your_steps" (see
+            `spacings`), or the noise levels
             themselves, descending, of which those where the expert leads are its steps. None is "timestep"
             on discrete paths and "uniform" on flows.
     """

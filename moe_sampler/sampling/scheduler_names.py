@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .solvers import SOLVERS
+from .spacing_names import Levels
 
 if TYPE_CHECKING:
     from .experts import Expert
@@ -20,6 +21,7 @@ __all__ = [
     "check_solver_name",
     "is_borrowed",
     "is_known_name",
+    "levels_of",
     "scheduler_of",
     "solver_data",
     "solver_label",
@@ -28,7 +30,8 @@ __all__ = [
 GIVEN_LEVELS = ("IPNDMScheduler", "LTXEulerAncestralRFScheduler")
 """Schedulers that take the levels they are given: they get the expert's own."""
 _SPACINGS = ("karras", "exponential", "beta")
-"""A name may end in one of these: the scheduler's `use_..._sigmas`."""
+"""A name may end in one of these: a spacing of ours where we give the levels (see `levels_of`), else the
+scheduler's `use_..._sigmas`."""
 
 _VP: Mapping[str, tuple[str, dict[str, Any]]] = {
     "euler": ("EulerDiscreteScheduler", {}),
@@ -187,7 +190,7 @@ def scheduler_of(expert: Expert) -> Any:
         name, settings = expert.solver, {}
     elif base in known:
         name, settings = known[base][0], dict(known[base][1])
-        if spacing is not None:
+        if spacing is not None and not _takes_levels(expert, name):
             settings[f"use_{spacing}_sigmas"] = True
     else:
         raise ValueError(
@@ -196,6 +199,38 @@ def scheduler_of(expert: Expert) -> Any:
         )
     cls = _class(expert, name, known)
     return _made(expert, cls, _config(expert, cls, settings))
+
+
+def _takes_levels(expert: Expert, scheduler: str) -> bool:
+    """Whether the levels of a run are ours to give: to the classes that have none of their own, and to what
+    samples a flow by a name. With `use_karras_sigmas` and its like most of diffusers' schedulers forget
+    `use_flow_sigmas`, and go through levels of a DDPM path."""
+    from .paths import FlowPath
+
+    return scheduler in GIVEN_LEVELS or (is_known_name(expert.solver) and isinstance(expert.path, FlowPath))
+
+
+def levels_of(expert: Expert, scheduler: str) -> Levels:
+    """The levels that an expert gives its scheduler: those it was given itself, or that the solver's name
+    says; None where it says none.
+
+    Raises:
+        ValueError: it was given levels, and they are the scheduler's to say, or the name says others.
+    """
+    spacing = _split(expert.solver)[1] if is_known_name(expert.solver) else None
+    if expert.levels is None:
+        return spacing if _takes_levels(expert, scheduler) else None
+    if spacing is not None:
+        raise ValueError(
+            f"{expert.name}: {expert.solver} says where the steps lie, so that no levels can be given: leave "
+            "one of them out"
+        )
+    if not _takes_levels(expert, scheduler):
+        raise ValueError(
+            f"{expert.name}: {solver_label(expert.solver)} brings its own noise levels, so that none can be "
+            f"given: use one of {', '.join(SOLVERS)}, or a name that says them, like unipc_karras"
+        )
+    return expert.levels
 
 
 def _here(known: Mapping[str, tuple[str, dict[str, Any]]]) -> list[str]:
@@ -266,5 +301,7 @@ def _made(expert: Expert, cls: Any, config: dict[str, Any]) -> Any:
     takes = inspect.signature(cls.__init__).parameters
     for key in config:
         if key not in takes:
-            raise ValueError(f"{expert.name}: {cls.__name__} has no {key}")
+            raise ValueError(
+                f"{expert.name}: {cls.__name__} has no {key}: leave the ending of {expert.solver} out"
+            )
     return cls(**config)

@@ -6,15 +6,15 @@ import copy
 import inspect
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .paths import Level, noise_of_sigma
+from .paths import FlowPath, Level, noise_of_sigma
 from .probing import Brownian, Trace, World, probe
-from .scheduler_names import GIVEN_LEVELS, is_known_name, scheduler_of
-from .solvers import SOLVERS
+from .scheduler_names import GIVEN_LEVELS, is_known_name, levels_of, scheduler_of
+from .spacing_names import Levels
 from .trails import Trail, trail_of
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def scheduler_trail(
     if steps is None and not options:
         raise ValueError("say how many steps")
     if steps is not None and name in GIVEN_LEVELS and not options:
-        nodes = expert.nodes(steps, high, low)
+        nodes = replace(expert, levels=levels_of(expert, name)).nodes(steps, high, low)
         timed = _with_levels(scheduler, expert, [*nodes, low])
         trace = probed(timed, expert, name, steps, from_noise=True)
         levels = [expert.path.at(noise) for noise in (*nodes, low)]
@@ -103,6 +103,13 @@ def _timed(
     if unknown:
         raise ValueError(f"{type(timed).__name__}.set_timesteps takes no {unknown[0]}")
     timed.set_timesteps(**given)
+    most = float(max(getattr(timed, "sigmas", (0.0,))))
+    if isinstance(expert.path, FlowPath) and not most <= 1.0:
+        raise ValueError(
+            f"{expert.name}: {type(timed).__name__} goes through sigmas from {most:g}, and a flow's are at "
+            "most 1: with use_karras_sigmas, use_exponential_sigmas or use_beta_sigmas it forgets "
+            'use_flow_sigmas. Name the solver and the spacing instead, like solver="unipc", levels="karras"'
+        )
     if not expert.path.discrete and float(timed.timesteps[-1]) == 0.0:  # where there is nothing to predict
         timed.timesteps = timed.timesteps[:-1]
     return timed
@@ -119,10 +126,13 @@ def timed_part(
     """The scheduler timed for a whole run, and which of its timesteps lie between two levels. Of all runs
     with so many steps there it is the longest, whose levels begin nearest to `high` and end nearest to
     `low`."""
-    if expert.levels is not None:
+    levels = levels_of(expert, type(scheduler).__name__)
+    if levels is not None and steps is not None and not options:
+        return _on_levels(scheduler, expert, levels, steps, high, low)
+    if levels is not None:
         raise ValueError(
-            f"{expert.name}: {type(scheduler).__name__} brings its own noise levels, so that none can be "
-            f"given: use one of {', '.join(SOLVERS)}, or a name that says them, like unipc_karras"
+            f"{expert.name}: its levels are {levels}, and {', '.join(options or ())} would decide them too: "
+            "leave one of them out"
         )
     if steps is None or (high >= 1.0 and low <= 0.0):
         timed = _timed(scheduler, expert, steps, options)
@@ -150,6 +160,30 @@ def timed_part(
     inside = inside[:steps] if high >= 1.0 else inside[-steps:]
     last = min(inside[-1] + int(getattr(timed, "order", 1)), len(timed.timesteps))
     return TimedPart(expert, timed, inside[0], last)
+
+
+def _on_levels(
+    scheduler: Any, expert: Expert, levels: Levels, steps: int, high: float, low: float
+) -> TimedPart:
+    """A flow's scheduler that goes through given levels. It begins no nearer to pure noise than it does by
+    itself, where its formulas may have no number. A part that ends before the data is followed by one step
+    more, as it is in a whole run: a scheduler's last step is another one."""
+    timed = _timed(scheduler, expert, steps + (low > 0.0))
+    most, last = (float(sigma) for sigma in timed.sigmas[[0, -1]])
+    if isinstance(levels, tuple):
+        levels = tuple(min(level, most) for level in levels)
+    found = replace(expert, levels=levels).nodes(steps, min(high, most), low)
+    if low > 0.0:
+        found.append(low)
+    # Those whose formulas have none for sigma = 0 stay at their last level, and the plan goes on from there.
+    end = 0.0 if last == 0.0 else found[-1]
+    order = int(getattr(timed, "order", 1))
+    sigmas = [found[0], *(sigma for sigma in found[1:] for _ in range(order)), end]
+    timed.sigmas = torch.tensor(sigmas, dtype=torch.float64)
+    times = [expert.path.timestep(expert.path.at(sigma)) for sigma in sigmas[:-1]]
+    timed.timesteps = torch.tensor(times, dtype=torch.float64)
+    timed.set_begin_index(0)
+    return TimedPart(expert, timed, 0, min(steps * order, len(times)))
 
 
 def told_noise(expert: Expert, timestep: float) -> float:

@@ -17,7 +17,7 @@ import torch
 
 from .experts import Expert
 from .paths import FlowPath, VPPath, noise_of_sigma, sigma_of_noise
-from .scheduler_names import scheduler_of
+from .scheduler_names import levels_of, scheduler_of
 from .scheduler_trails import TimedPart, level_at, probed, scheduler_trail, timed_part, told_noise
 from .trails import Trail, trail_of
 
@@ -34,6 +34,7 @@ _LEVELS = frozenset(
     {
         *("trained_betas", "beta_start", "beta_end", "beta_schedule", "num_train_timesteps", "steps_offset"),
         *("rescale_betas_zero_snr", "timestep_spacing", "use_flow_sigmas", "flow_shift"),
+        *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"),
     }
 )
 """Keys of a scheduler's config that say what the model predicts, and where the steps lie."""
@@ -100,6 +101,12 @@ def _same(one: Expert, other: Expert, but: frozenset[str]) -> bool:
     return first == second
 
 
+def _same_levels(one: Expert, other: Expert) -> bool:
+    """Whether a whole run of both has one method's steps at the same levels."""
+    name = type(scheduler_of(one)).__name__
+    return _same(one, other, _PREDICTION) and levels_of(one, name) == levels_of(other, name)
+
+
 def _config(scheduler: Any, but: frozenset[str]) -> Mapping[str, Any]:
     return {
         key: value
@@ -113,7 +120,7 @@ def _timed(group: Sequence[Part], own_counts: bool) -> list[TimedPart]:
     every part gets a step of it, else of each expert's own scheduler."""
     home = group[0].expert
     one_path = all(part.expert.path == home.path for part in group)
-    if own_counts and one_path and all(_same(home, part.expert, _PREDICTION) for part in group):
+    if own_counts and one_path and all(_same_levels(home, part.expert) for part in group):
         total = sum(part.steps for part in group)
         whole = timed_part(scheduler_of(home), home, total, group[0].high, group[-1].low)
         noise = [told_noise(home, float(t)) for t in whole.scheduler.timesteps[whole.first : whole.last]]

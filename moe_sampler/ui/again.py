@@ -11,6 +11,7 @@ from typing import Any
 from ..cli.models import DEMO, Model
 from ..cli.options import PipelineOptions
 from ..loading.presets import ExpertSource
+from .form import levels_text
 
 __all__ = ["command_line", "python_code"]
 
@@ -90,7 +91,7 @@ def _flags(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _listed(value: Any) -> Any:
-    return ",".join(map(str, value)) if isinstance(value, list) else value
+    return levels_text(value) if isinstance(value, list) else value
 
 
 def _typed(where: PipelineOptions, student: bool) -> Iterator[tuple[str, Any]]:

@@ -7,15 +7,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from .._numbers import number, whole
+from ..cli.by_name import levels as read_levels
 from ..pipelines.choices import MAX_PROMPT, MAX_SIDE
 
-__all__ = ["HYBRID", "LARGEST_SEED", "STUDENT", "Form", "Wrong"]
+__all__ = ["HYBRID", "LARGEST_SEED", "STUDENT", "Form", "Wrong", "levels_text"]
 
 HYBRID = "hybrid"
 STUDENT = "tinyflux"
 """As plans call the student (`tinyflux.sampling.expert`, which imports torch)."""
 LARGEST_SEED = 2**53 - 1
 """A browser's numbers are floats: above this they skip some."""
+
+_OWN = ("solver", "levels", "guidance")
+"""What everyone has a field of, beside the steps."""
 
 Values = Mapping[str, Any]
 
@@ -76,7 +80,7 @@ class Form:
         for name in self.experts:
             scale = self.defaults.get(f"{name}_guidance", 1.0)
             own |= {f"steps_{name}": ""} if name != STUDENT else {}
-            own |= {f"solver_{name}": "", f"guidance_{name}": scale}
+            own |= {f"solver_{name}": "", f"levels_{name}": "", f"guidance_{name}": scale}
         return {
             "prompt": "",
             "negative": "",
@@ -106,13 +110,12 @@ class Form:
         """The fields that count for this maker."""
         fields = {"prompt", "negative", "seed", "maker", "steps", "height", "width"}
         if maker == STUDENT:
-            fields |= {*self.weights, f"solver_{STUDENT}", f"guidance_{STUDENT}"}
-            fields |= {*self.handoffs} if self.weights else set()
             guides = [weight.removeprefix("weight_") for weight in self.weights]
-            return fields | {f"{what}_{name}" for what in ("solver", "guidance") for name in guides}
+            fields |= {*self.weights, *(self.handoffs if guides else ())}
+            return fields | {f"{what}_{name}" for what in _OWN for name in (STUDENT, *guides)}
         at_work = self.names if maker == HYBRID else (maker,)
         fields |= {*self.handoffs} if maker == HYBRID else set()
-        fields |= {f"{what}_{name}" for what in ("steps", "solver", "guidance") for name in at_work}
+        fields |= {f"{what}_{name}" for what in ("steps", *_OWN) for name in at_work}
         return fields | {"reuse", "speed", "image", "strength"}
 
     def settings(self, values: Values, *, prompted: bool = True) -> dict[str, Any]:
@@ -137,15 +140,19 @@ class Form:
         if maker in self.names and len(self.names) > 1:
             found["expert"] = maker
         shown = self.shown(maker)
-        found["num_inference_steps"] = self._steps(values, shown)
         shares = {field: _number(field, values[field]) for field in self.weights if field in shown}
         if maker == STUDENT and not any(shares.values()):  # nobody guides it
-            shown -= {field for field in shown if field.startswith(("handoff", "guidance", "solver"))}
-            shown |= {f"guidance_{STUDENT}", f"solver_{STUDENT}"}
+            shown -= {field for field in shown if field.startswith(("handoff", *_OWN))}
+            shown |= {f"{what}_{STUDENT}" for what in _OWN}
+        own = self._own(values, shown)
+        steps = self._steps(values, shown)
+        listed = [name for name, levels in own.get("levels", {}).items() if isinstance(levels, list)]
+        if isinstance(steps, Mapping) or len(listed) < sum(field.startswith("levels") for field in shown):
+            found["num_inference_steps"] = steps  # else the levels say how many there are
         levels = [_number(field, values[field]) for field in self.handoffs if field in shown]
         if levels:
             found["handoff"] = levels[0] if len(levels) == 1 else levels
-        found |= self._own(values, shown)
+        found |= own
         found |= {
             f"{field.removeprefix('weight_')}_weight": share for field, share in shares.items() if share
         }
@@ -172,9 +179,13 @@ class Form:
     def _own(self, values: Values, shown: set[str]) -> dict[str, Any]:
         named = [name for name in self.experts if f"guidance_{name}" in shown]
         solvers = {name: _text(f"solver_{name}", values[f"solver_{name}"]) for name in named}
-        solvers = {name: solver for name, solver in solvers.items() if solver}
+        levels = {name: _levels(f"levels_{name}", values[f"levels_{name}"]) for name in named}
+        given = {
+            key: {name: one for name, one in own.items() if one}
+            for key, own in (("solver", solvers), ("levels", levels))
+        }
         scales = {name: _number(f"guidance_{name}", values[f"guidance_{name}"]) for name in named}
-        return {"guidance_scale": scales} | ({"solver": solvers} if solvers else {})
+        return {"guidance_scale": scales} | {key: own for key, own in given.items() if own}
 
     def values(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """The fields as they were when a picture of these settings was made; those it says nothing of as at
@@ -204,10 +215,12 @@ class Form:
         for what, key in (("solver", "solver"), ("guidance", "guidance_scale")):
             found |= self._by_name(what, settings.get(key))
         levels = self._by_name("levels", settings.get("levels"))
-        for name in self.names:
-            own = found.get(f"solver_{name}"), levels.get(f"levels_{name}")
-            if own == (self.defaults.get(f"{name}_solver"), self.defaults.get(f"{name}_levels")):
-                found[f"solver_{name}"] = ""  # the model's own, with its levels
+        for name in self.experts:
+            solver, spaced = found[f"solver_{name}"] or None, levels.get(f"levels_{name}")
+            own = [self.defaults.get(f"{name}_{what}") for what in ("solver", "levels")]
+            if solver == own[0] and (spaced or own[1] is None):
+                found[f"solver_{name}"] = ""  # the model's own, which counts with any levels
+            found[f"levels_{name}"] = "" if [solver, spaced] == own or not spaced else levels_text(spaced)
         weights = {field: settings.get(f"{field.removeprefix('weight_')}_weight") for field in self.weights}
         return found | {field: value for field, value in weights.items() if isinstance(value, int | float)}
 
@@ -229,6 +242,19 @@ def _text(field: str, value: Any) -> str:
             field, f"this is no text for a picture: it has a NUL, or more than {MAX_PROMPT:,} characters"
         )
     return (value or "").strip()
+
+
+def levels_text(levels: str | Sequence[float]) -> str:
+    """Levels as a field holds them, and the command line."""
+    return levels if isinstance(levels, str) else ",".join(map(str, levels))
+
+
+def _levels(field: str, value: Any) -> str | list[float]:
+    text = _text(field, value)
+    try:
+        return read_levels(text) if text else ""
+    except ValueError:
+        raise Wrong(field, "give a spacing's name, or noise levels as in 0.9,0.5,0.2") from None
 
 
 def _whole(field: str, value: Any, most: int, least: int = 1) -> int:

@@ -11,6 +11,7 @@ import gradio as gr
 
 from ..sampling.scheduler_names import KNOWN_NAMES
 from ..sampling.solvers import SOLVERS
+from ..sampling.spacing_names import SPACING_NAMES
 from .form import HYBRID, LARGEST_SEED, STUDENT
 from .look import title
 from .planning import Cast
@@ -232,6 +233,16 @@ def _expert(page: Page, cast: Cast, name: str, first: dict[str, Any]) -> None:
             label="Solver",
             allow_custom_value=True,
             elem_id=f"solver_{name}",
+        ),
+    )
+    page.add(
+        f"levels_{name}",
+        gr.Dropdown(
+            [("its own", ""), *((spacing, spacing) for spacing in SPACING_NAMES)],
+            value="",
+            label="Levels",
+            allow_custom_value=True,
+            elem_id=f"levels_{name}",
         ),
     )
     scale = first[f"guidance_{name}"]

@@ -133,6 +133,11 @@ class Painter:
         ):
             if field in settings:
                 raise Wrong(field, f"a comparison {what}")
+        for name, levels in settings.get("levels", {}).items():
+            if isinstance(levels, list):
+                raise Wrong(
+                    f"levels_{name}", "a comparison takes a spacing by its name, not a list of levels"
+                )
         steps = settings["num_inference_steps"]
         total = sum(steps.values()) if isinstance(steps, Mapping) else steps
         own = {key: value for key, value in settings.items() if key not in ("prompt", "seed", "speed")}

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Cast"]
 
-_PLANNED = ("handoff", "steps", "solver", "guidance", "weight", "reuse", "strength")
+_PLANNED = ("handoff", "steps", "solver", "levels", "guidance", "weight", "reuse", "strength")
 """Fields that a plan is made of begin with these."""
 
 

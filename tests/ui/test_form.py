@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from moe_sampler.tinyflux.sampling.expert import STUDENT as NAME
+from moe_sampler.ui.again import command_line, python_code
 from moe_sampler.ui.form import HYBRID, LARGEST_SEED, STUDENT, Form, Wrong
 from moe_sampler.ui.planning import Cast
 
@@ -25,9 +26,17 @@ def filled(form: Form, **values):
         {"steps": 7, "handoff_1": 0.42, "seed": LARGEST_SEED, "negative": "night, rain"},
         {"steps_sol": "3", "steps_lune": "5", "solver_sol": "ddim", "guidance_lune": 4.5},
         {"maker": "lune", "solver_lune": "heun", "reuse": 3, "speed": "fast", "height": "80", "width": "48"},
+        {"levels_sol": "karras", "solver_lune": "unipc", "levels_lune": "cosine"},
+        {"levels_lune": "karras"},
+        {"solver_lune": "dpmpp_2m"},
+        {"steps": 7, "levels_lune": "0.7,0.4,0.2", "solver_sol": "ddim"},
+        {"maker": "lune", "levels_lune": "0.9,0.4,0.2"},
         {"maker": "sol", "steps_sol": "4", "image": "start.png", "strength": 0.35},
     ],
-    ids=["as at first", "plain", "by expert", "one alone", "from a picture"],
+    ids=[
+        *("as at first", "plain", "by expert", "one alone", "spacings", "a spacing", "the solver alone"),
+        *("some levels", "all levels", "from a picture"),
+    ],
 )
 def test_settings_bring_back_what_the_fields_held(cast, changed):
     """Through a picture's settings, which have the defaults spelled out."""
@@ -50,6 +59,22 @@ def test_settings_have_the_pipelines_names_and_leave_out_what_does_not_count(cas
     }
 
 
+def test_levels_move_the_steps(cast):
+    plain, spaced, listed = (
+        cast.settings(filled(cast.form, maker="lune", steps=3, levels_lune=levels))
+        for levels in ("", "karras", "0.9, 0.4, 0.2")
+    )
+    assert "levels" not in plain[0] and spaced[0]["levels"] == {"lune": "karras"}
+    assert plain[1].noise_levels != spaced[1].noise_levels
+    assert listed[0]["levels"] == {"lune": [0.9, 0.4, 0.2]} and "num_inference_steps" not in listed[0]
+    assert listed[1].noise_levels == pytest.approx((0.9, 0.4, 0.2))
+    encoders: dict[str, str] = {}
+    recorded = cast.record(spaced[0]) | {"dtype": "float32"}
+    assert "--levels lune=karras" in command_line(recorded, cast.where, encoders)
+    assert '"lune": "karras"' in python_code(recorded, cast.model, cast.where, encoders)
+    assert "--levels lune=0.9,0.4,0.2" in command_line(cast.record(listed[0]), cast.where, encoders)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "part"),
     [
@@ -62,6 +87,9 @@ def test_settings_have_the_pipelines_names_and_leave_out_what_does_not_count(cas
         ("steps_sol", "x", "whole number"),
         ("steps_sol", "3", "come together"),
         ("solver_lune", "ddpm2", "unknown solver"),
+        ("levels_lune", "karas", "unknown spacing"),
+        ("levels_sol", "0.9,x", "a spacing's name, or noise levels"),
+        ("levels_sol", "0.2,0.4", "descending"),
         ("guidance_sol", None, "a number"),
         ("handoff_1", 1.0, "strictly between"),
         ("height", "tall", "whole number"),
@@ -72,6 +100,12 @@ def test_what_is_wrong_is_said_of_its_field(cast, field, value, part):
     with pytest.raises(Wrong, match=part) as caught:
         cast.settings(filled(cast.form, **{field: value}))
     assert caught.value.field == field
+
+
+def test_levels_are_to_blame_where_a_solver_brings_its_own(cast):
+    with pytest.raises(Wrong, match="brings its own noise levels") as caught:
+        cast.settings(filled(cast.form, solver_sol="unipc", levels_sol="karras"))
+    assert caught.value.field == "levels_sol"
 
 
 def test_the_strength_is_to_blame_where_it_leaves_no_step(cast):

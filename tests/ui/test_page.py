@@ -160,6 +160,9 @@ def test_a_persons_path(visitor, address):
     # The handoff, moved by keys: another plan, and another picture.
     page.type("#handoff_1 input[type=range]", *[Keys.ARROW_LEFT] * 30)
     until(lambda: page.source("#plan") != plan, "the plan to move")
+    plan = page.source("#plan")
+    page.type("#levels_lune input", Keys.CONTROL, "a", Keys.NULL, "karras", Keys.ENTER, Keys.TAB)
+    until(lambda: page.source("#plan") != plan, "the levels to move")
     page.type("#prompt textarea", Keys.CONTROL + Keys.ENTER)
     until(lambda: len(page.all("#gallery img")) == 2, "the second picture")
     assert page.source("#picture") != first
@@ -185,8 +188,10 @@ def test_a_persons_path(visitor, address):
     until(lambda: page.one("#steps input[type=number]").get_attribute("value") == "6", "the steps again")
     assert page.one("#prompt textarea").get_attribute("value") == "a castle with two towers, at dusk"
     assert page.one("#handoff_1 input[type=number]").get_attribute("value") == "0.6"
+    assert page.one("#levels_lune input").get_attribute("value") == "karras"
     page.one("#again button").click()
     until(lambda: "--handoff 0.6" in page.one("#command").text.replace("\n", " "), "the command")
+    assert "--levels lune=karras" in page.one("#command").text
     assert page.hosts() == {address.split("/")[2]}
     assert not [entry for entry in page.driver.get_log("browser") if entry["level"] == "SEVERE"]
 

@@ -118,6 +118,9 @@ def test_a_comparison(painter, tmp_path, monkeypatch):
     with pytest.raises(Wrong, match="full passes") as caught:
         painter.comparison(settings | {"reuse": 2}, Stop())
     assert caught.value.field == "reuse"
+    with pytest.raises(Wrong, match="a spacing by its name") as caught:
+        painter.comparison(settings | {"levels": {"lune": [0.7, 0.2]}}, Stop())
+    assert caught.value.field == "levels_lune"
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.4])
