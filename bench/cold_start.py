@@ -119,8 +119,9 @@ def import_seconds(lines: Iterable[str]) -> dict[str, float]:
         while importers and importers[-1][0] >= depth:
             importers.pop()
         by = importers[-1][1] if importers else "others"
-        own = [each for each in CAUSES if f"{name}.".startswith(f"{each}.")]
-        cause = max([*own, *([by] if not own or by.startswith(f"{own[0]}.") else [])], key=len)
+        own: list[str] = [each for each in CAUSES if f"{name}.".startswith(f"{each}.")]
+        inherited = [by] if not own or by.startswith(f"{own[0]}.") else []
+        cause: str = max(own + inherited, key=len)
         importers.append((depth, cause))
         found[cause] = found.get(cause, 0) + microseconds / 1e6
     return dict(sorted(found.items(), key=lambda item: -item[1]))

@@ -13,7 +13,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -137,7 +137,7 @@ def _stderr():
     return Console(stderr=True)
 
 
-def markdown(table: Sequence[dict[str, object]], columns: Iterable[str] = COLUMNS) -> str:
+def markdown(table: Sequence[Mapping[str, object]], columns: Iterable[str] = COLUMNS) -> str:
     """A Markdown table of the named columns."""
     columns = list(columns)
     lines = ["| " + " | ".join(name.replace("_", " ") for name in columns) + " |"]

@@ -34,8 +34,8 @@ STEPS = (24, 16, 10)
 REUSE = (None, 2, 3, 4)
 WINDOWS: Mapping[str, tuple[float, float] | None] = {"everywhere": None, "1 to 0.3": (1.0, 0.3)}
 """Where guidance is on, as noise levels."""
-GUIDERS = ("cfg", "cfg_zero_star", "apg", "apg momentum -0.5", "apg norm_threshold 10")
-SCALES = (1.5, 2.5, 4.0, 6.0)
+GUIDERS = ("cfg", "cfg_zero_star", "apg", "apg momentum -0.5")
+SCALES = (2.5, 4.0, 6.0)
 
 
 @dataclass(frozen=True)

@@ -132,8 +132,8 @@ def follow(pipe: HybridPipeline, texts: Sequence[str]) -> dict[str, Curve]:
 def pictures(pipe: HybridPipeline, texts: Sequence[str], plan: SamplingPlan) -> np.ndarray:
     """float64 [seeds, prompts, height, width, 3], 0 to 1."""
     seeds = [1_000_000 * seed + i for seed in SEEDS for i in range(len(texts))]
-    made = pipe(list(texts) * len(SEEDS), plan=plan, seed=seeds, output_type="np").images
-    return np.asarray(made, dtype=np.float64).reshape(len(SEEDS), len(texts), *made[0].shape)
+    made = np.asarray(pipe(list(texts) * len(SEEDS), plan=plan, seed=seeds, output_type="np").images, float)
+    return made.reshape(len(SEEDS), len(texts), *made.shape[1:])
 
 
 Distances = dict[tuple[str, str, int], np.ndarray]
