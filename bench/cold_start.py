@@ -33,7 +33,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 folder = Path({str(experts_path())!r})
 unet = UNet2DConditionModel.from_pretrained(folder / "unet_sol")
 vae = AutoencoderTiny.from_pretrained(folder / "vae")
-text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder")
+text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
 tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
 scheduler = DDPMScheduler.from_pretrained(folder / "scheduler_sol")
 pipe = StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, scheduler, None, None, None, False)
@@ -119,9 +119,10 @@ def import_seconds(lines: Iterable[str]) -> dict[str, float]:
         while importers and importers[-1][0] >= depth:
             importers.pop()
         by = importers[-1][1] if importers else "others"
-        own: list[str] = [each for each in CAUSES if f"{name}.".startswith(f"{each}.")]
-        inherited = [by] if not own or by.startswith(f"{own[0]}.") else []
-        cause: str = max(own + inherited, key=len)
+        named = [each for each in CAUSES if f"{name}.".startswith(f"{each}.")]
+        cause = named[-1] if named else by  # of torch and torch._dynamo the latter, which comes later
+        if by.startswith(f"{cause}."):  # torch.fx for torch._dynamo
+            cause = by
         importers.append((depth, cause))
         found[cause] = found.get(cause, 0) + microseconds / 1e6
     return dict(sorted(found.items(), key=lambda item: -item[1]))
@@ -142,7 +143,7 @@ def block(table: Sequence[dict[str, object]], seconds: Mapping[str, float]) -> s
     row = table[0]
     versions = ", ".join(f"{name} {row[name]}" for name in ("torch", "diffusers", "numpy"))
     whole = sum(seconds.values())
-    parts = [
+    parts: list[dict[str, object]] = [
         {"imported": f"`{name}`" if name in CAUSES else name, "why": CAUSES.get(name, "")}
         | {"seconds": f"{took:.2f}", "share": f"{took / whole:.0%}"}
         for name, took in seconds.items()
