@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
+from reproducible import assert_reproducible
 
 from bench.scheduler_agreement import SEEDS, SHAPE, difference, function_by_itself, nonlinear
 from moe_sampler import Expert, SamplingPlan, sample
@@ -123,6 +124,14 @@ OWN = [
 def test_functions_written_from_their_papers(function, memories):
     compiled = check(function, memories)
     assert compiled.steps[0].solver == function.__name__ and compiled.steps[0].calls[0].name == "sol"
+
+
+@pytest.mark.parametrize("function", [euler_ancestral, dpmpp_sde])
+def test_their_noise_is_the_seeds(function):
+    expert = nonlinear(Expert.sol())
+    compiled = SamplingPlan.from_sampler(function, SIGMAS, expert)
+    assert compiled.needs_noise
+    assert_reproducible(compiled, expert)
 
 
 @pytest.mark.parametrize("function", [heun, dpm_2, adams_bashforth_3])
