@@ -4,6 +4,7 @@ written here from their papers."""
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 from reproducible import assert_reproducible
@@ -21,7 +22,7 @@ def up_and_down(sigma, target, eta=1.0):
     return (target**2 - up**2) ** 0.5, up
 
 
-def euler_ancestral(model, x, sigmas, noise_sampler=None, eta=1.0):
+def euler_ancestral(model, x, sigmas, noise_sampler: Any = None, eta=1.0):
     for sigma, target in itertools.pairwise(sigmas):
         x0 = model(x, sigma * x.new_ones([x.shape[0]]))
         down, up = up_and_down(sigma, target, eta)
@@ -83,7 +84,7 @@ def adams_bashforth_5(model, x, sigmas):
     return adams_bashforth(model, x, sigmas, 5)
 
 
-def dpmpp_sde(model, x, sigmas, noise_sampler=None):
+def dpmpp_sde(model, x, sigmas, noise_sampler: Any = None):
     """Two stages whose noise is one Brownian motion's: the second stage's holds the first one's."""
     for sigma, target in itertools.pairwise(sigmas):
         x0 = model(x, sigma)
