@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from .solvers import SOLVERS
@@ -252,6 +253,9 @@ def _class(expert: Expert, name: str, known: Mapping[str, tuple[str, dict[str, A
             f"{expert.name}: diffusers {diffusers.__version__} has no {name}{called}{came} "
             f"use one of {', '.join(_here(known))}"
         )
+    lacks = [package for package in getattr(found, "_backends", ()) if find_spec(package) is None]
+    if lacks:  # diffusers' stand-in for a class that needs more
+        raise ValueError(f"{expert.name}: diffusers' {name} needs {lacks[0]}: pip install {lacks[0]}")
     return found
 
 

@@ -4,8 +4,10 @@ written here from their papers."""
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
+from reproducible import assert_reproducible
 
 from bench.scheduler_agreement import SEEDS, SHAPE, difference, function_by_itself, nonlinear
 from moe_sampler import Expert, SamplingPlan, sample
@@ -20,7 +22,7 @@ def up_and_down(sigma, target, eta=1.0):
     return (target**2 - up**2) ** 0.5, up
 
 
-def euler_ancestral(model, x, sigmas, noise_sampler=None, eta=1.0):
+def euler_ancestral(model, x, sigmas, noise_sampler: Any = None, eta=1.0):
     for sigma, target in itertools.pairwise(sigmas):
         x0 = model(x, sigma * x.new_ones([x.shape[0]]))
         down, up = up_and_down(sigma, target, eta)
@@ -82,7 +84,7 @@ def adams_bashforth_5(model, x, sigmas):
     return adams_bashforth(model, x, sigmas, 5)
 
 
-def dpmpp_sde(model, x, sigmas, noise_sampler=None):
+def dpmpp_sde(model, x, sigmas, noise_sampler: Any = None):
     """Two stages whose noise is one Brownian motion's: the second stage's holds the first one's."""
     for sigma, target in itertools.pairwise(sigmas):
         x0 = model(x, sigma)
@@ -123,6 +125,14 @@ OWN = [
 def test_functions_written_from_their_papers(function, memories):
     compiled = check(function, memories)
     assert compiled.steps[0].solver == function.__name__ and compiled.steps[0].calls[0].name == "sol"
+
+
+@pytest.mark.parametrize("function", [euler_ancestral, dpmpp_sde])
+def test_their_noise_is_the_seeds(function):
+    expert = nonlinear(Expert.sol())
+    compiled = SamplingPlan.from_sampler(function, SIGMAS, expert)
+    assert compiled.needs_noise
+    assert_reproducible(compiled, expert)
 
 
 @pytest.mark.parametrize("function", [heun, dpm_2, adams_bashforth_3])
