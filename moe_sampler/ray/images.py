@@ -25,7 +25,12 @@ _NOT_OF_ROWS |= {"prompt_embeds", "negative_prompt_embeds"}
 class GenerateImages:
     """A `HybridPipeline` for Ray Data: one a worker, kept between batches.
 
-        dataset.map_batches(GenerateImages, fn_constructor_args=("owner/name",), concurrency=2, num_gpus=1)
+        dataset.map_batches(
+            GenerateImages,
+            fn_constructor_args=("owner/name",),
+            compute=ray.data.ActorPoolStrategy(size=2),
+            num_gpus=1,
+        )
 
     A row's image depends on its prompt, seed and settings; a model may round differently in another batch, so
     for the same bits on any cluster give `batch_size=1` here (not to `map_batches`).

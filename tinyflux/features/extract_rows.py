@@ -36,7 +36,12 @@ class ExtractFeatures:
     """What `build_cache` makes of images and captions, for Ray Data: one set of models a worker, kept between
     batches.
 
-        dataset.map_batches(ExtractFeatures, fn_constructor_args=("owner/name",), concurrency=2, num_gpus=1)
+        dataset.map_batches(
+            ExtractFeatures,
+            fn_constructor_args=("owner/name",),
+            compute=ray.data.ActorPoolStrategy(size=2),
+            num_gpus=1,
+        )
 
     A row's features depend on its image, caption, seed and settings; a model may round differently in another
     batch, so for the same bits on any cluster give `micro_batch=1`. A sample of `build_cache` has the seed
