@@ -40,6 +40,7 @@ MADE_BY_OTHERS = {
     "demo_comparison.png": "bench.demo.sheet",
     "topics.png": "Python of its page",
     "student.png": "bench.demo.student",
+    "card.webp": "bench.card_picture",
 }
 RUN_BY_CI = ("&& pytest", "&& moe-sampler generate", "python -m bench.report", "python -m sphinx")
 
