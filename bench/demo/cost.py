@@ -77,7 +77,7 @@ class Setting:
 STUDIES: Mapping[str, Sequence[Setting]] = {
     "cost": [
         *(Setting(steps, reuse or 1, window) for window, steps, reuse in product(WINDOWS, STEPS, REUSE)),
-        *(Setting(steps) for steps in (8, 6, 5)),
+        *(Setting(steps) for steps in (8, 6)),
     ],
     "guidance": [Setting(10, scale=scale, guider=guider) for scale, guider in product(SCALES, GUIDERS)],
 }
