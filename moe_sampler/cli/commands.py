@@ -6,16 +6,37 @@ import contextlib
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any, get_type_hints
+from importlib import import_module
+from typing import Any, cast, get_type_hints
 
 import typer
+import typer.main
+from typer.core import TyperGroup
 
 __all__ = ["command_group", "one_line_errors", "takes"]
 
 
-def command_group(name: str, text: str) -> typer.Typer:
-    """Subcommands under one name."""
-    return typer.Typer(name=name, no_args_is_help=True, rich_markup_mode="markdown", help=text)
+def command_group(name: str, text: str, module: str) -> typer.Typer:
+    """Subcommands under one name, which wait in a module of this package until one of them is asked for.
+
+    module: has them as `app`.
+    """
+
+    class Group(TyperGroup):
+        def _fill(self) -> None:
+            if not self.commands:
+                app = typer.main.get_command(import_module(f".{module}", __package__).app)
+                self.commands.update(cast(TyperGroup, app).commands)
+
+        def list_commands(self, ctx: Any) -> list[str]:
+            self._fill()
+            return super().list_commands(ctx)
+
+        def get_command(self, ctx: Any, cmd_name: str) -> Any:
+            self._fill()
+            return super().get_command(ctx, cmd_name)
+
+    return typer.Typer(name=name, cls=Group, no_args_is_help=True, rich_markup_mode="markdown", help=text)
 
 
 def takes(**groups: type) -> Callable[[Callable[..., None]], Callable[..., None]]:

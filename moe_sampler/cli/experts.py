@@ -10,15 +10,12 @@ import typer
 from ..expert_training.settings import KINDS, RunSettings
 from ..pipelines.choices import any_of
 from ..training.flags import with_settings
-from .commands import command_group, one_line_errors
+from .commands import one_line_errors
 from .training import run_training
 
 __all__ = ["app"]
 
-app = command_group(
-    "experts",
-    "The experts' own training: Sol, Lune or an ε-expert on any images, and the demo's experts anew.",
-)
+app = typer.Typer(rich_markup_mode="markdown")
 
 
 def _train(

@@ -7,11 +7,10 @@ from typing import Annotated
 
 import typer
 
+from .commands import command_group
 from .compare import compare
-from .experts import app as experts_app
 from .generate import generate
 from .plan import plan
-from .student import app as tinyflux_app
 from .ui import ui
 
 __all__ = ["app", "end_with_signals"]
@@ -29,8 +28,19 @@ the later ones. A run is planned before it starts; `moe-sampler plan` shows the 
 )
 for _command in (generate, plan, compare, ui):
     app.command()(_command)
-app.add_typer(experts_app, name="experts")
-app.add_typer(tinyflux_app, name="tinyflux")
+for _group in (
+    command_group(
+        "experts",
+        "The experts' own training: Sol, Lune or an ε-expert on any images, and the demo's experts anew.",
+        module="experts",
+    ),
+    command_group(
+        "tinyflux",
+        "The student: caches of what Sol and Lune teach it, its training, its images, and upstream's files.",
+        module="student",
+    ),
+):
+    app.add_typer(_group)
 
 
 def _version(value: bool) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from ..pipelines.choices import CONVENTIONS, conventions_help
-from .commands import command_group, one_line_errors
+from .commands import one_line_errors
 from .loras import Lora
 from .machine import quiet
 from .student_cache import cache, numbers
@@ -20,10 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-app = command_group(
-    "tinyflux",
-    "The student: caches of what Sol and Lune teach it, its training, its images, and upstream's files.",
-)
+app = typer.Typer(rich_markup_mode="markdown")
 app.command("train")(train)
 app.command()(sample)
 app.command()(cache)
