@@ -33,7 +33,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 folder = Path({str(experts_path())!r})
 unet = UNet2DConditionModel.from_pretrained(folder / "unet_sol")
 vae = AutoencoderTiny.from_pretrained(folder / "vae")
-text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder")
+text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
 tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
 scheduler = DDPMScheduler.from_pretrained(folder / "scheduler_sol")
 pipe = StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, scheduler, None, None, None, False)
@@ -142,7 +142,7 @@ def block(table: Sequence[dict[str, object]], seconds: Mapping[str, float]) -> s
     row = table[0]
     versions = ", ".join(f"{name} {row[name]}" for name in ("torch", "diffusers", "numpy"))
     whole = sum(seconds.values())
-    parts = [
+    parts: list[dict[str, object]] = [
         {"imported": f"`{name}`" if name in CAUSES else name, "why": CAUSES.get(name, "")}
         | {"seconds": f"{took:.2f}", "share": f"{took / whole:.0%}"}
         for name, took in seconds.items()
