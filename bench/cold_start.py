@@ -52,11 +52,11 @@ COMMANDS: dict[str, list[str]] = {
 }
 """By name, what Python is started with."""
 CAUSES = {
-    "moe_sampler": "",
+    "moe_sampler": "with NumPy and Pillow",
     "typer": "the command line, with rich and pydantic",
     "torch": "",
     "torch._dynamo": "for one decorator in diffusers.utils; with sympy, Triton and torch.distributed",
-    "diffusers": "all of its models, and no scheduler that isn't asked for",
+    "diffusers": "all of its models, whichever is asked for",
     "transformers": "the text encoder's base class, and a list of all models",
     "peft": "by diffusers' hooks, where it is installed",
     "scipy": "by diffusers' schedulers and transformers' losses, where it is installed",
