@@ -23,7 +23,7 @@ from rich.table import Table
 
 from bench import pipelines, plots, student_training, suites
 from bench.measure import ENVIRONMENT, OURS, measure, table_rows
-from bench.pages import renew_performance
+from bench.pages import PERFORMANCE, renew_page
 from bench.report import RESULTS, markdown, write_csv
 
 Rows = list[dict[str, object]]
@@ -59,7 +59,8 @@ def show(rows: Rows, console: Console) -> None:
 def environment_line(rows: Rows) -> str:
     row = rows[0]
     versions = ", ".join(f"{name} {row[name]}" for name in ENVIRONMENT[2:])
-    return f"{row['machine']}, {row['threads']} threads, {versions}"
+    threads = f"{row['threads']} thread{'' if row['threads'] == '1' else 's'}"
+    return f"{row['machine']}, {threads}, {versions}"
 
 
 def _lost(row: dict[str, object]) -> bool:
@@ -116,7 +117,7 @@ def _write(rows: Rows) -> None:
     if len(rows) > SHORT:
         text = f'# {suite.capitalize()}\n\n{environment_line(rows)}. Made by `python -m bench "{suite}"`.\n\n'
         _stem(rows).with_suffix(".md").write_text(f"{text}{_whole(rows)}\n", encoding="utf-8")
-    renew_performance(suite, _block(rows))
+    renew_page(PERFORMANCE, suite, _block(rows))
 
 
 def _read(suite: str) -> Rows:

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from bench.cases import cases
-from bench.pages import renew_performance
+from bench.pages import PERFORMANCE, renew_page
 from bench.report import markdown
 from bench.roofline import DEVICES, Device
 
@@ -173,7 +173,7 @@ def block() -> str:
 
 def main() -> None:
     text = block()
-    renew_performance("cost model", text)
+    renew_page(PERFORMANCE, "cost model", text)
     print(text)
 
 

@@ -24,7 +24,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from bench.__main__ import environment_line
 from bench.make_random_sd15 import TEXT_ENCODER, VAE, random_weights
 from bench.measure import DEVICE, ENVIRONMENT, OURS, Call, environment
-from bench.pages import renew_performance
+from bench.pages import PERFORMANCE, renew_page
 from bench.report import RESULTS, markdown, write_csv
 from moe_sampler import HybridPipeline
 from moe_sampler.architectures.unet import SD15_UNET
@@ -189,7 +189,7 @@ def main() -> None:
     table = rows(options.rounds, options.compile)
     write_csv(table, RESULTS / "large.csv")
     shown = markdown(table, [name for name in table[0] if name not in ENVIRONMENT])
-    renew_performance("large", f"{environment_line(table)}.\n\n{shown}")
+    renew_page(PERFORMANCE, "large", f"{environment_line(table)}.\n\n{shown}")
     print(shown)
 
 

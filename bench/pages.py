@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["PERFORMANCE", "renew", "renew_performance"]
+__all__ = ["PERFORMANCE", "PROMPTS", "renew", "renew_page"]
 
-PERFORMANCE = Path(__file__).parents[1] / "docs" / "PERFORMANCE.md"
+DOCS = Path(__file__).parents[1] / "docs"
+PERFORMANCE, PROMPTS = DOCS / "PERFORMANCE.md", DOCS / "PROMPTS.md"
 
 
 def renew(page: str, name: str, block: str) -> str:
@@ -22,7 +23,6 @@ def renew(page: str, name: str, block: str) -> str:
     return f"{before}{start}\n\n{block}\n\n{stop}{after}"
 
 
-def renew_performance(name: str, block: str) -> None:
-    """`renew` on docs/PERFORMANCE.md itself."""
-    page = PERFORMANCE.read_text(encoding="utf-8")
-    PERFORMANCE.write_text(renew(page, name, block), encoding="utf-8")
+def renew_page(page: Path, name: str, block: str) -> None:
+    """`renew` on a page's file itself."""
+    page.write_text(renew(page.read_text(encoding="utf-8"), name, block), encoding="utf-8")

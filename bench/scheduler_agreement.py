@@ -16,7 +16,7 @@ import diffusers.schedulers
 import torch
 from torch import Tensor
 
-from bench.pages import renew
+from bench.pages import renew_page
 from bench.report import markdown
 from moe_sampler import Expert, SamplingPlan, plan, sample
 from moe_sampler.kernels import philox_normal
@@ -178,8 +178,7 @@ def block() -> str:
 
 def main() -> None:
     text = block()
-    page = SOLVERS.read_text(encoding="utf-8")
-    SOLVERS.write_text(renew(page, "schedulers", text), encoding="utf-8")
+    renew_page(SOLVERS, "schedulers", text)
     print(text)
 
 

@@ -25,7 +25,7 @@ from PIL import Image
 from bench.demo.evaluate import HELD_OUT_SCENES, Referee
 from bench.demo.report import MEASURES, markdown_table, measured
 from bench.demo.sheet import contact_sheet
-from bench.pages import renew
+from bench.pages import renew_page
 from bench.report import RESULTS
 from bench.student_study import EXPERTS, REAL, SETS, Painter, Results, Sampling, paint, study
 from moe_sampler import HybridPipeline
@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         content = json.dumps({"settings": settings, **numbers}, indent=1)
         (RESULTS / "student_quality.json").write_text(content + "\n", encoding="utf-8")
         comparison(pictures, which).save(PICTURE, optimize=True)
-        PAGE.write_text(renew(PAGE.read_text(encoding="utf-8"), SUITE, block), encoding="utf-8")
+        renew_page(PAGE, SUITE, block)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -25,7 +25,7 @@ import numpy as np
 
 from bench.demo.evaluate import Referee, generate
 from bench.demo.report import MEASURES, cells, markdown_table, summarized
-from bench.pages import renew_performance
+from bench.pages import PERFORMANCE, renew_page
 from bench.report import RESULTS, write_csv
 from moe_sampler import HybridPipeline
 from moe_sampler.demo import experts_path
@@ -182,7 +182,7 @@ def report(study: str, rows: Sequence[Row], count: str) -> None:
     text = f"# {study.capitalize()}\n\n{made}\n\n{table(rows)}\n"
     (RESULTS / f"{study}.md").write_text(text, encoding="utf-8")
     draw(study, rows, RESULTS / f"{study}.png")
-    renew_performance(study, table(rows))
+    renew_page(PERFORMANCE, study, table(rows))
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from bench.demo.evaluate import HELD_OUT_SCENES, HeldOut, Referee, to_bytes
-from bench.pages import renew
+from bench.pages import renew_page
 from bench.report import RESULTS, write_csv
 from moe_sampler import HybridPipeline, SamplingPlan
 from moe_sampler.demo import experts_path
@@ -265,7 +265,7 @@ def main() -> None:
     page = f"# Solvers and spacings on the demo experts\n\n{prompts} prompts, {len(SEEDS)} seeds."
     (RESULTS / "solvers.md").write_text(f"{page}\n\n{text}\n", encoding="utf-8")
     own = block(results, prompts)
-    SOLVERS.write_text(renew(SOLVERS.read_text(encoding="utf-8"), "solver pairs", own), encoding="utf-8")
+    renew_page(SOLVERS, "solver pairs", own)
     print(text, own, sep="\n\n")
 
 

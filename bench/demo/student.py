@@ -15,7 +15,7 @@ from PIL import Image
 
 from bench.demo.evaluate import STEPS, Referee, generate, kept, to_bytes
 from bench.demo.report import MEASURES, markdown_table, measured
-from bench.pages import renew
+from bench.pages import renew_page
 from moe_sampler import HybridPipeline
 from moe_sampler.demo import experts_path, student_path
 from moe_sampler.demo.captions import EXAMPLE_PROMPTS
@@ -85,8 +85,7 @@ def main() -> None:
         f"{STEPS} steps, each model's own guidance.\n\n{table(student, options.work_dir, options.count)}"
     )
     print(text)
-    page = DOCS / "TINYFLUX.md"
-    page.write_text(renew(page.read_text(encoding="utf-8"), "shipped student", text), encoding="utf-8")
+    renew_page(DOCS / "TINYFLUX.md", "shipped student", text)
 
 
 if __name__ == "__main__":
