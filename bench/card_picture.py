@@ -39,7 +39,7 @@ def page(card: str) -> str:
 
 def photograph(html: Path, picture: Path) -> None:
     """A page down to its second section, written as its name says."""
-    from selenium import webdriver
+    from selenium import webdriver  # pyright: ignore[reportMissingImports]: for this picture alone
 
     options = webdriver.ChromeOptions()
     for argument in ("--headless=new", "--no-sandbox", f"--window-size={WIDTH},{HEIGHT}"):

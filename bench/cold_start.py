@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 
 from bench.measure import environment
-from bench.pages import renew_performance
+from bench.pages import PERFORMANCE, renew_page
 from bench.report import RESULTS, markdown, write_csv
 from moe_sampler.demo import experts_path
 
@@ -143,7 +143,7 @@ def block(table: Sequence[dict[str, object]], seconds: Mapping[str, float]) -> s
     row = table[0]
     versions = ", ".join(f"{name} {row[name]}" for name in ("torch", "diffusers", "numpy"))
     whole = sum(seconds.values())
-    parts: list[dict[str, object]] = [
+    parts = [
         {"imported": f"`{name}`" if name in CAUSES else name, "why": CAUSES.get(name, "")}
         | {"seconds": f"{took:.2f}", "share": f"{took / whole:.0%}"}
         for name, took in seconds.items()
@@ -167,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     table = rows(COMMANDS, options.turns)
     write_csv(table, RESULTS / "cold_start.csv")
     text = block(table, imports())
-    renew_performance("cold start", text)
+    renew_page(PERFORMANCE, "cold start", text)
     print(text)
 
 

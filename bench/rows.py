@@ -67,7 +67,8 @@ def rows(count: int, steps: int, batch_size: int) -> list[dict[str, object]]:
             first = first or made
             if made != first:
                 raise RuntimeError(f"{name} made other files")
-            table.append(dict(zip(COLUMNS, (name, f"{rate:.2f}", f"{start:.1f}"), strict=True)) | shared)
+            found: dict[str, object] = dict(zip(COLUMNS, (name, f"{rate:.2f}", f"{start:.1f}"), strict=True))
+            table.append(found | shared)
     return table
 
 

@@ -44,8 +44,7 @@ def test_commands_take_turns_and_the_page_shows_them(monkeypatch, tmp_path):
 
     page = tmp_path / "PERFORMANCE.md"
     page.write_text(pages.PERFORMANCE.read_text(encoding="utf-8"), encoding="utf-8")
-    monkeypatch.setattr(pages, "PERFORMANCE", page)
-    pages.renew_performance("cold start", cold_start.block(table, {"torch": 3.0, "others": 1.0}))
+    pages.renew_page(page, "cold start", cold_start.block(table, {"torch": 3.0, "others": 1.0}))
     text = page.read_text(encoding="utf-8")
     assert "| one | 1.50 | 5.00 |" in text and "| `torch` | 3.00 | 75% |  |" in text
 
