@@ -27,9 +27,9 @@ def tiny_unet() -> UNet2DConditionModel:
             sample_size=8,
             block_out_channels=(8, 16),
             layers_per_block=1,
-            cross_attention_dim=6,
-            attention_head_dim=4,
             norm_num_groups=4,
+            attention_head_dim=4,
+            cross_attention_dim=6,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         )
