@@ -6,15 +6,14 @@ from comfy_api.latest import ComfyExtension, io
 from safetensors.torch import load_file
 
 
+def schema(name: str, given, made):
+    return io.Schema(node_id=name, category="tests", inputs=[given], outputs=[made])
+
+
 class ConditioningFromFile(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
-            node_id="ConditioningFromFile",
-            category="tests",
-            inputs=[io.String.Input("file")],
-            outputs=[io.Conditioning.Output()],
-        )
+        return schema("ConditioningFromFile", io.String.Input("file"), io.Conditioning.Output())
 
     @classmethod
     def execute(cls, file):
@@ -26,12 +25,7 @@ class ConditioningFromFile(io.ComfyNode):
 class WrittenSigmas(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
-            node_id="WrittenSigmas",
-            category="tests",
-            inputs=[io.String.Input("sigmas")],
-            outputs=[io.Sigmas.Output()],
-        )
+        return schema("WrittenSigmas", io.String.Input("sigmas"), io.Sigmas.Output())
 
     @classmethod
     def execute(cls, sigmas):

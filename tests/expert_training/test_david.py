@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import unets
 from diffusers import UNet2DConditionModel
 
 from moe_sampler.architectures.unet import UNET
@@ -22,17 +23,7 @@ from moe_sampler.training.settings import SettingsError
 
 def tiny_unet() -> UNet2DConditionModel:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=(8, 16),
-            layers_per_block=1,
-            norm_num_groups=4,
-            attention_head_dim=4,
-            cross_attention_dim=6,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        )
+        return unets.unet(cross_attention_dim=6).train()
 
 
 def inputs(count: int = 8) -> tuple[torch.Tensor, ...]:

@@ -4,6 +4,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+import unets
 from diffusers import UNet2DConditionModel
 from tinyflux_helpers import new_config, trained
 from waits import waits_are_errors
@@ -52,20 +53,9 @@ class Items(torch.utils.data.Dataset):
 
 
 def unet() -> UNet2DConditionModel:
+    own = {"block_out_channels": [8, 40], "cross_attention_dim": 24, "attention_head_dim": 2}
     with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return UNet2DConditionModel(
-            sample_size=8,
-            in_channels=4,
-            out_channels=4,
-            block_out_channels=(8, 40),
-            layers_per_block=1,
-            cross_attention_dim=24,
-            attention_head_dim=2,
-            norm_num_groups=4,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        ).eval()
+        return unets.unet(ends_in=unets.CROSS, **own)
 
 
 def routed(model: UNet2DConditionModel) -> RoutedTeachers:
