@@ -127,7 +127,7 @@ def check(built: Built) -> Row:
     kernel = built.launch.kernel.__name__
     arguments = named_arguments(built.launch)
     prepare(kernel, arguments)
-    inputs = {id(t) for t in built.read}
+    inputs = {id(t) for t in (*built.read, *built.cached)}
     for tensor in built.written:
         if id(tensor) not in inputs:
             tensor.fill_(torch.nan)

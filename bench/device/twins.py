@@ -224,11 +224,35 @@ def _attention_end(a: Arguments) -> dict[str, Tensor]:
     }
 
 
+def _zero_star(a: Arguments) -> dict[str, Tensor]:
+    uncond, cond = a["output"].to(a["guided"].dtype).chunk(2)
+    share = (cond * uncond).flatten(1).sum(1) / ((uncond * uncond).flatten(1).sum(1) + a["eps"])
+    fitted = _each(share, uncond) * uncond
+    return {"guided": fitted + a["scale"] * (cond - fitted)}
+
+
+def _projected(a: Arguments) -> dict[str, Tensor]:
+    uncond, cond = a["output"].to(a["guided"].dtype).chunk(2)
+    change = a["q"] * (cond - uncond)
+    if a["running"] is not None:
+        change = change + a["momentum"] * a["running"]
+    x0 = a["p"] * a["x"] + a["q"] * cond
+    lengths = change.flatten(1).norm(dim=1)
+    limit = a["norm_threshold"]
+    gain = a["strength"] * ((limit / lengths).clamp(max=1.0) if limit > 0 else torch.ones_like(lengths))
+    along = (change * x0).flatten(1).sum(1) / (x0 * x0).flatten(1).sum(1)
+    update = change - a["one_less_eta"] * _each(along, x0) * x0
+    written = {"guided": cond + _each(gain, x0) * update}
+    return written if a["running"] is None else written | {"running": change}
+
+
 FORMULAS: Mapping[str, Formula] = {
     "_sampler_step_kernel": _sampler_step,
     "_velocity_to_epsilon_kernel": _epsilon,
     "_euler_step_kernel": _euler,
     "_shift_sigmas_kernel": _shift,
+    "_zero_star_guidance_kernel": _zero_star,
+    "_projected_guidance_kernel": _projected,
     "_philox_normal_kernel": _noise,
     "_training_pair_kernel": _pair,
     "_weighted_mse_kernel": _loss,
