@@ -23,7 +23,7 @@ _NOT_OF_ROWS |= {"prompt_embeds", "negative_prompt_embeds"}
 
 
 class GenerateImages:
-    """A `HybridPipeline` for Ray Data: one a worker, kept between batches.
+    """A `HybridPipeline` for Ray Data: one a worker, kept between batches::
 
         dataset.map_batches(
             GenerateImages,

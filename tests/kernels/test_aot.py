@@ -86,7 +86,8 @@ def test_every_operation_has_cases():
         getattr(kernels, name)  # imported when it is asked for, and registered then
     names = {name.partition(".")[0] for name in torch._C._dispatch_get_all_op_names()}
     operations = {name.removeprefix("moe_sampler::") for name in names if name.startswith("moe_sampler::")}
-    assert {case.operation for case, _ in BUILT} == operations
+    no_kernels = {"side_by_side"}  # a product that pipelines/projections.py registers
+    assert {case.operation for case, _ in BUILT} == operations - no_kernels
 
 
 @pytest.mark.parametrize("launch", [step_launch(FP16, shape=RAGGED, **EVERYTHING)], ids=["ragged"])

@@ -34,7 +34,7 @@ MADE = "made"
 
 class ExtractFeatures:
     """What `build_cache` makes of images and captions, for Ray Data: one set of models a worker, kept between
-    batches.
+    batches::
 
         dataset.map_batches(
             ExtractFeatures,
