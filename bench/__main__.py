@@ -11,7 +11,6 @@ which shows of a long table what each provider came to.
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import sys
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from rich.table import Table
 from bench import pipelines, plots, student_training, suites
 from bench.measure import ENVIRONMENT, OURS, measure, table_rows
 from bench.pages import PERFORMANCE, renew_page
-from bench.report import RESULTS, markdown, write_csv
+from bench.report import RESULTS, markdown, read_csv, write_csv
 
 Rows = list[dict[str, object]]
 SHORT = 12  # rows that a page can show
@@ -121,9 +120,7 @@ def _write(rows: Rows) -> None:
 
 
 def _read(suite: str) -> Rows:
-    path = RESULTS / f"{suite.replace(' ', '_')}.csv"
-    with path.open(newline="", encoding="utf-8") as file:
-        return [dict(row) for row in csv.DictReader(file)]
+    return [dict(row) for row in read_csv(RESULTS / f"{suite.replace(' ', '_')}.csv")]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

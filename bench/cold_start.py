@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 
-from bench.measure import environment
+from bench.measure import environment, in_turn
 from bench.pages import PERFORMANCE, renew_page
 from bench.report import RESULTS, markdown, write_csv
 from moe_sampler.demo import experts_path
@@ -89,13 +89,10 @@ def started(arguments: Sequence[str]) -> tuple[float, float]:
 def rows(commands: Mapping[str, Sequence[str]], turns: int) -> list[dict[str, object]]:
     """One row a command: medians over the turns, in each of which every command is started once."""
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
-    names = list(commands)
-    for turn in range(turns + 1):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            took = started(commands[name])
-            if turn:
-                taken[name].append(took)
+    for turn, name in in_turn(list(commands), turns + 1):
+        took = started(commands[name])
+        if turn:
+            taken[name].append(took)
     found = []
     for name, each in taken.items():
         cpu, wall = (statistics.median(seconds) for seconds in zip(*each, strict=True))

@@ -23,7 +23,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from bench.__main__ import environment_line
 from bench.make_random_sd15 import TEXT_ENCODER, VAE, random_weights
-from bench.measure import DEVICE, ENVIRONMENT, OURS, Call, environment
+from bench.measure import DEVICE, ENVIRONMENT, OURS, Call, environment, in_turn
 from bench.pages import PERFORMANCE, renew_page
 from bench.report import RESULTS, markdown, write_csv
 from moe_sampler import HybridPipeline
@@ -149,16 +149,13 @@ def interleaved(calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
     """Seconds of every call, the providers taking turns in an order that moves on by one every round; a first
     call of each doesn't count."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
-    for turn in range(rounds + 1):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            start = time.perf_counter()
-            calls[name]()
-            if DEVICE == "cuda":
-                torch.cuda.synchronize()
-            if turn:
-                taken[name].append(time.perf_counter() - start)
+    for turn, name in in_turn(list(calls), rounds + 1):
+        start = time.perf_counter()
+        calls[name]()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        if turn:
+            taken[name].append(time.perf_counter() - start)
     return taken
 
 

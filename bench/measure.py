@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -102,6 +102,13 @@ def _timed_on_cuda(call: Call, count: int) -> list[float]:
     return [between_events(call, count)]
 
 
+def in_turn(names: Sequence[str], rounds: int) -> Iterator[tuple[int, str]]:
+    """(round, name): each name once a round, in an order that moves on by one every round."""
+    for turn in range(rounds):
+        first = turn % len(names)
+        yield from ((turn, name) for name in (*names[first:], *names[:first]))
+
+
 def interleave(
     providers: Mapping[str, Call], seconds: float = 0.4, turns: tuple[int, int] = TURNS
 ) -> dict[str, np.ndarray]:
@@ -122,12 +129,10 @@ def interleave(
     round_seconds = sum((count + 1) * once for count, once in calls.values())
     names = list(providers)
     taken: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(int(min(max(seconds / round_seconds, turns[0]), turns[1]))):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            call = providers[name]
-            call()
-            taken[name] += timed(call, calls[name][0])
+    for _, name in in_turn(names, int(min(max(seconds / round_seconds, turns[0]), turns[1]))):
+        call = providers[name]
+        call()
+        taken[name] += timed(call, calls[name][0])
     return {name: np.asarray(values) for name, values in taken.items()}
 
 

@@ -155,6 +155,12 @@ def write_csv(table: Sequence[dict[str, object]], path: Path) -> None:
         writer.writerows(table)
 
 
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows that `write_csv` wrote."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 PAGE = """# Kernels, as compiled
 
 Made by `python -m bench.report` with torch {torch} and Triton {triton}; nothing here was run on a GPU.

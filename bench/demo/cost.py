@@ -14,7 +14,6 @@ A setting that the CSV file has already isn't measured again: a study can be sto
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -26,7 +25,7 @@ import numpy as np
 from bench.demo.evaluate import Referee, generate
 from bench.demo.report import MEASURES, cells, markdown_table, summarized
 from bench.pages import PERFORMANCE, renew_page
-from bench.report import RESULTS, write_csv
+from bench.report import RESULTS, read_csv, write_csv
 from moe_sampler import HybridPipeline
 from moe_sampler.demo import experts_path
 
@@ -120,12 +119,8 @@ def measure(
 
 def read(path: Path) -> list[Row]:
     """The rows of a study's CSV file; none where there is none."""
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [
-            {k: v if k == "setting" else float(v) for k, v in row.items()} for row in csv.DictReader(file)
-        ]
+    found = read_csv(path) if path.exists() else []
+    return [{k: v if k == "setting" else float(v) for k, v in row.items()} for row in found]
 
 
 def table(rows: Sequence[Row]) -> str:

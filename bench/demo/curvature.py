@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from bench.demo.solvers import SOLVERS
-from bench.pages import renew
+from bench.pages import renew_page
 from moe_sampler import HybridPipeline, SamplingPlan, Trace
 from moe_sampler.demo import experts_path
 from moe_sampler.demo.captions import caption
@@ -202,7 +202,7 @@ def main() -> None:
     curves = follow(pipe, prompts(0, options.pilots))
     found = measure(pipe, prompts(options.pilots, options.count), curves)
     own = block(found, curves, options.pilots, options.count)
-    SOLVERS.write_text(renew(SOLVERS.read_text(encoding="utf-8"), "curvature", own), encoding="utf-8")
+    renew_page(SOLVERS, "curvature", own)
     print(own)
 
 

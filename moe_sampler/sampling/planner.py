@@ -24,7 +24,7 @@ from .routers import PerStep, Router, Spans, active_experts, lead_expert, lead_s
 from .scheduler_names import is_borrowed, is_known_name, solver_label
 from .solvers import HEUN_CORRECTOR, MOST_PAST, SOLVERS, SolverRow, heun_corrector_row, solver_row
 from .spacing_names import listed_between
-from .trails import Evaluation, Trail, retargeted
+from .trails import Evaluation, Trail, begin_behind, retargeted
 
 __all__ = ["ExpertCall", "PlanStep", "SamplingPlan", "plan"]
 
@@ -193,8 +193,7 @@ def _spanned_nodes(
                 nodes += [_borrowed_node(experts, router, part.expert, each) for each in trail.evaluations]
             continue
         for lead, count, high, low in stretch:
-            if landing is not None and low < landing.noise < high:
-                high = landing.noise  # nothing is lost between a scheduler's last level and the handoff
+            high = high if landing is None else begin_behind(high, low, landing.noise)
             landing = None
             nodes += [_routed(experts, router, noise) for noise in lead.nodes(count, high, low)]
     return nodes, initial_scale

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from .experts import Expert
 from .paths import FlowPath, VPPath, noise_of_sigma, sigma_of_noise
 from .scheduler_names import levels_of, scheduler_of
 from .scheduler_trails import TimedPart, level_at, probed, scheduler_trail, timed_part, told_noise
-from .trails import Trail, trail_of
+from .trails import Trail, begin_behind, trail_of
 
 __all__ = ["Part", "trails"]
 
@@ -74,8 +74,8 @@ def trails(parts: Sequence[Part], *, own_counts: bool) -> list[Trail]:
 
 
 def _from(part: Part, noise: float) -> Part:
-    """A part that begins where the one before lands: nothing is lost between that and the handoff."""
-    return Part(part.expert, part.steps, noise if part.low < noise < part.high else part.high, part.low)
+    """A part behind one that landed there."""
+    return replace(part, high=begin_behind(part.high, part.low, noise))
 
 
 def _groups(parts: Sequence[Part]) -> Iterator[list[Part]]:

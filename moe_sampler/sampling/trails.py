@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .experts import Expert
     from .probing import Trace
 
-__all__ = ["Evaluation", "Trail", "means", "retargeted", "trail_of"]
+__all__ = ["Evaluation", "Trail", "begin_behind", "means", "retargeted", "trail_of"]
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,12 @@ def trail_of(
             Evaluation(own[k], own[k + 1], _whole(leads[k], told), row, _corrects(own, k, order))
         )
     return Trail(name, tuple(evaluations), float(np.abs(trace.inputs[0]).sum()))
+
+
+def begin_behind(high: float, low: float, landed: float) -> float:
+    """The noise level at which a part from `high` to `low` begins, where the one before it landed: nothing is
+    lost between that and the handoff."""
+    return landed if low < landed < high else high
 
 
 def _scale(own: Level, other: Level) -> float:

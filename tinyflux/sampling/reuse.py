@@ -75,7 +75,7 @@ class LastBlock(_AtTheEdge):
 
 def check_reusable(model: TinyFlux) -> None:
     """Raise ValueError unless its outer blocks can be run alone."""
-    blocks = [*model.double_blocks, *model.single_blocks]
+    blocks = _blocks(model)
     if len(blocks) < _FEWEST:
         raise ValueError(
             f"this student has {len(blocks)} blocks, and none between the first and the last: leave out reuse"
