@@ -24,7 +24,7 @@ from bench.pages import PERFORMANCE, renew_page
 from bench.report import RESULTS, markdown, write_csv
 from moe_sampler.demo import experts_path
 
-STEPS, PROMPT, TURNS = 24, "a castle with two towers, at dusk", 5
+STEPS, PROMPT, TURNS = 10, "a castle with two towers, at dusk", 5
 DIFFUSERS = f"""
 from pathlib import Path
 import torch

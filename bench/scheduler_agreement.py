@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from bench.report import markdown
 from moe_sampler import Expert, SamplingPlan, plan, sample
 from moe_sampler.kernels import philox_normal
 from moe_sampler.sampling.predictions import x0_coefficients
-from moe_sampler.sampling.probing import Brownian
+from moe_sampler.sampling.probing import Brownian, InDouble
 from moe_sampler.sampling.scheduler_names import REFUSED, scheduler_of
+from moe_sampler.sampling.scheduler_trails import as_double
 
 SOLVERS = Path(__file__).parents[1] / "docs" / "SOLVERS.md"
 SHAPE, SEEDS = (2, 1, 4, 8), [3, 4]
@@ -63,11 +64,15 @@ class Noise:
 
     shape: tuple[int, ...] = SHAPE
 
-    def __init__(self) -> None:
-        self.step = 0
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        self.step, self._dtype = 0, dtype
 
     def noise(self, *args: Any, **kwargs: Any) -> Tensor:
-        return philox_normal(SHAPE, SEEDS, self.step)
+        return self.drawn(self.step)
+
+    def drawn(self, step: int = 0, stream: int = 0) -> Tensor:
+        with torch._C.DisableTorchFunction():  # its kernel is float32's
+            return philox_normal(SHAPE, SEEDS, step, stream=stream).to(self._dtype)
 
     @contextmanager
     def in_place_of_torchs(self) -> Iterator[None]:
@@ -80,19 +85,28 @@ class Noise:
 
 
 def by_itself(
-    scheduler: Any, expert: Expert, steps: int | None, told: list[float] | None = None, **options: Any
+    scheduler: Any,
+    expert: Expert,
+    steps: int | None,
+    told: list[float] | None = None,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
 ) -> Tensor:
-    """What a scheduler makes in a loop as diffusers' pipelines have it, in float32, from a plan's noise.
+    """What a scheduler makes in a loop as diffusers' pipelines have it, from a plan's noise.
 
-    told: what the model is told instead of the scheduler's timesteps.
+    told: what the model is told instead of the timesteps of a scheduler that takes the levels it is given.
+    dtype: of what is sampled, and in float64 of all that is computed from the scheduler's levels.
     """
     assert expert.model is not None
-    noise = Noise()
-    with noise.in_place_of_torchs():
+    noise = Noise(dtype)
+    exact = InDouble() if dtype == torch.float64 else nullcontext()
+    with noise.in_place_of_torchs(), exact if told is not None else nullcontext():
         scheduler.set_timesteps(steps, **options)
+    with noise.in_place_of_torchs(), exact:
+        scheduler = scheduler if dtype == torch.float32 else as_double(scheduler)
         if hasattr(scheduler, "noise_sampler"):
             scheduler.noise_sampler = Brownian(noise)
-        x = philox_normal(SHAPE, SEEDS, stream=1) * getattr(scheduler, "init_noise_sigma", 1.0)
+        x = noise.drawn(stream=1) * getattr(scheduler, "init_noise_sigma", 1.0)
         timesteps = scheduler.timesteps if told is None else scheduler.timesteps[: len(told)]
         for noise.step, timestep in enumerate(timesteps):
             seen = scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
@@ -106,8 +120,15 @@ def difference(found: Tensor, expected: Tensor) -> float:
     return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
-def agreement(expert: Expert, steps: int) -> tuple[SamplingPlan, float]:
-    """A whole run of an expert's scheduler as a plan, and how far it ends from the scheduler by itself."""
+def agreement(expert: Expert, steps: int, dtype: torch.dtype = torch.float32) -> tuple[SamplingPlan, float]:
+    """A whole run of an expert's scheduler as a plan, and how far it ends, in float32, from the scheduler by
+    itself, which computes in `dtype` throughout."""
+    compiled = plan(expert, steps=steps)
+    expected = _whole_run(expert, steps, dtype)
+    return compiled, difference(sample(compiled, expert, shape=SHAPE, seeds=SEEDS), expected.float())
+
+
+def _whole_run(expert: Expert, steps: int, dtype: torch.dtype) -> Tensor:
     scheduler, options, told = scheduler_of(expert), {}, None
     nodes = expert.path.grid(steps, 1.0, 0.0, expert.shift, expert.spacing)
     if type(scheduler).__name__ == "LTXEulerAncestralRFScheduler":  # these two take the levels they are given
@@ -115,9 +136,7 @@ def agreement(expert: Expert, steps: int) -> tuple[SamplingPlan, float]:
     if type(scheduler).__name__ == "IPNDMScheduler":
         scheduler = type(scheduler)(trained_betas=[expert.path.at(node).sigma for node in [*nodes, 0.0]])
         told = [expert.path.timestep(expert.path.at(node)) for node in nodes]
-    expected = by_itself(scheduler, expert, None if options else steps, told, **options)
-    compiled = plan(expert, steps=steps)
-    return compiled, difference(sample(compiled, expert, shape=SHAPE, seeds=SEEDS), expected)
+    return by_itself(scheduler, expert, None if options else steps, told, dtype, **options)
 
 
 def function_by_itself(
@@ -148,7 +167,9 @@ def rows() -> Iterator[dict[str, object]]:
         if name in REFUSED:
             continue
         for flow in (False, True) if name in BOTH else (name.startswith(FLOWS),):
-            found = [agreement(expert_for(name, flow), steps) for steps in STEPS]
+            expert = expert_for(name, flow)
+            found = [agreement(expert, steps) for steps in STEPS]
+            exact = max(agreement(expert, steps, torch.float64)[1] for steps in STEPS)
             compiled = found[0][0]
             yield {
                 "scheduler": f"`{name.removesuffix('Scheduler')}`",
@@ -157,6 +178,7 @@ def rows() -> Iterator[dict[str, object]]:
                 "calls for 8 steps": len(compiled),
                 "noise": "yes" if compiled.needs_noise else "",
                 **{f"{steps} steps": f"{off:.0e}" for steps, (_, off) in zip(STEPS, found, strict=True)},
+                "its float64": f"{exact:.0e}",
             }
 
 
@@ -167,8 +189,9 @@ def block() -> str:
     ]
     return "\n\n".join(
         [
-            f"diffusers {diffusers.__version__}, a model that isn't linear, float32; the last three columns "
-            "are the largest difference at the end, relative to the largest value.",
+            f"diffusers {diffusers.__version__}, on a model that isn't linear, float32; the last four "
+            "columns are the largest difference at the end, relative to the largest value: from the "
+            "scheduler as it is, and the largest of the three from one that computes in float64.",
             markdown(table, table[0]),
             "Refused by name:",
             markdown(refused, refused[0]),

@@ -27,6 +27,7 @@ __all__ = [
     "check_ours",
     "claim",
     "is_ours",
+    "local_place",
     "remove",
     "replace_folder",
     "sole_user",
@@ -40,6 +41,11 @@ __all__ = [
 
 MARK = ".moe-sampler"
 _REMOVED = ".removed"
+
+
+def local_place(text: str) -> str:
+    """A local path in full, so that it means the same from another folder; a hub id as it is."""
+    return str(Path(text).resolve()) if Path(text).exists() else text
 
 
 def to_disk(path: Path) -> None:

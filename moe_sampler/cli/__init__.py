@@ -4,7 +4,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from .._lazy import lazy_names
-from .imports import without_collecting
+from .imports import end_with_command, without_collecting
 
 if TYPE_CHECKING:
     from .root import app
@@ -19,6 +19,7 @@ __getattr__, __dir__ = lazy_names(globals(), _NAMES)
 
 def main() -> None:
     """Run the command. Ctrl-C ends it with one word and exit code 130 from here on, imports included."""
+    end_with_command()
     try:
         with without_collecting():
             from .root import app, end_with_signals

@@ -13,8 +13,8 @@ from .loras import Lora, read_loras
 from .machine import Machine
 from .models import Model
 from .options import OutputOptions, PipelineOptions, RunOptions, SizeOptions
-from .plans import find_plan, plan_settings, without_plan
-from .settings import call_of, compile_plan, merge_runs, merged, planned_experts, record_defaults
+from .plans import find_plan
+from .settings import call_of, compile_plan, merge_runs, merged, planned_experts
 
 if TYPE_CHECKING:
     from ..sampling.plan import SamplingPlan
@@ -79,6 +79,8 @@ class Asked:
         if given is not None:
             if strength is not None:
                 raise ValueError("a plan decides which steps are run: leave out --strength")
+            from ..pipelines.recorded import without_plan
+
             previous = without_plan(previous)
         model = Model.read(where, previous)
         configs, defaults = model.training()
@@ -103,6 +105,8 @@ class Asked:
 
     def compiled(self, settings: dict[str, Any], *, image: bool) -> Compiled:
         """The run of these settings. image: whether it starts from one."""
+        from ..pipelines.recorded import plan_settings, record_defaults
+
         if self.loras:
             settings = settings | {"loras": [[each.expert, each.path, each.scale] for each in self.loras]}
             settings |= {} if self.text_encoder is None else {"lora_text_encoder": self.text_encoder}

@@ -15,7 +15,7 @@ from .loras import read_loras
 from .machine import Machine
 from .models import Model
 from .options import PipelineOptions, RunOptions, SizeOptions, SteppingOptions
-from .settings import call_of, compile_plan, merge_runs, merged, planned_experts, record_defaults
+from .settings import call_of, compile_plan, merge_runs, merged, planned_experts
 
 if TYPE_CHECKING:
     from ..pipelines.compare import Comparison
@@ -63,6 +63,7 @@ def compare(
 
     `moe-sampler compare "a castle by a lake" --steps 10 --solvers ddpm+euler --solvers dpmpp_2m@karras`
     """
+    from ..pipelines.recorded import record_defaults
     from ..viewing.images import check_image_name, check_room
 
     check_image_name(output)

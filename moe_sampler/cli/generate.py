@@ -12,6 +12,7 @@ from .asked import Asked, read_previous, start_image
 from .commands import takes
 from .demo_words import warn_of_strange_words
 from .generate_rows import RowOptions, generate_rows
+from .imports import import_pipelines
 from .options import OutputOptions, PipelineOptions, RunOptions, SizeOptions
 from .outputs import Pictures
 
@@ -86,6 +87,7 @@ def generate(
     if not out.quiet:
         warn_of_strange_words(asked.model, pictures.prompts, settings.get("negative_prompt"))
 
+    import_pipelines(loras=bool(asked.loras), compiles=asked.computer.speed == "max")
     pipe = asked.load()
     record = compiled.record | sizes | asked.of_all
     call = compiled.call | sizes | {"image": start}

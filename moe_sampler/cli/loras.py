@@ -8,15 +8,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from .._files import local_place
 from .by_name import number, split_name
 from .options import LoraOptions
 
-__all__ = ["Lora", "add_loras", "local_place", "read_loras"]
-
-
-def local_place(text: str) -> str:
-    """A local path in full, so that it means the same from another folder; a hub id as it is."""
-    return str(Path(text).resolve()) if Path(text).exists() else text
+__all__ = ["Lora", "add_loras", "read_loras"]
 
 
 @dataclass(frozen=True)

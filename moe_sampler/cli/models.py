@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .._files import local_place
 from .by_name import ByExpert, split_name
 from .imports import without_collecting
-from .loras import Lora, add_loras, local_place
+from .loras import Lora, add_loras
 from .machine import Machine, quiet
 from .options import ModelOptions
 

@@ -14,14 +14,7 @@ from .options import given_flags
 if TYPE_CHECKING:
     from ..sampling.plan import SamplingPlan
 
-__all__ = ["find_plan", "plan_settings", "without_plan"]
-
-DECIDED = (
-    *("expert", "num_inference_steps", "handoff", "router", "solver", "levels", "shift", "eta", "strength"),
-    *("guidance_scale", "guidance_window", "guidance_rescale", "guider", "reuse", "budget"),
-    *("sol_weight", "lune_weight", "upstream_schedule"),
-)
-"""Settings that a plan takes the place of."""
+__all__ = ["find_plan"]
 
 
 def find_plan(path: Path | None, previous: Mapping[str, Any], *groups: Any) -> SamplingPlan | None:
@@ -60,13 +53,3 @@ def _standard_input() -> str:
     if len(text) > MOST_BYTES:
         raise ValueError(f"it is longer than {MOST_BYTES:,} characters")
     return text
-
-
-def without_plan(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings but for what a plan decides, and the plan."""
-    return {key: value for key, value in settings.items() if key not in (*DECIDED, "plan")}
-
-
-def plan_settings(plan: SamplingPlan) -> dict[str, Any]:
-    """The plan as an image remembers it, to the bit."""
-    return {"plan": json.loads(plan.to_json())}

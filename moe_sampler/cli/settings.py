@@ -13,26 +13,9 @@ from .by_name import ByExpert, full_calls, levels, number, over_previous, steps_
 from .options import RunOptions
 from .routers import parse_router
 
-__all__ = [
-    "call_of",
-    "compile_plan",
-    "merge_runs",
-    "merged",
-    "planned_experts",
-    "record_defaults",
-    "scales_in_full",
-    "stepping_in_full",
-]
+__all__ = ["call_of", "compile_plan", "merge_runs", "merged", "planned_experts"]
 
 Shares = Callable[[Sequence[str]], Mapping[str, float]]
-
-_CALL_KEYS = (
-    *("negative_prompt", "seed", "expert", "num_inference_steps", "handoff", "shift", "solver", "eta"),
-    "levels",
-    *("guidance_scale", "guidance_window", "guidance_rescale", "guider", "height", "width", "strength"),
-    *("reuse", "budget"),
-)
-"""Settings that the pipeline's call takes as they are."""
 
 
 def merged(previous: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,7 +86,9 @@ def _without_levels(previous: Mapping[str, Any], given: ByExpert, names: Sequenc
 
 def call_of(settings: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """What the pipeline's call is given for these settings, but for prompt, image and plan."""
-    call = {key: settings[key] for key in _CALL_KEYS if settings.get(key) is not None}
+    from ..pipelines.recorded import CALL_KEYS
+
+    call = {key: settings[key] for key in CALL_KEYS if settings.get(key) is not None}
     if settings.get("router") is not None:
         call["router"] = parse_router(settings["router"], names)
     return call
@@ -163,50 +148,3 @@ def compile_plan(
     most = call.get("num_inference_steps", defaults["num_inference_steps"])
     most = None if isinstance(route.get("router"), PerStep) else most
     return within_budget(call["budget"], experts, most, compiled).plan
-
-
-def scales_in_full(given: Any, defaults: Mapping[str, float]) -> dict[str, float]:
-    """Everyone's guidance scale, by name: what was given for all or by name, else the default."""
-    from ..pipelines.settings import by_expert
-
-    named = by_expert("guidance_scale", given, list(defaults))
-    return {name: default if named[name] is None else named[name] for name, default in defaults.items()}
-
-
-def record_defaults(
-    settings: Mapping[str, Any], defaults: Mapping[str, Any], names: Sequence[str]
-) -> dict[str, Any]:
-    """The settings with the model's defaults spelled out, so that they mean the same when those change."""
-    router = settings.get("router")
-    wanted: list[str] = []
-    if not (router or "").startswith("steps") and not _lists_all_levels(settings, names):
-        wanted.append("num_inference_steps")
-    if router is None and len(names) > 1 and settings.get("expert", "hybrid") == "hybrid":
-        wanted.append("handoff")
-    own = {name: defaults[f"{name}_guidance"] for name in names}
-    scales = scales_in_full(settings.get("guidance_scale"), own)
-    found = {key: defaults[key] for key in wanted} | dict(settings) | {"guidance_scale": scales}
-    return found | stepping_in_full(settings, defaults, names)
-
-
-def stepping_in_full(
-    settings: Mapping[str, Any], defaults: Mapping[str, Any], names: Sequence[str]
-) -> dict[str, Any]:
-    """Solvers and levels that are given by name or left to the model, by name."""
-    from ..pipelines.settings import default_solvers
-
-    whole = {
-        key: {name: value for name, value in values.items() if value is not None}
-        for key, values in default_solvers(settings, defaults, names).items()
-        if not isinstance(settings.get(key), (str, list))  # one for all says so itself
-    }
-    return {key: values for key, values in whole.items() if values}
-
-
-def _lists_all_levels(settings: Mapping[str, Any], names: Sequence[str]) -> bool:
-    """Whether the levels of all that work are listed, which says how many steps there are."""
-    from ..pipelines.settings import by_expert
-
-    alone = settings.get("expert", "hybrid")
-    levels = by_expert("levels", settings.get("levels"), names)
-    return all(isinstance(levels.get(name), list) for name in (names if alone == "hybrid" else [alone]))

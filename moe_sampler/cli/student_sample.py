@@ -29,8 +29,8 @@ from .options import (
     option,
 )
 from .outputs import Pictures
-from .plans import find_plan, plan_settings, without_plan
-from .settings import merged, planned_experts, scales_in_full, stepping_in_full
+from .plans import find_plan
+from .settings import merged, planned_experts
 
 if TYPE_CHECKING:
     from moe_sampler.tinyflux.model.config import TinyFluxConfig
@@ -127,6 +127,7 @@ def sample(
     from moe_sampler.tinyflux.sampling.expert import STUDENT as NAME
 
     from ..loading.hub import Hub
+    from ..pipelines.recorded import plan_settings, without_plan
 
     # What is wrong with the settings, the folder or the machine shows before any weights are read.
     previous = read_like(out)
@@ -201,6 +202,8 @@ def _run_settings(
     """Steps, guidance, solvers and handoff, with the defaults spelled out, so that the record means the same
     when those change."""
     from moe_sampler.tinyflux.sampling.guided import GUIDANCE_SCALE
+
+    from ..pipelines.recorded import scales_in_full, stepping_in_full
 
     student, *guides = names
     steps = ByExpert.read("--steps", run.steps, whole)

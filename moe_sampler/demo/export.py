@@ -30,7 +30,7 @@ COMPONENTS = {
 }
 KIND = "demo experts"
 SETTINGS = {
-    **{"handoff": 0.9, "num_inference_steps": 24, "sol_guidance": 2.5, "lune_guidance": 2.5},
+    **{"handoff": 0.9, "num_inference_steps": 10, "sol_guidance": 2.5, "lune_guidance": 2.5},
     **{"lune_solver": "dpmpp_2m", "lune_levels": "beta"},
 }
 """What the pipeline does with these experts when not told otherwise; Lune's solver and levels are those that

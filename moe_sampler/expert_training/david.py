@@ -23,8 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
-from typing import NamedTuple, Protocol, cast
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -155,10 +154,6 @@ class AssessedUNet(nn.Module):
             self._features[name] = (output if isinstance(output, Tensor) else output[0]).detach()
 
         return hook
-
-    def save_config(self, folder: Path) -> None:
-        """The UNet's, which is what is left of both."""
-        cast("ModelMixin", self.unet).save_config(folder)
 
     def enable_gradient_checkpointing(self) -> None:
         self.unet.enable_gradient_checkpointing()

@@ -11,7 +11,7 @@ import torch
 from diffusers import ModelMixin
 from tqdm.auto import tqdm
 
-from .._files import check_ours, writing
+from .._files import check_ours
 from ..architectures import build, shape_of, watchable
 from ..data.captions import report_cut
 from ..data.samples import Source
@@ -23,7 +23,7 @@ from ..loading.expert_files import find_base, find_expert
 from ..loading.fingerprint import fingerprint
 from ..loading.folders import read_config
 from ..loading.hub import Hub
-from ..loading.parts import check_experts_fit, load_shared, scheduler_from_config
+from ..loading.parts import check_experts_fit, load_shared
 from ..loading.presets import ExpertSource
 from ..loading.weights import empty_model, file_tensors
 from ..training.run_folder import KIND, own_names
@@ -216,18 +216,4 @@ def train_expert(task: ExpertTask, settings: RunSettings, *, quiet: bool = False
 
     Returns what `Trainer.train` does.
     """
-    folder = settings.training.output_dir
-    trainer = Trainer(task, settings.training, record=to_tables(settings), quiet=quiet)
-    result = trainer.train()
-    if trainer.run.accelerator.is_main_process:
-        for made in (folder, folder / "best"):
-            if (made / task.weights_name).is_file():
-                _finish(made, task)
-    return result
-
-
-def _finish(folder: Path, task: ExpertTask) -> None:
-    """What the trainer left, as an expert's folder: what it was trained on, beside it."""
-    with writing(folder):
-        task.unet.save_config(folder)
-        scheduler_from_config(task.objective.scheduler).save_pretrained(folder)
+    return Trainer(task, settings.training, record=to_tables(settings), quiet=quiet).train()

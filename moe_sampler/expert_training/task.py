@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from diffusers import ModelMixin
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
 from PIL import Image
 from torch import Tensor, nn
 
 from .._transfers import OnDevice
 from ..architectures import architecture_of, shape_of
+from ..loading.parts import scheduler_from_config
 from ..pipelines.latents import decode_latents
 from ..publishing.modelspec import describe_expert
 from ..publishing.upload import Address
@@ -216,7 +218,12 @@ class ExpertTask:
         source = f"ExpertSource({address.arguments})"
         given = f"{kind}={source}" if kind in ("sol", "lune") else f'experts={{"mine": {source}}}'
         told = f"As an expert on the base it was trained on: `HybridPipeline.from_pretrained(base, {given})`."
-        return Published(header, ["## Loading", told])
+        return Published(header, ["## Loading", told], (SCHEDULER_CONFIG_NAME,))
+
+    def save_config(self, folder: Path) -> None:
+        """What an expert's folder says of it: its model, and what it was trained on."""
+        self.unet.save_config(folder)
+        scheduler_from_config(self.objective.scheduler).save_pretrained(folder)
 
     def describe(self) -> dict[str, Any]:
         found = {

@@ -185,8 +185,7 @@ def find_training(name: str, source: ExpertSource | str | Path, hub: Hub) -> dic
     Raises:
         CheckpointError: it isn't there, or nothing says what it was trained on.
     """
-    if not isinstance(source, ExpertSource):
-        source = ExpertSource(source)
+    source = ExpertSource.of(source)
     path = _locate(name, source, hub, None, weights=False)
     beside = _model_folder(path, name)[1] if path.is_dir() else None
     return _training(name, source, beside, [path] if path.is_file() else [])
@@ -233,8 +232,7 @@ def find_expert(
         CheckpointError: it isn't there, its model is of no known architecture, or nothing says what it was
             trained on.
     """
-    if not isinstance(source, ExpertSource):
-        source = ExpertSource(source)
+    source = ExpertSource.of(source)
     path = _locate(name, source, hub, variant)
     folder, beside = _model_folder(path, name) if path.is_dir() else (path, None)
     config = read_config(folder / "config.json") if path.is_dir() else _base_config(base)

@@ -77,6 +77,11 @@ class ExpertSource:
     revision: str | None = None
     subfolder: str | None = None
 
+    @classmethod
+    def of(cls, source: ExpertSource | str | Path) -> ExpertSource:
+        """A bare path or hub id is a source without further settings."""
+        return source if isinstance(source, ExpertSource) else cls(source)
+
 
 @dataclass(frozen=True)
 class Preset:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import inspect
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .._files import local_place
 from ..pipelines.choices import PICTURE_FORMATS, any_of, check_choice
-from ..viewing.images import FORMATS
 from .batches import check_columns, column_of, default_device, plain
+
+if TYPE_CHECKING:
+    from ..loading.presets import ExpertSource
+    from ..sampling.plan import SamplingPlan
 
 __all__ = ["GenerateImages"]
 
@@ -41,7 +44,8 @@ class GenerateImages:
             "negative_prompt" ... What is null in a row is left out there.
         settings: the same for all rows; a row's own come first.
         prompt_column, seed_column: where prompts and seeds are. Every row needs both.
-        image_format: "png", "jpg" or "webp": files' bytes, as parquet and WebDataset have them; "array":
+        image_format: "png", "jpg" or "webp": files' bytes, as parquet and WebDataset have them, with their
+            settings and A1111's parameters in the metadata, as `moe-sampler generate` writes them; "array":
             uint8 [H, W, 3], as `Dataset.write_images` takes them.
         batch_size: images sampled at once; by default all rows of a batch with the same settings.
         loading: other arguments of `from_pretrained`: preset, experts, dtype, offload, device ...
@@ -67,17 +71,21 @@ class GenerateImages:
         self._prompt, self._seed = prompt_column, seed_column
         self._format, self._batch_size = image_format, batch_size
         from ..pipelines.hybrid import HybridPipeline
+        from ..pipelines.settings import default_settings
 
         known = inspect.signature(HybridPipeline.__call__).parameters.keys() - _NOT_OF_ROWS
         unknown = [name for name in (*self._columns, *self._settings) if name not in known]
         if unknown:
             raise ValueError(f'"{unknown[0]}" is no setting of a row: use {any_of(sorted(known))}')
+        self._of_all = _model_settings(model, loading)
         if model is None and "preset" not in loading:
             from ..demo import experts_path
 
             model = experts_path()
-        self._pipe = HybridPipeline.from_pretrained(model, **{"device": default_device(), **loading})
-        self._pipe.set_progress_bar_config(disable=True)
+        self._pipe = pipe = HybridPipeline.from_pretrained(model, **{"device": default_device(), **loading})
+        pipe.set_progress_bar_config(disable=True)
+        self._defaults = default_settings(pipe.expert_names, pipe.config)
+        self._of_all["dtype"] = str(pipe.expert_unet(pipe.expert_names[0]).dtype).removeprefix("torch.")
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The batch with two more columns: `image`, and `error`, null where there is none. A row that can't
@@ -110,26 +118,33 @@ class GenerateImages:
         images: list[Any],
         errors: list[str | None],
     ) -> None:
+        from ..pipelines.recorded import recorded_call
         from ..rows.making import each_that_can
 
         def attempt(some: Sequence[int]) -> None:
             prompts = [plain(batch[self._prompt][i]) for i in some]
             seeds = [plain(batch[self._seed][i]) for i in some]
-            found = self._pipe(prompts, seed=seeds, batch_size=self._batch_size, **call).images
-            for i, image in zip(some, found, strict=True):
-                images[i] = self._encoded(image)
+            made = self._pipe(prompts, seed=seeds, batch_size=self._batch_size, **call)
+            record = recorded_call(call, made.plan, self._defaults, self._pipe.expert_names)
+            for i, prompt, seed, image in zip(some, prompts, seeds, made.images, strict=True):
+                own = {**record, **self._of_all, "prompt": prompt, "seed": seed, "zoom": 1}
+                images[i] = self._encoded(image, own, made.plan)
 
         def failed(i: int, reason: str) -> None:
             errors[i] = reason
 
         each_that_can(indices, len(indices), attempt, failed)
 
-    def _encoded(self, image: Any) -> Any:
+    def _encoded(self, image: Any, settings: dict[str, Any], plan: SamplingPlan) -> Any:
         if self._format == "array":
             return np.asarray(image.convert("RGB"))
-        file = io.BytesIO()
-        image.convert("RGB").save(file, **FORMATS[f".{self._format}"])
-        return file.getvalue()
+        from .. import __version__
+        from ..viewing.images import encoded_image
+        from ..viewing.parameters import parameters_text
+
+        settings = {**settings, "version": __version__}
+        parameters = parameters_text(settings, plan, image.size)
+        return encoded_image(image, f"picture.{self._format}", settings, parameters)
 
     def _column(self, images: Sequence[Any]) -> Any:
         if self._format == "array":
@@ -137,3 +152,22 @@ class GenerateImages:
             if len({image.shape for image in images}) == 1:
                 return np.stack(images)
         return column_of(images)
+
+
+def _model_settings(model: str | Path | None, loading: Mapping[str, Any]) -> dict[str, Any]:
+    """Which model, as pictures remember it."""
+    from ..loading.presets import ExpertSource
+
+    named = {name: loading.get(name) for name in ("sol", "lune", "sd15")} | dict(loading.get("experts") or {})
+    found = {key: loading[key] for key in ("preset", "revision", "subfolder", "variant") if loading.get(key)}
+    if loading.get("speed", "none") != "none":
+        found["speed"] = loading["speed"]
+    sources = {name: _source(ExpertSource.of(source)) for name, source in named.items() if source is not None}
+    found |= {"sources": sources} if sources else {}
+    return {"model": None if model is None else local_place(str(model))} | found
+
+
+def _source(source: ExpertSource) -> dict[str, Any]:
+    own = {"training": source.training, "revision": source.revision, "subfolder": source.subfolder}
+    given = {name: value for name, value in own.items() if value is not None}
+    return {"weights": local_place(str(source.weights)), **given}

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Brownian", "NotAffineError", "Trace", "World", "probe"]
+__all__ = ["Brownian", "InDouble", "NotAffineError", "Trace", "World", "probe"]
 
 _DRAWS = (torch.randn, torch.randn_like)
 _OTHER_DRAWS = (torch.rand, torch.rand_like, torch.randint, torch.normal, torch.bernoulli, torch.multinomial)
@@ -64,7 +64,22 @@ class Trace:
         return len(self.times)
 
 
-class World(TorchFunctionMode):
+class InDouble(TorchFunctionMode):
+    """Where all that asks for float32 gets float64."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        args = tuple(torch.float64 if each is torch.float32 else each for each in args)
+        kwargs = {
+            key: torch.float64 if each is torch.float32 else each for key, each in (kwargs or {}).items()
+        }
+        return func(*args, **kwargs)
+
+
+class World(InDouble):
     """Where a sampler is probed: float64 throughout, and noise is a vector wherever it is drawn.
 
     Args:
@@ -119,7 +134,6 @@ class World(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
         of_vectors = any(isinstance(each, Vector) for each in args)
         if func in _DRAWS and math.prod(_drawn_shape(args)) == math.prod(self.shape):
             return self.noise()
@@ -127,11 +141,7 @@ class World(TorchFunctionMode):
             raise NotAffineError(f"{self._name} draws random numbers that are no normal noise")
         if of_vectors and func in _READS:
             raise NotAffineError(f"{self._name} reads values of what it samples, and decides by them")
-        if func is torch.Tensor.float:
-            func = torch.Tensor.double
-        args = tuple(torch.float64 if each is torch.float32 else each for each in args)
-        kwargs = {key: torch.float64 if each is torch.float32 else each for key, each in kwargs.items()}
-        made = func(*args, **kwargs)
+        made = super().__torch_function__(func, types, args, kwargs)
         return made.as_subclass(torch.Tensor) if func in _CONSTANTS else made
 
     def trace(self) -> Trace:

@@ -20,7 +20,7 @@ from .trails import Trail, trail_of
 if TYPE_CHECKING:
     from .experts import Expert
 
-__all__ = ["TimedPart", "level_at", "probed", "scheduler_trail", "timed_part", "told_noise"]
+__all__ = ["TimedPart", "as_double", "level_at", "probed", "scheduler_trail", "timed_part", "told_noise"]
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def _input(timed: Any, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
     return x if scale is None else scale(x, timestep)
 
 
-def _as_double(timed: Any) -> Any:
+def as_double(timed: Any) -> Any:
     """Its tables in float64, so that what is computed from them is exact."""
     for key, value in vars(timed).items():
         if isinstance(value, torch.Tensor) and value.is_floating_point():
@@ -218,7 +218,7 @@ def probed(timed: Any, expert: Expert, name: str, count: int, *, from_noise: boo
     """The first `count` calls of a scheduler with its timesteps set."""
     takes = inspect.signature(timed.step).parameters
     options = {"eta": expert.eta} if expert.eta and "eta" in takes else {}
-    timed = _as_double(timed)
+    timed = as_double(timed)
     double = timed.timesteps[:count]
 
     def run(world: World) -> torch.Tensor:

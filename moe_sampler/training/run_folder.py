@@ -159,9 +159,9 @@ class RunFolder:
             write_tensors(folder / name, own, {"format": "pt"})
         if self.header:
             stamp([weights], self.header)
-        save_config = getattr(self.task.model, "save_config", None) if ships_config(self.task) else None
-        if save_config is not None:
-            save_config(folder)
+        if ships_config(self.task):
+            owner: Any = self.task if hasattr(self.task, "save_config") else self.task.model
+            getattr(owner, "save_config", lambda _: None)(folder)
 
 
 def ships_config(task: Task) -> bool:

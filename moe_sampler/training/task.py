@@ -58,9 +58,10 @@ class Task(Protocol):
         weights_name: of the file that the trained model's tensors go to, beside its config. Where there is a
             method `shipped`, it is given the model's tensors by name and says which these are; what is
             trained along and of no use afterwards stays in the checkpoints, or where a method `beside` gives
-            tensors by file name, lies there, and isn't uploaded. `ships_config` is False where
-            they are no whole model. A method `published(address, license)` says what the model's card and
-            header hold beside the run, as `Published`, for the `publishing.upload.Address` it will have.
+            tensors by file name, lies there, and isn't uploaded. `ships_config` is False where they are no
+            whole model; where there is a method `save_config(folder)`, it writes the configs, else the
+            model's own does. A method `published(address, license)` says what the model's card and header
+            hold beside the run, as `Published`, for the `publishing.upload.Address` it will have.
         steps_alike: whether `loss` asks the device for the same operations at every step, of batches of one
             shape: nothing is decided on the host, and what isn't a tensor in a batch isn't looked at. Then
             the step can be recorded (`cuda_graph`).

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..cli.models import Model, recorded_student, student_place
 from ..cli.options import EncoderOptions, PipelineOptions
-from ..cli.settings import call_of, compile_plan, planned_experts, record_defaults, stepping_in_full
+from ..cli.settings import call_of, compile_plan, planned_experts
+from ..pipelines.recorded import record_defaults, stepping_in_full
 from .form import STUDENT, Form, Wrong
 
 if TYPE_CHECKING:

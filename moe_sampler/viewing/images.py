@@ -22,6 +22,7 @@ __all__ = [
     "check_image_name",
     "check_room",
     "check_writable",
+    "encoded_image",
     "read_settings",
     "save_image",
     "save_latents",
@@ -90,12 +91,8 @@ def save_png(
 ) -> None:
     """Write the whole file or nothing. `settings` go into the metadata as JSON, for `read_settings`, and
     `parameters` for other programs, as `parameters_text` makes it."""
-    info = PngInfo()
-    if settings is not None:
-        info.add_itxt(_KEY, json.dumps(dict(settings), ensure_ascii=False))
-    if parameters:
-        info.add_text(_PARAMETERS, parameters)  # as UTF-8 where Latin-1 hasn't got it
-    write_whole(path, lambda file: image.save(file, format="PNG", pnginfo=info))
+    encoded = _png(image, settings, parameters)
+    write_whole(path, lambda temporary: temporary.write_bytes(encoded))
 
 
 def _description(settings: Mapping[str, Any]) -> str:
@@ -106,24 +103,45 @@ def _comment(parameters: str) -> bytes:
     return _UNICODE + parameters.encode("utf-16-be", "surrogatepass") if parameters else b""
 
 
-def save_image(image: Image.Image, path: Path, settings: Mapping[str, Any], parameters: str = "") -> None:
-    """Write the whole file or nothing, in the format that its ending names. `settings` go into a PNG's text,
-    or into the EXIF description of a JPEG or WebP file, for `read_settings`; `parameters`, as
-    `parameters_text` makes it, to where other programs look for it: a text of that name, or the user comment.
+def _png(image: Image.Image, settings: Mapping[str, Any] | None, parameters: str) -> bytes:
+    info = PngInfo()
+    if settings is not None:
+        info.add_itxt(_KEY, json.dumps(dict(settings), ensure_ascii=False))
+    if parameters:
+        info.add_text(_PARAMETERS, parameters)  # as UTF-8 where Latin-1 hasn't got it
+    file = io.BytesIO()
+    image.save(file, format="PNG", pnginfo=info)
+    return file.getvalue()
+
+
+def encoded_image(
+    image: Image.Image, name: str | Path, settings: Mapping[str, Any], parameters: str = ""
+) -> bytes:
+    """A file's bytes, in the format that its name's ending says. `settings` go into a PNG's text, or into the
+    EXIF description of a JPEG or WebP file, for `read_settings`; `parameters`, as `parameters_text` makes it,
+    to where other programs look for it: a text of that name, or the user comment.
+
+    Raises:
+        ValueError: more settings than a JPEG holds.
     """
-    options = FORMATS[path.suffix.lower()]
+    options = FORMATS[Path(name).suffix.lower()]
     if options["format"] == "PNG":
-        save_png(image, path, settings, parameters)
-        return
-    check_room(path, settings, parameters)
+        return _png(image, settings, parameters)
+    check_room(Path(name), settings, parameters)
     exif = Image.Exif()
     exif[_DESCRIPTION] = _description(settings)
     if parameters:
         exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = _comment(parameters)
+    file = io.BytesIO()
+    image.convert("RGB").save(file, exif=exif, **options)
+    return file.getvalue()
+
+
+def save_image(image: Image.Image, path: Path, settings: Mapping[str, Any], parameters: str = "") -> None:
+    """Write the whole file or nothing, as `encoded_image` makes it."""
     # Through memory: Pillow's JPEG encoder doesn't notice that a full disk took the first bytes only.
-    encoded = io.BytesIO()
-    image.convert("RGB").save(encoded, exif=exif, **options)
-    write_whole(path, lambda temporary: temporary.write_bytes(encoded.getvalue()))
+    encoded = encoded_image(image, path, settings, parameters)
+    write_whole(path, lambda temporary: temporary.write_bytes(encoded))
 
 
 def _settings_text(image: Image.Image) -> str | None:

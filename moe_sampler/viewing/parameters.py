@@ -64,6 +64,8 @@ def parameters_text(settings: Mapping[str, Any], plan: SamplingPlan, size: tuple
     model = settings.get("student") or settings.get("model") or settings.get("preset")
     if model:
         fields["Model"] = Path(model).name if Path(model).is_absolute() else model
+    if settings.get("clip_skip"):
+        fields["Clip skip"] = settings["clip_skip"] + 1  # counted from the last layer, which is 1
     if plan.from_image:
         fields["Denoising strength"] = settings.get("strength")
     if len(plan.experts) > 1:

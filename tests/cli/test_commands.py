@@ -316,11 +316,12 @@ def test_an_unwritable_folder_is_refused_before_any_work(monkeypatch):
 def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
     (tmp_path / "castle.png").write_bytes(b"precious")
 
-    def fail(self, file, **_):
-        file.write_bytes(b"half")
+    def fail(self, _):
+        with open(self, "wb") as file:
+            file.write(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(Image.Image, "save", fail)
+    monkeypatch.setattr(type(tmp_path), "write_bytes", fail)
     result = run("generate", PROMPT, "-o", "castle.png", "--steps", 2, code=2)
     assert "No space left" in result.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["castle.png"]

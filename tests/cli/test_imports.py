@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gc
+import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 
-from moe_sampler.cli.imports import without_collecting
+from moe_sampler.cli import imports
+from moe_sampler.cli.imports import import_pipelines, sparing, without_collecting
 
 
 @pytest.mark.parametrize("collects", [True, False])
@@ -30,3 +33,56 @@ def test_garbage_is_looked_for_afterwards_as_before(collects, monkeypatch, tmp_p
     finally:
         (gc.enable if before else gc.disable)()
         sys.modules.pop("a_module_of_this_test", None)
+
+
+def test_a_package_is_as_if_absent_for_a_while(monkeypatch, tmp_path):
+    (tmp_path / "a_module_of_this_test.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RuntimeError), sparing("a_module_of_this_test", "sys"):
+        with pytest.raises(ModuleNotFoundError):
+            import a_module_of_this_test  # pyright: ignore[reportMissingImports]
+        import sys as known
+
+        assert known is sys, "what is there already stays"
+        raise RuntimeError
+    import a_module_of_this_test  # noqa: F401  # pyright: ignore[reportMissingImports]
+
+    del sys.modules["a_module_of_this_test"]
+
+
+def test_a_process_that_ends_with_its_command_imports_less():
+    code = """
+import sys
+from moe_sampler.cli import imports
+imports.end_with_command()
+imports.import_pipelines(loras=False, compiles=False)
+print(*sorted({"scipy", "peft", "torch._dynamo", "diffusers"} & sys.modules.keys()))
+import scipy, peft, torch._dynamo
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["diffusers"], done.stderr
+    assert done.returncode == 0, "they are there for whoever wants them later"
+
+
+@pytest.mark.parametrize(
+    "ends, loras, compiles, spared",
+    [
+        (True, False, False, ("scipy", "peft", "torch._dynamo")),
+        (True, True, False, ("scipy", "torch._dynamo")),
+        (True, False, True, ("scipy", "peft")),
+        (False, False, False, ()),
+    ],
+)
+def test_what_is_wanted_is_imported(monkeypatch, ends, loras, compiles, spared):
+    """And a version that can't do without the others gets them, after an import that failed."""
+    asked = []
+
+    def refusing(*names):
+        asked.append(names)
+        raise RuntimeError("Failed to import diffusers.somewhere")
+
+    monkeypatch.setattr(imports, "_ends_with_command", ends)
+    monkeypatch.setattr(imports, "sparing", refusing)
+    with nullcontext() if spared else pytest.raises(RuntimeError):
+        import_pipelines(loras=loras, compiles=compiles)
+    assert asked == [spared]

@@ -28,6 +28,7 @@ from moe_sampler.expert_training.task import VALIDATION_LEVELS
 from moe_sampler.loading.expert_files import find_training
 from moe_sampler.loading.hub import Hub
 from moe_sampler.loading.state_dicts import header
+from moe_sampler.publishing.upload import Address
 from moe_sampler.training.draws import Draws
 from moe_sampler.training.run_folder import RunFolder
 from moe_sampler.training.settings import SettingsError
@@ -95,7 +96,10 @@ def test_david_trains_along_and_a_stopped_run_goes_on_to_the_same_bits(tmp_path,
     tensors = task.model.state_dict()
     upload = RunFolder(tmp_path / "up", task, {}).save_upload(tensors, "card")
     assert load_file(upload / files[0]).keys() == task.unet.state_dict().keys()
-    assert (upload / "config.json").is_file(), "it is loaded as an expert, and no assessor with it"
+    assert task.published(Address("up"), None).files == ("scheduler_config.json",), "and no assessor"
+    mine = ExpertSource(upload)
+    found = HybridPipeline.from_pretrained(experts_path(), experts={"mine": mine}).scheduler_mine.config
+    assert found["prediction_type"] == "v_prediction", "its folder says how it was trained, whatever its name"
     pipe = HybridPipeline.from_pretrained(experts_path(), experts={"sol": ExpertSource(made["whole"])})
     trained = load_file(made["whole"] / files[0])
     for key, value in pipe.unet_sol.state_dict().items():

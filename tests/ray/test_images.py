@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import io
+import json
 
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from moe_sampler import Crossfade, SamplingPlan
+from moe_sampler.cli import app
+from moe_sampler.demo import experts_path
 from moe_sampler.ray import GenerateImages
 from moe_sampler.ray.cluster import connect
+from moe_sampler.viewing.images import read_settings
 
 SETTINGS = {"num_inference_steps": 2}
 
@@ -49,6 +55,35 @@ def test_files_are_bytes(generate, monkeypatch):
     monkeypatch.setattr(generate, "_format", "jpg")
     (data,) = generate(batch(prompt=["x"], seed=[1], handoff=[None], negative_prompt=[None]))["image"]
     assert isinstance(data, bytes) and Image.open(io.BytesIO(data)).format == "JPEG"
+
+
+@pytest.mark.parametrize("kind", ["png", "webp"])
+def test_pictures_remember_what_they_were_made_with(generate, monkeypatch, tmp_path, kind):
+    """Another program reads their parameters, and `generate --like` makes them again."""
+    monkeypatch.setattr(generate, "_format", kind)
+    rows = batch(prompt=["a castle"], seed=[7], handoff=[0.6], negative_prompt=["a hat"])
+    (tmp_path / f"made.{kind}").write_bytes(generate(rows)["image"][0])
+    settings = read_settings(tmp_path / f"made.{kind}")
+    assert settings["handoff"] == 0.6 and settings["num_inference_steps"] == 2 and settings["model"] is None
+    assert settings["guidance_scale"].keys() == {"sol", "lune"}, "the model's own, too"
+    with Image.open(tmp_path / f"made.{kind}") as made:
+        told = made.info.get("parameters") or made.getexif().get_ifd(0x8769)[0x9286][8:].decode("utf-16-be")
+        assert told.startswith("a castle\nNegative prompt: a hat\nSteps: 2, ") and "Seed: 7" in told
+        again = tmp_path / f"again.{kind}"
+        like = ["generate", "--like", str(tmp_path / f"made.{kind}"), "-o", str(again), "--device=cpu"]
+        assert CliRunner().invoke(app, like).exit_code == 0
+        assert (np.asarray(Image.open(again)) == np.asarray(made)).all()
+
+
+def test_a_plan_that_settings_cannot_say_is_remembered_itself(tmp_path):
+    own = {"router": Crossfade("sol", "lune", 0.8, 0.5), "clip_skip": 1, **SETTINGS}
+    generate = GenerateImages(settings=own, sol=experts_path() / "unet_sol")
+    (tmp_path / "made.png").write_bytes(generate(batch(prompt=["a castle"], seed=[7]))["image"][0])
+    settings = read_settings(tmp_path / "made.png")
+    plan = generate._pipe.plan(num_inference_steps=2, router=own["router"])
+    assert SamplingPlan.from_json(json.dumps(settings["plan"])) == plan and "router" not in settings
+    assert settings["sources"] == {"sol": {"weights": str(experts_path() / "unet_sol")}}
+    assert "Clip skip: 2" in Image.open(tmp_path / "made.png").info["parameters"]
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "somewhere"])

@@ -11,6 +11,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from moe_sampler.tinyflux import TinyFlux, TinyFluxConfig
+from moe_sampler.tinyflux.model import dense
 from moe_sampler.tinyflux.model.dense import Linear
 from moe_sampler.tinyflux.model.layers import SingleBlock
 
@@ -256,7 +257,9 @@ def test_low_precision(config):
 
 
 @pytest.mark.parametrize("rows, bias", [(1, True), (15, True), (16, True), (200, False)])
-def test_linear_is_torchs(rows, bias):
+@pytest.mark.parametrize("onednn", [True, False])
+def test_linear_is_torchs(rows, bias, onednn, monkeypatch):
+    monkeypatch.setattr(dense, "mkl_keeps_to_avx2", lambda: onednn)
     torch.manual_seed(0)
     layer = Linear(32, 48, bias=bias)
     x = torch.randn(2, rows, 32, requires_grad=True)
@@ -271,7 +274,21 @@ def test_linear_is_torchs(rows, bias):
         assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
 
 
-def test_linear_of_slices_and_frozen_weights():
+def test_onednn_is_for_processors_whose_maker_is_not_mkls(monkeypatch):
+    for maker, own in (
+        ("vendor_id\t: AuthenticAMD", True),
+        ("vendor_id\t: GenuineIntel", False),
+        ("", False),
+    ):
+        monkeypatch.setattr(dense.Path, "read_text", lambda *_, text=maker, **__: text)
+        assert dense.mkl_keeps_to_avx2.__wrapped__() is own
+        monkeypatch.setattr(dense, "mkl_keeps_to_avx2", lambda own=own: own)
+        assert Linear(8, 8)._use_onednn(torch.zeros(1, 16, 8)) is own
+        monkeypatch.undo()
+
+
+def test_linear_of_slices_and_frozen_weights(monkeypatch):
+    monkeypatch.setattr(dense, "mkl_keeps_to_avx2", lambda: True)
     torch.manual_seed(0)
     layer = Linear(32, 48).requires_grad_(False)
     x = torch.randn(2, 300, 32, requires_grad=True)
