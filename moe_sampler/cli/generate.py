@@ -61,7 +61,7 @@ def generate(
 ) -> None:
     """Make images.
 
-    `moe-sampler generate "a castle with two towers, at dusk" -o castle.png`
+    `moe-sampler generate "a castle with two towers, at dusk" --seed 10 -o castle.png`
 
     `moe-sampler generate "a portrait" "a city street at night" -n 3 --seed 7 -o pictures.png`
 

@@ -21,7 +21,7 @@ def test_the_two_lines():
     lines = "".join(re.findall(r"^```bash\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE))
     assert (
         "pip install -c constraints.txt . && moe-sampler generate "
-        '"a castle with two towers, at dusk" -o castle.png\n' in lines
+        '"a castle with two towers, at dusk" --seed 10 -o castle.png\n' in lines
     )
     assert 'pip install -c constraints.txt -e ".[test]" && pytest -n 2 --dist loadfile\n' in lines
 
