@@ -9,10 +9,9 @@ it), selenium, chromium and chromium-driver. Makes OUT/card.webp, and OUT/castle
 from __future__ import annotations
 
 import argparse
-import shutil
 from pathlib import Path
 
-from PIL import Image
+from bench.browser import chromium, photograph, resize
 
 EXAMPLES = ("a castle by a lake, at night", "a castle with two towers, at dusk")
 WIDTH, HEIGHT, SCALE = 760, 900, 1.5
@@ -37,28 +36,13 @@ def page(card: str) -> str:
     return f"<!doctype html><meta charset=utf-8><style>{STYLE}</style><body>{body}"
 
 
-def photograph(html: Path, picture: Path) -> None:
-    """A page down to its second section, written as its name says."""
-    from selenium import webdriver  # pyright: ignore[reportMissingImports]: for this picture alone
-
-    options = webdriver.ChromeOptions()
-    for argument in ("--headless=new", "--no-sandbox", f"--window-size={WIDTH},{HEIGHT}"):
-        options.add_argument(argument)
-    options.add_argument(f"--force-device-scale-factor={SCALE}")
-    options.binary_location = shutil.which("chromium") or ""
-    browser = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
-    try:
+def photograph_top(html: Path, picture: Path) -> None:
+    """A page down to its second section."""
+    with chromium(WIDTH, HEIGHT, SCALE) as browser:
         browser.get(html.resolve().as_uri())
         height = browser.execute_script("return document.querySelectorAll('h2')[1].offsetTop")
-        size = {"width": WIDTH, "height": height, "deviceScaleFactor": SCALE, "mobile": False}
-        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        shot = picture.with_suffix(".png")
-        browser.save_screenshot(str(shot))
-    finally:
-        browser.quit()
-    with Image.open(shot) as image:
-        image.convert("RGB").save(picture, quality=80, method=6)
-    shot.unlink()
+        resize(browser, WIDTH, height, SCALE)
+        photograph(browser, picture)
 
 
 def main() -> None:
@@ -76,7 +60,7 @@ def main() -> None:
         HybridPipeline.from_pretrained(experts_path()).save_pretrained(folder, examples=EXAMPLES)
     html = folder / "card.html"
     html.write_text(page((folder / "README.md").read_text(encoding="utf-8")), encoding="utf-8")
-    photograph(html, options.out / "card.webp")
+    photograph_top(html, options.out / "card.webp")
     html.unlink()
 
 

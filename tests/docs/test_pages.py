@@ -41,6 +41,7 @@ MADE_BY_OTHERS = {
     "topics.png": "Python of its page",
     "student.png": "bench.demo.student",
     "card.webp": "bench.card_picture",
+    "comfyui.webp": "bench.comfyui_picture",
 }
 RUN_BY_CI = ("&& pytest", "&& moe-sampler generate", "python -m bench.report", "python -m sphinx")
 
