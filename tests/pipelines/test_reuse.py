@@ -44,10 +44,10 @@ def test_same_seed_same_image_however_it_is_made(demo_pipeline):
 
 def test_reuse_is_close_to_full_and_closer_than_fewer_steps_at_its_cost(demo_pipeline):
     solver = {"sol": "ddpm", "lune": "euler"}
-    call = dict(prompt=PROMPTS[0], seed=5, output_type="np", solver=solver)
+    call = dict(prompt=PROMPTS[0], seed=5, output_type="np", solver=solver, num_inference_steps=24)
     full = demo_pipeline(**call)
     reused = demo_pipeline(**call, reuse=2)
-    fewer = demo_pipeline(**call, num_inference_steps=14)
+    fewer = demo_pipeline(**call | {"num_inference_steps": 14})
     assert full.plan.cost == full.plan.model_calls == 48 and fewer.plan.cost == 28
     assert 24 < reused.plan.cost < 28
 
@@ -97,7 +97,7 @@ def test_a_lora_acts_in_calls_that_reuse(tmp_path):
 
 @pytest.mark.parametrize("budget", [30, 12, 6.5])
 def test_a_budget_is_kept_with_as_many_steps_as_it_pays_for(demo_pipeline, budget):
-    found = demo_pipeline.plan(budget=budget)
+    found = demo_pipeline.plan(num_inference_steps=24, budget=budget)
     steps = len(found)
     assert found.cost <= budget
     # Tried one by one: no plan with more steps fits, and of those with as many none has more full calls.
@@ -108,7 +108,8 @@ def test_a_budget_is_kept_with_as_many_steps_as_it_pays_for(demo_pipeline, budge
             if other.cost <= budget:
                 assert count <= steps
                 assert count < steps or passes(other).count("F") <= passes(found).count("F")
-    assert demo_pipeline(PROMPTS[0], seed=1, budget=budget, output_type="latent").plan == found
+    made = demo_pipeline(PROMPTS[0], seed=1, num_inference_steps=24, budget=budget, output_type="latent")
+    assert made.plan == found
 
 
 def test_budgets_beside_other_settings(demo_pipeline):
