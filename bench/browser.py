@@ -19,7 +19,12 @@ def chromium(width: int, height: int, scale: float = 1.0) -> Iterator[Any]:
     from selenium import webdriver  # pyright: ignore[reportMissingImports]: for pictures alone
 
     options = webdriver.ChromeOptions()
-    for argument in ("--headless=new", "--no-sandbox", f"--window-size={width},{height}"):
+    for argument in (
+        "--headless=new",
+        "--no-sandbox",
+        "--hide-scrollbars",
+        f"--window-size={width},{height}",
+    ):
         options.add_argument(argument)
     options.add_argument(f"--force-device-scale-factor={scale}")
     options.binary_location = shutil.which("chromium") or ""

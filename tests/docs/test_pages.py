@@ -35,7 +35,7 @@ LAUNCHER = "accelerate launch "
 # .ci/run reads these lines out of their pages and runs them; test_recipes.py applies what is a patch.
 MADE_BY_OTHERS = {
     "trace.png": "the sheet that the README's --trace makes",
-    "ui.webp": "tests/ui/test_page.py, a screenshot",
+    "ui.webp": "bench.page_picture",
     "demo_scenes.png": "bench.demo.sheet",
     "demo_comparison.png": "bench.demo.sheet",
     "topics.png": "Python of its page",
