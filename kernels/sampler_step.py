@@ -49,22 +49,20 @@ def _check(s: Step) -> None:
         raise ValueError("x must be [B, ...] with the batch first")
     doubled = (2 * shape[0], *shape[1:])
     check_tensor("x", x, device, _FLOAT32)
-    for name, output in zip(_OUTPUT_NAMES, outputs, strict=False):
-        check_tensor(name, output, device, FLOATS, shape, doubled)
+    for at, output in enumerate(outputs):
+        check_tensor(_OUTPUT_NAMES[at], output, device, FLOATS, shape, doubled)
     check_tensor("table", table, device, _FLOAT32)
     rows = table.shape
     if len(rows) != 2 or rows[1] != ROW_WIDTH:
         raise ValueError(f"table must have shape [steps, {ROW_WIDTH}], got {list(rows)}")
     if not 0 <= step < rows[0]:
         raise ValueError(f"step {step} is outside the table, which has {rows[0]} rows")
-    if memories:
-        for name, memory in zip(_MEMORY_NAMES, memories, strict=False):
-            check_tensor(name, memory, device, _FLOAT32, shape)
+    for at, memory in enumerate(memories):
+        check_tensor(_MEMORY_NAMES[at], memory, device, _FLOAT32, shape)
     if x0 is not None:
         check_tensor("x0", x0, device, _FLOAT32, shape)
-    if next_inputs:
-        for name, buffer in zip(_NEXT_NAMES, next_inputs, strict=False):
-            check_tensor(name, buffer, device, FLOATS, shape, doubled)
+    for at, buffer in enumerate(next_inputs):
+        check_tensor(_NEXT_NAMES[at], buffer, device, FLOATS, shape, doubled)
     if seeds is not None:
         if noise is not None:
             raise ValueError("give either seeds or noise, not both")
@@ -78,6 +76,16 @@ def _check(s: Step) -> None:
 
 def _check_memory(s: Step) -> None:
     x, outputs, _, _, memories, x0, next_inputs, _, noise, _, _ = s
+    spans = [(at := t.data_ptr(), at + t.nbytes) for t in (x, *outputs, *memories, *next_inputs)]
+    spans += [(at := t.data_ptr(), at + t.nbytes) for t in (x0, noise) if t is not None]
+    spans.sort()
+    end = 0
+    for start, stop in spans:
+        if start < end:
+            break
+        end = stop
+    else:
+        return  # all apart, which is quicker to see than who may overlap whom
     written, read = [("x", x)], list(zip(_OUTPUT_NAMES, outputs, strict=False))
     if memories:
         written += zip(_MEMORY_NAMES, memories, strict=False)
@@ -167,7 +175,7 @@ def _twin(*arguments: Any) -> None:
         kept = None if keeps is None else _kept(x, x0, noise, keeps)
         x.mul_(a).add_(x0, alpha=b)
     if decays is not None:
-        for memory, decay in zip(memories, decays, strict=False):
+        for memory, decay in zip(memories, decays):  # noqa: B905 - said so, it takes longer
             if decay != 0.0:
                 x.add_(memory, alpha=decay)
     if kept is not None:
@@ -177,8 +185,8 @@ def _twin(*arguments: Any) -> None:
     # NaN and infinities survive a sum, which is a fraction of the work of asking every element.
     if nonfinite is not None and not math.isfinite(x.sum().item()):
         nonfinite[step] = 1
-    for buffer, scale in zip(next_inputs, row[_SCALES:], strict=False):
-        _write_next(buffer, x, scale)
+    for at, buffer in enumerate(next_inputs, _SCALES):
+        _write_next(buffer, x, row[at])
 
 
 @_jit.jit(do_not_specialize=("batch", "step", "stream"))
