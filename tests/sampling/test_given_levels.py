@@ -6,7 +6,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from older_versions import NEEDS_A_FLOWS_EULER_A
+from older_versions import NEEDS_A_FLOWS_EULER_A, NEEDS_SIGMAS_FOR_UNIPC
 
 from bench.scheduler_agreement import SEEDS, SHAPE, by_itself, difference, nonlinear
 from moe_sampler import Boundary, Expert, FlowPath, Level, plan, sample
@@ -45,6 +45,7 @@ def test_every_name_arrives_at_the_data(gentle_mixture, solver):
         assert made.std().item() == pytest.approx(deviation, abs=0.03)
 
 
+@NEEDS_SIGMAS_FOR_UNIPC
 @pytest.mark.parametrize("steps", [5, 12])
 @pytest.mark.parametrize("spacing", [*_SPACINGS, "cosine"])
 def test_it_is_the_scheduler_with_these_sigmas(spacing, steps):

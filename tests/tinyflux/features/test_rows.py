@@ -6,15 +6,16 @@ import io
 import json
 
 import numpy as np
-import pyarrow as pa
 import pytest
-from pyarrow import parquet
 from typer.testing import CliRunner
 
 from moe_sampler.cli import app
 from moe_sampler.data.scenes import DemoScenes
 from moe_sampler.tinyflux import ExtractFeatures, FeatureCache, import_rows
 from moe_sampler.tinyflux.features.cache_format import CacheError
+
+pa = pytest.importorskip("pyarrow", reason="pyarrow isn't installed: the extra datasets brings it")
+parquet = pytest.importorskip("pyarrow.parquet")
 
 COUNT, BUCKETS = 5, (0.25, 0.75)
 
