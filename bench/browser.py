@@ -3,14 +3,35 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-__all__ = ["chromium", "photograph", "resize"]
+__all__ = ["chromium", "photograph", "resize", "until"]
+
+PATIENCE = 180.0  # seconds: a busy machine imports for a minute
+
+
+def until(found: Callable[[], Any], what: str, patience: float = PATIENCE) -> Any:
+    """What `found` gives as soon as it gives anything; an element that isn't there yet is nothing.
+
+    Raises:
+        AssertionError: it never did.
+    """
+    end = time.monotonic() + patience
+    while time.monotonic() < end:
+        try:
+            if answer := found():
+                return answer
+        except Exception as error:  # selenium's, which need not be installed, are a dozen kinds
+            if "selenium" not in type(error).__module__:
+                raise
+        time.sleep(0.1)
+    raise AssertionError(f"waited in vain for {what}")
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import json
 import time
 from pathlib import Path
 
-from bench.browser import chromium, photograph
+from bench.browser import chromium, photograph, until
 
 EXAMPLES = Path(__file__).parents[1] / "example_workflows"
 WIDTH, HEIGHT, SCALE = 1480, 800, 1.0
@@ -48,12 +48,7 @@ def main() -> None:
     workflow = json.loads((EXAMPLES / f"{options.workflow}.json").read_text(encoding="utf-8"))
     with chromium(WIDTH, HEIGHT, SCALE) as browser:
         browser.get(options.address)
-        for _ in range(120):
-            if browser.execute_script(READY):
-                break
-            time.sleep(1)
-        else:
-            raise SystemExit(f"{options.address} shows no nodes of moe-sampler")
+        until(lambda: browser.execute_script(READY), "nodes of moe-sampler")
         for script, arguments in ((OPEN, (workflow, options.workflow)), (CLOSE, ()), (FIT, ())):
             time.sleep(3)  # the page draws as it likes
             browser.execute_script(script, *arguments)

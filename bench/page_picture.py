@@ -10,28 +10,13 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.browser import chromium, photograph
+from bench.browser import chromium, photograph, until
 
 WIDTH, HEIGHT, SCALE = 1280, 1037, 1.0
 PROMPT, SEED = "a castle with two towers, at dusk", "10"
-
-
-def until(found: Callable[[], Any], what: str, seconds: float = 120.0) -> None:
-    """Wait for something true; what isn't there yet is not."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        try:
-            if found():
-                return
-        except Exception as error:
-            if "selenium" not in type(error).__module__:
-                raise
-        time.sleep(0.2)
-    raise SystemExit(f"waited in vain for {what}")
 
 
 def main() -> None:

@@ -156,6 +156,18 @@ def check_tensor(
         raise ValueError(f"{name} has a tangent, and this operation has no forward-mode derivative")
 
 
+def all_apart(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether no two share memory, which is quicker to see than whether those do that mustn't. All are
+    contiguous."""
+    spans = sorted([(start := t.data_ptr(), start + t.nbytes) for t in tensors if t is not None])
+    end = 0
+    for start, stop in spans:
+        if start < end:
+            return False
+        end = stop
+    return True
+
+
 def check_no_overlap(
     written: Iterable[tuple[str, Tensor | None]], read: Iterable[tuple[str, Tensor | None]]
 ) -> None:

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from moe_sampler.kernels import _jit
-from moe_sampler.kernels._dispatch import FLOATS, Operator, check_no_overlap, check_tensor, unobserved
+from moe_sampler.kernels._dispatch import (
+    FLOATS,
+    Operator,
+    all_apart,
+    check_no_overlap,
+    check_tensor,
+    unobserved,
+)
 from moe_sampler.kernels.noise import check_counter, fill_normal
 from moe_sampler.kernels.rows import INDEX, MOST_EXPERTS, MOST_MEMORIES, ROW_WIDTH, check_row
 
@@ -76,16 +83,9 @@ def _check(s: Step) -> None:
 
 def _check_memory(s: Step) -> None:
     x, outputs, _, _, memories, x0, next_inputs, _, noise, _, _ = s
-    spans = [(at := t.data_ptr(), at + t.nbytes) for t in (x, *outputs, *memories, *next_inputs)]
-    spans += [(at := t.data_ptr(), at + t.nbytes) for t in (x0, noise) if t is not None]
-    spans.sort()
-    end = 0
-    for start, stop in spans:
-        if start < end:
-            break
-        end = stop
-    else:
-        return  # all apart, which is quicker to see than who may overlap whom
+    if all_apart((x, *outputs, *memories, *next_inputs, x0, noise)):
+        return
+    # There are names for as many tensors as there may be.
     written, read = [("x", x)], list(zip(_OUTPUT_NAMES, outputs, strict=False))
     if memories:
         written += zip(_MEMORY_NAMES, memories, strict=False)

@@ -38,9 +38,8 @@ _DECIDED = (
     *("sol_weight", "lune_weight", "upstream_schedule"),
 )
 """Settings that a plan takes the place of."""
-_FOR_EXPERTS = ("sol_steps", "lune_steps", "sol_guidance", "lune_guidance")
-"""Arguments that other settings say, too."""
-_NO_PART_OF_PLANS = ("clip_skip", "image")
+_OTHERWISE_SAID = ("sol_steps", "lune_steps", "sol_guidance", "lune_guidance", "image")
+"""Arguments that are in other settings, or that no setting keeps and no plan either."""
 
 
 def without_plan(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,17 +69,16 @@ def recorded_call(
     steps = own_steps(
         call.get("num_inference_steps"), names, sol=call.get("sol_steps"), lune=call.get("lune_steps")
     )
-    settings = {key: call[key] for key in CALL_KEYS if key in call}
+    kept = (*CALL_KEYS, "clip_skip")
+    settings = {key: call[key] for key in kept if key in call}
     settings |= {} if steps is None else {"num_inference_steps": steps}
     scales = with_own("guidance_scale", call.get("guidance_scale"), names, **own)
     settings |= {} if scales is None else {"guidance_scale": scales}
-    settings |= {key: call[key] for key in ("clip_skip",) if key in call}
-    said = {*CALL_KEYS, *_FOR_EXPERTS, *_NO_PART_OF_PLANS}
     try:
         plain = json.loads(json.dumps(settings))
     except TypeError:  # a scheduler, a guider ...
         plain = None
-    if plain is None or call.keys() - said:
+    if plain is None or call.keys() - {*kept, *_OTHERWISE_SAID}:
         return without_plan(settings) | plan_settings(plan)
     return record_defaults(plain, defaults, names)
 

@@ -156,9 +156,9 @@ class GenerateImages:
 
 def _model_settings(model: str | Path | None, loading: Mapping[str, Any]) -> dict[str, Any]:
     """Which model, as pictures remember it."""
-    from ..loading.presets import ExpertSource
+    from ..loading.presets import TRAINING, ExpertSource
 
-    named = {name: loading.get(name) for name in ("sol", "lune", "sd15")} | dict(loading.get("experts") or {})
+    named = {name: loading.get(name) for name in TRAINING} | dict(loading.get("experts") or {})
     found = {key: loading[key] for key in ("preset", "revision", "subfolder", "variant") if loading.get(key)}
     if loading.get("speed", "none") != "none":
         found["speed"] = loading["speed"]

@@ -20,28 +20,15 @@ from pathlib import Path
 
 import pytest
 
+from bench.browser import until
+
 ROOT = Path(__file__).parents[2]
 BROWSER, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
-PATIENCE = 180  # seconds: a busy machine imports for a minute
 
 needs_gradio = pytest.mark.skipif(not find_spec("gradio"), reason="needs Gradio: the extra ui")
 needs_browser = pytest.mark.skipif(
     not (find_spec("selenium") and BROWSER and DRIVER), reason="needs selenium, chromium and chromedriver"
 )
-
-
-def until(found, what: str, patience: float = PATIENCE):
-    """What `found` gives as soon as it gives anything."""
-    end = time.monotonic() + patience
-    while time.monotonic() < end:
-        try:
-            if answer := found():
-                return answer
-        except Exception as error:
-            if "selenium" not in type(error).__module__:  # an element that isn't there yet
-                raise
-        time.sleep(0.1)
-    raise AssertionError(f"waited in vain for {what}")
 
 
 @pytest.fixture(scope="module")
