@@ -47,10 +47,13 @@ class Step(NamedTuple):
     noise: Tensor | None = None
     stream: int = 0
     nonfinite: Tensor | None = None
+    position: Tensor | None = None
+    timesteps: Tensor | None = None
+    next_timestep: Tensor | None = None
 
 
 def _check(s: Step) -> None:
-    x, outputs, table, step, memories, x0, next_inputs, seeds, noise, stream, nonfinite = s
+    x, outputs, table, step, memories, x0, next_inputs, seeds, noise, stream, nonfinite, *moving = s
     shape, device = x.shape, x.device
     if not shape:
         raise ValueError("x must be [B, ...] with the batch first")
@@ -79,10 +82,24 @@ def _check(s: Step) -> None:
         check_tensor("noise", noise, device, _FLOAT32, shape)
     if nonfinite is not None:
         check_tensor("nonfinite", nonfinite, device, (torch.int32,), rows[:1])
+    if moving != [None, None, None]:
+        _check_moving(s)
+
+
+def _check_moving(s: Step) -> None:
+    device = s.x.device
+    if s.position is None or (s.timesteps is None) != (s.next_timestep is None):
+        raise ValueError("timesteps and next_timestep go together, and with position")
+    if s.step != 0:
+        raise ValueError(f"position says the row: leave step at 0, got {s.step}")
+    check_tensor("position", s.position, device, (torch.int32,), (2,))
+    if s.timesteps is not None and s.next_timestep is not None:
+        check_tensor("timesteps", s.timesteps, device, _FLOAT32, s.table.shape[:1])
+        check_tensor("next_timestep", s.next_timestep, device, (torch.int64, torch.float32), ())
 
 
 def _check_memory(s: Step) -> None:
-    x, outputs, _, _, memories, x0, next_inputs, _, noise, _, _ = s
+    x, outputs, memories, x0, next_inputs, noise = s.x, s.outputs, s.memories, s.x0, s.next_inputs, s.noise
     if all_apart((x, *outputs, *memories, *next_inputs, x0, noise)):
         return
     # There are names for as many tensors as there may be.
@@ -114,14 +131,30 @@ def _write_next(buffer: Tensor, x: Tensor, scale: float) -> None:
         torch.cat((scaled, scaled), out=buffer)
 
 
-def _memories_of(s: Step, row: Sequence[float]) -> tuple[Sequence[float], Sequence[float] | None]:
+def _row_at(s: Step) -> int:
+    """Where the position says that the table is."""
+    assert s.position is not None
+    step = int(s.position[0])
+    if not 0 <= step < len(s.table):
+        raise ValueError(f"position {step} is outside the table, which has {len(s.table)} rows")
+    return step
+
+
+def _move_on(s: Step, step: int) -> None:
+    assert s.position is not None
+    s.position[0] += 1
+    if s.timesteps is not None and s.next_timestep is not None:
+        s.next_timestep.copy_(s.timesteps[min(step + 1, len(s.table) - 1)])
+
+
+def _memories_of(s: Step, step: int, row: Sequence[float]) -> tuple[Sequence[float], Sequence[float] | None]:
     """A row's d of the memories, newest first, and what it keeps, if anything.
 
     Raises a ValueError for memories that aren't given.
     """
     decays, keeps = row[_DECAYS:_KEEPS], row[_KEEPS:_WEIGHTS]
     if any(decays[len(s.memories) :]) or (any(keeps) and not s.memories):
-        raise ValueError(f"row {s.step} reads or keeps more memories than the {len(s.memories)} given")
+        raise ValueError(f"row {step} reads or keeps more memories than the {len(s.memories)} given")
     return decays, keeps if any(keeps) else None
 
 
@@ -140,14 +173,16 @@ def _twin(*arguments: Any) -> None:
     s = Step(*arguments)
     _check(s)
     _check_memory(s)
-    x, outputs, table, step, memories, x0_out, next_inputs, seeds, noise, stream, nonfinite = s
+    x, outputs, table, step, memories, x0_out, next_inputs, seeds, noise, stream, nonfinite, position, *_ = s
+    if position is not None:
+        step = _row_at(s)
     row = table[step].tolist()
     check_row(row)
     p, a, b, n = row[:_DECAYS]
     clip = row[_CLIP]
     decays = keeps = None
     if any(row[_DECAYS:_WEIGHTS]):
-        decays, keeps = _memories_of(s, row)
+        decays, keeps = _memories_of(s, step, row)
     if n == 0.0:
         noise = None
     elif seeds is not None:
@@ -187,9 +222,11 @@ def _twin(*arguments: Any) -> None:
         nonfinite[step] = 1
     for at, buffer in enumerate(next_inputs, _SCALES):
         _write_next(buffer, x, row[at])
+    if position is not None:
+        _move_on(s, step)
 
 
-@_jit.jit(do_not_specialize=("batch", "step", "stream"))
+@_jit.jit(do_not_specialize=("batch", "step", "stream", "rows"))
 def _sampler_step_kernel(
     x_ptr,
     output_0_ptr,
@@ -208,10 +245,14 @@ def _sampler_step_kernel(
     seeds_ptr,
     noise_ptr,
     nonfinite_ptr,
+    position_ptr,
+    timesteps_ptr,
+    next_timestep_ptr,
     numel,
     batch,
     step,
     stream,
+    rows,
     OUTPUT_0_GUIDED: tl.constexpr,
     OUTPUT_1_GUIDED: tl.constexpr,
     OUTPUT_2_GUIDED: tl.constexpr,
@@ -226,7 +267,9 @@ def _sampler_step_kernel(
     """x0 = clamp(p·x + Σ_e q_cond_e·cond_e + q_uncond_e·uncond_e);  x ← a·x + b·x0 + Σ_k d_k·memory_k + n·z.
 
     x, memory_k, x0, noise: float32 [batch, numel]. output_e, next_e: [batch, numel], or [2·batch, numel]
-    where GUIDED or TWICE. table: float32 [steps, ROW_WIDTH]. seeds: int64 [batch]. nonfinite: int32 [steps].
+    where GUIDED or TWICE. table: float32 [rows, ROW_WIDTH]. seeds: int64 [batch]. nonfinite: int32 [rows].
+    position: int32 [2], the row, instead of step, and how many programs are done with it. timesteps: float32
+    [rows]. next_timestep: one number.
     Absent pointers are None; of outputs, memories and next inputs the first ones are given. What the row
     keeps goes to the last memory given.
     A program owns BLOCK consecutive elements of one sample.
@@ -234,6 +277,8 @@ def _sampler_step_kernel(
     sample, base, start, inside, mask = _jit.sample_offsets(numel, BLOCK)
     here = base + inside
     half = batch.to(tl.int64) * numel
+    if position_ptr is not None:
+        step = tl.minimum(tl.load(position_ptr), rows - 1)
     row = table_ptr + step.to(tl.int64) * ROW_WIDTH
     a = tl.load(row + 1)
     b = tl.load(row + 2)
@@ -300,6 +345,16 @@ def _sampler_step_kernel(
         _store_next(next_2_ptr, x, row + 20, here, half, mask, NEXT_2_TWICE)
     if next_3_ptr is not None:
         _store_next(next_3_ptr, x, row + 21, here, half, mask, NEXT_3_TWICE)
+    if position_ptr is not None:
+        # Whoever is done last moves on: by then no thread of any program has the position yet to read.
+        tl.debug_barrier()
+        before = tl.atomic_add(position_ptr + 1, 1)
+        if before == tl.num_programs(0) - 1:
+            tl.store(position_ptr, step + 1)
+            tl.store(position_ptr + 1, 0)
+            if timesteps_ptr is not None:
+                timestep = tl.load(timesteps_ptr + tl.minimum(step + 1, rows - 1))
+                tl.store(next_timestep_ptr, timestep.to(next_timestep_ptr.dtype.element_ty))
 
 
 @_jit.jit
@@ -350,6 +405,9 @@ def launch_of(s: Step) -> _jit.Launch:
         s.seeds,
         s.noise,
         s.nonfinite,
+        s.position,
+        s.timesteps,
+        s.next_timestep,
     )
     constants = {
         **{f"OUTPUT_{i}_GUIDED": doubled(output) for i, output in enumerate(outputs)},
@@ -358,7 +416,9 @@ def launch_of(s: Step) -> _jit.Launch:
         "ROW_WIDTH": ROW_WIDTH,
     }
     grid = _jit.blocks(numel, batch, _BLOCK)
-    return _jit.Launch(_sampler_step_kernel, grid, (*pointers, numel, batch, s.step, s.stream), constants)
+    return _jit.Launch(
+        _sampler_step_kernel, grid, (*pointers, numel, batch, s.step, s.stream, len(s.table)), constants
+    )
 
 
 def _padded(tensors: Sequence[Tensor], count: int) -> list[Tensor | None]:
@@ -375,7 +435,8 @@ def _launch(*arguments: Any) -> None:
 _operator = Operator(
     "sampler_step_(Tensor(a!) x, Tensor[] outputs, Tensor table, SymInt step, Tensor(b!)[] memories, "
     "Tensor(c!)? x0, Tensor(d!)[] next_inputs, Tensor? seeds, Tensor? noise, SymInt stream, "
-    "Tensor(e!)? nonfinite=None) -> ()",
+    "Tensor(e!)? nonfinite=None, Tensor(f!)? position=None, Tensor? timesteps=None, "
+    "Tensor(g!)? next_timestep=None) -> ()",
     twin=_twin,
     launch=_launch,
     fake=lambda *arguments: _check(Step(*arguments)),
@@ -395,6 +456,9 @@ def sampler_step_(
     noise: Tensor | None = None,
     stream: int = 0,
     nonfinite: Tensor | None = None,
+    position: Tensor | None = None,
+    timesteps: Tensor | None = None,
+    next_timestep: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Advance the state by row `step` of the table, in place, and return it.
@@ -420,6 +484,11 @@ def sampler_step_(
     coefficient that is not finite, which `make_row` refuses to write.
     nonfinite: int32 [steps], whose element `step` becomes 1 if x holds NaN or an infinity afterwards, and is
     left alone otherwise.
+    position: int32 [2], zeros for the first row: the row is `position[0]`, on the device, in place of `step`,
+    which is 0, and the launch moves it on by one. So one recorded launch takes every step of a run.
+    position[1] is 0 between launches. Beyond the table is an error on the CPU, and its last row on CUDA.
+    timesteps: float32 [steps], what the model is told at each row; next_timestep: int64 or float32, 0-d,
+    becomes the next row's (the last row's own there).
     backend: None picks Triton for CUDA tensors and torch for CPU tensors.
     """
     # A tensor has a length, too; to ask whether it is one takes longer.
@@ -430,5 +499,6 @@ def sampler_step_(
     if not isinstance(next_inputs, (list, tuple)) or len(next_inputs) > MOST_EXPERTS:
         raise ValueError(f"next_inputs must be a list of 0 to {MOST_EXPERTS} tensors")
     run = _twin if backend is None and unobserved(x) else _operator.on(backend, x.device)
-    run(x, outputs, table, step, memories, x0, next_inputs, seeds, noise, stream, nonfinite)
+    moving = (position, timesteps, next_timestep)
+    run(x, outputs, table, step, memories, x0, next_inputs, seeds, noise, stream, nonfinite, *moving)
     return x

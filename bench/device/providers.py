@@ -89,7 +89,7 @@ def _of_ours(
 
 @functools.cache
 def _recorded(models: Models) -> HybridPipeline:
-    """Our pipeline with its experts' calls as CUDA graphs, recorded once for each batch size."""
+    """Our pipeline with its experts' steps as CUDA graphs, recorded once for each batch size."""
     pipe = HybridPipeline.from_pipe(models.ours)
     pipe.set_progress_bar_config(disable=True)
     pipe.enable_cuda_graphs()
@@ -103,7 +103,7 @@ def _recorded_calls(expert: str) -> Provider:
 @functools.cache
 def _fastest(models: Models) -> HybridPipeline:
     """Our pipeline as `speed="max"` loads it: a layout for convolutions, compiled blocks, and on CUDA each
-    expert's call as a graph."""
+    expert's steps as a graph."""
     pipe = HybridPipeline.from_pipe(models.ours, unet_sol=copy.deepcopy(models.ours.unet_sol))
     pipe.set_progress_bar_config(disable=True)
     pipe.set_speed("max" if DEVICE == "cuda" else "fast")  # on a CPU to compile would take a minute

@@ -1,4 +1,4 @@
-"""An expert's model whose calls are CUDA graphs: the host starts a whole call at once.
+"""An expert's model whose calls are CUDA graphs, alone or with the launch that ends the step.
 
 A large GPU is done with a UNet's operations on one image before Python has launched the next ones. A recorded
 call costs the host the copies of its inputs and one launch, whatever the number of layers.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from .._graphs import record, warm_up
 from ..errors import first_line
+from ..sampling.stretches import Recording
 from .expert_model import ExpertModel
 
 __all__ = ["CapturedModel", "Recordings"]
@@ -32,6 +34,8 @@ _CONTAINERS = frozenset({dict, OrderedDict, list, set})
 
 
 class _Recorded(NamedTuple):
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
     inputs: list[Tensor]
     replay: Callable[[], None]
     output: Any
@@ -64,11 +68,26 @@ class Recordings:
         Raises:
             ValueError: it can't be recorded, and what to do.
         """
+        recorded = self.prepared(kind, call, args, kwargs)
+        recorded.replay()
+        # The next replay, of this call or of another, writes there again.
+        return pytree.tree_map_only(Tensor, torch.clone, recorded.output)
+
+    def prepared(
+        self, kind: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> _Recorded:
+        """The call's recording, with what it is given in its memory: for a call that works in place, and so
+        can be replayed on what it left.
+
+        Raises:
+            ValueError: as for a call.
+        """
         leaves, structure = pytree.tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         plain = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
         key = kind, structure, plain, *((t.shape, t.dtype) for t in tensors)
-        self._see()
+        if not self.hold():
+            self._start_anew()
         if key not in self._calls:
             self._calls[key] = self._record(call, leaves, structure)
             while len(self._calls) > MOST:
@@ -77,9 +96,7 @@ class Recordings:
         recorded = self._calls[key]
         for own, given in zip(recorded.inputs, tensors, strict=True):
             own.copy_(given, non_blocking=True)
-        recorded.replay()
-        # The next replay, of this call or of another, writes there again.
-        return pytree.tree_map_only(Tensor, torch.clone, recorded.output)
+        return recorded
 
     def _record(self, call: Callable[..., Any], leaves: Sequence[Any], structure: Any) -> _Recorded:
         device = next(self.model.parameters()).device
@@ -92,15 +109,17 @@ class Recordings:
                 f"a {type(self.model).__name__}'s call can't be recorded as a CUDA graph "
                 f'({first_line(error)}): use speed="fast"'
             ) from error
-        return _Recorded([leaf for leaf in own if isinstance(leaf, Tensor)], replay, output)
+        inputs = [leaf for leaf in own if isinstance(leaf, Tensor)]
+        return _Recorded(args, kwargs, inputs, replay, output)
 
-    def _see(self) -> None:
-        """Forget what was recorded of the model as it isn't any more."""
+    def hold(self) -> bool:
+        """Whether the model is still as it was recorded."""
         (held, places), (now, now_places) = self._state, _state(self._modules)
         # By identity: what is held can't have been replaced by something else at the same address.
         same = len(held) == len(now) and all(map(operator.is_, held, now)) and places == now_places
-        if self._modules and same:
-            return
+        return bool(self._modules) and same
+
+    def _start_anew(self) -> None:
         self._calls.clear()
         self._modules = list(self.model.modules())
         self._state = _state(self._modules)
@@ -148,9 +167,20 @@ class CapturedModel(ExpertModel):
         self._recordings = recordings
 
     def _call(self, kind: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled() or torch.is_autocast_enabled("cuda"):
+        if self._as_usual():
             return call(*args, **kwargs)
         return self._recordings(kind, call, *args, **kwargs)
+
+    def _as_usual(self) -> bool:
+        return torch.is_grad_enabled() or torch.is_autocast_enabled("cuda")
+
+    def record(self, work: Callable[..., None], /, **state: Any) -> Recording | None:
+        """As `sampling.stretches.RecordableModel`, whose steps this is for."""
+        if self._as_usual():
+            return None
+        recordings, call = self._recordings, partial(work, super().__call__)
+        recorded = recordings.prepared("step", call, (), state)
+        return Recording(recorded.kwargs, recorded.replay, recordings.hold)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         return self._call("whole", super().__call__, *args, **kwargs)

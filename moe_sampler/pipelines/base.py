@@ -294,11 +294,12 @@ class ExpertPipeline(DiffusionPipeline):
         self._speed = speed
 
     def enable_cuda_graphs(self) -> None:
-        """Let an expert's call be recorded as a CUDA graph, which the host then starts at once: on a large
-        GPU an image of usual size otherwise takes as long as Python does.
+        """Let an expert's steps be recorded as a CUDA graph, which the host then starts at once: on a large
+        GPU an image of usual size otherwise takes as long as Python does. Where a step asks more of the host
+        (several experts, reuse, guiders), the model's call is recorded alone.
 
         It counts while the experts are on a CUDA device and none is offloaded. Each size and batch is
-        recorded at its first call, by calling the model thrice, and keeps the memory of a call; a model that
+        recorded at its first step, by calling the model thrice, and keeps the memory of a call; a model that
         is changed is recorded anew.
         """
         self._cuda_graphs = True

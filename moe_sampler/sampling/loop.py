@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -16,6 +16,7 @@ from .finite import FiniteWatch
 from .guidance import Conditioning, GuidanceInputs, GuidedOutputs
 from .plan import ExpertCall, PlanStep, SamplingPlan
 from .predictions import add_noise
+from .stretches import MovingTable, RecordableModel, Recording, steps_alike, take_step, turns_memories
 
 __all__ = ["SamplingRun", "initial_latents", "noised", "sample"]
 
@@ -217,7 +218,7 @@ class SamplingRun:
         self._calls.check(plan, self.index, self.x.shape[0])
         self._change(plan, *self._told)
         if self._on_device:
-            self._table = plan.table(self.x.device)
+            self._lay_out_table()
 
     def tell(self, cond: Conditioning | None, uncond: Conditioning | None) -> None:
         """Go on with other conditioning, as `sample` takes it."""
@@ -231,13 +232,20 @@ class SamplingRun:
     def done(self) -> bool:
         return self.index == len(self.plan)
 
+    def _lay_out_table(self) -> None:
+        self._table = self.plan.table(self.x.device)
+        self._moving = MovingTable(self.plan, self._table) if self._recordable else None
+
     def _move_to_device(self) -> None:
         device = self.x.device
-        self._table, self._timesteps = self.plan.table(device), _timesteps(self.plan, device)
+        can_record = {name: model for name, model in self._models.items() if hasattr(model, "record")}
+        self._recordable = cast(dict[str, RecordableModel], can_record)
+        self._lay_out_table()
+        self._timesteps = _timesteps(self.plan, device)
         self._seed_tensor = None
         if self.plan.needs_noise and self._noise is None and self._seeds is not None:
             seeds = seeds_tensor(self._seeds, device)
-            if device.type == "cpu":
+            if device.type == "cpu" and not self._recordable:
                 noisy = [index for index, step in enumerate(self.plan.steps) if step.adds_noise]
                 self._noise = _NoiseAhead(noisy, self.x, seeds)
             else:
@@ -272,7 +280,12 @@ class SamplingRun:
         # The launch that ended the last stretch wrote no inputs: the state says the same.
         current = inputs.write(self.plan.steps[self.index].calls, self.index)
         while self.index < until and not self.interrupted:
-            current = self._step(inputs, current, until)
+            recording, count = self._recorded(current, until)
+            if recording is None:
+                current = self._step(inputs, current, until)
+            else:
+                self._replay(recording, count, until)
+                current = inputs.write(self._coming(until), self.index)
         self._conditioning = {}
         return self.x
 
@@ -305,14 +318,11 @@ class SamplingRun:
             self._predict(call, coming, model_input, timestep)
             for call, model_input, timestep in zip(step.calls, current, self._timesteps[index], strict=True)
         ]
-        following = () if index + 1 == until else self.plan.steps[index + 1].calls
+        following = self._coming(until, index + 1)
         buffers = inputs.buffers(following, index + 1)
         # Noise exists only where the row asks for it, so a deterministic step never touches the generator.
         noisy, update = step.adds_noise, step.update
-        keeps_x0 = (update.keep_x, update.keep_x0, update.keep_n) == (0.0, 1.0, 0.0)
-        if self._keep_x0 and not keeps_x0 and self._prediction is None:
-            self._prediction = torch.empty_like(self.x)
-        shown = self._prediction if self._keep_x0 and not keeps_x0 else None
+        shown = None if update.keeps_x0 else self._shown_x0()
         sampler_step_(
             self.x,
             outputs,
@@ -327,25 +337,90 @@ class SamplingRun:
         )
         if update.keeps:
             self._memories = [*self._memories[-1:], *self._memories[:-1]]
-        self.x0 = self._memories[0] if keeps_x0 else shown
+        self.x0 = self._memories[0] if update.keeps_x0 else shown
         self.index += 1
+        changed = self._tell_callback(until)
+        return inputs.write(self._coming(until), self.index) if changed else buffers
+
+    def _coming(self, until: int, index: int | None = None) -> tuple[ExpertCall, ...]:
+        """The calls of the next step, none at the end of a stretch."""
+        index = self.index if index is None else index
+        return () if index == until else self.plan.steps[index].calls
+
+    def _shown_x0(self) -> torch.Tensor | None:
+        """Where the callback's x0 is written, if it reads one."""
+        if self._keep_x0 and self._prediction is None:
+            self._prediction = torch.empty_like(self.x)
+        return self._prediction
+
+    def _tell_callback(self, until: int) -> bool:
+        """Whether the callback changed the state, or what the models are told."""
         if self._callback is None:
-            return buffers
-        replaced = self._callback({"step": index, "plan_step": step, "x": self.x, "x0": self.x0, "run": self})
-        if self._changed:
+            return False
+        index = self.index - 1
+        told = {"step": index, "plan_step": self.plan.steps[index], "x": self.x, "x0": self.x0, "run": self}
+        replaced = self._callback(told)
+        changed, self._changed = self._changed, False
+        if changed:
             left = self.plan.steps[self.index : until]
             self._conditioning = self._guidance.of(call for step in left for call in step.calls)
-            self._changed, following = False, left[0].calls if left else ()
-        elif replaced is None:
-            return buffers
-        if replaced is not None and replaced.shape != self.x.shape:
+        if replaced is None:
+            return changed
+        if replaced.shape != self.x.shape:
             raise ValueError(
                 f"a callback's state must have shape {list(self.x.shape)}, got {list(replaced.shape)}"
             )
-        if replaced is not None:
-            self.x.copy_(replaced)
-            self._finite.see_callback(index)
-        return inputs.write(following, index + 1)
+        self.x.copy_(replaced)
+        self._finite.see_callback(index)
+        return True
+
+    def _recorded(self, current: list[torch.Tensor], until: int) -> tuple[Recording | None, int]:
+        """A recording that takes the next steps, and how many; None where a step is taken by itself."""
+        call = self.plan.steps[self.index].calls[0]
+        model = self._recordable.get(call.name)
+        count = 0 if model is None or self._noise is not None else steps_alike(self.plan, self.index, until)
+        if model is None or self._moving is None or count < 2:
+            return None, 0
+        state = {
+            "x": self.x,
+            "model_input": current[0],
+            "timestep": self._timesteps[self.index][0],
+            "conditioning": self._conditioning[call.name, call.guided],
+            "memories": self._memories,
+            "turns": turns_memories(self.plan, self.index),
+            "x0": self._shown_x0(),
+            "seeds": self._seed_tensor,
+        }
+        return model.record(take_step, **state, **self._moving.at(self.index)), count
+
+    def _replay(self, recording: Recording, count: int, until: int) -> None:
+        """Take steps by a recording, `count` or, after a callback that changed something, fewer."""
+        state = recording.state
+        try:
+            for _ in range(count):
+                recording.replay()
+                self.index += 1
+                if self._callback is None:
+                    continue
+                self.x.copy_(state["x"])
+                if self._prediction is not None:
+                    self.x0 = self._prediction.copy_(state["x0"])
+                if self._tell_callback(until) or self.interrupted or not recording.holds():
+                    break
+        finally:
+            self._take_over(state)
+
+    def _take_over(self, state: Mapping[str, Any]) -> None:
+        """What the recording's memory holds of the run, which may be another's soon."""
+        if self._callback is None:
+            self.x.copy_(state["x"])
+        for own, made in zip(self._memories, state["memories"], strict=True):
+            own.copy_(made)
+        if self._prediction is None:
+            keeps_x0 = self.plan.steps[self.index - 1].update.keeps_x0
+            self.x0 = self._memories[0] if keeps_x0 else None
+        by_step = self._finite.by_step
+        torch.maximum(by_step, state["nonfinite"][: len(by_step)], out=by_step)
 
 
 def sample(

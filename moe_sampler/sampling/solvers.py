@@ -59,6 +59,11 @@ class SolverRow(NamedTuple):
         """Whether the step writes a memory."""
         return any((self.keep_x, self.keep_x0, self.keep_n))
 
+    @property
+    def keeps_x0(self) -> bool:
+        """Whether what it writes there is its x0."""
+        return (self.keep_x, self.keep_x0, self.keep_n) == (0.0, 1.0, 0.0)
+
 
 def check_solver(solver: str) -> None:
     if solver not in SOLVERS:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor
+from tape import captured
 from torch import nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 from unets import inputs, unet
 
 from moe_sampler import Boundary, Expert, plan, sample
@@ -15,45 +14,6 @@ from moe_sampler.architectures.captured_model import MOST, CapturedModel, Record
 from moe_sampler.architectures.expert_model import ExpertModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-class Tape(TorchDispatchMode):
-    """What a CUDA graph is: operators over the memory they had, without the Python that asked for them."""
-
-    def __init__(self):
-        super().__init__()
-        self.operators = []
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        made = operator(*args, **(kwargs or {}))
-        if not (operator.is_view and not operator._schema.is_mutable):
-            self.operators.append((operator, args, kwargs or {}, made))
-        return made
-
-    def replay(self) -> None:
-        for operator, args, kwargs, made in self.operators:
-            again = operator(*args, **kwargs)
-            for old, new in zip(pytree.tree_leaves(made), pytree.tree_leaves(again), strict=True):
-                if isinstance(old, torch.Tensor) and old is not new:
-                    old.copy_(new)
-
-
-class Recorder:
-    """Counts its recordings."""
-
-    def __init__(self):
-        self.count = 0
-
-    def __call__(self, work):
-        self.count += 1
-        with Tape() as tape:
-            output = work()
-        return tape.replay, output
-
-
-def captured(model: nn.Module) -> tuple[CapturedModel, Recorder]:
-    recorder = Recorder()
-    return CapturedModel(Recordings(model, recorder)), recorder
 
 
 @torch.no_grad()

@@ -36,6 +36,7 @@ def step_launch(
     nexts=0,
     step=3,
     flags=False,
+    moving=False,
 ):
     twice = (2 * shape[0], *shape[1:])
     outputs = [empty(twice if guided else shape, dtype) for _ in range(experts)]
@@ -50,6 +51,9 @@ def step_launch(
         empty(shape[:1], torch.int64) if seeds else None,
         empty(shape) if noise else None,
         nonfinite=empty((50,), torch.int32) if flags else None,
+        position=empty((2,), torch.int32) if moving else None,
+        timesteps=empty((50,)) if moving else None,
+        next_timestep=empty((), torch.int64) if moving else None,
     )
     return sampler_step.launch_of(arguments)
 
@@ -107,6 +111,20 @@ def test_a_flag_for_nan_is_a_store_that_a_finite_step_skips(architecture):
     assert flagged.stack_bytes == 0 and flagged.spills == 0 and flagged.registers <= 128, str(flagged)
     assert flagged.global_loads == plain.global_loads
     assert flagged.global_stores[128] == plain.global_stores[128]
+
+
+@pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
+def test_a_step_that_moves_on_costs_one_atomic_addition_after_all_threads_have_read(architecture):
+    plain, moving = (
+        aot.compile_launch(step_launch(FP16, step=0, moving=moving, **EVERYTHING), architecture)
+        for moving in (False, True)
+    )
+    assert moving.stack_bytes == 0 and moving.spills == 0 and moving.registers <= 128, str(moving)
+    assert moving.global_loads[128] == plain.global_loads[128]
+    assert moving.global_stores[128] == plain.global_stores[128]
+    before, after = moving.ptx.split("atom.global.gpu.acq_rel.add.u32")  # one
+    assert "bar.sync" in before[before.rindex("ld.global") :], "a slow warp might read what has moved on"
+    assert after.count("st.global") == 3, "the position, its count and the timestep"
 
 
 @pytest.mark.parametrize("architecture", aot.ARCHITECTURES)

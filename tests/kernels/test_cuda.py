@@ -104,6 +104,35 @@ def test_a_captured_loop_replays():
     torch.testing.assert_close(given[0], expected, rtol=0, atol=0)
 
 
+def test_one_captured_step_takes_every_row_in_turn():
+    given = arguments()
+    x, output, table, history, next_input, seeds = given
+    table[1:, 2] *= torch.tensor([0.5, 2.0, 3.0], device="cuda")
+    start, expected = x.clone(), advance(*(t.clone() for t in given))
+    timesteps, told = torch.tensor([900.0, 600.0, 300.0, 0.0]).cuda(), torch.tensor(900).cuda()
+    position, seen = torch.zeros(2, dtype=torch.int32, device="cuda"), []
+
+    def step():
+        moving = {"position": position, "timesteps": timesteps, "next_timestep": told}
+        sampler_step_(
+            x, [output], table, 0, memories=[history], next_inputs=[next_input], seeds=seeds, **moving
+        )
+
+    step()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for _ in range(3):  # from whatever the last run left in memory
+        x.copy_(start)
+        history.zero_()
+        position.zero_()
+        for _ in range(4):
+            graph.replay()
+            seen.append((*position.tolist(), told.item()))
+        assert torch.equal(x, expected)
+    assert seen == [(1, 0, 600), (2, 0, 300), (3, 0, 0), (4, 0, 0)] * 3
+
+
 def test_more_samples_than_a_second_grid_axis_holds():
     x = torch.randn(70_000, 3, device="cuda")
     velocity, sigma = torch.randn_like(x), torch.rand(70_000, device="cuda")

@@ -37,6 +37,7 @@ ROW = make_row(
     **{"q_cond_0": -2, "q_uncond_0": 1.5, "q_cond_1": 0.4},
 )
 NAN_AT = (torch.tensor(1), torch.tensor(COLUMNS.index("a")))
+AT_THE_END = torch.tensor([2, 0], dtype=torch.int32)
 QUIET_ROW = make_row(p=1.1, a=0.9, b=0.2, q_cond_0=-2, scale_0=0.7)
 
 
@@ -71,6 +72,13 @@ def step_arguments(guided=True, everything=True):
 @pytest.mark.parametrize("everything", [True, False], ids=["everything", "least"])
 def test_opcheck_sampler_step(everything):
     opcheck(OPS.sampler_step_.default, step_arguments(everything=everything))
+
+
+def test_opcheck_a_moving_step():
+    x, outputs, table, _, *rest = step_arguments()
+    position, told = torch.tensor([1, 0], dtype=torch.int32), torch.tensor(700)
+    moving = (position, torch.tensor([900.0, 700.0]), told)
+    opcheck(OPS.sampler_step_.default, (x, outputs, table, 0, *rest, *moving))
 
 
 def test_opcheck_the_others():
@@ -240,6 +248,18 @@ def wrong(error, message, **changes):
         wrong(TypeError, "noise must be float32", noise=lambda a: a["x"].half(), seeds=lambda a: None),
         wrong(ValueError, "nonfinite must have shape", nonfinite=lambda a: torch.zeros(3, dtype=torch.int32)),
         wrong(TypeError, "nonfinite must be int32", nonfinite=lambda a: torch.zeros(2)),
+        wrong(ValueError, "leave step at 0, got 1", position=lambda a: torch.zeros(2, dtype=torch.int32)),
+        wrong(ValueError, "position 2 is outside the table", step=lambda a: 0, position=lambda a: AT_THE_END),
+        wrong(TypeError, "position must be int32", step=lambda a: 0, position=lambda a: torch.zeros(2)),
+        wrong(ValueError, "go together, and with position", timesteps=lambda a: torch.zeros(2)),
+        wrong(
+            TypeError,
+            "next_timestep must be int64 or float32",
+            step=lambda a: 0,
+            position=lambda a: torch.zeros(2, dtype=torch.int32),
+            timesteps=lambda a: torch.zeros(2),
+            next_timestep=lambda a: torch.zeros((), dtype=torch.int32),
+        ),
         wrong(ValueError, "next_inputs must be a list", next_inputs=lambda a: [torch.ones(SHAPE)] * 5),
         wrong(
             ValueError,

@@ -312,6 +312,63 @@ def test_nan_from_a_model_stays_visible(body, generator):
         assert torch.equal(history.isnan().cpu(), output.isnan())
 
 
+@pytest.mark.parametrize("kind", [torch.int64, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [EVEN, ODD, (3, 7)], ids=["even", "odd", "tiny"])
+def test_a_position_on_the_device_takes_the_rows_in_turn(body, generator, shape, kind):
+    """Five identical launches are the five numbered ones, and the model is told each row's timestep."""
+    clocks = [901.0, 640.0, 333.0, 20.0, 7.0] if kind == torch.int64 else [0.9, 0.7, 0.5, 0.25, 0.1]
+    rows = [
+        make_row(p=1.1, a=0.9, b=0.1 * i, n=0.3 * (i % 2), d_0=0.2, keep_x0=i != 2, q_cond_0=-1.0, scale_0=i)
+        for i in range(len(clocks))
+    ]
+    x, output = randn(generator, *shape), randn(generator, *shape)
+
+    def state():
+        return on(body, x, torch.zeros_like(x), torch.zeros_like(x), torch.arange(shape[0]) + 5)
+
+    table, (device_output,) = table_of(body, *rows), on(body, output)
+    numbered, moving = state(), state()
+    device = {"device": body.device}
+    position, timesteps = torch.zeros(2, dtype=torch.int32, **device), torch.tensor(clocks, **device)
+    told, flags = torch.zeros((), dtype=kind, **device), torch.zeros(len(rows), dtype=torch.int32, **device)
+    for i in range(len(rows)):
+        for (state, memory, following, seeds), given in (
+            (numbered, {"step": i}),
+            (
+                moving,
+                {"step": 0, "position": position, "timesteps": timesteps, "next_timestep": told}
+                | {"nonfinite": flags},
+            ),
+        ):
+            sampler_step_(
+                state,
+                [device_output],
+                table,
+                memories=[memory],
+                next_inputs=[following],
+                seeds=seeds,
+                backend=body.backend,
+                **given,
+            )
+        assert all(torch.equal(a, b) for a, b in zip(numbered, moving, strict=True)), i
+        assert position.tolist() == [i + 1, 0]
+        assert told == torch.tensor(clocks[min(i + 1, len(rows) - 1)]).to(kind)
+    assert not flags.any()
+
+
+def test_a_position_finds_its_noise_and_flags_its_row(body):
+    x, seeds = on(body, torch.zeros(EVEN), torch.tensor([3, 4]))
+    table = table_of(body, *[make_row(a=1.0, n=1.0)] * 3)
+    position = torch.tensor([2, 0], dtype=torch.int32, device=body.device)
+    flags = torch.zeros(3, dtype=torch.int32, device=body.device)
+    x[0, 0, 0, 0] = torch.inf
+    sampler_step_(
+        x, [x.clone()], table, 0, seeds=seeds, nonfinite=flags, position=position, backend=body.backend
+    )
+    z = philox_normal(EVEN, seeds, 2, backend=body.backend)
+    assert torch.equal(x.flatten()[1:], z.flatten()[1:]) and flags.tolist() == [0, 0, 1]
+
+
 def test_an_empty_batch_is_nothing_to_do(body):
     state = torch.empty(0, 4, 8, 8, device=body.device)
     table = table_of(body, make_row(p=1, a=1))

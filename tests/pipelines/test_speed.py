@@ -147,6 +147,19 @@ def test_recorded_calls_make_the_same_image():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("solver", ["dpmpp_2m", "dpmpp_3m"])
+def test_recorded_steps_make_the_same_image(solver):
+    pipe = load(device="cuda")
+    settings = {**QUICK, "num_inference_steps": 8, "lune_solver": solver}
+    expected = pipe("a castle", **settings).images
+    pipe.enable_cuda_graphs()
+    seen = []
+    for told in ({}, {"callback_on_step_end": lambda pipe, step, t, tensors: seen.append(step) or {}}):
+        assert (pipe("a castle", **settings, **told).images - expected).abs().max() < 1e-4
+    assert seen == list(range(8))
+
+
+@pytest.mark.gpu
 def test_a_model_that_waits_says_that_it_cannot_be_recorded():
     pipe = load(device="cuda")
     pipe.enable_cuda_graphs()
