@@ -55,7 +55,7 @@ CAUSES = {
     "moe_sampler": "with NumPy and Pillow",
     "typer": "the command line, with rich and pydantic",
     "torch": "",
-    "torch._dynamo": "for one decorator in diffusers.utils; with sympy, Triton and torch.distributed",
+    "torch._dynamo": "a stand-in, for one decorator in diffusers.utils",
     "diffusers": "all of its models, whichever is asked for",
     "transformers": "the text encoder's base class, and a list of all models",
     "peft": "by diffusers' hooks, where it is installed",

@@ -53,7 +53,7 @@ class Step(NamedTuple):
 
 
 def _check(s: Step) -> None:
-    x, outputs, table, step, memories, x0, next_inputs, seeds, noise, stream, nonfinite, *moving = s
+    x, outputs, table, step, memories, x0, next_inputs, seeds, noise, stream, nonfinite, *_ = s
     shape, device = x.shape, x.device
     if not shape:
         raise ValueError("x must be [B, ...] with the batch first")
@@ -82,7 +82,7 @@ def _check(s: Step) -> None:
         check_tensor("noise", noise, device, _FLOAT32, shape)
     if nonfinite is not None:
         check_tensor("nonfinite", nonfinite, device, (torch.int32,), rows[:1])
-    if moving != [None, None, None]:
+    if s.position is not None or s.timesteps is not None or s.next_timestep is not None:
         _check_moving(s)
 
 

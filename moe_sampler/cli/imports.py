@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -41,68 +41,115 @@ def without_collecting() -> Iterator[None]:
             gc.enable()
 
 
-class _NoCompiler(ModuleType):
-    """torch._dynamo for a process that compiles nothing: what only marks functions for the compiler leaves
-    them as they are, and no module is a compiled one; for anything else the real one is imported."""
+class _StandIn(ModuleType):
+    """A module of which next to nothing is needed, until something else of it is asked for: the real one then
+    takes its place.
 
-    NAME = "torch._dynamo"
-    eval_frame = SimpleNamespace(OptimizedModule=type("OptimizedModule", (), {}))
+    Args:
+        name: of the module, whose parent is imported.
+        answers: what is needed of it.
+    """
 
-    def __init__(self) -> None:
-        super().__init__(self.NAME)
-        torch = importlib.util.find_spec("torch")
-        places = [] if torch is None else torch.submodule_search_locations or []
-        self.__path__ = [str(Path(place) / "_dynamo") for place in places]  # its modules are the real ones
-
-    @staticmethod
-    def allow_in_graph(fn: Any) -> Any:
-        return fn
-
-    assume_constant_result = allow_in_graph
-
-    @staticmethod
-    def disable(fn: Any = None, *_: Any, **__: Any) -> Any:
-        return _NoCompiler.allow_in_graph if fn is None else fn
+    def __init__(self, name: str, answers: Mapping[str, Any]) -> None:
+        super().__init__(name)
+        self.__spec__ = spec = importlib.util.find_spec(name)
+        places = None if spec is None else spec.submodule_search_locations
+        if places is not None:
+            self.__path__ = places  # its modules are the real ones
+        self._answers = answers
 
     def __getattr__(self, name: str) -> Any:
+        own = sys.modules.get(self.__name__) is self
+        if own and name in self._answers:
+            return self._answers[name]
         if name.startswith("__"):  # `inspect` looks through all modules
             raise AttributeError(name)
-        if sys.modules.get(self.NAME) is self:
-            del sys.modules[self.NAME]
-        return getattr(importlib.import_module(self.NAME), name)
+        if own:
+            del sys.modules[self.__name__]
+        return getattr(importlib.import_module(self.__name__), name)
+
+
+def _as_it_is(fn: Any = None, *_: Any, **__: Any) -> Any:
+    return _as_it_is if fn is None else fn
+
+
+_STAND_INS: dict[str, dict[str, Any]] = {
+    # What marks functions for the compiler leaves them as they are, and no module is a compiled one.
+    "torch._dynamo": {
+        "allow_in_graph": _as_it_is,
+        "assume_constant_result": _as_it_is,
+        "disable": _as_it_is,
+        "eval_frame": SimpleNamespace(OptimizedModule=type("OptimizedModule", (), {})),
+    },
+    # Every condition is a plain one, and no number is a symbol.
+    "torch.fx.experimental.symbolic_shapes": {
+        "expect_true": lambda condition, skip=0: bool(condition),
+        **dict.fromkeys(("guard_or_false", "guard_or_true", "guard_size_oblivious"), bool),
+        "is_nested_int": lambda number: False,
+        "sym_eq": lambda a, b: (list(a) == list(b)) if isinstance(a, tuple | list) else a == b,
+    },
+    "sympy": {"Basic": type("Basic", (), {})},
+}
+"""What a process that compiles nothing needs of what torch imports on the way."""
 
 
 @contextmanager
 def sparing(*names: str) -> Iterator[None]:
-    """In the body packages of these names are as if not installed, but for what is imported already. In place
-    of torch._dynamo, which torch can't do without, the process gets one that does nothing until it must."""
-    spared = {name: _NoCompiler() if name == _NoCompiler.NAME else None for name in names}
-    spared = {name: module for name, module in spared.items() if name not in sys.modules}
+    """In the body packages of these names are as if not installed, but for what is imported already. Those in
+    `_STAND_INS`, which torch can't do without, have one, which stays."""
     modules: dict[str, Any] = sys.modules  # None is Python's own sign for what isn't there
-    modules.update(spared)
+    absent = [name for name in names if name not in modules and name not in _STAND_INS]
+    for name in names:
+        if name in modules or name in absent:
+            continue
+        parent, _, child = name.rpartition(".")
+        modules[name] = stand_in = _StandIn(name, _STAND_INS[name])
+        if parent:
+            setattr(modules[parent], child, stand_in)
+    modules.update(dict.fromkeys(absent))
     try:
         yield
     finally:
-        for name in [name for name in spared if modules.get(name, modules) is None]:
-            del modules[name]
+        for name in absent:
+            if modules.get(name, modules) is None:
+                del modules[name]
+
+
+def _one_process() -> None:
+    """Let transformers take it that torch can't distribute, which spares it torch.distributed.tensor."""
+    import torch
+    from transformers.utils import import_utils
+
+    known = getattr(import_utils, "is_torch_distributed_available", None)
+    if known is None or "WORLD_SIZE" in os.environ:
+        return
+    available, torch.distributed.is_available = torch.distributed.is_available, lambda: False
+    try:
+        known()  # which remembers its answer
+    finally:
+        torch.distributed.is_available = available
 
 
 def import_pipelines(*, loras: bool, compiles: bool) -> None:
     """diffusers, transformers and our pipelines, whatever the weights.
 
     With any model they import, where it is installed, scipy (for some schedulers and losses), peft (for
-    adapters) and torch._dynamo (to mark what torch.compile may do): a third of a cold start. A process that
-    ends with its command spares itself what that has no use for: its plan is made, so that schedulers that
-    want scipy are there.
+    adapters), torch._dynamo (to mark what torch.compile may do), sympy and torch.distributed.tensor: a third
+    of a cold start. A process that ends with its command spares itself what that has no use for: its plan is
+    made, so that schedulers that want scipy are there.
 
     Args:
         loras, compiles: whether there are any, and whether anything is compiled.
     """
-    needless = {"scipy": True, "peft": not loras, _NoCompiler.NAME: not compiles}
+    needless = {"scipy": True, "peft": not loras, **dict.fromkeys(_STAND_INS, not compiles)}
     spared = [name for name, own in needless.items() if own and _ends_with_command]
     with without_collecting():
         try:
+            if spared:
+                importlib.import_module("torch.fx.experimental")
             with sparing(*spared):
+                if spared:
+                    _one_process()
                 importlib.import_module(_PIPELINES)
         except (ImportError, RuntimeError):  # the latter by diffusers' lazy modules
             if not spared:

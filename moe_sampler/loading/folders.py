@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,7 +130,8 @@ def load_strictly(
         CheckpointError: unreadable files; missing, unexpected or misshapen tensors, up to five named of each.
     """
     try:
-        loaded, info = load(source, output_loading_info=True, **kwargs)
+        with _without_first_values():
+            loaded, info = load(source, output_loading_info=True, **kwargs)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{source} cannot be loaded as {model}: {first_line(error)}") from error
     kinds = ("missing", "unexpected", "mismatched")
@@ -137,6 +139,20 @@ def load_strictly(
     found["unexpected"] = [name for name in found["unexpected"] if not str(name).startswith(tuple(others))]
     refuse(str(source), model, found)
     return loaded
+
+
+@contextmanager
+def _without_first_values() -> Iterator[None]:
+    """Modules that are made in the body leave their parameters as they come: all are in the file, or it is
+    refused. Libraries make them without memory, where torch takes long to fill nothing."""
+    from torch.nn import init
+
+    fills = {name: fn for name, fn in vars(init).items() if name.endswith("_") and name[0] != "_"}
+    vars(init).update(dict.fromkeys(fills, lambda tensor, *_, **__: tensor))
+    try:
+        yield
+    finally:
+        vars(init).update(fills)
 
 
 def load_component(cls: Any, folder: Path, dtype: torch.dtype | None = None, **kwargs: Any) -> Any:

@@ -12,6 +12,8 @@ import pytest
 from moe_sampler.cli import imports
 from moe_sampler.cli.imports import import_pipelines, sparing, without_collecting
 
+COMPILING = ("torch._dynamo", "torch.fx.experimental.symbolic_shapes", "sympy")
+
 
 @pytest.mark.parametrize("collects", [True, False])
 def test_garbage_is_looked_for_afterwards_as_before(collects, monkeypatch, tmp_path):
@@ -51,7 +53,7 @@ def test_a_package_is_as_if_absent_for_a_while(monkeypatch, tmp_path):
 
 
 def test_a_process_that_ends_with_its_command_imports_less():
-    """Unasked for, all three would be there; they are there for what wants them afterwards."""
+    """Unasked for, all of these would be there; they are there for what wants them afterwards."""
     code = """
 import sys
 from moe_sampler.cli import imports
@@ -61,9 +63,15 @@ from moe_sampler.demo import experts_path
 from moe_sampler import HybridPipeline
 pipe = HybridPipeline.from_pretrained(experts_path())
 pipe("a castle", num_inference_steps=2)
-print(*sorted({"scipy", "peft", "torch._dynamo.convert_frame", "diffusers"} & sys.modules.keys()))
-import scipy, peft, torch
+spared = {"scipy", "peft", "torch._dynamo.convert_frame", "sympy.core", "torch.distributed.tensor"}
+print(*sorted({*spared, "diffusers"} & sys.modules.keys()))
+import scipy, peft, sympy, torch
+from torch.fx.experimental import symbolic_shapes
 assert torch._dynamo.config.recompile_limit and torch._dynamo.eval_frame.OptimizedModule.__init__
+assert isinstance(sympy.Symbol("x") + 1, sympy.Basic) and symbolic_shapes.ShapeEnv()
+assert torch.fx.experimental.symbolic_shapes.expect_true.__module__.endswith("symbolic_shapes")
+assert torch.compile(lambda x: x + 1, backend="eager", dynamic=True)(torch.ones(3)).tolist() == [2, 2, 2]
+assert torch.distributed.is_available()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -73,8 +81,8 @@ assert torch._dynamo.config.recompile_limit and torch._dynamo.eval_frame.Optimiz
 @pytest.mark.parametrize(
     "ends, loras, compiles, spared",
     [
-        (True, False, False, ("scipy", "peft", "torch._dynamo")),
-        (True, True, False, ("scipy", "torch._dynamo")),
+        (True, False, False, ("scipy", "peft", *COMPILING)),
+        (True, True, False, ("scipy", *COMPILING)),
         (True, False, True, ("scipy", "peft")),
         (False, False, False, ()),
     ],

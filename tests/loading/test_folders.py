@@ -147,3 +147,21 @@ def test_a_component_is_loaded_strictly_and_to_be_used(tmp_path):
         load_component(AutoencoderTiny, folder)
     with pytest.raises(CheckpointError, match=r"x does not hold the tensors of its Y; mismatched: \('k'"):
         load_strictly(lambda *_, **__: (None, {"mismatched_keys": {("k", 1, 2)}}), "x", "Y")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_modules_are_filled_as_ever_outside_of_a_load(fails):
+    seen, before = [], dict(vars(torch.nn.init))
+
+    def load(*_, **__):
+        seen.append(torch.nn.init.constant_(torch.zeros(2), 3.0).tolist())
+        if fails:
+            raise OSError("no")
+        return None, {}
+
+    try:
+        load_strictly(load, "x", "Y")
+    except CheckpointError:
+        assert fails
+    assert seen == [[0.0, 0.0]], "what a file fills isn't filled before"
+    assert dict(vars(torch.nn.init)) == before
