@@ -148,11 +148,13 @@ def _without_first_values() -> Iterator[None]:
     from torch.nn import init
 
     fills = {name: fn for name, fn in vars(init).items() if name.endswith("_") and name[0] != "_"}
-    vars(init).update(dict.fromkeys(fills, lambda tensor, *_, **__: tensor))
+    for name in fills:
+        setattr(init, name, lambda tensor, *_, **__: tensor)
     try:
         yield
     finally:
-        vars(init).update(fills)
+        for name, fill in fills.items():
+            setattr(init, name, fill)
 
 
 def load_component(cls: Any, folder: Path, dtype: torch.dtype | None = None, **kwargs: Any) -> Any:
