@@ -34,7 +34,6 @@ _CONTAINERS = frozenset({dict, OrderedDict, list, set})
 
 
 class _Recorded(NamedTuple):
-    args: tuple[Any, ...]
     kwargs: dict[str, Any]
     inputs: list[Tensor]
     replay: Callable[[], None]
@@ -110,7 +109,7 @@ class Recordings:
                 f'({first_line(error)}): use speed="fast"'
             ) from error
         inputs = [leaf for leaf in own if isinstance(leaf, Tensor)]
-        return _Recorded(args, kwargs, inputs, replay, output)
+        return _Recorded(kwargs, inputs, replay, output)
 
     def hold(self) -> bool:
         """Whether the model is still as it was recorded."""

@@ -1,0 +1,321 @@
+"""Two specialists, or one model for all noise levels? Trained side by side from nothing, with several seeds.
+
+`python -m bench.demo.controls WORK_DIR` renders scenes (or takes those of a training run's work folder), puts
+them through the shipped VAE and text encoder, and trains for every seed
+
+    Sol and Lune     each on its own noise levels, for as many steps
+    one model        of their size, on all levels, for as long as both together; measured also half-way, where
+                     it has had as long as one of them
+    a large model    of twice the parameters, likewise; a call of it costs about twice as much
+
+all from random weights, at a constant learning rate with averaged weights, and measures them several times on
+the way: held-out x0 errors over the noise levels, and at the end pictures, at equal model calls, by the judge
+of `bench.demo.evaluate`. The hybrid hands over where its two errors cross. It writes
+bench/results/controls.json and .png and prints the tables. It can be stopped and run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import ModelMixin
+
+from bench.demo.evaluate import HeldOut, Referee, crossing, generate, kept, x0_errors
+from bench.demo.report import MEASURES, markdown_table, measured
+from bench.report import RESULTS
+from moe_sampler import HybridPipeline
+from moe_sampler.demo import experts_path
+from moe_sampler.demo.autoencoder import encode_all
+from moe_sampler.demo.experts import encode_texts, expert_task, latent_images, new_unet
+from moe_sampler.demo.scene_task import run_stage
+from moe_sampler.demo.stages import SHIPPED, Recipe, Workshop
+from moe_sampler.demo.weights import fill
+from moe_sampler.expert_training import TextStates
+
+LEVELS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98)
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is trained.
+
+    stage: of the demo's training, whose objective and settings it takes. share: of the steps, in those of one
+    specialist. width: of its layers, over the demo's.
+    """
+
+    stage: str
+    share: int
+    width: float = 1.0
+
+
+MODELS = {
+    "sol": Model("sol", 1),
+    "lune": Model("lune", 1),
+    "one": Model("trunk", 2),
+    "large": Model("trunk", 2, math.sqrt(2)),
+}
+TITLES = {"hybrid": "Sol and Lune", "one": "one model", "large": "a large model"}
+
+
+@dataclass(frozen=True)
+class Study:
+    """Where it lies, how long it is, and what is trained on.
+
+    steps: of a specialist. parts: how often it is measured on the way.
+    """
+
+    folder: Path
+    recipe: Recipe
+    pipe: HybridPipeline
+    steps: int
+    parts: int = 4
+    device: str = "cpu"
+
+    @property
+    def workshop(self) -> Workshop:
+        large = self.device == "cuda"
+        return Workshop(self.folder, recipe=self.recipe, device=self.device, large=large)
+
+    def lengths(self, model: Model) -> list[int]:
+        """Steps after which a model is measured."""
+        return [self.steps * model.share * part // self.parts for part in range(1, self.parts + 1)]
+
+    def unet(self, model: Model, seed: int) -> ModelMixin:
+        """Untrained; widths are whole groups of the normalisation."""
+        channels = tuple(8 * round(width * model.width / 8) for width in self.recipe.channels)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return new_unet(channels)  # pyright: ignore[reportArgumentType] - three of them
+
+    def data(self) -> tuple[Any, np.ndarray, TextStates]:
+        """Scenes, their latents and texts, by the shipped VAE and text encoder."""
+        shop, pipe, device = self.workshop, self.pipe, self.device
+        scenes, text = shop.scenes(), TextStates(pipe.text_encoder, shop.tokenizer())
+        scenes.render()
+        own = self.folder / "controls"
+        own.mkdir(exist_ok=True)
+        self._claim(own / "study.json")
+        factor = np.float32(pipe.vae.config["scaling_factor"])
+        kept(own / "latents.npy", lambda: encode_all(pipe.vae, scenes.pictures, device=device) * factor)
+        states = kept(own / "states.npy", lambda: encode_texts(scenes, text, device=device))
+        pipe.vae.to("cpu")
+        pipe.text_encoder.to("cpu")
+        return scenes, states, text
+
+    def _claim(self, path: Path) -> None:
+        """Raises a ValueError where another study lies."""
+        sizes = {"scenes": self.recipe.scenes, "channels": list(self.recipe.channels)}
+        if not path.exists():
+            path.write_text(json.dumps(sizes), encoding="utf-8")
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found != sizes:
+            raise ValueError(
+                f"{path.parent} holds a study with {found}, not {sizes}: use another work folder"
+            )
+
+    def weights(self, name: str, seed: int, steps: int) -> Path:
+        return self.folder / "controls" / f"{name}-{seed}" / f"{steps}.safetensors"
+
+    def train(self, seeds: Sequence[int]) -> None:
+        """Everything that isn't there."""
+        scenes, states, text = self.data()
+        latents = np.load(self.folder / "controls" / "latents.npy")
+        for seed in seeds:
+            for name, model in MODELS.items():
+                data = latent_images(model.stage, scenes, latents)
+                for steps in self.lengths(model):
+                    path = self.weights(name, seed, steps)
+                    if path.exists():
+                        continue
+                    unet = self.unet(model, seed)
+                    task = expert_task(model.stage, unet, data, states, text)
+                    run_stage(task, path.parent, seed, self._settings(model, steps))
+                    shutil.move(path.parent / f"{model.stage}.safetensors", path)
+                    print(f"{name}, seed {seed}: {steps} steps", flush=True)
+
+    def _settings(self, model: Model, steps: int) -> dict[str, Any]:
+        found = self.workshop.settings(model.stage)
+        constant = {"lr_scheduler": "constant_with_warmup", "lr_decay_steps": 0, "lr_floor": 0.0}
+        return found | constant | {"max_train_steps": steps}
+
+    def trained(self, name: str, seed: int, part: int) -> ModelMixin:
+        """A model as it was at a measurement, from 0."""
+        model = MODELS[name]
+        path = self.weights(name, seed, self.lengths(model)[part])
+        return fill(self.unet(model, seed), path).eval()
+
+    def pipes(self, seed: int, part: int) -> dict[str, HybridPipeline]:
+        """By contender; of those with one model it is both experts."""
+        sol, lune, one, large = (self.trained(name, seed, part) for name in MODELS)
+        pairs = {"hybrid": (sol, lune), "one": (one, one), "large": (large, large)}
+        made = {}
+        for name, (first, second) in pairs.items():
+            made[name] = HybridPipeline.from_pipe(self.pipe, unet_sol=first, unet_lune=second)
+            made[name].set_progress_bar_config(disable=True)
+        return made
+
+
+Errors = list[dict[str, float]]
+
+
+def own_errors(name: str, rows: Errors) -> list[float]:
+    """By level: of one model its own, of the two whichever works there."""
+    if name != "hybrid":
+        return [row["lune"] for row in rows]
+    handoff = crossing(rows)
+    return [row["sol"] if handoff is not None and row["s"] > handoff else row["lune"] for row in rows]
+
+
+def measure_errors(study: Study, test: HeldOut, seeds: Sequence[int], count: int) -> list[dict[str, Any]]:
+    """A row a seed, measurement and contender: errors by level and, of the two, where they cross."""
+    rows = []
+    for seed in seeds:
+        for part, steps in enumerate(study.lengths(Model("", 2))):
+            for name, pipe in study.pipes(seed, part).items():
+                found = x0_errors(pipe, test, list(LEVELS), count)
+                rows.append(
+                    {"seed": seed, "steps": steps, "part": part, "contender": name}
+                    | {"errors": own_errors(name, found)}
+                    | ({"crossing": crossing(found)} if name == "hybrid" else {})
+                )
+    return rows
+
+
+def measure_pictures(
+    study: Study, referee: Referee, seeds: Sequence[int], handoffs: Mapping[int, float | None], steps: int
+) -> dict[str, list[dict[str, float]]]:
+    """By contender, a mapping a seed, of the fully trained ones and of one model half-way."""
+    found: dict[str, list[dict[str, float]]] = {}
+    folder = study.folder / "controls"
+    for seed in seeds:
+        shown = {name: (name, study.parts - 1) for name in TITLES}
+        shown["one, half as long"] = ("one", max(0, study.parts // 2 - 1))
+        for title, (name, part) in shown.items():
+            pipe, handoff = study.pipes(seed, part)[name], handoffs[seed]
+            two: dict[str, Any] = {} if name != "hybrid" or handoff is None else {"handoff": handoff}
+            images = kept(
+                folder / f"{title.replace(', ', '-').replace(' ', '-')}-{seed}-{study.steps}-{steps}.npy",
+                lambda pipe=pipe, two=two, seed=seed: generate(
+                    pipe, "hybrid" if two else "lune", referee.prompts, seed, steps, **two
+                ),
+            )
+            found.setdefault(title, []).append(referee.measure(images))
+    return found
+
+
+def _ratios(rows: Sequence[dict[str, Any]], name: str, part: int) -> np.ndarray:
+    """[seeds]: geometric means over the levels of a contender's errors, over those of one model."""
+
+    def errors(contender: str) -> np.ndarray:
+        return np.array([r["errors"] for r in rows if (r["contender"], r["part"]) == (contender, part)])
+
+    return np.exp(np.log(errors(name) / errors("one")).mean(1))
+
+
+def errors_over_time(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown: the held-out errors over one model's, by the steps that both have had together."""
+    lines = []
+    for part, steps in sorted({(row["part"], row["steps"]) for row in rows}):
+        cells = [_spread(_ratios(rows, name, part)) for name in ("hybrid", "large")]
+        lines.append([f"{steps:,} steps", *cells])
+    return markdown_table((TITLES["hybrid"], TITLES["large"]), lines)
+
+
+def _spread(values: np.ndarray) -> str:
+    return f"{values.mean():.3f}" + (f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else "")
+
+
+def errors_by_level(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown: at the end, means over the seeds, by noise level from the highest."""
+    last = max(row["part"] for row in rows)
+
+    def mean(name: str) -> np.ndarray:
+        own = [r["errors"] for r in rows if (r["contender"], r["part"]) == (name, last)]
+        return np.mean(own, axis=0)
+
+    means = {title: mean(name) for name, title in TITLES.items()}
+    order = np.argsort(LEVELS)[::-1]
+    lines = [[f"s = {LEVELS[i]}", *(f"{values[i]:.4f}" for values in means.values())] for i in order]
+    return markdown_table(tuple(means), lines)
+
+
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """The ratios over the steps, and the errors by level at the end; PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    parts = sorted({(row["part"], row["steps"]) for row in rows})
+    for name in ("hybrid", "large"):
+        values = [_ratios(rows, name, part) for part, _ in parts]
+        spread = [own.std(ddof=1) if len(own) > 1 else 0.0 for own in values]
+        steps = [steps for _, steps in parts]
+        left.errorbar(
+            steps, [v.mean() for v in values], spread, marker="o", markersize=4, capsize=2, label=TITLES[name]
+        )
+    left.axhline(1.0, color="#333333", linewidth=1, label=TITLES["one"])
+    left.set_title("held-out x0 error over one model's")
+    left.set_xlabel("training steps, of all models together")
+    last = parts[-1][0]
+    for name in ("hybrid", "large"):
+        own = [
+            [r["errors"] for r in rows if (r["contender"], r["part"]) == (which, last)]
+            for which in (name, "one")
+        ]
+        right.plot(LEVELS, np.mean(own[0], 0) / np.mean(own[1], 0), marker="o", markersize=4)
+    right.axhline(1.0, color="#333333", linewidth=1)
+    right.set_title("the same at the end, by noise level")
+    right.set_xlabel("share of noise")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    left.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _options(arguments)
+    pipe = HybridPipeline.from_pretrained(experts_path())
+    channels: Any = tuple(options.channels)
+    recipe = dataclasses.replace(SHIPPED, scenes=options.scenes, channels=channels)
+    study = Study(options.work_dir, recipe, pipe, options.steps, options.parts, options.device)
+    seeds = range(options.seeds)
+    study.train(seeds)
+    referee = Referee.prepare(options.work_dir, pipe.vae, options.count)
+    rows = measure_errors(study, referee.test, seeds, options.errors_of)
+    handoffs = {r["seed"]: r["crossing"] for r in rows if "crossing" in r}  # of the last measurement
+    pictures = measure_pictures(study, referee, seeds, handoffs, options.sampling_steps)
+    settings = {key: value for key, value in vars(options).items() if key != "work_dir"}
+    content = {"settings": settings, "levels": LEVELS, "errors": rows, "pictures": pictures}
+    (RESULTS / "controls.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    draw(rows, RESULTS / "controls.png")
+    table = ([TITLES.get(title, title), *measured(runs)] for title, runs in pictures.items())
+    print(errors_over_time(rows), errors_by_level(rows), markdown_table(MEASURES, table), sep="\n\n")
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("work_dir", type=Path)
+    parser.add_argument("--steps", type=int, default=1000, help="of a specialist")
+    parser.add_argument("--parts", type=int, default=4, help="measurements on the way")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--scenes", type=int, default=SHIPPED.scenes)
+    parser.add_argument("--channels", type=int, nargs=3, default=SHIPPED.channels, help="of a specialist")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="that trains")
+    parser.add_argument("--count", type=int, default=300, help="prompts")
+    parser.add_argument("--errors-of", type=int, default=300, help="held-out scenes for the x0 errors")
+    parser.add_argument("--sampling-steps", type=int, default=20)
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Two specialists and one model, trained side by side, on a few scenes and for a few steps."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bench.demo import controls, evaluate
+from bench.demo.controls import LEVELS, MODELS, Study, errors_over_time, own_errors
+from bench.demo.evaluator import new_evaluator
+from moe_sampler.demo.scene_task import stage_settings
+from moe_sampler.demo.stages import SHIPPED, TRAINED
+from moe_sampler.demo.weights import read_average
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SMALL = replace(SHIPPED, scenes=6, stages={name: stage_settings(4, 1e-3, 2, warmup=1) for name in TRAINED})
+SIZES = ["--scenes", "6", "--channels", "8", "16", "16", "--steps", "2", "--parts", "2", "--seeds", "1"]
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    monkeypatch.setattr(controls, "SHIPPED", SMALL)
+    monkeypatch.setattr(controls, "RESULTS", tmp_path)
+    monkeypatch.setattr(evaluate, "HELD_OUT_SCENES", 8)
+    prepare = evaluate.Referee.prepare.__func__
+    monkeypatch.setattr(
+        evaluate.Referee,
+        "prepare",
+        classmethod(lambda cls, folder, vae, count: prepare(cls, folder, vae, count, 8)),
+    )
+    monkeypatch.setattr(evaluate, "train_evaluator", lambda scenes, folder: new_evaluator())
+    return tmp_path
+
+
+def test_all_are_trained_measured_and_not_twice(small, capsys, monkeypatch):
+    work = small / "work"
+    arguments = [str(work), *SIZES, "--count", "4", "--errors-of", "4", "--sampling-steps", "2"]
+    controls.main(arguments)
+    result = json.loads((small / "controls.json").read_text())
+    rows = result["errors"]
+    assert len(rows) == 2 * 3 and {row["steps"] for row in rows} == {2, 4}
+    assert all(np.isfinite(row["errors"]).all() and len(row["errors"]) == len(LEVELS) for row in rows)
+    assert {title: len(runs) for title, runs in result["pictures"].items()} == dict.fromkeys(
+        ("hybrid", "one", "large", "one, half as long"), 1
+    )
+    assert "| 4 steps |" in capsys.readouterr().out
+    assert Image.open(small / "controls.png").width > 1000
+    monkeypatch.setattr(controls, "run_stage", None)  # nothing is trained again
+    controls.main(arguments)
+    assert json.loads((small / "controls.json").read_text()) == result
+    with pytest.raises(ValueError, match="holds a study with .*8, 16, 16.*: use another work folder"):
+        controls.main([*arguments, "--channels", "8", "8", "8"])
+
+
+def test_a_measurement_on_the_way_changes_nothing(small, demo_pipeline, monkeypatch):
+    monkeypatch.setattr(controls, "MODELS", {name: MODELS[name] for name in ("sol", "large")})
+    whole, halves = (
+        Study(small / name, replace(SMALL, channels=(8, 16, 16)), demo_pipeline, steps=4, parts=parts)
+        for name, parts in (("whole", 1), ("halves", 2))
+    )
+    for study in (whole, halves):
+        study.train([3])
+    for name, model in controls.MODELS.items():
+        a, b = (read_average(study.weights(name, 3, study.lengths(model)[-1])) for study in (whole, halves))
+        assert a and all(torch.equal(a[key], b[key]) for key in a), name
+    large, one = (sum(p.numel() for p in whole.unet(MODELS[n], 0).parameters()) for n in ("large", "one"))
+    assert large > 1.5 * one
+
+
+def test_two_models_are_worth_what_works_where_they_do():
+    rows = [
+        {"s": s, "sol": sol, "lune": lune}
+        for s, sol, lune in ((0.3, 3.0, 1.0), (0.7, 2.5, 2.0), (0.9, 3.0, 4.0))
+    ]
+    assert own_errors("hybrid", rows) == [1.0, 2.0, 3.0] and own_errors("one", rows) == [1.0, 2.0, 4.0]
+    assert own_errors("hybrid", [row | {"sol": 9.0} for row in rows]) == [1.0, 2.0, 4.0]
+    by_seed = [
+        {"seed": seed, "part": 0, "steps": 10, "contender": name, "errors": [value, value]}
+        for seed in (0, 1)
+        for name, value in (("hybrid", 0.9 + 0.1 * seed), ("one", 1.0), ("large", 0.5))
+    ]
+    assert errors_over_time(by_seed).splitlines()[-1] == "| 10 steps | 0.950 ± 0.071 | 0.500 ± 0.000 |"
