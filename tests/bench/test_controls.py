@@ -53,7 +53,7 @@ def test_all_are_trained_measured_and_not_twice(small, capsys, monkeypatch):
     monkeypatch.setattr(controls, "run_stage", None)  # nothing is trained again
     controls.main(arguments)
     assert json.loads((small / "controls.json").read_text()) == result
-    with pytest.raises(ValueError, match="holds a study with .*8, 16, 16.*: use another work folder"):
+    with pytest.raises(ValueError, match=r"holds a study with .*8, 16, 16.*: use another work folder"):
         controls.main([*arguments, "--channels", "8", "8", "8"])
 
 
