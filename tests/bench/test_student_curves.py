@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from bench import student_curves
 from bench.report import read_csv
+from moe_sampler.tinyflux.training.settings import StudentSettings
+from moe_sampler.training.settings import from_tables, read_toml
 
 
 def log(folder, errors):
@@ -46,3 +49,13 @@ def test_runs_side_by_side(tmp_path, monkeypatch):
         student_curves.main([alone, log(tmp_path / "other", {50: 1.0})])
     with pytest.raises(ValueError, match="validated nothing: train with --held-out"):
         student_curves.main([log(tmp_path / "blind", {})])
+
+
+def test_the_settings_of_the_page_are_settings():
+    path = Path(student_curves.__file__).with_suffix(".toml")
+    found = from_tables(StudentSettings, read_toml(path))
+    assert (found.training.max_train_steps, found.training.lr_decay_steps, found.data.held_out) == (
+        20000,
+        8000,
+        128,
+    )
