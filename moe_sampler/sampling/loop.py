@@ -285,7 +285,7 @@ class SamplingRun:
                 current = self._step(inputs, current, until)
             else:
                 self._replay(recording, count, until)
-                current = inputs.write(self._coming(until), self.index)
+                current = inputs.write(self._calls_at(self.index, until), self.index)
         self._conditioning = {}
         return self.x
 
@@ -318,7 +318,7 @@ class SamplingRun:
             self._predict(call, coming, model_input, timestep)
             for call, model_input, timestep in zip(step.calls, current, self._timesteps[index], strict=True)
         ]
-        following = self._coming(until, index + 1)
+        following = self._calls_at(index + 1, until)
         buffers = inputs.buffers(following, index + 1)
         # Noise exists only where the row asks for it, so a deterministic step never touches the generator.
         noisy, update = step.adds_noise, step.update
@@ -340,11 +340,10 @@ class SamplingRun:
         self.x0 = self._memories[0] if update.keeps_x0 else shown
         self.index += 1
         changed = self._tell_callback(until)
-        return inputs.write(self._coming(until), self.index) if changed else buffers
+        return inputs.write(self._calls_at(self.index, until), self.index) if changed else buffers
 
-    def _coming(self, until: int, index: int | None = None) -> tuple[ExpertCall, ...]:
-        """The calls of the next step, none at the end of a stretch."""
-        index = self.index if index is None else index
+    def _calls_at(self, index: int, until: int) -> tuple[ExpertCall, ...]:
+        """A step's calls, none at the end of what is advanced."""
         return () if index == until else self.plan.steps[index].calls
 
     def _shown_x0(self) -> torch.Tensor | None:
@@ -376,10 +375,13 @@ class SamplingRun:
 
     def _recorded(self, current: list[torch.Tensor], until: int) -> tuple[Recording | None, int]:
         """A recording that takes the next steps, and how many; None where a step is taken by itself."""
-        call = self.plan.steps[self.index].calls[0]
+        step, memories = self.plan.steps[self.index], len(self._memories)
+        call = step.calls[0]
         model = self._recordable.get(call.name)
-        count = 0 if model is None or self._noise is not None else steps_alike(self.plan, self.index, until)
-        if model is None or self._moving is None or count < 2:
+        if model is None or self._moving is None or self._noise is not None:
+            return None, 0
+        count = steps_alike(self.plan, self.index, until, memories)
+        if count < 2:
             return None, 0
         state = {
             "x": self.x,
@@ -387,7 +389,7 @@ class SamplingRun:
             "timestep": self._timesteps[self.index][0],
             "conditioning": self._conditioning[call.name, call.guided],
             "memories": self._memories,
-            "turns": turns_memories(self.plan, self.index),
+            "turns": turns_memories(step, memories),
             "x0": self._shown_x0(),
             "seeds": self._seed_tensor,
         }

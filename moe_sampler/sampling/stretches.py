@@ -14,7 +14,7 @@ import torch
 from moe_sampler.kernels import sampler_step_
 from moe_sampler.kernels._dispatch import all_apart
 
-from .plan import SamplingPlan
+from .plan import PlanStep, SamplingPlan
 
 __all__ = ["MovingTable", "RecordableModel", "Recording", "steps_alike", "take_step", "turns_memories"]
 
@@ -72,23 +72,27 @@ class MovingTable:
         }
 
 
-def turns_memories(plan: SamplingPlan, index: int) -> bool:
-    """Whether the newest memory becomes another one by this step."""
-    return plan.memories > 1 and plan.steps[index].update.keeps
+def turns_memories(step: PlanStep, memories: int) -> bool:
+    """Whether another one of a run's memories is the newest after this step."""
+    return memories > 1 and step.update.keeps
 
 
-def steps_alike(plan: SamplingPlan, index: int, until: int) -> int:
-    """How many steps from `index` on, before `until`, one recording serves."""
-    first = _kind(plan, index)
+def steps_alike(plan: SamplingPlan, index: int, until: int, memories: int) -> int:
+    """How many steps from `index` on, before `until`, one recording serves.
+
+    Args:
+        memories: `plan.memories`, which looks through all steps.
+    """
+    first = _kind(plan, index, memories)
     if first is None:
         return 0
     count = 1
-    while index + count < until and _kind(plan, index + count) == first:
+    while index + count < until and _kind(plan, index + count, memories) == first:
         count += 1
     return count
 
 
-def _kind(plan: SamplingPlan, index: int) -> tuple[Any, ...] | None:
+def _kind(plan: SamplingPlan, index: int, memories: int) -> tuple[Any, ...] | None:
     """What is the same of steps that one recording serves; None for a step that wants more of the host:
     several experts, features that are kept, or guidance that the row can't hold."""
     step = plan.steps[index]
@@ -98,7 +102,7 @@ def _kind(plan: SamplingPlan, index: int) -> tuple[Any, ...] | None:
         return None
     if call.reuses or any(following.reuses for following in coming):
         return None
-    return call.name, call.guided, type(call.timestep), turns_memories(plan, index)
+    return call.name, call.guided, type(call.timestep), turns_memories(step, memories)
 
 
 def take_step(
