@@ -46,7 +46,7 @@ class _StandIn(ModuleType):
     takes its place.
 
     Args:
-        name: of the module, whose parent is imported.
+        name: of the module; its parents are imported.
         answers: what is needed of it.
     """
 
@@ -145,8 +145,6 @@ def import_pipelines(*, loras: bool, compiles: bool) -> None:
     spared = [name for name, own in needless.items() if own and _ends_with_command]
     with without_collecting():
         try:
-            if spared:
-                importlib.import_module("torch.fx.experimental")
             with sparing(*spared):
                 if spared:
                     _one_process()
