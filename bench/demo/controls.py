@@ -36,6 +36,7 @@ from bench.report import RESULTS
 from moe_sampler import HybridPipeline
 from moe_sampler.demo import experts_path
 from moe_sampler.demo.autoencoder import encode_all
+from moe_sampler.demo.data import SceneSet
 from moe_sampler.demo.experts import encode_texts, expert_task, latent_images, new_unet
 from moe_sampler.demo.scene_task import run_stage
 from moe_sampler.demo.stages import SHIPPED, Recipe, Workshop
@@ -64,6 +65,8 @@ MODELS = {
     "one": Model("trunk", 2),
     "large": Model("trunk", 2, math.sqrt(2)),
 }
+CONTENDERS = {"hybrid": ("sol", "lune"), "one": ("one", "one"), "large": ("large", "large")}
+"""By name, who works above the handoff and below it."""
 TITLES = {"hybrid": "Sol and Lune", "one": "one model", "large": "a large model"}
 
 
@@ -97,20 +100,22 @@ class Study:
             torch.manual_seed(seed)
             return new_unet(channels)  # pyright: ignore[reportArgumentType] - three of them
 
-    def data(self) -> tuple[Any, np.ndarray, TextStates]:
-        """Scenes, their latents and texts, by the shipped VAE and text encoder."""
+    def data(self) -> tuple[SceneSet, np.ndarray, np.ndarray, TextStates]:
+        """Scenes, their latents and texts' states, by the shipped VAE and text encoder, and the latter."""
         shop, pipe, device = self.workshop, self.pipe, self.device
+        own = self.folder / "controls"
+        own.mkdir(parents=True, exist_ok=True)
+        self._claim(own / "study.json")
         scenes, text = shop.scenes(), TextStates(pipe.text_encoder, shop.tokenizer())
         scenes.render()
-        own = self.folder / "controls"
-        own.mkdir(exist_ok=True)
-        self._claim(own / "study.json")
         factor = np.float32(pipe.vae.config["scaling_factor"])
-        kept(own / "latents.npy", lambda: encode_all(pipe.vae, scenes.pictures, device=device) * factor)
+        latents = kept(
+            own / "latents.npy", lambda: encode_all(pipe.vae, scenes.pictures, device=device) * factor
+        )
         states = kept(own / "states.npy", lambda: encode_texts(scenes, text, device=device))
         pipe.vae.to("cpu")
         pipe.text_encoder.to("cpu")
-        return scenes, states, text
+        return scenes, latents, states, text
 
     def _claim(self, path: Path) -> None:
         """Raises a ValueError where another study lies."""
@@ -128,8 +133,7 @@ class Study:
 
     def train(self, seeds: Sequence[int]) -> None:
         """Everything that isn't there."""
-        scenes, states, text = self.data()
-        latents = np.load(self.folder / "controls" / "latents.npy")
+        scenes, latents, states, text = self.data()
         for seed in seeds:
             for name, model in MODELS.items():
                 data = latent_images(model.stage, scenes, latents)
@@ -152,16 +156,14 @@ class Study:
         """A model as it was at a measurement, from 0."""
         model = MODELS[name]
         path = self.weights(name, seed, self.lengths(model)[part])
-        return fill(self.unet(model, seed), path).eval()
+        return fill(self.unet(model, seed), path)
 
-    def pipes(self, seed: int, part: int) -> dict[str, HybridPipeline]:
-        """By contender; of those with one model it is both experts."""
-        sol, lune, one, large = (self.trained(name, seed, part) for name in MODELS)
-        pairs = {"hybrid": (sol, lune), "one": (one, one), "large": (large, large)}
-        made = {}
-        for name, (first, second) in pairs.items():
-            made[name] = HybridPipeline.from_pipe(self.pipe, unet_sol=first, unet_lune=second)
-            made[name].set_progress_bar_config(disable=True)
+    def contender(self, name: str, seed: int, part: int) -> HybridPipeline:
+        """One of `CONTENDERS` as it was at a measurement, from 0."""
+        sol, lune = CONTENDERS[name]
+        models = {model: self.trained(model, seed, part) for model in {sol, lune}}
+        made = HybridPipeline.from_pipe(self.pipe, unet_sol=models[sol], unet_lune=models[lune])
+        made.set_progress_bar_config(disable=True)
         return made
 
 
@@ -181,8 +183,8 @@ def measure_errors(study: Study, test: HeldOut, seeds: Sequence[int], count: int
     rows = []
     for seed in seeds:
         for part, steps in enumerate(study.lengths(Model("", 2))):
-            for name, pipe in study.pipes(seed, part).items():
-                found = x0_errors(pipe, test, list(LEVELS), count)
+            for name in CONTENDERS:
+                found = x0_errors(study.contender(name, seed, part), test, list(LEVELS), count)
                 rows.append(
                     {"seed": seed, "steps": steps, "part": part, "contender": name}
                     | {"errors": own_errors(name, found)}
@@ -201,25 +203,31 @@ def measure_pictures(
         shown = {name: (name, study.parts - 1) for name in TITLES}
         shown["one, half as long"] = ("one", max(0, study.parts // 2 - 1))
         for title, (name, part) in shown.items():
-            pipe, handoff = study.pipes(seed, part)[name], handoffs[seed]
+            handoff = handoffs[seed]
             two: dict[str, Any] = {} if name != "hybrid" or handoff is None else {"handoff": handoff}
             images = kept(
                 folder / f"{title.replace(', ', '-').replace(' ', '-')}-{seed}-{study.steps}-{steps}.npy",
-                lambda pipe=pipe, two=two, seed=seed: generate(
-                    pipe, "hybrid" if two else "lune", referee.prompts, seed, steps, **two
+                lambda name=name, part=part, two=two, seed=seed: generate(
+                    study.contender(name, seed, part),
+                    "hybrid" if two else "lune",
+                    referee.prompts,
+                    seed,
+                    steps,
+                    **two,
                 ),
             )
             found.setdefault(title, []).append(referee.measure(images))
     return found
 
 
+def _errors(rows: Sequence[dict[str, Any]], name: str, part: int) -> np.ndarray:
+    """[seeds, levels], of a contender at a measurement."""
+    return np.array([row["errors"] for row in rows if (row["contender"], row["part"]) == (name, part)])
+
+
 def _ratios(rows: Sequence[dict[str, Any]], name: str, part: int) -> np.ndarray:
     """[seeds]: geometric means over the levels of a contender's errors, over those of one model."""
-
-    def errors(contender: str) -> np.ndarray:
-        return np.array([r["errors"] for r in rows if (r["contender"], r["part"]) == (contender, part)])
-
-    return np.exp(np.log(errors(name) / errors("one")).mean(1))
+    return np.exp(np.log(_errors(rows, name, part) / _errors(rows, "one", part)).mean(1))
 
 
 def errors_over_time(rows: Sequence[dict[str, Any]]) -> str:
@@ -238,12 +246,7 @@ def _spread(values: np.ndarray) -> str:
 def errors_by_level(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: at the end, means over the seeds, by noise level from the highest."""
     last = max(row["part"] for row in rows)
-
-    def mean(name: str) -> np.ndarray:
-        own = [r["errors"] for r in rows if (r["contender"], r["part"]) == (name, last)]
-        return np.mean(own, axis=0)
-
-    means = {title: mean(name) for name, title in TITLES.items()}
+    means = {title: _errors(rows, name, last).mean(0) for name, title in TITLES.items()}
     order = np.argsort(LEVELS)[::-1]
     lines = [[f"s = {LEVELS[i]}", *(f"{values[i]:.4f}" for values in means.values())] for i in order]
     return markdown_table(tuple(means), lines)
@@ -268,11 +271,8 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     left.set_xlabel("training steps, of all models together")
     last = parts[-1][0]
     for name in ("hybrid", "large"):
-        own = [
-            [r["errors"] for r in rows if (r["contender"], r["part"]) == (which, last)]
-            for which in (name, "one")
-        ]
-        right.plot(LEVELS, np.mean(own[0], 0) / np.mean(own[1], 0), marker="o", markersize=4)
+        own, other = (_errors(rows, which, last).mean(0) for which in (name, "one"))
+        right.plot(LEVELS, own / other, marker="o", markersize=4)
     right.axhline(1.0, color="#333333", linewidth=1)
     right.set_title("the same at the end, by noise level")
     right.set_xlabel("share of noise")
