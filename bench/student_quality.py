@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from bench.demo.evaluate import HELD_OUT_SCENES, Referee
+from bench.demo.evaluate import Referee
+from bench.demo.held_out import HELD_OUT_SCENES
 from bench.demo.report import MEASURES, markdown_table, measured
 from bench.demo.sheet import contact_sheet
 from bench.pages import renew_page

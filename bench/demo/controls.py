@@ -30,7 +30,8 @@ import numpy as np
 import torch
 from diffusers import ModelMixin
 
-from bench.demo.evaluate import HeldOut, Referee, crossing, generate, kept, x0_errors
+from bench.demo.errors import HeldOutLatents, crossing
+from bench.demo.evaluate import Referee, generate, kept
 from bench.demo.report import MEASURES, markdown_table, measured
 from bench.report import RESULTS
 from moe_sampler import HybridPipeline
@@ -148,7 +149,7 @@ class Study:
                     print(f"{name}, seed {seed}: {steps} steps", flush=True)
 
     def _settings(self, model: Model, steps: int) -> dict[str, Any]:
-        found = self.workshop.settings(model.stage)
+        found = self.workshop.settings("trunk")  # one learning rate for all
         constant = {"lr_scheduler": "constant_with_warmup", "lr_decay_steps": 0, "lr_floor": 0.0}
         return found | constant | {"max_train_steps": steps}
 
@@ -167,29 +168,28 @@ class Study:
         return made
 
 
-Errors = list[dict[str, float]]
-
-
-def own_errors(name: str, rows: Errors) -> list[float]:
-    """By level: of one model its own, of the two whichever works there."""
-    if name != "hybrid":
-        return [row["lune"] for row in rows]
+def own_errors(sol: Sequence[float], lune: Sequence[float]) -> tuple[list[float], float | None]:
+    """By level the error of whichever of the two works there, and where they hand over."""
+    rows = [{"s": s, "sol": a, "lune": b} for s, a, b in zip(LEVELS, sol, lune, strict=True)]
     handoff = crossing(rows)
-    return [row["sol"] if handoff is not None and row["s"] > handoff else row["lune"] for row in rows]
+    early = [handoff is not None and s > handoff for s in LEVELS]
+    return [a if first else b for first, a, b in zip(early, sol, lune, strict=True)], handoff
 
 
-def measure_errors(study: Study, test: HeldOut, seeds: Sequence[int], count: int) -> list[dict[str, Any]]:
-    """A row a seed, measurement and contender: errors by level and, of the two, where they cross."""
+def measure_errors(study: Study, held: HeldOutLatents, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """A row a seed, measurement and contender: errors by level and, of the two, where they hand over."""
     rows = []
     for seed in seeds:
         for part, steps in enumerate(study.lengths(Model("", 2))):
-            for name in CONTENDERS:
-                found = x0_errors(study.contender(name, seed, part), test, list(LEVELS), count)
-                rows.append(
-                    {"seed": seed, "steps": steps, "part": part, "contender": name}
-                    | {"errors": own_errors(name, found)}
-                    | ({"crossing": crossing(found)} if name == "hybrid" else {})
-                )
+            of = {}
+            for name in MODELS:
+                unet = study.trained(name, seed, part)
+                error = held.sol_error if name == "sol" else held.lune_error
+                of[name] = [error(unet, s) for s in LEVELS]
+            two, handoff = own_errors(of["sol"], of["lune"])
+            for name, errors in {"hybrid": two, "one": of["one"], "large": of["large"]}.items():
+                row = {"seed": seed, "steps": steps, "part": part, "contender": name, "errors": errors}
+                rows.append(row | ({"handoff": handoff} if name == "hybrid" else {}))
     return rows
 
 
@@ -290,9 +290,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     study = Study(options.work_dir, recipe, pipe, options.steps, options.parts, options.device)
     seeds = range(options.seeds)
     study.train(seeds)
-    referee = Referee.prepare(options.work_dir, pipe.vae, options.count)
-    rows = measure_errors(study, referee.test, seeds, options.errors_of)
-    handoffs = {r["seed"]: r["crossing"] for r in rows if "crossing" in r}  # of the last measurement
+    referee = Referee.prepare(options.work_dir, pipe.vae, options.count, trained=options.scenes)
+    rows = measure_errors(study, HeldOutLatents(pipe, referee.test, options.errors_of), seeds)
+    handoffs = {r["seed"]: r["handoff"] for r in rows if "handoff" in r}  # of the last measurement
     pictures = measure_pictures(study, referee, seeds, handoffs, options.sampling_steps)
     settings = {key: value for key, value in vars(options).items() if key != "work_dir"}
     content = {"settings": settings, "levels": LEVELS, "errors": rows, "pictures": pictures}

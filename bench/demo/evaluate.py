@@ -11,54 +11,29 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from bench.demo.errors import HeldOutLatents, crossing, x0_errors
 from bench.demo.evaluator import Tally, attributes_right, read, share_right, train_evaluator
+from bench.demo.held_out import HELD_OUT_SCENES, HeldOut
 from bench.demo.metrics import frechet_distance, high_frequency_ratio, patch_distance
 from bench.demo.report import attributes_table, errors_table, measures_table
 from moe_sampler import HybridPipeline, plan, sample
 from moe_sampler.demo import experts_path
 from moe_sampler.demo.attributes import GROUPS, AttributeReader
-from moe_sampler.demo.autoencoder import encode_all, to_model
-from moe_sampler.demo.captions import describe
+from moe_sampler.demo.autoencoder import to_model
 from moe_sampler.demo.data import HELD_OUT_FIRST, SceneSet, write_array
 from moe_sampler.demo.record import RunRecord
-from moe_sampler.demo.scenes import Scene
 from moe_sampler.demo.stages import SHIPPED
-from moe_sampler.demo.tokenizer import MAX_LENGTH
-from moe_sampler.sampling.paths import FlowPath, VPPath
-from moe_sampler.sampling.predictions import velocity_to_x0, x0_coefficients
+from moe_sampler.sampling.paths import VPPath
 
 METHODS = ("sol", "lune", "naive", "hybrid")
 STEPS = 20
-HELD_OUT_SCENES = 1000
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Held-out scenes: the first `count` give the prompts, the others the reference pictures."""
-
-    scenes: SceneSet
-    count: int = 300
-
-    def prompts(self) -> tuple[list[str], list[dict[str, str]]]:
-        """Captions that mention an attribute with probability 0.8, and what they mention."""
-        rng = np.random.default_rng(5)
-        pairs = [_fitting_caption(self.scenes.scene(i), rng) for i in range(self.count)]
-        return [text for text, _ in pairs], [said for _, said in pairs]
-
-
-def _fitting_caption(scene: Scene, rng: np.random.Generator) -> tuple[str, dict[str, str]]:
-    """`describe`, drawn again when it is too long for the text encoder."""
-    while True:
-        text, said = describe(scene, rng, keep=0.8)
-        if len(text.replace(",", " ,").split()) <= MAX_LENGTH - 2:
-            return text, said
+LEVELS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.98)
 
 
 @torch.no_grad()
@@ -113,58 +88,6 @@ def _naive(pipe: HybridPipeline, prompts: list[str], seeds: list[int], steps: in
 
 
 @torch.no_grad()
-def x0_errors(
-    pipe: HybridPipeline, test: HeldOut, levels: list[float], count: int = 500
-) -> list[dict[str, float]]:
-    """Held-out mean squared x0 error of both experts at each noise level s, without guidance.
-
-    Sol is asked at the integer timestep nearest to s and Lune at that same level; `sol_structure` is Sol's
-    error against the structure picture's latent, from that latent noised.
-    """
-    vae, flow, vp = pipe.vae, FlowPath(), VPPath.linear()
-    latents = torch.from_numpy(encode_all(vae, test.scenes.pictures[:count])) * vae.config.scaling_factor
-    rng = np.random.default_rng(6)
-    texts = [_fitting_caption(test.scenes.scene(i), rng)[0] for i in range(count)]
-    states = torch.cat([pipe.encode_texts(texts[i : i + 100]) for i in range(0, count, 100)])
-    rows = []
-    for s in levels:
-        timestep = vp.nearest_timestep(s)
-        level = vp.level(timestep)
-        noise = torch.randn(latents[:, 0].shape, generator=torch.Generator().manual_seed(timestep))
-        errors = dict.fromkeys(("sol", "lune", "sol_structure"), 0.0)
-        for i in range(0, count, 50):
-            part, embeds, eps = latents[i : i + 50], states[i : i + 50], noise[i : i + 50]
-            full, structure = part[:, 0], part[:, 1]
-            x = level.alpha * full + level.sigma * eps
-            errors["sol"] += _sol_error(pipe, x, level, timestep, embeds, full)
-            x_structure = level.alpha * structure + level.sigma * eps
-            errors["sol_structure"] += _sol_error(pipe, x_structure, level, timestep, embeds, structure)
-            here = flow.at(level.noise)
-            x = here.alpha * full + here.sigma * eps
-            velocity = pipe.unet_lune(x, torch.tensor(flow.timestep(here)), embeds).sample
-            p, q = x0_coefficients("flow_prediction", here)
-            errors["lune"] += float((p * x + q * velocity - full).square().sum())
-        mean = {name: total / latents[:, 0].numel() for name, total in errors.items()}
-        rows.append({"s": level.noise, "timestep": timestep, **mean})
-    return rows
-
-
-def _sol_error(pipe: HybridPipeline, x, level, timestep: int, embeds, target) -> float:
-    velocity = pipe.unet_sol(x, torch.tensor(timestep), embeds).sample
-    return float((velocity_to_x0(velocity, x, level.alpha, level.sigma) - target).square().sum())
-
-
-def crossing(rows: list[dict[str, float]]) -> float | None:
-    """The highest noise level where Lune's error falls below Sol's, interpolated; None without a crossing."""
-    ordered = sorted(rows, key=lambda row: -row["s"])
-    for above, below in pairwise(ordered):
-        a, b = above["sol"] / above["lune"] - 1, below["sol"] / below["lune"] - 1
-        if a <= 0 < b:
-            return above["s"] + (below["s"] - above["s"]) * a / (a - b)
-    return None
-
-
-@torch.no_grad()
 def reconstruct(vae, pictures: np.ndarray, batch: int = 100) -> np.ndarray:
     """Pictures through the autoencoder and back, uint8."""
     parts = []
@@ -189,12 +112,23 @@ class Referee:
     reconstructions: np.ndarray
 
     @classmethod
-    def prepare(cls, work_dir: Path, vae, count: int = 300, scenes: int = HELD_OUT_SCENES) -> Referee:
-        """Render the held-out scenes and train the judge, or load both from a training run's work folder."""
+    def prepare(
+        cls,
+        work_dir: Path,
+        vae,
+        count: int = 300,
+        scenes: int = HELD_OUT_SCENES,
+        trained: int | None = None,
+    ) -> Referee:
+        """Render the held-out scenes and train the judge, or load both from a training run's work folder.
+
+        trained: scenes that the judge is trained on; default: those of the run.
+        """
         held_out = SceneSet(work_dir / "scenes", scenes, HELD_OUT_FIRST)
         held_out.render()
-        record = RunRecord.read(work_dir)
-        trained = SHIPPED.scenes if record is None or record.scenes is None else record.scenes
+        if trained is None:
+            record = RunRecord.read(work_dir)
+            trained = SHIPPED.scenes if record is None or record.scenes is None else record.scenes
         judge = train_evaluator(SceneSet(work_dir / "scenes", trained), work_dir / "checkpoints")
         return cls(judge, HeldOut(held_out, count), reconstruct(vae, held_out.pictures[:, 0]))
 
@@ -272,9 +206,7 @@ def evaluate(
             pictures.setdefault(method, []).append(made)
     table = {method: [referee.measure(images) for images in sets] for method, sets in pictures.items()}
     tallies = {method: [referee.by_attribute(images) for images in sets] for method, sets in pictures.items()}
-    errors = x0_errors(
-        pipe, referee.test, [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.98]
-    )
+    errors = x0_errors(pipe, HeldOutLatents(pipe, referee.test), LEVELS)
     return {"table": table, "by_attribute": tallies, "x0_errors": errors, "crossing": crossing(errors)}
 
 

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.demo.evaluate import HELD_OUT_SCENES, HeldOut, Referee, to_bytes
+from bench.demo.evaluate import Referee, to_bytes
+from bench.demo.held_out import HELD_OUT_SCENES, HeldOut
 from bench.pages import renew_page
 from bench.report import RESULTS, write_csv
 from moe_sampler import HybridPipeline, SamplingPlan

@@ -26,12 +26,11 @@ SIZES = ["--scenes", "6", "--channels", "8", "16", "16", "--steps", "2", "--part
 def small(monkeypatch, tmp_path):
     monkeypatch.setattr(controls, "SHIPPED", SMALL)
     monkeypatch.setattr(controls, "RESULTS", tmp_path)
-    monkeypatch.setattr(evaluate, "HELD_OUT_SCENES", 8)
     prepare = evaluate.Referee.prepare.__func__
     monkeypatch.setattr(
         evaluate.Referee,
         "prepare",
-        classmethod(lambda cls, folder, vae, count: prepare(cls, folder, vae, count, 8)),
+        classmethod(lambda cls, folder, vae, count, trained: prepare(cls, folder, vae, count, 8, trained)),
     )
     monkeypatch.setattr(evaluate, "train_evaluator", lambda scenes, folder: new_evaluator())
     return tmp_path
@@ -72,13 +71,11 @@ def test_a_measurement_on_the_way_changes_nothing(small, demo_pipeline, monkeypa
     assert large > 1.5 * one
 
 
-def test_two_models_are_worth_what_works_where_they_do():
-    rows = [
-        {"s": s, "sol": sol, "lune": lune}
-        for s, sol, lune in ((0.3, 3.0, 1.0), (0.7, 2.5, 2.0), (0.9, 3.0, 4.0))
-    ]
-    assert own_errors("hybrid", rows) == [1.0, 2.0, 3.0] and own_errors("one", rows) == [1.0, 2.0, 4.0]
-    assert own_errors("hybrid", [row | {"sol": 9.0} for row in rows]) == [1.0, 2.0, 4.0]
+def test_two_models_are_worth_what_works_where_they_do(monkeypatch):
+    monkeypatch.setattr(controls, "LEVELS", (0.3, 0.7, 0.9))
+    errors, handoff = own_errors([3.0, 2.5, 3.0], [1.0, 2.0, 4.0])
+    assert errors == [1.0, 2.0, 3.0] and 0.7 < handoff < 0.9
+    assert own_errors([9.0] * 3, [1.0, 2.0, 4.0]) == ([1.0, 2.0, 4.0], None)
     by_seed = [
         {"seed": seed, "part": 0, "steps": 10, "contender": name, "errors": [value, value]}
         for seed in (0, 1)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.linalg import sqrtm
 
-from bench.demo.evaluate import crossing
+from bench.demo.errors import crossing
 from bench.demo.evaluator import attributes_right, share_right
 from bench.demo.metrics import frechet_distance, high_frequency_ratio, patch_distance, power_spectrum
 from bench.demo.report import attributes_table
