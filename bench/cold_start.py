@@ -51,6 +51,8 @@ COMMANDS: dict[str, list[str]] = {
     "moe-sampler plan": ["-m", "moe_sampler", "plan", f"--steps={STEPS}"],
 }
 """By name, what Python is started with."""
+CACHING = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+"""An environment in which Python keeps what it compiled, as it does unless told otherwise."""
 CAUSES = {
     "moe_sampler": "with NumPy and Pillow",
     "typer": "the command line, with rich and pydantic",
@@ -76,7 +78,11 @@ def started(arguments: Sequence[str]) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         process = subprocess.Popen(
-            [sys.executable, *arguments], cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [sys.executable, *arguments],
+            cwd=folder,
+            env=CACHING,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         _, status, used = os.wait4(process.pid, 0)
         wall = time.perf_counter() - start
@@ -130,7 +136,7 @@ def imports() -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-X", "importtime", *GENERATE]
         done = subprocess.run(
-            command, cwd=folder, check=True, capture_output=True, text=True, errors="replace"
+            command, cwd=folder, env=CACHING, check=True, capture_output=True, text=True, errors="replace"
         )
     return import_seconds(done.stderr.splitlines())
 

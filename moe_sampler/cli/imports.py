@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import importlib.metadata
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -89,30 +91,35 @@ _STAND_INS: dict[str, dict[str, Any]] = {
         "sym_eq": lambda a, b: (list(a) == list(b)) if isinstance(a, tuple | list) else a == b,
     },
     "sympy": {"Basic": type("Basic", (), {})},
+    # Its own modules are found without the list of all of them, for which it reads two thousand files.
+    "transformers.models": {},
 }
-"""What a process that compiles nothing needs of what torch imports on the way."""
+"""What is needed of modules on the way to others, by a process that compiles nothing."""
 
 
 @contextmanager
 def sparing(*names: str) -> Iterator[None]:
     """In the body packages of these names are as if not installed, but for what is imported already. Those in
-    `_STAND_INS`, which torch can't do without, have one, which stays."""
+    `_STAND_INS`, which others can't do without, have one, which stays."""
     modules: dict[str, Any] = sys.modules  # None is Python's own sign for what isn't there
     absent = [name for name in names if name not in modules and name not in _STAND_INS]
-    for name in names:
-        if name in modules or name in absent:
-            continue
-        parent, _, child = name.rpartition(".")
-        modules[name] = stand_in = _StandIn(name, _STAND_INS[name])
-        if parent:
-            setattr(modules[parent], child, stand_in)
-    modules.update(dict.fromkeys(absent))
+    modules.update(dict.fromkeys(absent))  # first: what a stand-in's parents find missing, they remember
     try:
+        for name in names:
+            if name not in modules:
+                _stand_in(name)
         yield
     finally:
         for name in absent:
             if modules.get(name, modules) is None:
                 del modules[name]
+
+
+def _stand_in(name: str) -> None:
+    sys.modules[name] = made = _StandIn(name, _STAND_INS[name])
+    parent, _, child = name.rpartition(".")
+    if parent:
+        setattr(sys.modules[parent], child, made)
 
 
 def _one_process() -> None:
@@ -130,22 +137,51 @@ def _one_process() -> None:
         torch.distributed.is_available = available
 
 
+class _WhenAsked(Mapping):
+    """A mapping that is made when something first asks it."""
+
+    def __init__(self, make: Callable[[], Mapping[str, list[str]]]) -> None:
+        self._made = functools.cache(make)
+
+    def __getitem__(self, key: str) -> list[str]:
+        return self._made()[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._made())
+
+    def __len__(self) -> int:
+        return len(self._made())
+
+
+@contextmanager
+def _distributions_when_asked() -> Iterator[None]:
+    """In the body which distribution has which package is looked up when asked: diffusers lists all that are
+    installed, for the names of three."""
+    make = importlib.metadata.packages_distributions
+    importlib.metadata.packages_distributions = lambda: _WhenAsked(make)
+    try:
+        yield
+    finally:
+        importlib.metadata.packages_distributions = make
+
+
 def import_pipelines(*, loras: bool, compiles: bool) -> None:
     """diffusers, transformers and our pipelines, whatever the weights.
 
     With any model they import, where it is installed, scipy (for some schedulers and losses), peft (for
-    adapters), torch._dynamo (to mark what torch.compile may do), sympy and torch.distributed.tensor: a third
-    of a cold start. A process that ends with its command spares itself what that has no use for: its plan is
-    made, so that schedulers that want scipy are there.
+    adapters), torch._dynamo (to mark what torch.compile may do), sympy, torch.distributed.tensor and a list
+    of all models: two fifths of a cold start. A process that ends with its command spares itself what that
+    has no use for: its plan is made, so that schedulers that want scipy are there.
 
     Args:
         loras, compiles: whether there are any, and whether anything is compiled.
     """
-    needless = {"scipy": True, "peft": not loras, **dict.fromkeys(_STAND_INS, not compiles)}
+    needless = {"scipy": True, "peft": not loras}
+    needless |= dict.fromkeys(_STAND_INS, not compiles) | {"transformers.models": True}
     spared = [name for name, own in needless.items() if own and _ends_with_command]
     with without_collecting():
         try:
-            with sparing(*spared):
+            with sparing(*spared), _distributions_when_asked():
                 if spared:
                     _one_process()
                 importlib.import_module(_PIPELINES)

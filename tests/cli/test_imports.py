@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.metadata
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -65,7 +66,10 @@ pipe = HybridPipeline.from_pretrained(experts_path())
 pipe("a castle", num_inference_steps=2)
 spared = {"scipy", "peft", "torch._dynamo.convert_frame", "sympy.core", "torch.distributed.tensor"}
 print(*sorted({*spared, "diffusers"} & sys.modules.keys()))
-import scipy, peft, sympy, torch
+import scipy, peft, sympy, torch, transformers
+listed = sys.modules["transformers.models"]
+assert type(listed) is imports._StandIn and transformers.AutoConfig.for_model("bert").hidden_size == 768
+assert transformers.models.t5.T5Config() and sys.modules["transformers.models"] is not listed
 from torch.fx.experimental import symbolic_shapes
 assert torch._dynamo.config.recompile_limit and torch._dynamo.eval_frame.OptimizedModule.__init__
 assert isinstance(sympy.Symbol("x") + 1, sympy.Basic) and symbolic_shapes.ShapeEnv()
@@ -81,9 +85,9 @@ assert torch.distributed.is_available()
 @pytest.mark.parametrize(
     "ends, loras, compiles, spared",
     [
-        (True, False, False, ("scipy", "peft", *COMPILING)),
-        (True, True, False, ("scipy", *COMPILING)),
-        (True, False, True, ("scipy", "peft")),
+        (True, False, False, ("scipy", "peft", *COMPILING, "transformers.models")),
+        (True, True, False, ("scipy", *COMPILING, "transformers.models")),
+        (True, False, True, ("scipy", "peft", "transformers.models")),
         (False, False, False, ()),
     ],
 )
@@ -100,3 +104,12 @@ def test_what_is_wanted_is_imported(monkeypatch, ends, loras, compiles, spared):
     with nullcontext() if spared else pytest.raises(RuntimeError):
         import_pipelines(loras=loras, compiles=compiles)
     assert asked == [spared]
+
+
+def test_what_is_installed_is_listed_when_it_is_asked(monkeypatch):
+    asked = []
+    monkeypatch.setattr(importlib.metadata, "packages_distributions", lambda: asked.append(1) or {"a": ["b"]})
+    with imports._distributions_when_asked():
+        found = importlib.metadata.packages_distributions()
+    assert not asked and found["a"] == ["b"] and "c" not in found and len(asked) == len(found) == 1
+    assert importlib.metadata.packages_distributions() == {"a": ["b"]} and len(asked) == 2
