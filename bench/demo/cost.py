@@ -5,6 +5,7 @@ measures pictures of held-out prompts for every setting of a study with three se
 bench/results/<study>.csv, .md and .png, and renews its table in docs/PERFORMANCE.md. The studies:
 
     cost       how many steps, how many of them full, guidance everywhere or in a window
+    cheap      what is to be had below a dozen passes: fewer steps, or fewer of them full
     guidance   scales and guiders
 
 A setting that the CSV file has already isn't measured again: a study can be stopped and run again, and
@@ -78,9 +79,13 @@ STUDIES: Mapping[str, Sequence[Setting]] = {
         *(Setting(steps, reuse or 1, window) for window, steps, reuse in product(WINDOWS, STEPS, REUSE)),
         *(Setting(steps) for steps in (8, 6)),
     ],
+    "cheap": [
+        *(Setting(steps) for steps in (10, 6, 5, 4)),
+        *(Setting(n, k) for n in (10, 8) for k in (2, 3)),
+    ],
     "guidance": [Setting(10, scale=scale, guider=guider) for scale, guider in product(SCALES, GUIDERS)],
 }
-AXES = {"cost": "full passes a picture", "guidance": "guidance scale"}
+AXES = {**dict.fromkeys(("cost", "cheap"), "full passes a picture"), "guidance": "guidance scale"}
 Row = dict[str, Any]
 
 
@@ -187,6 +192,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="of what is measured, measure nothing")
     parser.add_argument("--experts", type=Path, default=experts_path())
     parser.add_argument("--count", type=int, default=300, help="prompts")
+    parser.add_argument("--scenes", type=int, help="that the judge learns from; default: those of the run")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch-size", type=int, default=50, help="pictures made at once")
@@ -197,7 +203,7 @@ def main() -> None:
         pipe = HybridPipeline.from_pretrained(options.experts, device=options.device)
         pipe.set_progress_bar_config(disable=True)
         vae = HybridPipeline.from_pretrained(options.experts).vae
-        referee = Referee.prepare(options.work_dir, vae, options.count)
+        referee = Referee.prepare(options.work_dir, vae, options.count, trained=options.scenes)
         seeds, settings = range(options.seeds), STUDIES[options.study]
         for row in measure(pipe, referee, settings, seeds, options.batch_size, done=list(rows)):
             print(row, flush=True)
