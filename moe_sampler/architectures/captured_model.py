@@ -58,6 +58,7 @@ class Recordings:
         self._calls: OrderedDict[Any, _Recorded] = OrderedDict()
         self._modules: list[nn.Module] = []
         self._state: tuple[list[Any], list[int]] = [], []
+        self._given = 0
 
     def __call__(self, kind: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """`call(*args, **kwargs)`, in memory of its own.
@@ -99,6 +100,7 @@ class Recordings:
         recorded = self._calls[key]
         for own, given in zip(recorded.inputs, tensors, strict=True):
             own.copy_(given, non_blocking=True)
+        self._given += 1
         return recorded
 
     def _record(self, call: Callable[..., Any], leaves: Sequence[Any], structure: Any) -> _Recorded:
@@ -123,6 +125,11 @@ class Recordings:
         # By identity: what is held can't have been replaced by something else at the same address.
         same = len(held) == len(now) and all(map(operator.is_, held, now)) and places == now_places
         return bool(self._modules) and same
+
+    def hold_until_given(self) -> Callable[[], bool]:
+        """What says whether, beside that, no call was given to them since: a callback may run others."""
+        given = self._given
+        return lambda: self._given == given and self.hold()
 
     def _start_anew(self) -> None:
         self._calls.clear()
@@ -197,7 +204,7 @@ class CapturedModel(ExpertModel):
             return None
         recordings, call = self._recordings, partial(work, super().__call__)
         recorded = recordings.prepared("step", call, (), state)
-        return Recording(recorded.kwargs, recorded.replay, recordings.hold)
+        return Recording(recorded.kwargs, recorded.replay, recordings.hold_until_given())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         return self._call("whole", super().__call__, *args, **kwargs)

@@ -404,21 +404,21 @@ class SamplingRun:
                 self.index += 1
                 if self._callback is None:
                     continue
-                self.x.copy_(state["x"])
-                if self._prediction is not None:
-                    self.x0 = self._prediction.copy_(state["x0"])
+                self._take_over(state)
                 if self._tell_callback(until) or self.interrupted or not recording.holds():
                     break
         finally:
-            self._take_over(state)
+            if self._callback is None:
+                self._take_over(state)
 
     def _take_over(self, state: Mapping[str, Any]) -> None:
         """What the recording's memory holds of the run, which may be another's soon."""
-        if self._callback is None:
-            self.x.copy_(state["x"])
+        self.x.copy_(state["x"])
         for own, made in zip(self._memories, state["memories"], strict=True):
             own.copy_(made)
-        if self._prediction is None:
+        if self._prediction is not None:
+            self.x0 = self._prediction.copy_(state["x0"])
+        else:
             keeps_x0 = self.plan.steps[self.index - 1].update.keeps_x0
             self.x0 = self._memories[0] if keeps_x0 else None
         by_step = self._finite.by_step
