@@ -402,10 +402,11 @@ class SamplingRun:
             for _ in range(count):
                 recording.replay()
                 self.index += 1
-                if self._callback is None:
-                    continue
-                self._take_over(state)
-                if self._tell_callback(until) or self.interrupted or not recording.holds():
+                if self._callback is not None:
+                    self._take_over(state)
+                    if self._tell_callback(until) or not recording.holds():
+                        break
+                if self.interrupted:
                     break
         finally:
             if self._callback is None:

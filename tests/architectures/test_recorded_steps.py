@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from tape import captured
+from tape import Tape, captured
 from torch import nn
 from unets import unet
 from waits import waits_are_errors
@@ -144,6 +144,21 @@ def test_a_callback_sees_and_changes_what_it_would(models, callback, solver):
     for fast, plain in zip(seen_by(both, True, callback), seen_by(both, False, callback), strict=True):
         assert fast[0] == plain[0]
         assert torch.equal(fast[1], plain[1]) and torch.equal(fast[2], plain[2])
+
+
+def test_a_run_without_a_callback_is_interrupted_too(models, monkeypatch):
+    both = Both(models)
+    run, replay, replays = both.run(True), Tape.replay, []
+
+    def interrupting(tape):
+        replay(tape)
+        replays.append(tape)
+        run.interrupted = len(replays) == 4  # as another thread would
+
+    monkeypatch.setattr(Tape, "replay", interrupting)
+    run.advance()
+    assert run.index == 4
+    assert torch.equal(run.x, both.run(False).advance(4))
 
 
 def test_a_model_that_a_callback_changes_counts_from_the_next_step_on(models):
