@@ -129,6 +129,14 @@ def test_a_model_without_repeated_blocks_is_not_compiled():
     assert pipe.speed == "none" and not any(m._compiled_call_impl for m in pipe.unet_sol.modules())
 
 
+def test_weights_that_only_come_to_the_device_for_a_while_are_not_recorded():
+    pipe = load()
+    pipe.unet_lune.enable_group_offload(torch.device("cuda"), offload_type="leaf_level")
+    assert pipe.unet_lune.device.type == "cuda"  # so diffusers says
+    pipe.enable_cuda_graphs()
+    assert type(pipe._expert_model("lune")) is ExpertModel
+
+
 @pytest.mark.gpu
 def test_recorded_calls_make_the_same_image():
     pipe = load(device="cuda")
