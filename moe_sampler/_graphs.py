@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -37,10 +38,21 @@ def record(
         RuntimeError: something in it can't be recorded.
     """
     graph = torch.cuda.CUDAGraph()
+    try:
+        return graph, _captured(graph, work, stream, pool)
+    except BaseException:
+        # torch then refuses to draw random numbers on the device, until a recording succeeds.
+        with contextlib.suppress(RuntimeError):
+            _captured(torch.cuda.CUDAGraph(), lambda: torch.zeros(1, device=stream.device), stream)
+        raise
+
+
+def _captured(
+    graph: torch.cuda.CUDAGraph, work: Callable[[], T], stream: torch.cuda.Stream, pool: Any = None
+) -> T:
     # A recording that fails doesn't leave its stream by itself. Other threads may allocate meanwhile.
     with (
         torch.cuda.stream(stream),
         torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
     ):
-        made = work()
-    return graph, made
+        return work()

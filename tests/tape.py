@@ -25,6 +25,7 @@ class Tape(TorchDispatchMode):
             self.operators.append((operator, args, kwargs or {}, made))
         return made
 
+    @torch.inference_mode()  # in which all that was made in it may be written to, as by a graph anywhere
     def replay(self) -> None:
         for operator, args, kwargs, made in self.operators:
             again = operator(*args, **kwargs)

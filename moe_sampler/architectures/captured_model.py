@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -53,10 +54,11 @@ class Recordings:
 
     def __init__(self, model: nn.Module, recorder: Recorder | None = None) -> None:
         self.model = model
-        self._recorder = recorder or _CUDARecorder(next(model.parameters()).device)
+        self._recorder = recorder or _CUDARecorder(model)
         self._calls: OrderedDict[Any, _Recorded] = OrderedDict()
         self._modules: list[nn.Module] = []
         self._state: tuple[list[Any], list[int]] = [], []
+        self._given = 0
 
     def __call__(self, kind: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """`call(*args, **kwargs)`, in memory of its own.
@@ -88,18 +90,24 @@ class Recordings:
         if not self.hold():
             self._start_anew()
         if key not in self._calls:
-            self._calls[key] = self._record(call, leaves, structure)
+            recorded = self._record(call, leaves, structure)
+            if not self.hold():  # weights may come to lie elsewhere when a model is called at first
+                self._start_anew()
+            self._calls[key] = recorded
             while len(self._calls) > MOST:
                 self._calls.popitem(last=False)
         self._calls.move_to_end(key)
         recorded = self._calls[key]
         for own, given in zip(recorded.inputs, tensors, strict=True):
             own.copy_(given, non_blocking=True)
+        self._given += 1
         return recorded
 
     def _record(self, call: Callable[..., Any], leaves: Sequence[Any], structure: Any) -> _Recorded:
         device = next(self.model.parameters()).device
-        own = [leaf.to(device, copy=True) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        # What inference mode makes could not be written to outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            own = [leaf.to(device, copy=True) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         args, kwargs = pytree.tree_unflatten(own, structure)
         try:
             replay, output = self._recorder(lambda: call(*args, **kwargs))
@@ -117,6 +125,11 @@ class Recordings:
         # By identity: what is held can't have been replaced by something else at the same address.
         same = len(held) == len(now) and all(map(operator.is_, held, now)) and places == now_places
         return bool(self._modules) and same
+
+    def hold_until_given(self) -> Callable[[], bool]:
+        """What says whether, beside that, no call was given to them since: a callback may run others."""
+        given = self._given
+        return lambda: self._given == given and self.hold()
 
     def _start_anew(self) -> None:
         self._calls.clear()
@@ -144,12 +157,24 @@ class _CUDARecorder:
     """Records on a stream of its own, in memory that its recordings share: each one's outputs are copied
     before another is replayed."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._stream, self._pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._stream = torch.cuda.Stream(next(model.parameters()).device)
+        self._sharing: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
 
     def __call__(self, work: Work) -> tuple[Callable[[], None], Any]:
+        device = next(self._model.parameters()).device
+        if device != self._stream.device:
+            self._stream, self._sharing = torch.cuda.Stream(device), WeakSet()
         warm_up(work, self._stream)
-        graph, output = record(work, self._stream, self._pool)
+        # torch's allocator refuses a pool whose graphs are all gone, or in which a recording has failed.
+        pool = next((graph.pool() for graph in self._sharing), None)
+        try:
+            graph, output = record(work, self._stream, pool)
+        except BaseException:
+            self._sharing.clear()
+            raise
+        self._sharing.add(graph)
         return graph.replay, output
 
 
@@ -179,7 +204,7 @@ class CapturedModel(ExpertModel):
             return None
         recordings, call = self._recordings, partial(work, super().__call__)
         recorded = recordings.prepared("step", call, (), state)
-        return Recording(recorded.kwargs, recorded.replay, recordings.hold)
+        return Recording(recorded.kwargs, recorded.replay, recordings.hold_until_given())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         return self._call("whole", super().__call__, *args, **kwargs)

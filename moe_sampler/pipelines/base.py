@@ -253,7 +253,9 @@ class ExpertPipeline(DiffusionPipeline):
         """An expert's model as a run calls it."""
         unet = self.expert_unet(name)
         dtype = self._dtype_of(unet)
-        if not self._cuda_graphs or self.offload != "none" or unet.device.type != "cuda":
+        # With diffusers' group offloading a model calls its device what its weights only come to for a while.
+        there = all(parameter.device.type == "cuda" for parameter in unet.parameters())
+        if not self._cuda_graphs or self.offload != "none" or not there:
             return ExpertModel(unet, dtype)
         kept = self._recordings.get(name)
         if kept is None or kept.model is not unet:

@@ -402,23 +402,24 @@ class SamplingRun:
             for _ in range(count):
                 recording.replay()
                 self.index += 1
-                if self._callback is None:
-                    continue
-                self.x.copy_(state["x"])
-                if self._prediction is not None:
-                    self.x0 = self._prediction.copy_(state["x0"])
-                if self._tell_callback(until) or self.interrupted or not recording.holds():
+                if self._callback is not None:
+                    self._take_over(state)
+                    if self._tell_callback(until) or not recording.holds():
+                        break
+                if self.interrupted:
                     break
         finally:
-            self._take_over(state)
+            if self._callback is None:
+                self._take_over(state)
 
     def _take_over(self, state: Mapping[str, Any]) -> None:
         """What the recording's memory holds of the run, which may be another's soon."""
-        if self._callback is None:
-            self.x.copy_(state["x"])
+        self.x.copy_(state["x"])
         for own, made in zip(self._memories, state["memories"], strict=True):
             own.copy_(made)
-        if self._prediction is None:
+        if self._prediction is not None:
+            self.x0 = self._prediction.copy_(state["x0"])
+        else:
             keeps_x0 = self.plan.steps[self.index - 1].update.keeps_x0
             self.x0 = self._memories[0] if keeps_x0 else None
         by_step = self._finite.by_step

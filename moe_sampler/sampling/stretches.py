@@ -27,7 +27,7 @@ class Recording(NamedTuple):
 
     state: what `take_step` was given, in the recording's own memory: what a replay reads, and what it leaves.
     replay: takes the step once more.
-    holds: whether the model is still the one that was recorded.
+    holds: whether the model is still the one that was recorded, and this memory nobody else's.
     """
 
     state: Mapping[str, Any]

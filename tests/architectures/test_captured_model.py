@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor
@@ -10,8 +12,10 @@ from torch import nn
 from unets import inputs, unet
 
 from moe_sampler import Boundary, Expert, plan, sample
+from moe_sampler.architectures import captured_model
 from moe_sampler.architectures.captured_model import MOST, CapturedModel, Recordings
 from moe_sampler.architectures.expert_model import ExpertModel
+from moe_sampler.pipelines.projections import join_projections
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -143,3 +147,69 @@ def test_what_cannot_be_recorded_says_what_to_do():
     fast = CapturedModel(Recordings(unet(), fails))
     with pytest.raises(ValueError, match=r'can\'t be recorded .*capturing\): use speed="fast"'):
         fast(*inputs())
+
+
+def test_what_was_recorded_in_inference_mode_serves_outside_of_it():
+    model = unet()
+    fast, recorder = captured(model)
+    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+        with mode():
+            assert torch.equal(fast(*inputs(2)), ExpertModel(model)(*inputs(2)))
+    assert recorder.count == 1
+
+
+@torch.no_grad()
+def test_weights_that_the_first_call_lays_side_by_side_are_recorded_once():
+    model = unet()
+    join_projections([model], joined=True)
+    fast, recorder = captured(model)
+    for seed in (1, 2):
+        assert torch.equal(fast(*inputs(seed)), ExpertModel(model)(*inputs(seed)))
+    assert recorder.count == 1
+
+
+class Graph:
+    """As much of a CUDA graph as says whose memory it shares."""
+
+    def __init__(self, pool):
+        self._pool = pool or object()
+
+    def pool(self):
+        return self._pool
+
+    def replay(self):
+        pass
+
+
+def test_a_graph_shares_the_memory_of_one_that_lives_and_of_none_that_failed(monkeypatch):
+    """torch's allocator refuses a pool whose graphs are all gone, or in which a recording has failed."""
+    asked = []
+
+    def record(work, stream, pool):
+        asked.append(pool)
+        return Graph(pool), work()
+
+    def fails():
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(captured_model, "record", record)
+    monkeypatch.setattr(captured_model, "warm_up", lambda work, stream: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(device=device))
+    model = nn.Linear(1, 1)
+    recorder = captured_model._CUDARecorder(model)
+    first, _ = recorder(int)
+    second, _ = recorder(int)
+    pool = first.__self__.pool()
+    assert asked == [None, pool] and second.__self__.pool() is pool
+    with pytest.raises(RuntimeError, match="capturing"):
+        recorder(fails)
+    assert asked[2:] == [pool]
+    third, _ = recorder(int)
+    del third
+    recorder(int)
+    assert asked[3:] == [None, None]
+    kept, _ = recorder(int)
+    model.to("meta")
+    recorder(int)
+    assert asked[5:] == [None, None] and recorder._stream.device.type == "meta"
+    del kept

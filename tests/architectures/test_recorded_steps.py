@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+from functools import partial
+
 import pytest
 import torch
-from tape import captured
+from tape import Tape, captured
 from torch import nn
 from unets import unet
+from waits import waits_are_errors
 
 from moe_sampler import Boundary, Expert, SamplingRun, plan
+from moe_sampler.architectures.captured_model import CapturedModel, Recordings
 from moe_sampler.architectures.expert_model import ExpertModel
 from moe_sampler.errors import NonFiniteError
 from moe_sampler.sampling.calls import with_guidance
@@ -34,6 +40,10 @@ CASES = {
 @pytest.fixture(scope="module")
 def models():
     return {"sol": unet(1), "lune": unet(2)}
+
+
+def on_gpu(told):
+    return {name: tensor.cuda() for name, tensor in told.items()}
 
 
 class Both:
@@ -136,6 +146,21 @@ def test_a_callback_sees_and_changes_what_it_would(models, callback, solver):
         assert torch.equal(fast[1], plain[1]) and torch.equal(fast[2], plain[2])
 
 
+def test_a_run_without_a_callback_is_interrupted_too(models, monkeypatch):
+    both = Both(models)
+    run, replay, replays = both.run(True), Tape.replay, []
+
+    def interrupting(tape):
+        replay(tape)
+        replays.append(tape)
+        run.interrupted = len(replays) == 4  # as another thread would
+
+    monkeypatch.setattr(Tape, "replay", interrupting)
+    run.advance()
+    assert run.index == 4
+    assert torch.equal(run.x, both.run(False).advance(4))
+
+
 def test_a_model_that_a_callback_changes_counts_from_the_next_step_on(models):
     both = Both(models)
     model = models["lune"]
@@ -164,6 +189,51 @@ def test_runs_take_turns_without_touching_one_another(models):
         assert torch.equal(run.x, both.run(False, seeds=seeds).advance())
 
 
+@pytest.mark.parametrize("solver", ["dpmpp_2m", "dpmpp_3m", "euler"])
+def test_a_callback_may_run_others_of_the_same_experts(models, solver):
+    both = Both(models, solver=solver)
+
+    def another(fast):
+        return both.run(fast, seeds=[8, 9], callback=lambda info: None).advance()
+
+    def run_another(info):
+        if info["step"] in (1, 5):
+            assert torch.equal(another(True), another(False))
+
+    for fast, plain in zip(
+        seen_by(both, True, run_another), seen_by(both, False, lambda info: None), strict=True
+    ):
+        assert torch.equal(fast[1], plain[1]) and torch.equal(fast[2], plain[2])
+
+
+@pytest.mark.parametrize("solver", ["dpmpp_2m", "euler"])
+def test_a_callback_that_asks_for_no_x0_is_shown_what_a_solver_remembers(models, solver):
+    both, shown = Both(models, solver=solver), {True: [], False: []}
+
+    def look(fast, info):
+        shown[fast].append(None if info["x0"] is None else info["x0"].clone())
+
+    for fast in shown:
+        both.run(fast, callback=partial(look, fast), keep_x0=False).advance()
+    remembered = [(a, b) for a, b in zip(*shown.values(), strict=True) if a is not None or b is not None]
+    assert all(torch.equal(a, b) for a, b in remembered) and bool(remembered) == (solver == "dpmpp_2m")
+
+
+def test_a_callback_is_told_of_the_step_that_leaves_no_finite_state(models):
+    checked = []
+
+    def check(info):
+        info["run"].check()
+        checked.append(info["step"])
+
+    run = Both(models).run(True, callback=check)
+    run.advance(3)
+    run.x[0, 0, 0, 0] = torch.inf
+    with pytest.raises(NonFiniteError, match="at step 3 "):
+        run.advance()
+    assert checked == [0, 1, 2]
+
+
 def test_the_step_that_leaves_no_finite_state_is_named(models):
     both = Both(models)
     run = both.run(True)
@@ -172,6 +242,22 @@ def test_the_step_that_leaves_no_finite_state_is_named(models):
     run.advance()
     with pytest.raises(NonFiniteError, match="at step 3 "):
         run.check()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_replayed_steps_never_wait_for_it(models):
+    both = Both({name: copy.deepcopy(model).cuda() for name, model in models.items()})
+    wrapped = {expert.name: CapturedModel(Recordings(expert.model.model)) for expert in both.plain}
+    both.fast = [dataclasses.replace(expert, model=wrapped[expert.name]) for expert in both.plain]
+    given = {"device": "cuda", "cond": on_gpu(COND), "uncond": on_gpu(UNCOND)}
+    expected = both.run(False, **given).advance()
+    recorded, replayed = both.run(True, **given), both.run(True, **given)
+    for run in (recorded, replayed):
+        run.advance(1)  # the plan's table goes to the device
+    recorded.advance()
+    with waits_are_errors():
+        replayed.advance()
+    torch.testing.assert_close(replayed.x, expected, rtol=0, atol=1e-4)
 
 
 def test_a_model_may_return_its_input():

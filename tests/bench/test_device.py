@@ -13,7 +13,7 @@ import torch
 from processes import module
 from processes import run as run_process
 
-from bench.device import PARTS, launches, page, schedule, suite
+from bench.device import PARTS, launches, models, page, providers, schedule, suite
 from bench.device import __main__ as command
 from bench.device.compiled import resident_blocks
 from bench.device.results import DEVICE_LOST, HUNG, Results, read
@@ -268,6 +268,18 @@ def test_every_kernel_of_the_cases_has_its_formula():
         c.make(launches.Tensors("meta"), c.small, c.dtype).launch.kernel.__name__ for c in launches.cases()
     }
     assert kernels == set(FORMULAS)
+
+
+def test_the_fastest_path_leaves_the_others_as_they_are():
+    made = models.Models(models.TOY)
+
+    def state():
+        modules = [m for name in ("unet_sol", "unet_lune", "vae") for m in getattr(made.ours, name).modules()]
+        layouts = [p.stride() for m in modules for p in m._parameters.values() if p is not None]
+        return layouts, [(type(m), type(getattr(m, "processor", None))) for m in modules]
+
+    before = state()
+    assert providers._fastest(made).speed != "none" and state() == before
 
 
 def test_occupancy():
