@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from .loading.presets import ExpertSource
     from .pipelines.hybrid import HybridPipeline
     from .sampling.experts import Expert
-    from .sampling.loop import SamplingRun, initial_latents, noised, sample
+    from .sampling.initial import initial_latents, noised
+    from .sampling.loop import SamplingRun, sample
     from .sampling.paths import FlowPath, Level, VPPath
     from .sampling.planner import SamplingPlan, plan
     from .sampling.predictions import add_noise, epsilon_to_x0, velocity_to_x0, x0_to_epsilon
@@ -52,7 +53,8 @@ _NAMES = {
     "sampling.predictions": ("add_noise", "epsilon_to_x0", "velocity_to_x0", "x0_to_epsilon"),
     "loading.presets": ("ExpertSource",),
     "sampling.routers": ("Boundary", "Crossfade", "PerStep", "Router", "Spans"),
-    "sampling.loop": ("SamplingRun", "initial_latents", "noised", "sample"),
+    "sampling.initial": ("initial_latents", "noised"),
+    "sampling.loop": ("SamplingRun", "sample"),
     "schedulers": ("FusedDDIMScheduler", "FusedDDPMScheduler", "FusedFlowMatchEulerScheduler"),
     "viewing.trace": ("Trace",),
 }

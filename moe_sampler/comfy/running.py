@@ -8,7 +8,8 @@ from importlib.util import find_spec
 
 import torch
 
-from ..sampling.loop import INITIAL_NOISE_STREAM, SamplingRun, noised
+from ..sampling.initial import INITIAL_NOISE_STREAM, noised
+from ..sampling.loop import SamplingRun
 from ..sampling.plan import SamplingPlan
 from .opened import OpenExpert, Work, load, opened
 from .setups import PlannedRun

@@ -15,7 +15,8 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ..errors import NonFiniteError
 from ..sampling.experts import Expert
-from ..sampling.loop import SamplingRun, noised
+from ..sampling.initial import noised
+from ..sampling.loop import SamplingRun
 from ..sampling.plan import SamplingPlan
 from .callbacks import StepEnd, StepWatch
 from .checks import Request, Start

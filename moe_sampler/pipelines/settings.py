@@ -12,10 +12,11 @@ from ..sampling.calls import check_fits
 from ..sampling.experts import Expert
 from ..sampling.guiders import Guider
 from ..sampling.plan import PlanStep, SamplingPlan
-from ..sampling.planner import plan, read_steps
+from ..sampling.planner import plan
 from ..sampling.routers import Boundary, PerStep, Router, Spans, inner_level
 from ..sampling.scheduler_names import check_solver_name, is_borrowed
 from ..sampling.spacing_names import read_levels
+from ..sampling.step_counts import read_steps
 
 __all__ = [
     "DEFAULTS",

@@ -7,139 +7,21 @@ from typing import Any, cast
 
 import torch
 
-from moe_sampler.kernels import philox_normal, sampler_step_
-from moe_sampler.kernels.noise import normal_of_steps, seeds_tensor
+from moe_sampler.kernels import sampler_step_
+from moe_sampler.kernels.noise import seeds_tensor
 
 from .experts import Expert
 from .features import KeptFeatures
 from .finite import FiniteWatch
 from .guidance import Conditioning, GuidanceInputs, GuidedOutputs
+from .initial import check_state, initial_latents
+from .inputs import Inputs, NoiseAhead, timesteps_of
 from .plan import ExpertCall, PlanStep, SamplingPlan
-from .predictions import add_noise
 from .stretches import MovingTable, RecordableModel, Recording, steps_alike, take_step, turns_memories
 
-__all__ = ["SamplingRun", "initial_latents", "noised", "sample"]
+__all__ = ["SamplingRun", "sample"]
 
-INITIAL_NOISE_STREAM = 1  # the steps' own noise is stream 0
 Callback = Callable[[dict[str, Any]], torch.Tensor | None]
-
-
-def initial_latents(
-    plan: SamplingPlan,
-    shape: Sequence[int],
-    seeds: Sequence[int] | torch.Tensor,
-    device: torch.device | str = "cpu",
-) -> torch.Tensor:
-    """The state a plan starts from: float32 noise that depends on each sample's seed alone.
-
-    For plans that begin at pure noise; one that begins further down starts from an image (see `noised`).
-
-    Args:
-        plan: decides the scale.
-        shape: of the batch, [B, ...].
-        seeds: B integers, one a sample.
-    """
-    if len(seeds) != shape[0]:
-        raise ValueError(f"{shape[0]} samples need as many seeds, got {len(seeds)}")
-    noise = philox_normal(tuple(shape), seeds, stream=INITIAL_NOISE_STREAM, device=device)
-    return noise.mul_(plan.initial_scale)
-
-
-def noised(
-    plan: SamplingPlan,
-    x0: torch.Tensor,
-    *,
-    seeds: Sequence[int] | torch.Tensor | None = None,
-    noise: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The state a plan starts from if it starts from an image: alpha * x0 + sigma * noise at its first level.
-
-    Args:
-        plan: one that begins below pure noise, `plan(..., start=0.6)`; `plan.start_level` is the level.
-        x0: [B, ...] float32, clean latents.
-        seeds: B integers, one a sample, for the noise `initial_latents` would draw; or
-        noise: [B, ...] float32, N(0, 1).
-
-    Returns:
-        [B, ...] float32.
-    """
-    if (seeds is None) == (noise is None):
-        raise ValueError("give either seeds or noise")
-    _check_state(x0)
-    if seeds is not None:
-        if len(seeds) != x0.shape[0]:
-            raise ValueError(f"{x0.shape[0]} samples need as many seeds, got {len(seeds)}")
-        noise = philox_normal(tuple(x0.shape), seeds, stream=INITIAL_NOISE_STREAM, device=x0.device)
-    elif noise is not None and noise.shape != x0.shape:
-        raise ValueError(f"noise must have shape {list(x0.shape)}, got {list(noise.shape)}")
-    assert noise is not None  # one of the two was given
-    return add_noise(x0, noise, plan.start_level.alpha, plan.start_level.sigma)
-
-
-def _check_state(x: torch.Tensor) -> None:
-    if x.dtype != torch.float32:
-        raise TypeError(f"the sampling state is float32 whatever the models' dtype, got {x.dtype}")
-
-
-class _Inputs:
-    """Two alternating sets of model inputs, so that a model may return its input itself."""
-
-    def __init__(self, x: torch.Tensor, experts: Mapping[str, Expert]) -> None:
-        self._x, self._experts = x, experts
-        self._buffers: dict[tuple[int, int, int, torch.dtype], torch.Tensor] = {}
-
-    def buffers(self, calls: Iterable[ExpertCall], index: int) -> list[torch.Tensor]:
-        return [self._buffer(index % 2, slot, call) for slot, call in enumerate(calls)]
-
-    def _buffer(self, parity: int, slot: int, call: ExpertCall) -> torch.Tensor:
-        batch = self._x.shape[0] * (2 if call.guided else 1)
-        key = (parity, slot, batch, self._experts[call.name].dtype or torch.float32)
-        if key not in self._buffers:
-            self._buffers[key] = torch.empty(
-                (batch, *self._x.shape[1:]), dtype=key[-1], device=self._x.device
-            )
-        return self._buffers[key]
-
-    def write(self, calls: Sequence[ExpertCall], index: int) -> list[torch.Tensor]:
-        """Fill a step's inputs from the state: before the first step, or after a callback changed it."""
-        buffers = self.buffers(calls, index)
-        for call, buffer in zip(calls, buffers, strict=True):
-            for copy in buffer.split(self._x.shape[0]):
-                copy.copy_(self._x * call.input_scale)
-        return buffers
-
-
-def _timesteps(plan: SamplingPlan, device: torch.device) -> list[list[torch.Tensor]]:
-    """0-d device tensors, int64 for discrete paths and float32 else, moved in two copies."""
-    calls = [call for step in plan.steps for call in step.calls]
-    whole = iter(torch.tensor([int(c.timestep) for c in calls], dtype=torch.int64).to(device).unbind())
-    real = iter(torch.tensor([float(c.timestep) for c in calls], dtype=torch.float32).to(device).unbind())
-    pairs = iter([(i, r) for i, r in zip(whole, real, strict=True)])
-
-    def pick(call: ExpertCall) -> torch.Tensor:
-        integer, floating = next(pairs)
-        return integer if isinstance(call.timestep, int) else floating
-
-    return [[pick(call) for call in step.calls] for step in plan.steps]
-
-
-class _NoiseAhead:
-    """The noise of coming steps, drawn several at a time, on a CPU: a model leaves nothing of the generator
-    in the caches, and to fetch that again at every step costs more than the noise of small latents."""
-
-    _ELEMENTS = 1 << 18
-
-    def __init__(self, steps: Sequence[int], like: torch.Tensor, seeds: torch.Tensor) -> None:
-        self._steps, self._shape, self._seeds = steps, tuple(like.shape), seeds
-        self._count = max(1, self._ELEMENTS // max(like.numel(), 1))
-        self._drawn: dict[int, torch.Tensor] = {}
-
-    def __call__(self, step: int) -> torch.Tensor:
-        if step not in self._drawn:
-            coming = [other for other in self._steps if other >= step][: self._count]
-            drawn = normal_of_steps(self._shape, self._seeds, coming)
-            self._drawn = dict(zip(coming, drawn.unbind(), strict=True))
-        return self._drawn.pop(step)
 
 
 class SamplingRun:
@@ -187,7 +69,7 @@ class SamplingRun:
             if name not in self._models:
                 raise ValueError(f"the plan calls expert {name!r}: pass it to sample() with its model")
         if x is not None:
-            _check_state(x)
+            check_state(x)
             self.x = x.clone(memory_format=torch.contiguous_format)
         elif shape is not None and seeds is not None:
             self.x = initial_latents(plan, shape, seeds, device)
@@ -241,13 +123,13 @@ class SamplingRun:
         can_record = {name: model for name, model in self._models.items() if hasattr(model, "record")}
         self._recordable = cast(dict[str, RecordableModel], can_record)
         self._lay_out_table()
-        self._timesteps = _timesteps(self.plan, device)
+        self._timesteps = timesteps_of(self.plan, device)
         self._seed_tensor = None
         if self.plan.needs_noise and self._noise is None and self._seeds is not None:
             seeds = seeds_tensor(self._seeds, device)
             if device.type == "cpu" and not self._recordable:
                 noisy = [index for index, step in enumerate(self.plan.steps) if step.adds_noise]
-                self._noise = _NoiseAhead(noisy, self.x, seeds)
+                self._noise = NoiseAhead(noisy, self.x, seeds)
             else:
                 self._seed_tensor = seeds
         self._memories = [torch.zeros_like(self.x) for _ in range(self.plan.memories)]  # newest first
@@ -276,7 +158,7 @@ class SamplingRun:
             self._move_to_device()
         steps = self.plan.steps[self.index : until]
         self._conditioning = self._guidance.of(call for step in steps for call in step.calls)
-        inputs = _Inputs(self.x, self._experts)
+        inputs = Inputs(self.x, self._experts)
         # The launch that ended the last stretch wrote no inputs: the state says the same.
         current = inputs.write(self.plan.steps[self.index].calls, self.index)
         while self.index < until and not self.interrupted:
@@ -307,7 +189,7 @@ class SamplingRun:
 
     def _step(
         self,
-        inputs: _Inputs,
+        inputs: Inputs,
         current: list[torch.Tensor],
         until: int,
     ) -> list[torch.Tensor]:

@@ -22,7 +22,7 @@ from moe_sampler import (
 )
 from moe_sampler.kernels import philox_normal, velocity_to_epsilon
 from moe_sampler.sampling.guidance import rescaled_guidance
-from moe_sampler.sampling.loop import initial_latents
+from moe_sampler.sampling.initial import initial_latents
 from moe_sampler.sampling.predictions import velocity_to_x0, x0_to_epsilon
 
 SHAPE, SEEDS, STEPS = (2, 4, 8, 8), [11, 12], 50

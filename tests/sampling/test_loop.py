@@ -8,7 +8,7 @@ import torch
 
 from moe_sampler import Boundary, Crossfade, Expert, SamplingRun, noised, plan, sample
 from moe_sampler.kernels import philox_normal
-from moe_sampler.sampling.loop import initial_latents
+from moe_sampler.sampling.initial import initial_latents
 
 SHAPE = (4, 5, 7)
 
@@ -354,7 +354,7 @@ def test_a_rescaled_sample_is_the_same_alone_and_in_any_batch(mixture):
 @pytest.mark.parametrize("elements", [1, 24, 100, 1 << 18])
 def test_noise_drawn_ahead_is_every_steps_own(monkeypatch, elements):
     """However much is drawn together, and where only some of the steps add noise."""
-    monkeypatch.setattr("moe_sampler.sampling.loop._NoiseAhead._ELEMENTS", elements)
+    monkeypatch.setattr("moe_sampler.sampling.inputs.NoiseAhead._ELEMENTS", elements)
     experts = [Expert.sol(lambda x, t: torch.tanh(x)), Expert.lune(lambda x, t: torch.tanh(x))]
     fade = Crossfade("lune", "sol", 0.8, 0.5)
     compiled = plan(experts, fade, steps=12)

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from moe_sampler.cli import app
 from moe_sampler.loading import presets
-from moe_sampler.sampling.loop import initial_latents
+from moe_sampler.sampling.initial import initial_latents
 from moe_sampler.tinyflux import FeatureCache, StudentPipeline, TinyFlux, TinyFluxConfig
 from moe_sampler.viewing.images import read_settings
 

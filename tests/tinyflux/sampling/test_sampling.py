@@ -10,7 +10,7 @@ from tinyflux_helpers import inputs_of, new_config, trained, v4_config
 from torch.testing import assert_close
 
 from moe_sampler import Crossfade, Expert, plan, sample
-from moe_sampler.sampling.loop import initial_latents
+from moe_sampler.sampling.initial import initial_latents
 from moe_sampler.tinyflux import StudentModel, tinyflux_expert
 
 STEPS, SHAPE = 6, (2, 4, 3, 5)
