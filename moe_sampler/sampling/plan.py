@@ -94,6 +94,11 @@ class PlanStep:
         return self.row[INDEX["n"]] != 0.0
 
     @property
+    def cost(self) -> float:
+        """Of its calls, as `SamplingPlan.cost` counts them."""
+        return sum(call.share * (2 if call.guided else 1) for call in self.calls)
+
+    @property
     def update(self) -> SolverRow:
         """The part of the row that is the solver's."""
         return SolverRow(*(self.row[INDEX[name]] for name in SolverRow._fields))
@@ -146,7 +151,7 @@ class SamplingPlan:
     def cost(self) -> float:
         """What a sample costs, in full passes through a model: as `model_calls`, but a call that reuses
         features counts as the share of a pass that it computes."""
-        return sum(call.share * (2 if call.guided else 1) for step in self.steps for call in step.calls)
+        return sum(step.cost for step in self.steps)
 
     @property
     def reuses(self) -> bool:
