@@ -130,18 +130,19 @@ def _one_process() -> None:
         torch.distributed.is_available = available
 
 
-def import_pipelines(*, loras: bool, compiles: bool) -> None:
-    """diffusers, transformers and our pipelines, whatever the weights.
+def import_pipelines(*, loras: bool = False, compiles: bool = False, borrows: bool = False) -> None:
+    """diffusers, transformers and our pipelines, whatever the weights: before anything else imports some of
+    diffusers, as a plan may.
 
     With any model they import, where it is installed, scipy (for some schedulers and losses), peft (for
     adapters), torch._dynamo (to mark what torch.compile may do), sympy and torch.distributed.tensor: a third
-    of a cold start. A process that ends with its command spares itself what that has no use for: its plan is
-    made, so that schedulers that want scipy are there.
+    of a cold start. A process that ends with its command spares itself what that has no use for.
 
     Args:
         loras, compiles: whether there are any, and whether anything is compiled.
+        borrows: whether a plan is yet to be made with diffusers' schedulers, some of which want scipy.
     """
-    needless = {"scipy": True, "peft": not loras, **dict.fromkeys(_STAND_INS, not compiles)}
+    needless = {"scipy": not borrows, "peft": not loras, **dict.fromkeys(_STAND_INS, not compiles)}
     spared = [name for name, own in needless.items() if own and _ends_with_command]
     with without_collecting():
         try:

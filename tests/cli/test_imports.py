@@ -79,6 +79,33 @@ assert torch.distributed.is_available()
 
 
 @pytest.mark.parametrize(
+    "arguments, wanted",
+    [
+        (["generate", "a castle", "--quiet", "--steps", "4", "--reuse", "2"], []),
+        (["generate", "a castle", "--quiet", "--steps", "4", "--solver", "sol=dpmpp_2m_beta"], ["scipy"]),
+        (["plan", "--budget", "9"], []),
+    ],
+)
+def test_a_plan_that_needs_diffusers_brings_nothing_else(tmp_path, arguments, wanted):
+    """What reuse costs is asked of diffusers' models, and a borrowed solver is one of its schedulers."""
+    code = f"""
+import sys
+from moe_sampler.cli import main
+sys.argv[1:] = {arguments}
+try:
+    main()
+except SystemExit as end:
+    assert not end.code
+finally:
+    spared = {{"scipy", "peft", "torch._dynamo.convert_frame", "torch.distributed.tensor"}}
+    print("and imported", *sorted(spared & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].split()[2:] == wanted
+
+
+@pytest.mark.parametrize(
     "ends, loras, compiles, spared",
     [
         (True, False, False, ("scipy", "peft", *COMPILING)),
