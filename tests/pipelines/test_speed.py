@@ -150,7 +150,7 @@ def test_recorded_calls_make_the_same_image():
 @pytest.mark.parametrize("solver", ["dpmpp_2m", "dpmpp_3m"])
 def test_recorded_steps_make_the_same_image(solver):
     pipe = load(device="cuda")
-    settings = {**QUICK, "num_inference_steps": 8, "lune_solver": solver}
+    settings = {**QUICK, "num_inference_steps": 8, "solver": {"lune": solver}}
     expected = pipe("a castle", **settings).images
     pipe.enable_cuda_graphs()
     seen = []
