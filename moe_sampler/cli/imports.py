@@ -147,7 +147,7 @@ def import_pipelines(*, loras: bool = False, compiles: bool = False, borrows: bo
     with without_collecting():
         try:
             with sparing(*spared):
-                if spared:
+                if spared and not loras:  # peft takes torch.distributed.tensor for imported
                     _one_process()
                 importlib.import_module(_PIPELINES)
         except (ImportError, RuntimeError):  # the latter by diffusers' lazy modules

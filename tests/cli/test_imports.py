@@ -8,6 +8,9 @@ import sys
 from contextlib import nullcontext
 
 import pytest
+import torch
+from diffusers.utils import is_peft_available
+from safetensors.torch import save_file
 
 from moe_sampler.cli import imports
 from moe_sampler.cli.imports import import_pipelines, sparing, without_collecting
@@ -76,6 +79,16 @@ assert torch.distributed.is_available()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["diffusers"]
+
+
+@pytest.mark.skipif(not is_peft_available(), reason="peft is not installed")
+def test_a_process_that_ends_with_its_command_has_what_adapters_want(tmp_path):
+    layer = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    halves = {f"{layer}.lora_A.weight": torch.ones(2, 96), f"{layer}.lora_B.weight": torch.ones(96, 2)}
+    save_file(halves, tmp_path / "style.safetensors")
+    command = "-m moe_sampler generate castle -q --steps 2 --lora lune=style.safetensors -o styled.png"
+    done = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
