@@ -204,3 +204,9 @@ def test_the_command_remembers_what_it_was_made_with(tmp_path, monkeypatch):
     settings = read_settings("a.png")
     assert (settings["dtype"], settings["speed"]) == ("bfloat16", "fast")
     assert read_settings("image.png") == settings
+
+    quick = ["--steps", "2", "-q"]
+    for options in (["a castle", "-o", "b.png"], ["--like", "b.png", "--speed", "fast", "-o", "c.png"]):
+        assert CliRunner().invoke(app, ["generate", *options, *quick]).exit_code == 0
+    assert read_settings("b.png")["dtype"] == "float32"  # as it is by default, and no longer
+    assert read_settings("c.png") == settings
