@@ -382,12 +382,14 @@ class SamplingPlan:
             "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
             for row in [header, *cells]
         ]
-        return "\n".join([f"{len(self.noise_levels)} steps, {self.calls_and_cost()}", *lines])
+        return "\n".join([self.steps_and_cost(), *lines])
 
-    def calls_and_cost(self) -> str:
-        """How many passes through a model it takes and, with reuse, what these cost, in words."""
-        calls = f"{self.model_calls} model call{'s' * (self.model_calls != 1)} per sample"
-        return f"{calls} at the cost of {self.cost:.1f}" if self.reuses else calls
+    def steps_and_cost(self) -> str:
+        """How many steps it has, how many passes through a model these take and, with reuse, what those cost,
+        in words."""
+        steps, calls = len(self.noise_levels), self.model_calls
+        told = f"{steps} step{'s' * (steps != 1)}, {calls} model call{'s' * (calls != 1)} per sample"
+        return f"{told} at the cost of {self.cost:.1f}" if self.reuses else told
 
 
 def _digest(body: dict[str, Any]) -> str:
