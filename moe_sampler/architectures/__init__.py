@@ -114,11 +114,15 @@ def reuse_share(config: Mapping[str, Any]) -> float:
     """What a call that reuses features costs of a full one, from a model's config.
 
     Raises:
+        CheckpointError: a config that makes no expert's model.
         ValueError: a model whose features can't be reused.
     """
     found: Any = named_architecture(config)
     _check_reusable(found)
-    return found.reuse_share(config)
+    try:
+        return found.reuse_share(config)
+    except (TypeError, KeyError, IndexError, AttributeError) as error:
+        raise CheckpointError(f"its config makes no {found.class_name}: {error}") from error
 
 
 def _check_reusable(architecture: Any) -> None:

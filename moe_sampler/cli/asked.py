@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..sampling.scheduler_names import is_borrowed
 from .by_name import ByExpert, over_previous
+from .imports import import_pipelines
 from .like import check_places, read_like
 from .loras import Lora, read_loras
 from .machine import Machine
 from .models import Model
 from .options import OutputOptions, PipelineOptions, RunOptions, SizeOptions
 from .plans import find_plan
-from .settings import call_of, compile_plan, merge_runs, merged, planned_experts
+from .settings import call_of, compile_plan, merge_runs, merged, planned_experts, reusing
 
 if TYPE_CHECKING:
     from ..sampling.plan import SamplingPlan
@@ -120,6 +122,19 @@ class Asked:
         call = call_of(settings, self.names)
         plan = compile_plan(self.configs, self.defaults, call, self.model.reuse_shares)
         return Compiled(plan, call, record_defaults(settings, self.defaults, self.names))
+
+    def import_for_plan(self, settings: Mapping[str, Any]) -> None:
+        """The pipelines, if the plan of these settings needs some of diffusers: that alone would import more
+        than the run has a use for."""
+        call = call_of(settings, self.names)
+        experts = planned_experts(self.configs, self.defaults, call)
+        borrows = any(is_borrowed(expert.solver) for expert in experts)
+        if self.plan is None and (borrows or reusing(experts, call)):
+            self.import_pipelines(borrows=borrows)
+
+    def import_pipelines(self, *, borrows: bool = False) -> None:
+        """What the run needs. borrows: whether solvers that are diffusers' are yet to be made."""
+        import_pipelines(loras=bool(self.loras), compiles=self.computer.speed == "max", borrows=borrows)
 
     @property
     def of_all(self) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from .asked import Asked, read_previous, start_image
 from .commands import takes
 from .demo_words import warn_of_strange_words
 from .generate_rows import RowOptions, generate_rows
-from .imports import import_pipelines
 from .options import OutputOptions, PipelineOptions, RunOptions, SizeOptions
 from .outputs import Pictures
 
@@ -82,12 +81,13 @@ def generate(
     asked = Asked.read(previous, out.plan, begin.strength, run, where)
     settings = asked.settings(asked.previous, run, size, begin.strength) | pictures.settings
     start = start_image(settings, asked.previous, begin.image)
+    asked.import_for_plan(settings)
     compiled = asked.compiled(settings, image=start is not None)
     sizes = asked.model.size(settings, start)
     if not out.quiet:
         warn_of_strange_words(asked.model, pictures.prompts, settings.get("negative_prompt"))
 
-    import_pipelines(loras=bool(asked.loras), compiles=asked.computer.speed == "max")
+    asked.import_pipelines()
     pipe = asked.load()
     record = compiled.record | sizes | asked.of_all
     call = compiled.call | sizes | {"image": start}

@@ -165,24 +165,26 @@ def _distributions_when_asked() -> Iterator[None]:
         importlib.metadata.packages_distributions = make
 
 
-def import_pipelines(*, loras: bool, compiles: bool) -> None:
-    """diffusers, transformers and our pipelines, whatever the weights.
+def import_pipelines(*, loras: bool = False, compiles: bool = False, borrows: bool = False) -> None:
+    """diffusers, transformers and our pipelines, whatever the weights: before anything else imports some of
+    diffusers, as a plan may.
 
     With any model they import, where it is installed, scipy (for some schedulers and losses), peft (for
     adapters), torch._dynamo (to mark what torch.compile may do), sympy, torch.distributed.tensor and a list
     of all models: two fifths of a cold start. A process that ends with its command spares itself what that
-    has no use for: its plan is made, so that schedulers that want scipy are there.
+    has no use for.
 
     Args:
         loras, compiles: whether there are any, and whether anything is compiled.
+        borrows: whether a plan is yet to be made with diffusers' schedulers, some of which want scipy.
     """
-    needless = {"scipy": True, "peft": not loras}
+    needless = {"scipy": not borrows, "peft": not loras}
     needless |= dict.fromkeys(_STAND_INS, not compiles) | {"transformers.models": True}
     spared = [name for name, own in needless.items() if own and _ends_with_command]
     with without_collecting():
         try:
             with sparing(*spared), _distributions_when_asked():
-                if spared:
+                if spared and not loras:  # peft takes torch.distributed.tensor for imported
                     _one_process()
                 importlib.import_module(_PIPELINES)
         except (ImportError, RuntimeError):  # the latter by diffusers' lazy modules

@@ -56,7 +56,8 @@ class Machine:
 
     @classmethod
     def read(cls, options: MachineOptions, previous: Mapping[str, Any]) -> Machine:
-        """From the options, checked against this machine; an image's dtype counts before the default."""
+        """From the options, checked against this machine; an image's dtype counts before the default, but not
+        before what a speed that is asked for chooses."""
         with without_collecting():
             import torch
 
@@ -71,7 +72,8 @@ class Machine:
         asked = options.speed if isinstance(options, SpeedOptions) else None
         speed = check_choice("speed", asked or previous.get("speed", "none"), SPEEDS)
         own = "auto" if speed != "none" else "float16" if wanted.type == "cuda" else "float32"
-        given = options.dtype or previous.get("dtype") or own
+        kept = None if asked and asked != "none" else previous.get("dtype")
+        given = options.dtype or kept or own
         if given == "auto":
             from ..pipelines.speed import fast_dtype
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .._files import local_place
+from ..errors import CheckpointError
 from .by_name import ByExpert, split_name
 from .imports import without_collecting
 from .loras import Lora, add_loras
@@ -187,7 +188,11 @@ class Model:
         return configs, default_settings(list(names), index)
 
     def reuse_shares(self, names: Sequence[str]) -> dict[str, float]:
-        """What calls of these experts that reuse features cost of a full one, from their models' configs."""
+        """What calls of these experts that reuse features cost of a full one, from their models' configs.
+
+        Raises:
+            CheckpointError: one whose features can't be reused.
+        """
         from ..architectures import reuse_share
         from ..loading.expert_files import find_model_config
         from ..loading.presets import ExpertSource
@@ -198,7 +203,13 @@ class Model:
             name: find_model_config(name, sources.get(name, own), base, hub=self._hub(), **self._place)
             for name in names
         }
-        return {name: reuse_share(config) for name, config in configs.items()}
+        shares = {}
+        for name, config in configs.items():
+            try:
+                shares[name] = reuse_share(config)
+            except ValueError as error:
+                raise CheckpointError(f"{name}: {error}") from error
+        return shares
 
     def sizes(self) -> tuple[int, int]:
         """The side of the images the model was made for, and what height and width must be multiples of, in

@@ -7,13 +7,14 @@ all experts it is that value or a mapping by name.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from .by_name import ByExpert, full_calls, levels, number, over_previous, steps_over, whole, window
 from .options import RunOptions
 from .routers import parse_router
 
-__all__ = ["call_of", "compile_plan", "merge_runs", "merged", "planned_experts"]
+__all__ = ["call_of", "compile_plan", "merge_runs", "merged", "planned_experts", "reusing"]
 
 Shares = Callable[[Sequence[str]], Mapping[str, float]]
 
@@ -102,19 +103,25 @@ def planned_experts(
 ) -> tuple[Any, ...]:
     """The experts as the pipeline will plan them for `call`, from their scheduler configs alone.
 
-    reuse_shares: of `Model`, asked where calls may reuse features.
+    reuse_shares: of `Model`, asked where calls may reuse features, when all else is checked.
     """
-    from ..pipelines.settings import by_expert, default_solvers, guidance_scales, hybrid_experts
+    from ..pipelines.settings import default_solvers, guidance_scales, hybrid_experts
 
     names = list(configs)
     guidance = guidance_scales(call.get("guidance_scale"), defaults, names)
     own = ("shift", "eta", "guidance_rescale", "guidance_window", "guider", "reuse")
     settings = {key: call.get(key) for key in own} | default_solvers(call, defaults, names)
-    reused = by_expert("reuse", call.get("reuse"), names)
-    asked = [name for name in names if reused[name] is not None or call.get("budget") is not None]
-    if asked and reuse_shares is not None:
-        settings["reuse_share"] = reuse_shares(asked)
-    return hybrid_experts(configs, guidance, **settings)
+    experts = hybrid_experts(configs, guidance, **settings)
+    asked = reusing(experts, call)
+    if not asked or reuse_shares is None:
+        return experts
+    shares = reuse_shares(asked)
+    return tuple(replace(e, reuse_share=shares.get(e.name, e.reuse_share)) for e in experts)
+
+
+def reusing(experts: Sequence[Any], call: Mapping[str, Any]) -> list[str]:
+    """The experts whose calls may reuse features, so that a plan says what these cost."""
+    return [e.name for e in experts if e.reuse is not None or call.get("budget") is not None]
 
 
 def compile_plan(

@@ -84,7 +84,7 @@ class ExpertPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, *, expert: str = "base", **parts: Any) -> Self:
-        """A pipeline of another one's components, which both then share.
+        """A pipeline of another one's components, which both then share, at its speed.
 
         Args:
             pipeline: one like this; or Stable Diffusion's, of which an expert is made that works alone, or
@@ -103,10 +103,13 @@ class ExpertPipeline(DiffusionPipeline):
         found = pipeline.components if own else _as_expert(pipeline, expert)
         make: Any = cls
         made: Self = make(**{**found, **parts})
-        if isinstance(pipeline, ExpertPipeline):
-            made._weights.update(pipeline._weights)
         if dtype is not None:
             made.to(dtype=dtype)
+        if isinstance(pipeline, ExpertPipeline):
+            made._weights.update(pipeline._weights)
+            made._compiled = list(pipeline._compiled)
+            if pipeline.speed != "none":
+                made.set_speed(pipeline.speed)  # that of the models they share, for new parts too
         return made
 
     @classmethod

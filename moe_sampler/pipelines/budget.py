@@ -91,17 +91,26 @@ def _reusing(experts: Sequence[Expert], every: int) -> list[Expert]:
 def _most(
     attempt: Callable[[int | None], SamplingPlan | None], budget: float, fewest: int, most: int | None
 ) -> tuple[SamplingPlan, int | None] | None:
-    """The attempt with the most steps within the budget, of more than `fewest`; cost grows with steps."""
+    """The attempt with the most steps within the budget, of more than `fewest`.
+
+    From the most down, as a step more may cost less: where steps lie otherwise in a guidance window, calls
+    that had to be full may reuse features.
+    """
     if most is None:
         made = attempt(None)
         return None if made is None or made.cost > budget else (made, None)
-    best = None
-    low, high = fewest, most  # the answer lies in (low, high], or there is none
-    while low < high:
-        middle = (low + high + 1) // 2
-        made = attempt(middle)
-        if made is not None and made.cost > budget:
-            high = middle - 1
-        else:
-            best, low = best if made is None else (made, middle), middle
-    return best
+    count = most
+    while count > fewest:
+        made = attempt(count)
+        if made is not None and made.cost <= budget:
+            return made, count
+        count -= 1 if made is None else _too_many(made, budget)
+    return None
+
+
+def _too_many(plan: SamplingPlan, budget: float) -> int:
+    """How many steps to leave out of a plan beyond the budget, at least one: half as many as if they were all
+    its dearest, as those that stay may come to cost more."""
+    calls = 2 if any(step.corrects for step in plan.steps) else 1
+    dearest = calls * max(step.cost for step in plan.steps)
+    return max(1, int((plan.cost - budget) / (2 * dearest)))

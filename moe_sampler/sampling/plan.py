@@ -94,6 +94,11 @@ class PlanStep:
         return self.row[INDEX["n"]] != 0.0
 
     @property
+    def cost(self) -> float:
+        """Of its calls, as `SamplingPlan.cost` counts them."""
+        return sum(call.share * (2 if call.guided else 1) for call in self.calls)
+
+    @property
     def update(self) -> SolverRow:
         """The part of the row that is the solver's."""
         return SolverRow(*(self.row[INDEX[name]] for name in SolverRow._fields))
@@ -146,7 +151,7 @@ class SamplingPlan:
     def cost(self) -> float:
         """What a sample costs, in full passes through a model: as `model_calls`, but a call that reuses
         features counts as the share of a pass that it computes."""
-        return sum(call.share * (2 if call.guided else 1) for step in self.steps for call in step.calls)
+        return sum(step.cost for step in self.steps)
 
     @property
     def reuses(self) -> bool:
@@ -377,12 +382,14 @@ class SamplingPlan:
             "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
             for row in [header, *cells]
         ]
-        return "\n".join([f"{len(self.noise_levels)} steps, {self.calls_and_cost()}", *lines])
+        return "\n".join([self.steps_and_cost(), *lines])
 
-    def calls_and_cost(self) -> str:
-        """How many passes through a model it takes and, with reuse, what these cost, in words."""
-        calls = f"{self.model_calls} model call{'s' * (self.model_calls != 1)} per sample"
-        return f"{calls} at the cost of {self.cost:.1f}" if self.reuses else calls
+    def steps_and_cost(self) -> str:
+        """How many steps it has, how many passes through a model these take and, with reuse, what those cost,
+        in words."""
+        steps, calls = len(self.noise_levels), self.model_calls
+        told = f"{steps} step{'s' * (steps != 1)}, {calls} model call{'s' * (calls != 1)} per sample"
+        return f"{told} at the cost of {self.cost:.1f}" if self.reuses else told
 
 
 def _digest(body: dict[str, Any]) -> str:

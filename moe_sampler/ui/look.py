@@ -121,4 +121,4 @@ def plan_words(plan: SamplingPlan) -> str:
         f"<span>{' · '.join(expert_summary(plan, name))}</span></li>"
         for name in plan.experts
     )
-    return f'<ul class="plan-words">{"".join(lines)}<li>{len(plan)} steps, {plan.calls_and_cost()}</li></ul>'
+    return f'<ul class="plan-words">{"".join(lines)}<li>{plan.steps_and_cost()}</li></ul>'

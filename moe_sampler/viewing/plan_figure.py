@@ -113,7 +113,8 @@ def expert_summary(plan: SamplingPlan, name: str) -> list[str]:
     own = [step for step in steps if _lead(step) == name]
     solvers = list(dict.fromkeys(step.solver for step in own if not step.corrects))
     mixed = sum(len(step.calls) > 1 for step in steps)
-    lines = [f"{len(steps)} steps" if len(steps) > 1 else "1 step"]
+    count = sum(not step.corrects for step in steps)
+    lines = [f"{count} step{'s' * (count != 1)}"]
     if mixed:
         lines[0] += f", {mixed} of them shared"
     scales = [call.guidance_scale for call in calls]
@@ -307,7 +308,7 @@ def draw_plan(plan: SamplingPlan, path: str | Path | None = None) -> Image.Image
         check_writable(Path(path))
     colors, legend = expert_colors(plan), {name: expert_summary(plan, name) for name in plan.experts}
     canvas = _Canvas(_WIDTH, max(_HEIGHT, _TOP + sum(36 + 20 * len(lines) for lines in legend.values())))
-    count = f"{len(plan)} step{'s' * (len(plan) != 1)}, {plan.calls_and_cost()}"
+    count = plan.steps_and_cost()
     canvas.text(_RIGHT, 20, count, 14, FAINT, "ra")
     *others, last = (name.title() for name in plan.experts)
     title = f"{', '.join(others)} and {last}" if others else last

@@ -9,6 +9,9 @@ import sys
 from contextlib import nullcontext
 
 import pytest
+import torch
+from diffusers.utils import is_peft_available
+from safetensors.torch import save_file
 
 from moe_sampler.cli import imports
 from moe_sampler.cli.imports import import_pipelines, sparing, without_collecting
@@ -80,6 +83,43 @@ assert torch.distributed.is_available()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["diffusers"]
+
+
+@pytest.mark.skipif(not is_peft_available(), reason="peft is not installed")
+def test_a_process_that_ends_with_its_command_has_what_adapters_want(tmp_path):
+    layer = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    halves = {f"{layer}.lora_A.weight": torch.ones(2, 96), f"{layer}.lora_B.weight": torch.ones(96, 2)}
+    save_file(halves, tmp_path / "style.safetensors")
+    command = "-m moe_sampler generate castle -q --steps 2 --lora lune=style.safetensors -o styled.png"
+    done = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, wanted",
+    [
+        (["generate", "a castle", "--quiet", "--steps", "4", "--reuse", "2"], []),
+        (["generate", "a castle", "--quiet", "--steps", "4", "--solver", "sol=dpmpp_2m_beta"], ["scipy"]),
+        (["plan", "--budget", "9"], []),
+    ],
+)
+def test_a_plan_that_needs_diffusers_brings_nothing_else(tmp_path, arguments, wanted):
+    """What reuse costs is asked of diffusers' models, and a borrowed solver is one of its schedulers."""
+    code = f"""
+import sys
+from moe_sampler.cli import main
+sys.argv[1:] = {arguments}
+try:
+    main()
+except SystemExit as end:
+    assert not end.code
+finally:
+    spared = {{"scipy", "peft", "torch._dynamo.convert_frame", "torch.distributed.tensor"}}
+    print("and imported", *sorted(spared & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].split()[2:] == wanted
 
 
 @pytest.mark.parametrize(

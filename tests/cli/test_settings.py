@@ -330,6 +330,22 @@ def test_loras(demo_pipeline):
     assert "--lora-text-encoder" in message
 
 
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"_class_name": "SD3Transformer2DModel"}, "is a SD3Transformer2DModel, but experts are"),
+        ({"block_out_channels": [64, "96", 160]}, "its config makes no UNet2DConditionModel"),
+        ({"up_block_types": ["UpBlock2D"]}, "same number of"),
+    ],
+)
+def test_a_model_that_reuse_has_no_price_of_is_named(config, message):
+    shutil.copytree(experts_path(), "experts")
+    place = Path("experts/unet_lune/config.json")
+    place.write_text(json.dumps(json.loads(place.read_text()) | config))
+    said = run("plan --model experts --steps 4 --reuse 2", code=2).stderr
+    assert said.startswith("error: lune: ") and message in said
+
+
 def test_plan_draws_and_colours_a_terminal():
     shown = run("plan --steps 6 --image plan.png").stdout
     assert shown.splitlines()[0].startswith("6 steps") and shown.splitlines()[-1] == "plan.png"

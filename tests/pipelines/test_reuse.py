@@ -95,20 +95,30 @@ def test_a_lora_acts_in_calls_that_reuse(tmp_path):
     assert torch.equal(pipe(PROMPTS[0], **QUICK).images, before)
 
 
-@pytest.mark.parametrize("budget", [30, 12, 6.5])
-def test_a_budget_is_kept_with_as_many_steps_as_it_pays_for(demo_pipeline, budget):
-    found = demo_pipeline.plan(num_inference_steps=24, budget=budget)
+@pytest.mark.parametrize(
+    "budget, most, window",
+    [
+        (30, 24, None),
+        (12, 24, None),
+        (6.5, 24, None),
+        (4, 16, (0.4, 0.3)),  # four steps cost more, seven don't
+    ],
+)
+def test_a_budget_is_kept_with_as_many_steps_as_it_pays_for(demo_pipeline, budget, most, window):
+    experts = demo_pipeline.experts(guidance_window=window)
+    found = demo_pipeline.plan(experts=experts, num_inference_steps=most, budget=budget)
     steps = len(found)
     assert found.cost <= budget
     # Tried one by one: no plan with more steps fits, and of those with as many none has more full calls.
     for every in (1, 2, 3):
-        experts = demo_pipeline.experts(reuse=every)
-        for count in range(2, 25):
+        experts = demo_pipeline.experts(guidance_window=window, reuse=every)
+        for count in range(2, most + 1):
             other = demo_pipeline.plan(experts=experts, num_inference_steps=count)
             if other.cost <= budget:
                 assert count <= steps
                 assert count < steps or passes(other).count("F") <= passes(found).count("F")
-    made = demo_pipeline(PROMPTS[0], seed=1, num_inference_steps=24, budget=budget, output_type="latent")
+    call = dict(num_inference_steps=most, budget=budget, guidance_window=window)
+    made = demo_pipeline(PROMPTS[0], seed=1, output_type="latent", **call)
     assert made.plan == found
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from functools import partialmethod
+
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -121,6 +124,27 @@ def test_max_compiles_every_repeated_block_for_its_sizes(monkeypatch):
     assert torch.equal(pipe("a castle", **images, reuse=2).images, plain)
 
 
+@pytest.mark.parametrize("speed", ["fast", "max"])
+def test_a_pipeline_of_the_same_models_knows_how_fast_they_are(monkeypatch, speed):
+    eager = partialmethod(torch.nn.Module.compile, backend="eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", eager)
+    pipe = load()
+    plain = pipe("a castle", **QUICK).images
+    pipe.set_speed(speed)
+    new = copy.deepcopy(load().unet_lune)
+    other = HybridPipeline.from_pipe(pipe, unet_lune=new)
+    assert other.speed == speed and laid_out(new) == {True}
+    assert bool(compiled_blocks(new)) == bool(compiled_blocks(pipe.unet_sol)) == (speed == "max")
+    other.set_progress_bar_config(disable=True)
+    other.set_speed("none")
+    assert not compiled_blocks(new) and not compiled_blocks(pipe.unet_sol)
+    assert torch.equal(other("a castle", **QUICK).images, plain)
+
+
+def compiled_blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
+    return [module for module in model.modules() if module._compiled_call_impl is not None]
+
+
 def test_a_model_without_repeated_blocks_is_not_compiled():
     pipe = load()
     pipe.vae.decoder = torch.nn.Conv2d(4, 3, 1)
@@ -193,3 +217,9 @@ def test_the_command_remembers_what_it_was_made_with(tmp_path, monkeypatch):
     settings = read_settings("a.png")
     assert (settings["dtype"], settings["speed"]) == ("bfloat16", "fast")
     assert read_settings("image.png") == settings
+
+    quick = ["--steps", "2", "-q"]
+    for options in (["a castle", "-o", "b.png"], ["--like", "b.png", "--speed", "fast", "-o", "c.png"]):
+        assert CliRunner().invoke(app, ["generate", *options, *quick]).exit_code == 0
+    assert read_settings("b.png")["dtype"] == "float32"  # as it is by default, and no longer
+    assert read_settings("c.png") == settings

@@ -94,6 +94,8 @@ def test_summaries():
     # On Sol's integer timesteps no shift is to be seen, nor with fewer than three levels.
     assert not any("shift" in line for line in expert_summary(FADE, "lune"))
     assert expert_summary(plan(Expert.lune(), steps=1), "lune")[:2] == ["1 step", "no guidance"]
+    heun = plan(Expert.lune(solver="heun"), steps=4)
+    assert expert_summary(heun, "lune")[0] == "4 steps" and heun.steps_and_cost().startswith("4 steps, 7 ")
 
 
 @pytest.mark.parametrize("shift", [0.5, 1.0, 2.0, 3.0, 7.25])
