@@ -11,7 +11,7 @@ them through the shipped VAE and text encoder, and trains for every seed
 all from random weights, at a constant learning rate with averaged weights, and measures them several times on
 the way: held-out x0 errors over the noise levels, and at the end pictures, at equal model calls, by the judge
 of `bench.demo.evaluate`. The hybrid hands over where its two errors cross. It writes
-bench/results/controls.json and .png and prints the tables. It can be stopped and run again.
+bench/results/controls.json and .png and renews the tables of docs/DEMO.md. It can be stopped and run again.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from diffusers import ModelMixin
 from bench.demo.errors import HeldOutLatents, crossing
 from bench.demo.evaluate import Referee, generate, kept
 from bench.demo.report import MEASURES, markdown_table, measured
+from bench.pages import DOCS, renew_page
 from bench.report import RESULTS
 from moe_sampler import HybridPipeline
 from moe_sampler.demo import experts_path
@@ -44,6 +45,8 @@ from moe_sampler.demo.stages import SHIPPED, Recipe, Workshop
 from moe_sampler.demo.weights import fill
 from moe_sampler.expert_training import TextStates
 
+NOISY = 0.8
+"""From this level on a run decides where things are; about there two experts hand over."""
 LEVELS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98)
 
 
@@ -69,6 +72,8 @@ MODELS = {
 CONTENDERS = {"hybrid": ("sol", "lune"), "one": ("one", "one"), "large": ("large", "large")}
 """By name, who works above the handoff and below it."""
 TITLES = {"hybrid": "Sol and Lune", "one": "one model", "large": "a large model"}
+OTHERS = ("hybrid", "large")
+"""What is set beside one model."""
 
 
 @dataclass(frozen=True)
@@ -225,18 +230,24 @@ def _errors(rows: Sequence[dict[str, Any]], name: str, part: int) -> np.ndarray:
     return np.array([row["errors"] for row in rows if (row["contender"], row["part"]) == (name, part)])
 
 
-def _ratios(rows: Sequence[dict[str, Any]], name: str, part: int) -> np.ndarray:
+def _ratios(rows: Sequence[dict[str, Any]], name: str, part: int, of: slice = slice(None)) -> np.ndarray:
     """[seeds]: geometric means over the levels of a contender's errors, over those of one model."""
-    return np.exp(np.log(_errors(rows, name, part) / _errors(rows, "one", part)).mean(1))
+    return np.exp(np.log(_errors(rows, name, part) / _errors(rows, "one", part))[:, of].mean(1))
 
 
 def errors_over_time(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: the held-out errors over one model's, by the steps that both have had together."""
+    first_noisy = next(i for i, s in enumerate(LEVELS) if s >= NOISY)
+    ranges = {
+        "": slice(None),
+        f", s ≥ {NOISY}": slice(first_noisy, None),
+        f", s < {NOISY}": slice(0, first_noisy),
+    }
     lines = []
     for part, steps in sorted({(row["part"], row["steps"]) for row in rows}):
-        cells = [_spread(_ratios(rows, name, part)) for name in ("hybrid", "large")]
+        cells = [_spread(_ratios(rows, name, part, own)) for name in OTHERS for own in ranges.values()]
         lines.append([f"{steps:,} steps", *cells])
-    return markdown_table((TITLES["hybrid"], TITLES["large"]), lines)
+    return markdown_table([f"{TITLES[name]}{where}" for name in OTHERS for where in ranges], lines)
 
 
 def _spread(values: np.ndarray) -> str:
@@ -259,7 +270,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     parts = sorted({(row["part"], row["steps"]) for row in rows})
-    for name in ("hybrid", "large"):
+    for name in OTHERS:
         values = [_ratios(rows, name, part) for part, _ in parts]
         spread = [own.std(ddof=1) if len(own) > 1 else 0.0 for own in values]
         steps = [steps for _, steps in parts]
@@ -270,7 +281,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     left.set_title("held-out x0 error over one model's")
     left.set_xlabel("training steps, of all models together")
     last = parts[-1][0]
-    for name in ("hybrid", "large"):
+    for name in OTHERS:
         own, other = (_errors(rows, which, last).mean(0) for which in (name, "one"))
         right.plot(LEVELS, own / other, marker="o", markersize=4)
     right.axhline(1.0, color="#333333", linewidth=1)
@@ -280,6 +291,49 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         axes.grid(alpha=0.3)
     left.legend(fontsize=8)
     figure.savefig(path, dpi=120)
+
+
+def block(
+    study: Study,
+    settings: Mapping[str, Any],
+    rows: Sequence[dict[str, Any]],
+    pictures: Mapping[str, Sequence[dict[str, float]]],
+) -> str:
+    """What docs/DEMO.md shows."""
+    one, large = (
+        sum(parameter.numel() for parameter in study.unet(MODELS[name], 0).parameters()) / 1e6
+        for name in ("one", "large")
+    )
+    batch = study.workshop.settings("trunk")["train_batch_size"]
+    last = max(row["part"] for row in rows)
+    handoffs = [row["handoff"] for row in rows if row["part"] == last and row.get("handoff") is not None]
+    at = f", handing over at s = {np.mean(handoffs):.2f} on average" if handoffs else ""
+    return "\n\n".join(
+        [
+            f"Sol, Lune and the one model have {one:.2f} million parameters each, the large one {large:.2f}; "
+            f"{study.steps:,} steps for each of the two, {2 * study.steps:,} for the others, of {batch} of "
+            f"{study.recipe.scenes:,} scenes; {settings['seeds']} training seeds, mean ± standard deviation.",
+            "Held-out x0 errors over those of one model, geometric means over noise levels, by the steps of "
+            "all of a contender's models together:",
+            errors_over_time(rows),
+            f"At the end, by noise level{at}:",
+            errors_by_level(rows),
+            f"Pictures of {settings['count']} held-out prompts at the end, {settings['sampling_steps']} "
+            "steps, measured as above but by a judge of their own:",
+            markdown_table(
+                MEASURES, ([TITLES.get(title, title), *measured(runs)] for title, runs in pictures.items())
+            ),
+        ]
+    )
+
+
+def report(study: Study, content: Mapping[str, Any]) -> None:
+    """bench/results/controls.json and .png, and the part of docs/DEMO.md."""
+    (RESULTS / "controls.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    draw(content["errors"], RESULTS / "controls.png")
+    made = block(study, content["settings"], content["errors"], content["pictures"])
+    renew_page(DOCS / "DEMO.md", "controls", made)
+    print(made)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -295,11 +349,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     handoffs = {r["seed"]: r["handoff"] for r in rows if "handoff" in r}  # of the last measurement
     pictures = measure_pictures(study, referee, seeds, handoffs, options.sampling_steps)
     settings = {key: value for key, value in vars(options).items() if key != "work_dir"}
-    content = {"settings": settings, "levels": LEVELS, "errors": rows, "pictures": pictures}
-    (RESULTS / "controls.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    draw(rows, RESULTS / "controls.png")
-    table = ([TITLES.get(title, title), *measured(runs)] for title, runs in pictures.items())
-    print(errors_over_time(rows), errors_by_level(rows), markdown_table(MEASURES, table), sep="\n\n")
+    report(study, {"settings": settings, "levels": LEVELS, "errors": rows, "pictures": pictures})
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

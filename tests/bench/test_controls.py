@@ -26,6 +26,8 @@ SIZES = ["--scenes", "6", "--channels", "8", "16", "16", "--steps", "2", "--part
 def small(monkeypatch, tmp_path):
     monkeypatch.setattr(controls, "SHIPPED", SMALL)
     monkeypatch.setattr(controls, "RESULTS", tmp_path)
+    monkeypatch.setattr(controls, "DOCS", tmp_path)
+    (tmp_path / "DEMO.md").write_text("before <!-- measured: controls --><!-- end: controls --> after")
     prepare = evaluate.Referee.prepare.__func__
     monkeypatch.setattr(
         evaluate.Referee,
@@ -36,7 +38,7 @@ def small(monkeypatch, tmp_path):
     return tmp_path
 
 
-def test_all_are_trained_measured_and_not_twice(small, capsys, monkeypatch):
+def test_all_are_trained_measured_and_not_twice(small, monkeypatch):
     work = small / "work"
     arguments = [str(work), *SIZES, "--count", "4", "--errors-of", "4", "--sampling-steps", "2"]
     controls.main(arguments)
@@ -47,7 +49,8 @@ def test_all_are_trained_measured_and_not_twice(small, capsys, monkeypatch):
     assert {title: len(runs) for title, runs in result["pictures"].items()} == dict.fromkeys(
         ("hybrid", "one", "large", "one, half as long"), 1
     )
-    assert "| 4 steps |" in capsys.readouterr().out
+    page = (small / "DEMO.md").read_text()
+    assert "| 4 steps |" in page and "steps for each of the two, 4 for the others, of 2 of 6 scenes" in page
     assert Image.open(small / "controls.png").width > 1000
     monkeypatch.setattr(controls, "run_stage", None)  # nothing is trained again
     controls.main(arguments)
@@ -79,6 +82,18 @@ def test_two_models_are_worth_what_works_where_they_do(monkeypatch):
     by_seed = [
         {"seed": seed, "part": 0, "steps": 10, "contender": name, "errors": [value, value]}
         for seed in (0, 1)
-        for name, value in (("hybrid", 0.9 + 0.1 * seed), ("one", 1.0), ("large", 0.5))
+        for name, value in (("hybrid", 0.9 + 0.1 * seed), ("one", 1.0))
+    ] + [
+        {"seed": seed, "part": 0, "steps": 10, "contender": "large", "errors": [0.625, 0.4]}
+        for seed in (0, 1)
     ]
-    assert errors_over_time(by_seed).splitlines()[-1] == "| 10 steps | 0.950 ± 0.071 | 0.500 ± 0.000 |"
+    monkeypatch.setattr(controls, "LEVELS", (0.5, 0.9))
+    found = errors_over_time(by_seed).splitlines()
+    assert found[0] == (
+        "| | Sol and Lune | Sol and Lune, s ≥ 0.8 | Sol and Lune, s < 0.8 "
+        "| a large model | a large model, s ≥ 0.8 | a large model, s < 0.8 |"
+    )
+    assert found[-1] == (
+        "| 10 steps | 0.950 ± 0.071 | 0.950 ± 0.071 | 0.950 ± 0.071 "
+        "| 0.500 ± 0.000 | 0.400 ± 0.000 | 0.625 ± 0.000 |"
+    )
