@@ -3,7 +3,9 @@
 `python -m bench.demo.controls WORK_DIR` renders scenes (or takes those of a training run's work folder), puts
 them through the shipped VAE and text encoder, and trains for every seed
 
-    Sol and Lune     each on its own noise levels, for as many steps
+    Sol and Lune     as the demo's, each for as many steps
+    another Sol      that learns nothing but full pictures where there is most noise: two thirds of its time
+                     above s = 0.8
     one model        of their size, on all levels, for as long as both together; measured also half-way, where
                      it has had as long as one of them
     a large model    of twice the parameters, likewise; a call of it costs about twice as much
@@ -39,11 +41,18 @@ from moe_sampler import HybridPipeline
 from moe_sampler.demo import experts_path
 from moe_sampler.demo.autoencoder import encode_all
 from moe_sampler.demo.data import SceneSet
-from moe_sampler.demo.experts import encode_texts, expert_task, latent_images, new_unet
+from moe_sampler.demo.experts import (
+    OBJECTIVES,
+    StageObjective,
+    encode_texts,
+    expert_task,
+    latent_images,
+    new_unet,
+)
 from moe_sampler.demo.scene_task import run_stage
 from moe_sampler.demo.stages import SHIPPED, Recipe, Workshop
 from moe_sampler.demo.weights import fill
-from moe_sampler.expert_training import TextStates
+from moe_sampler.expert_training import LevelSettings, TextStates
 
 NOISY = 0.8
 """From this level on a run decides where things are; about there two experts hand over."""
@@ -54,25 +63,41 @@ LEVELS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98)
 class Model:
     """What is trained.
 
-    stage: of the demo's training, whose objective and settings it takes. share: of the steps, in those of one
-    specialist. width: of its layers, over the demo's.
+    stage: of the demo's training, whose pictures it sees. share: of the steps, in those of one specialist.
+    width: of its layers, over the demo's. learns: what, if not what that stage does.
     """
 
     stage: str
     share: int
     width: float = 1.0
+    learns: StageObjective | None = None
+
+    @property
+    def predicts_v(self) -> bool:
+        return (self.learns or OBJECTIVES[self.stage])[0] == "sol"
 
 
 MODELS = {
     "sol": Model("sol", 1),
+    "noisy": Model("trunk", 1, learns=("sol", LevelSettings(density="shifted", shift=8.0), 0.0)),
     "lune": Model("lune", 1),
     "one": Model("trunk", 2),
     "large": Model("trunk", 2, math.sqrt(2)),
 }
-CONTENDERS = {"hybrid": ("sol", "lune"), "one": ("one", "one"), "large": ("large", "large")}
+CONTENDERS = {
+    "hybrid": ("sol", "lune"),
+    "levels": ("noisy", "lune"),
+    "one": ("one", "one"),
+    "large": ("large", "large"),
+}
 """By name, who works above the handoff and below it."""
-TITLES = {"hybrid": "Sol and Lune", "one": "one model", "large": "a large model"}
-OTHERS = ("hybrid", "large")
+TITLES = {
+    "hybrid": "Sol and Lune",
+    "levels": "two by level alone",
+    "one": "one model",
+    "large": "a large model",
+}
+OTHERS = ("hybrid", "levels", "large")
 """What is set beside one model."""
 
 
@@ -148,7 +173,7 @@ class Study:
                     if path.exists():
                         continue
                     unet = self.unet(model, seed)
-                    task = expert_task(model.stage, unet, data, states, text)
+                    task = expert_task(model.stage, unet, data, states, text, model.learns)
                     run_stage(task, path.parent, seed, self._settings(model, steps))
                     shutil.move(path.parent / f"{model.stage}.safetensors", path)
                     print(f"{name}, seed {seed}: {steps} steps", flush=True)
@@ -182,34 +207,35 @@ def own_errors(sol: Sequence[float], lune: Sequence[float]) -> tuple[list[float]
 
 
 def measure_errors(study: Study, held: HeldOutLatents, seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """A row a seed, measurement and contender: errors by level and, of the two, where they hand over."""
+    """A row a seed, measurement and contender: errors by level and, of two models, where they hand over."""
     rows = []
     for seed in seeds:
         for part, steps in enumerate(study.lengths(Model("", 2))):
             of = {}
-            for name in MODELS:
+            for name, model in MODELS.items():
                 unet = study.trained(name, seed, part)
-                error = held.sol_error if name == "sol" else held.lune_error
+                error = held.sol_error if model.predicts_v else held.lune_error
                 of[name] = [error(unet, s) for s in LEVELS]
-            two, handoff = own_errors(of["sol"], of["lune"])
-            for name, errors in {"hybrid": two, "one": of["one"], "large": of["large"]}.items():
-                row = {"seed": seed, "steps": steps, "part": part, "contender": name, "errors": errors}
-                rows.append(row | ({"handoff": handoff} if name == "hybrid" else {}))
+            for name, (early, late) in CONTENDERS.items():
+                errors, handoff = (of[late], None) if early == late else own_errors(of[early], of[late])
+                row = {"seed": seed, "steps": steps, "part": part, "contender": name}
+                rows.append(row | {"errors": errors, "handoff": handoff})
     return rows
 
 
 def measure_pictures(
-    study: Study, referee: Referee, seeds: Sequence[int], handoffs: Mapping[int, float | None], steps: int
+    study: Study, referee: Referee, seeds: Sequence[int], rows: Sequence[dict[str, Any]], steps: int
 ) -> dict[str, list[dict[str, float]]]:
     """By contender, a mapping a seed, of the fully trained ones and of one model half-way."""
     found: dict[str, list[dict[str, float]]] = {}
     folder = study.folder / "controls"
+    handoffs = {(row["contender"], row["seed"]): row["handoff"] for row in rows}  # of the last measurement
     for seed in seeds:
         shown = {name: (name, study.parts - 1) for name in TITLES}
         shown["one, half as long"] = ("one", max(0, study.parts // 2 - 1))
         for title, (name, part) in shown.items():
-            handoff = handoffs[seed]
-            two: dict[str, Any] = {} if name != "hybrid" or handoff is None else {"handoff": handoff}
+            handoff = handoffs[name, seed]
+            two: dict[str, Any] = {} if handoff is None else {"handoff": handoff}
             images = kept(
                 folder / f"{title.replace(', ', '-').replace(' ', '-')}-{seed}-{study.steps}-{steps}.npy",
                 lambda name=name, part=part, two=two, seed=seed: generate(
@@ -239,7 +265,6 @@ def errors_over_time(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: the held-out errors over one model's, by the steps that both have had together."""
     first_noisy = next(i for i, s in enumerate(LEVELS) if s >= NOISY)
     ranges = {
-        "": slice(None),
         f", s ≥ {NOISY}": slice(first_noisy, None),
         f", s < {NOISY}": slice(0, first_noisy),
     }
@@ -306,8 +331,15 @@ def block(
     )
     batch = study.workshop.settings("trunk")["train_batch_size"]
     last = max(row["part"] for row in rows)
-    handoffs = [row["handoff"] for row in rows if row["part"] == last and row.get("handoff") is not None]
-    at = f", handing over at s = {np.mean(handoffs):.2f} on average" if handoffs else ""
+    found = {
+        name: [
+            row["handoff"]
+            for row in rows
+            if (row["part"], row["contender"]) == (last, name) and row["handoff"]
+        ]
+        for name in CONTENDERS
+    }
+    at = " and ".join(f"{np.mean(own):.2f} ({TITLES[name]})" for name, own in found.items() if own)
     return "\n\n".join(
         [
             f"Sol, Lune and the one model have {one:.2f} million parameters each, the large one {large:.2f}; "
@@ -316,7 +348,7 @@ def block(
             "Held-out x0 errors over those of one model, geometric means over noise levels, by the steps of "
             "all of a contender's models together:",
             errors_over_time(rows),
-            f"At the end, by noise level{at}:",
+            f"At the end, by noise level{at and f', with handoffs at {at}'}:",
             errors_by_level(rows),
             f"Pictures of {settings['count']} held-out prompts at the end, {settings['sampling_steps']} "
             "steps, measured as above but by a judge of their own:",
@@ -346,8 +378,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     study.train(seeds)
     referee = Referee.prepare(options.work_dir, pipe.vae, options.count, trained=options.scenes)
     rows = measure_errors(study, HeldOutLatents(pipe, referee.test, options.errors_of), seeds)
-    handoffs = {r["seed"]: r["handoff"] for r in rows if "handoff" in r}  # of the last measurement
-    pictures = measure_pictures(study, referee, seeds, handoffs, options.sampling_steps)
+    pictures = measure_pictures(study, referee, seeds, rows, options.sampling_steps)
     settings = {key: value for key, value in vars(options).items() if key != "work_dir"}
     report(study, {"settings": settings, "levels": LEVELS, "errors": rows, "pictures": pictures})
 

@@ -41,12 +41,14 @@ SOL_SCHEDULER = {
     "timestep_spacing": "trailing",
 }
 LUNE_SCHEDULER = {"num_train_timesteps": 1000, "shift": 2.0}
-OBJECTIVES: Mapping[str, tuple[str, LevelSettings, float]] = {
+StageObjective = tuple[str, LevelSettings, float]
+"""The kind of expert, its noise levels, and below which s it sees structure pictures."""
+OBJECTIVES: Mapping[str, StageObjective] = {
     "trunk": ("lune", LevelSettings(density="uniform"), 0.0),
     "sol": ("sol", LevelSettings(density="shifted", shift=2.0), STRUCTURE_BELOW),
     "lune": ("lune", LevelSettings(density="focus", focus=0.8, focus_share=0.85), 0.0),
 }
-"""What each stage learns: the kind of expert, its noise levels, and below which s it sees structure pictures.
+"""What each stage learns.
 
 Sol's timesteps are spread as a shifted flow density would be: uniform ones would spend a third of the steps
 above s = 0.96, where there is nothing to see.
@@ -92,13 +94,18 @@ def latent_images(name: str, scenes: SceneSet, latents: np.ndarray) -> LatentIma
 
 
 def expert_task(
-    name: str, unet: ModelMixin, data: LatentImages, states: np.ndarray, text: TextStates
+    name: str,
+    unet: ModelMixin,
+    data: LatentImages,
+    states: np.ndarray,
+    text: TextStates,
+    learns: StageObjective | None = None,
 ) -> ExpertTask:
     """Stage "trunk", "sol" or "lune".
 
-    states: of the data's texts, as `encode_texts` makes them.
+    states: of the data's texts, as `encode_texts` makes them. learns: what, if not as in OBJECTIVES.
     """
-    kind, levels, structure_below = OBJECTIVES[name]
+    kind, levels, structure_below = OBJECTIVES[name] if learns is None else learns
     settings = ExpertSettings(structure_below=structure_below, caption_dropout=CAPTION_DROP)
     objective = Objective(kind, settings, levels)
     texts = StatesTable(torch.from_numpy(states))

@@ -44,10 +44,10 @@ def test_all_are_trained_measured_and_not_twice(small, monkeypatch):
     controls.main(arguments)
     result = json.loads((small / "controls.json").read_text())
     rows = result["errors"]
-    assert len(rows) == 2 * 3 and {row["steps"] for row in rows} == {2, 4}
+    assert len(rows) == 2 * 4 and {row["steps"] for row in rows} == {2, 4}
     assert all(np.isfinite(row["errors"]).all() and len(row["errors"]) == len(LEVELS) for row in rows)
     assert {title: len(runs) for title, runs in result["pictures"].items()} == dict.fromkeys(
-        ("hybrid", "one", "large", "one, half as long"), 1
+        ("hybrid", "levels", "one", "large", "one, half as long"), 1
     )
     page = (small / "DEMO.md").read_text()
     assert "| 4 steps |" in page and "steps for each of the two, 4 for the others, of 2 of 6 scenes" in page
@@ -79,21 +79,22 @@ def test_two_models_are_worth_what_works_where_they_do(monkeypatch):
     errors, handoff = own_errors([3.0, 2.5, 3.0], [1.0, 2.0, 4.0])
     assert errors == [1.0, 2.0, 3.0] and 0.7 < handoff < 0.9
     assert own_errors([9.0] * 3, [1.0, 2.0, 4.0]) == ([1.0, 2.0, 4.0], None)
-    by_seed = [
-        {"seed": seed, "part": 0, "steps": 10, "contender": name, "errors": [value, value]}
-        for seed in (0, 1)
-        for name, value in (("hybrid", 0.9 + 0.1 * seed), ("one", 1.0))
-    ] + [
-        {"seed": seed, "part": 0, "steps": 10, "contender": "large", "errors": [0.625, 0.4]}
-        for seed in (0, 1)
-    ]
     monkeypatch.setattr(controls, "LEVELS", (0.5, 0.9))
+    by_seed = [
+        {"seed": seed, "part": 0, "steps": 10, "contender": name, "errors": errors}
+        for seed in (0, 1)
+        for name, errors in {
+            "hybrid": [0.9 + 0.1 * seed, 0.8],
+            "levels": [1.0, 0.7],
+            "one": [1.0, 1.0],
+            "large": [0.625, 0.4],
+        }.items()
+    ]
     found = errors_over_time(by_seed).splitlines()
-    assert found[0] == (
-        "| | Sol and Lune | Sol and Lune, s ≥ 0.8 | Sol and Lune, s < 0.8 "
-        "| a large model | a large model, s ≥ 0.8 | a large model, s < 0.8 |"
+    assert found[0].startswith(
+        "| | Sol and Lune, s ≥ 0.8 | Sol and Lune, s < 0.8 | two by level alone, s ≥ 0.8 |"
     )
     assert found[-1] == (
-        "| 10 steps | 0.950 ± 0.071 | 0.950 ± 0.071 | 0.950 ± 0.071 "
-        "| 0.500 ± 0.000 | 0.400 ± 0.000 | 0.625 ± 0.000 |"
+        "| 10 steps | 0.800 ± 0.000 | 0.950 ± 0.071 | 0.700 ± 0.000 | 1.000 ± 0.000 "
+        "| 0.400 ± 0.000 | 0.625 ± 0.000 |"
     )
