@@ -331,14 +331,8 @@ def block(
     )
     batch = study.workshop.settings("trunk")["train_batch_size"]
     last = max(row["part"] for row in rows)
-    found = {
-        name: [
-            row["handoff"]
-            for row in rows
-            if (row["part"], row["contender"]) == (last, name) and row["handoff"]
-        ]
-        for name in CONTENDERS
-    }
+    end = [row for row in rows if row["part"] == last and row["handoff"] is not None]
+    found = {name: [row["handoff"] for row in end if row["contender"] == name] for name in CONTENDERS}
     at = " and ".join(f"{np.mean(own):.2f} ({TITLES[name]})" for name, own in found.items() if own)
     return "\n\n".join(
         [
