@@ -6,8 +6,7 @@ them through the shipped VAE and text encoder, and trains for every seed
     Sol and Lune     as the demo's, each for as many steps
     another Sol      that learns nothing but full pictures where there is most noise: two thirds of its time
                      above s = 0.8
-    one model        of their size, on all levels, for as long as both together; measured also half-way, where
-                     it has had as long as one of them
+    one model        of their size, on all levels, for as long as both together; pictures also of half-way
     a large model    of twice the parameters, likewise; a call of it costs about twice as much
 
 all from random weights, at a constant learning rate with averaged weights, and measures them several times on
@@ -226,18 +225,19 @@ def measure_errors(study: Study, held: HeldOutLatents, seeds: Sequence[int]) -> 
 def measure_pictures(
     study: Study, referee: Referee, seeds: Sequence[int], rows: Sequence[dict[str, Any]], steps: int
 ) -> dict[str, list[dict[str, float]]]:
-    """By contender, a mapping a seed, of the fully trained ones and of one model half-way."""
+    """By contender, a mapping a seed, of the fully trained ones and of one model about half-way."""
     found: dict[str, list[dict[str, float]]] = {}
-    folder = study.folder / "controls"
     handoffs = {(row["contender"], row["seed"]): row["handoff"] for row in rows}  # of the last measurement
     for seed in seeds:
-        shown = {name: (name, study.parts - 1) for name in TITLES}
-        shown["one, half as long"] = ("one", max(0, study.parts // 2 - 1))
+        shown = {title: (name, study.parts - 1) for name, title in TITLES.items()}
+        half = (study.parts - 1) // 2
+        shown[f"one model after {study.lengths(MODELS['one'])[half]:,} steps"] = ("one", half)
         for title, (name, part) in shown.items():
             handoff = handoffs[name, seed]
             two: dict[str, Any] = {} if handoff is None else {"handoff": handoff}
+            trained = study.lengths(MODELS["one"])[part]
             images = kept(
-                folder / f"{title.replace(', ', '-').replace(' ', '-')}-{seed}-{study.steps}-{steps}.npy",
+                study.folder / "controls" / f"{name}-{seed}-{trained}-{len(referee.prompts)}-{steps}.npy",
                 lambda name=name, part=part, two=two, seed=seed: generate(
                     study.contender(name, seed, part),
                     "hybrid" if two else "lune",
@@ -256,23 +256,24 @@ def _errors(rows: Sequence[dict[str, Any]], name: str, part: int) -> np.ndarray:
     return np.array([row["errors"] for row in rows if (row["contender"], row["part"]) == (name, part)])
 
 
-def _ratios(rows: Sequence[dict[str, Any]], name: str, part: int, of: slice = slice(None)) -> np.ndarray:
+def _ratios(rows: Sequence[dict[str, Any]], name: str, part: int, of: slice) -> np.ndarray:
     """[seeds]: geometric means over the levels of a contender's errors, over those of one model."""
     return np.exp(np.log(_errors(rows, name, part) / _errors(rows, "one", part))[:, of].mean(1))
 
 
+def _ranges() -> dict[str, slice]:
+    """Of LEVELS."""
+    first = next(i for i, s in enumerate(LEVELS) if s >= NOISY)
+    return {f"s ≥ {NOISY}": slice(first, None), f"s < {NOISY}": slice(0, first)}
+
+
 def errors_over_time(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: the held-out errors over one model's, by the steps that both have had together."""
-    first_noisy = next(i for i, s in enumerate(LEVELS) if s >= NOISY)
-    ranges = {
-        f", s ≥ {NOISY}": slice(first_noisy, None),
-        f", s < {NOISY}": slice(0, first_noisy),
-    }
     lines = []
     for part, steps in sorted({(row["part"], row["steps"]) for row in rows}):
-        cells = [_spread(_ratios(rows, name, part, own)) for name in OTHERS for own in ranges.values()]
+        cells = [_spread(_ratios(rows, name, part, own)) for name in OTHERS for own in _ranges().values()]
         lines.append([f"{steps:,} steps", *cells])
-    return markdown_table([f"{TITLES[name]}{where}" for name in OTHERS for where in ranges], lines)
+    return markdown_table([f"{TITLES[name]}, {where}" for name in OTHERS for where in _ranges()], lines)
 
 
 def _spread(values: np.ndarray) -> str:
@@ -289,32 +290,29 @@ def errors_by_level(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """The ratios over the steps, and the errors by level at the end; PNG."""
+    """The ratios over the steps, at noisy levels and at others, and by level at the end; PNG."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    *over_time, by_level = figure.subplots(1, 3)
     parts = sorted({(row["part"], row["steps"]) for row in rows})
+    for axes, (where, own) in zip(over_time, _ranges().items(), strict=True):
+        for name in OTHERS:
+            values = [_ratios(rows, name, part, own) for part, _ in parts]
+            spread = [found.std(ddof=1) if len(found) > 1 else 0.0 for found in values]
+            means, steps = [found.mean() for found in values], [steps for _, steps in parts]
+            axes.errorbar(steps, means, spread, marker="o", markersize=4, capsize=2, label=TITLES[name])
+        axes.set_title(f"held-out x0 error over one model's, {where}")
+        axes.set_xlabel("training steps, of all models together")
     for name in OTHERS:
-        values = [_ratios(rows, name, part) for part, _ in parts]
-        spread = [own.std(ddof=1) if len(own) > 1 else 0.0 for own in values]
-        steps = [steps for _, steps in parts]
-        left.errorbar(
-            steps, [v.mean() for v in values], spread, marker="o", markersize=4, capsize=2, label=TITLES[name]
-        )
-    left.axhline(1.0, color="#333333", linewidth=1, label=TITLES["one"])
-    left.set_title("held-out x0 error over one model's")
-    left.set_xlabel("training steps, of all models together")
-    last = parts[-1][0]
-    for name in OTHERS:
-        own, other = (_errors(rows, which, last).mean(0) for which in (name, "one"))
-        right.plot(LEVELS, own / other, marker="o", markersize=4)
-    right.axhline(1.0, color="#333333", linewidth=1)
-    right.set_title("the same at the end, by noise level")
-    right.set_xlabel("share of noise")
-    for axes in (left, right):
+        found, one = (_errors(rows, which, parts[-1][0]).mean(0) for which in (name, "one"))
+        by_level.plot(LEVELS, found / one, marker="o", markersize=4)
+    by_level.set_title("at the end, by noise level")
+    by_level.set_xlabel("share of noise")
+    for axes in figure.axes:
+        axes.axhline(1.0, color="#333333", linewidth=1, label=TITLES["one"])
         axes.grid(alpha=0.3)
-    left.legend(fontsize=8)
+    over_time[0].legend(fontsize=8)
     figure.savefig(path, dpi=120)
 
 
@@ -346,9 +344,7 @@ def block(
             errors_by_level(rows),
             f"Pictures of {settings['count']} held-out prompts at the end, {settings['sampling_steps']} "
             "steps, measured as above but by a judge of their own:",
-            markdown_table(
-                MEASURES, ([TITLES.get(title, title), *measured(runs)] for title, runs in pictures.items())
-            ),
+            markdown_table(MEASURES, ([title, *measured(runs)] for title, runs in pictures.items())),
         ]
     )
 

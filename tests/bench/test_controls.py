@@ -47,7 +47,7 @@ def test_all_are_trained_measured_and_not_twice(small, monkeypatch):
     assert len(rows) == 2 * 4 and {row["steps"] for row in rows} == {2, 4}
     assert all(np.isfinite(row["errors"]).all() and len(row["errors"]) == len(LEVELS) for row in rows)
     assert {title: len(runs) for title, runs in result["pictures"].items()} == dict.fromkeys(
-        ("hybrid", "levels", "one", "large", "one, half as long"), 1
+        ("Sol and Lune", "two by level alone", "one model", "a large model", "one model after 2 steps"), 1
     )
     page = (small / "DEMO.md").read_text()
     assert "| 4 steps |" in page and "steps for each of the two, 4 for the others, of 2 of 6 scenes" in page
