@@ -256,9 +256,7 @@ class ExpertPipeline(DiffusionPipeline):
         """An expert's model as a run calls it."""
         unet = self.expert_unet(name)
         dtype = self._dtype_of(unet)
-        # With diffusers' group offloading a model calls its device what its weights only come to for a while.
-        there = all(parameter.device.type == "cuda" for parameter in unet.parameters())
-        if not self._cuda_graphs or self.offload != "none" or not there:
+        if not self._cuda_graphs or self.offload != "none" or not _stays_on_cuda(unet):
             return ExpertModel(unet, dtype)
         kept = self._recordings.get(name)
         if kept is None or kept.model is not unet:
@@ -337,6 +335,12 @@ class ExpertPipeline(DiffusionPipeline):
 
     def disable_vae_tiling(self) -> None:
         self.vae.disable_tiling()
+
+
+def _stays_on_cuda(model: Any) -> bool:
+    """By its weights: with diffusers' group offloading a model calls its device what they only come to for a
+    while."""
+    return all(parameter.device.type == "cuda" for parameter in model.parameters())
 
 
 def _as_expert(pipeline: DiffusionPipeline, name: str) -> dict[str, Any]:
