@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..sampling.scheduler_names import is_borrowed
 from .by_name import ByExpert, over_previous
 from .imports import import_pipelines
 from .like import check_places, read_like
@@ -16,7 +15,7 @@ from .machine import Machine
 from .models import Model
 from .options import OutputOptions, PipelineOptions, RunOptions, SizeOptions
 from .plans import find_plan
-from .settings import call_of, compile_plan, merge_runs, merged, planned_experts, reusing
+from .settings import borrowing, call_of, compile_plan, merge_runs, merged, planned_experts, reusing
 
 if TYPE_CHECKING:
     from ..sampling.plan import SamplingPlan
@@ -128,7 +127,7 @@ class Asked:
         than the run has a use for."""
         call = call_of(settings, self.names)
         experts = planned_experts(self.configs, self.defaults, call)
-        borrows = any(is_borrowed(expert.solver) for expert in experts)
+        borrows = borrowing(experts)
         if self.plan is None and (borrows or reusing(experts, call)):
             self.import_pipelines(borrows=borrows)
 

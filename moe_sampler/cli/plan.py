@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..sampling.scheduler_names import is_borrowed
 from .commands import takes
 from .imports import import_pipelines
 from .models import Model
 from .options import ModelOptions, RunOptions
-from .settings import call_of, compile_plan, merge_runs, planned_experts, reusing
+from .settings import borrowing, call_of, compile_plan, merge_runs, planned_experts, reusing
 
 if TYPE_CHECKING:
     from ..sampling.plan import SamplingPlan
@@ -57,7 +56,7 @@ def plan(
     call = call_of(settings, list(configs)) | {"strength": strength}
     experts = planned_experts(configs, defaults, call)
     if reusing(experts, call):  # what that costs is asked of diffusers' models
-        import_pipelines(borrows=any(is_borrowed(expert.solver) for expert in experts))
+        import_pipelines(borrows=borrowing(experts))
     compiled = compile_plan(configs, defaults, call, model.reuse_shares)
     if as_json:
         typer.echo(compiled.to_json(indent=2))

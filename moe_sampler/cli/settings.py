@@ -10,11 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from ..sampling.scheduler_names import is_borrowed
 from .by_name import ByExpert, full_calls, levels, number, over_previous, steps_over, whole, window
 from .options import RunOptions
 from .routers import parse_router
 
-__all__ = ["call_of", "compile_plan", "merge_runs", "merged", "planned_experts", "reusing"]
+__all__ = ["borrowing", "call_of", "compile_plan", "merge_runs", "merged", "planned_experts", "reusing"]
 
 Shares = Callable[[Sequence[str]], Mapping[str, float]]
 
@@ -122,6 +123,11 @@ def planned_experts(
 def reusing(experts: Sequence[Any], call: Mapping[str, Any]) -> list[str]:
     """The experts whose calls may reuse features, so that a plan says what these cost."""
     return [e.name for e in experts if e.reuse is not None or call.get("budget") is not None]
+
+
+def borrowing(experts: Sequence[Any]) -> bool:
+    """Whether a plan of these is made with diffusers' schedulers."""
+    return any(is_borrowed(expert.solver) for expert in experts)
 
 
 def compile_plan(

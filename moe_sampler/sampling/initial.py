@@ -31,10 +31,7 @@ def initial_latents(
         shape: of the batch, [B, ...].
         seeds: B integers, one a sample.
     """
-    if len(seeds) != shape[0]:
-        raise ValueError(f"{shape[0]} samples need as many seeds, got {len(seeds)}")
-    noise = philox_normal(tuple(shape), seeds, stream=INITIAL_NOISE_STREAM, device=device)
-    return noise.mul_(plan.initial_scale)
+    return _drawn(shape, seeds, device).mul_(plan.initial_scale)
 
 
 def noised(
@@ -59,13 +56,19 @@ def noised(
         raise ValueError("give either seeds or noise")
     check_state(x0)
     if seeds is not None:
-        if len(seeds) != x0.shape[0]:
-            raise ValueError(f"{x0.shape[0]} samples need as many seeds, got {len(seeds)}")
-        noise = philox_normal(tuple(x0.shape), seeds, stream=INITIAL_NOISE_STREAM, device=x0.device)
+        noise = _drawn(x0.shape, seeds, x0.device)
     elif noise is not None and noise.shape != x0.shape:
         raise ValueError(f"noise must have shape {list(x0.shape)}, got {list(noise.shape)}")
     assert noise is not None  # one of the two was given
     return add_noise(x0, noise, plan.start_level.alpha, plan.start_level.sigma)
+
+
+def _drawn(
+    shape: Sequence[int], seeds: Sequence[int] | torch.Tensor, device: torch.device | str
+) -> torch.Tensor:
+    if len(seeds) != shape[0]:
+        raise ValueError(f"{shape[0]} samples need as many seeds, got {len(seeds)}")
+    return philox_normal(tuple(shape), seeds, stream=INITIAL_NOISE_STREAM, device=device)
 
 
 def check_state(x: torch.Tensor) -> None:
