@@ -25,7 +25,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -83,20 +83,23 @@ MODELS = {
     "one": Model("trunk", 2),
     "large": Model("trunk", 2, math.sqrt(2)),
 }
+
+
+class Contender(NamedTuple):
+    """early, late: of MODELS, who works above the handoff and below it."""
+
+    title: str
+    early: str
+    late: str
+
+
 CONTENDERS = {
-    "hybrid": ("sol", "lune"),
-    "levels": ("noisy", "lune"),
-    "one": ("one", "one"),
-    "large": ("large", "large"),
+    "hybrid": Contender("Sol and Lune", "sol", "lune"),
+    "levels": Contender("two by level alone", "noisy", "lune"),
+    "one": Contender("one model", "one", "one"),
+    "large": Contender("a large model", "large", "large"),
 }
-"""By name, who works above the handoff and below it."""
-TITLES = {
-    "hybrid": "Sol and Lune",
-    "levels": "two by level alone",
-    "one": "one model",
-    "large": "a large model",
-}
-OTHERS = ("hybrid", "levels", "large")
+OTHERS = [name for name in CONTENDERS if name != "one"]
 """What is set beside one model."""
 
 
@@ -189,10 +192,10 @@ class Study:
         return fill(self.unet(model, seed), path)
 
     def contender(self, name: str, seed: int, part: int) -> HybridPipeline:
-        """One of `CONTENDERS` as it was at a measurement, from 0."""
-        sol, lune = CONTENDERS[name]
-        models = {model: self.trained(model, seed, part) for model in {sol, lune}}
-        made = HybridPipeline.from_pipe(self.pipe, unet_sol=models[sol], unet_lune=models[lune])
+        """One of CONTENDERS as it was at a measurement, from 0."""
+        _, early, late = CONTENDERS[name]
+        models = {model: self.trained(model, seed, part) for model in {early, late}}
+        made = HybridPipeline.from_pipe(self.pipe, unet_sol=models[early], unet_lune=models[late])
         made.set_progress_bar_config(disable=True)
         return made
 
@@ -215,7 +218,7 @@ def measure_errors(study: Study, held: HeldOutLatents, seeds: Sequence[int]) -> 
                 unet = study.trained(name, seed, part)
                 error = held.sol_error if model.predicts_v else held.lune_error
                 of[name] = [error(unet, s) for s in LEVELS]
-            for name, (early, late) in CONTENDERS.items():
+            for name, (_, early, late) in CONTENDERS.items():
                 errors, handoff = (of[late], None) if early == late else own_errors(of[early], of[late])
                 row = {"seed": seed, "steps": steps, "part": part, "contender": name}
                 rows.append(row | {"errors": errors, "handoff": handoff})
@@ -229,7 +232,7 @@ def measure_pictures(
     found: dict[str, list[dict[str, float]]] = {}
     handoffs = {(row["contender"], row["seed"]): row["handoff"] for row in rows}  # of the last measurement
     for seed in seeds:
-        shown = {title: (name, study.parts - 1) for name, title in TITLES.items()}
+        shown = {own.title: (name, study.parts - 1) for name, own in CONTENDERS.items()}
         half = (study.parts - 1) // 2
         shown[f"one model after {study.lengths(MODELS['one'])[half]:,} steps"] = ("one", half)
         for title, (name, part) in shown.items():
@@ -273,7 +276,9 @@ def errors_over_time(rows: Sequence[dict[str, Any]]) -> str:
     for part, steps in sorted({(row["part"], row["steps"]) for row in rows}):
         cells = [_spread(_ratios(rows, name, part, own)) for name in OTHERS for own in _ranges().values()]
         lines.append([f"{steps:,} steps", *cells])
-    return markdown_table([f"{TITLES[name]}, {where}" for name in OTHERS for where in _ranges()], lines)
+    return markdown_table(
+        [f"{CONTENDERS[name].title}, {where}" for name in OTHERS for where in _ranges()], lines
+    )
 
 
 def _spread(values: np.ndarray) -> str:
@@ -283,7 +288,7 @@ def _spread(values: np.ndarray) -> str:
 def errors_by_level(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: at the end, means over the seeds, by noise level from the highest."""
     last = max(row["part"] for row in rows)
-    means = {title: _errors(rows, name, last).mean(0) for name, title in TITLES.items()}
+    means = {own.title: _errors(rows, name, last).mean(0) for name, own in CONTENDERS.items()}
     order = np.argsort(LEVELS)[::-1]
     lines = [[f"s = {LEVELS[i]}", *(f"{values[i]:.4f}" for values in means.values())] for i in order]
     return markdown_table(tuple(means), lines)
@@ -301,7 +306,9 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
             values = [_ratios(rows, name, part, own) for part, _ in parts]
             spread = [found.std(ddof=1) if len(found) > 1 else 0.0 for found in values]
             means, steps = [found.mean() for found in values], [steps for _, steps in parts]
-            axes.errorbar(steps, means, spread, marker="o", markersize=4, capsize=2, label=TITLES[name])
+            axes.errorbar(
+                steps, means, spread, marker="o", markersize=4, capsize=2, label=CONTENDERS[name].title
+            )
         axes.set_title(f"held-out x0 error over one model's, {where}")
         axes.set_xlabel("training steps, of all models together")
     for name in OTHERS:
@@ -310,7 +317,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     by_level.set_title("at the end, by noise level")
     by_level.set_xlabel("share of noise")
     for axes in figure.axes:
-        axes.axhline(1.0, color="#333333", linewidth=1, label=TITLES["one"])
+        axes.axhline(1.0, color="#333333", linewidth=1, label=CONTENDERS["one"].title)
         axes.grid(alpha=0.3)
     over_time[0].legend(fontsize=8)
     figure.savefig(path, dpi=120)
@@ -331,7 +338,7 @@ def block(
     last = max(row["part"] for row in rows)
     end = [row for row in rows if row["part"] == last and row["handoff"] is not None]
     found = {name: [row["handoff"] for row in end if row["contender"] == name] for name in CONTENDERS}
-    at = " and ".join(f"{np.mean(own):.2f} ({TITLES[name]})" for name, own in found.items() if own)
+    at = " and ".join(f"{np.mean(own):.2f} ({CONTENDERS[name].title})" for name, own in found.items() if own)
     return "\n\n".join(
         [
             f"Sol, Lune and the one model have {one:.2f} million parameters each, the large one {large:.2f}; "

@@ -21,6 +21,12 @@ _Denoiser = Callable[[Tensor, Tensor], Tensor]
 """(noised latents, texts' states) -> x0."""
 
 
+def _asked_at(s: float) -> tuple[int, Level]:
+    """Sol's timestep nearest to a level, and the level that it is."""
+    timestep = VP.nearest_timestep(s)
+    return timestep, VP.level(timestep)
+
+
 class HeldOutLatents:
     """Held-out scenes as experts meet them: latents, noised, with their captions' states.
 
@@ -44,8 +50,7 @@ class HeldOutLatents:
 
         structure: against the structure picture's latent, from that latent noised.
         """
-        timestep = VP.nearest_timestep(s)
-        level = VP.level(timestep)
+        timestep, level = _asked_at(s)
 
         def x0(x: Tensor, states: Tensor) -> Tensor:
             v = unet(x, torch.tensor(timestep), states).sample
@@ -55,8 +60,8 @@ class HeldOutLatents:
 
     def lune_error(self, unet: ModelMixin, s: float) -> float:
         """Mean squared x0 error of a model that predicts the flow velocity."""
-        timestep = VP.nearest_timestep(s)
-        level = FLOW.at(VP.level(timestep).noise)
+        timestep, asked = _asked_at(s)
+        level = FLOW.at(asked.noise)
         p, q = x0_coefficients("flow_prediction", level)
 
         def x0(x: Tensor, states: Tensor) -> Tensor:
@@ -76,10 +81,10 @@ def x0_errors(pipe: HybridPipeline, held: HeldOutLatents, levels: Sequence[float
     """Both experts' errors at each noise level, as `crossing` reads them, and Sol's on structure pictures."""
     rows = []
     for s in levels:
-        timestep = VP.nearest_timestep(s)
+        timestep, level = _asked_at(s)
         rows.append(
             {
-                "s": VP.level(timestep).noise,
+                "s": level.noise,
                 "timestep": timestep,
                 "sol": held.sol_error(pipe.unet_sol, s),
                 "lune": held.lune_error(pipe.unet_lune, s),
