@@ -34,7 +34,6 @@ from moe_sampler.pipelines.speed import Speed, fast_dtype
 
 STEPS, PROMPT, GUIDANCE = 20, "a castle with two towers, at dusk", 7.5
 SIDE = 512 if DEVICE == "cuda" else 256
-REUSE = (2, 3)
 CONFIGS: dict[str, Any] = {"unet": SD15_UNET, "vae": VAE, "text_encoder": TEXT_ENCODER}
 
 
@@ -114,14 +113,16 @@ def providers(compiled: bool) -> dict[str, Call]:
         f"diffusers, {name}, channels last, fused": theirs(_theirs_fast(fast, compiled=False)),
         f"{OURS}, float32": ours(_ours(plain)),
         f"{OURS}, fast": ours(fast_pipe),
+        f"{OURS}, fast, 1 of 2 full": ours(fast_pipe, reuse=2),
+        f"{OURS}, fast, all full": ours(fast_pipe, reuse=1),
     }
-    for every in REUSE:
-        found[f"{OURS}, fast, 1 of {every} full"] = ours(fast_pipe, reuse=every)
     if compiled:
         found[f"diffusers, {name}, channels last, fused, compiled"] = theirs(
             _theirs_fast(fast, compiled=True)
         )
-        found[f"{OURS}, max"] = ours(_ours_fast(fast, "max"))
+        max_pipe = _ours_fast(fast, "max")
+        found[f"{OURS}, max"] = ours(max_pipe)
+        found[f"{OURS}, max, all full"] = ours(max_pipe, reuse=1)
     if importlib.util.find_spec("DeepCache") is not None:
         found[f"diffusers, {name}, DeepCache 1 of 3"] = _deep_cache(_theirs(_modules(fast)), theirs)
     return found

@@ -104,7 +104,7 @@ def prompts(first: int, count: int) -> list[str]:
 
 def plan_of(pipe: HybridPipeline, solver: str, levels: Levels, calls: int) -> SamplingPlan:
     """The same few steps of Sol, without fresh noise, then `calls` of Lune's."""
-    experts = pipe.experts(solver={"sol": "ddim", "lune": solver}, levels={"lune": levels})
+    experts = pipe.experts(solver={"sol": "ddim", "lune": solver}, levels={"lune": levels}, reuse=1)
     listed = not isinstance(levels, str)
     steps = {"sol": SOL_STEPS, **({} if listed else {"lune": calls})}
     made = pipe.plan("hybrid", steps, experts=experts)

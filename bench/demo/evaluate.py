@@ -51,8 +51,9 @@ def generate(
     Args:
         method: one of METHODS. "naive" is the hybrid with the mistake it is often built with: the VP latent
             goes on unscaled, with s = t / 1000.
-        settings: as `HybridPipeline.__call__` takes them.
+        settings: as `HybridPipeline.__call__` takes them; every call is full unless they have `reuse`.
     """
+    settings = {"reuse": 1, **settings}
     parts = []
     for start in range(0, len(prompts), batch):
         texts = prompts[start : start + batch]
@@ -69,7 +70,7 @@ def generate(
 
 
 def _naive(pipe: HybridPipeline, prompts: list[str], seeds: list[int], steps: int, handoff=None, **settings):
-    sol, lune = pipe.experts(settings.get("sol_guidance"), settings.get("lune_guidance"))
+    sol, lune = pipe.experts(settings.get("sol_guidance"), settings.get("lune_guidance"), reuse=1)
     right = pipe.plan("hybrid", steps, handoff=handoff, experts=(sol, lune))
     first = next(i for i, step in enumerate(right.steps) if step.calls[0].name == "lune")
     level = right.steps[first].level.noise

@@ -56,7 +56,7 @@ class Setting:
     def plan(self, pipe: HybridPipeline) -> SamplingPlan:
         at = "" if self.spacing is None else f"@{self.spacing}"
         stepping = Stepping.read("+".join(part + at for part in self.pair.split("+")), pipe.expert_names)
-        experts = pipe.experts(**stepping.settings)
+        experts = pipe.experts(**stepping.settings, reuse=1)
         return plan_of_calls(lambda steps: pipe.plan("hybrid", steps, experts=experts), self.calls)
 
     def path(self, folder: Path, first: int) -> Path:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..sampling.reuse import AUTO
 from .by_name import ByExpert, over_previous
 from .imports import import_pipelines
 from .like import check_places, read_like
@@ -99,14 +100,21 @@ class Asked:
         self, previous: Mapping[str, Any], run: RunOptions, size: SizeOptions, strength: float | None
     ) -> dict[str, Any]:
         """What is asked for, over `previous` settings."""
-        settings = {} if self.plan is not None else merge_runs(previous, run, self.names)
+        settings = {} if self.plan is not None else self._reusing(merge_runs(previous, run, self.names))
         settings |= merged(previous, {"height": size.height, "width": size.width, "strength": strength})
         negative = ByExpert.read("--negative", size.negative, known=self.names)
         return settings | over_previous(previous, self.names, negative_prompt=negative)
 
+    def _reusing(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """The settings with the reuse of the speed that is asked for; an image that remembers none was made
+        without."""
+        if self.computer.speed == "none" or settings.keys() & {"reuse", "budget"}:
+            return settings
+        return settings | {"reuse": AUTO if self.computer.chosen else 1}
+
     def compiled(self, settings: dict[str, Any], *, image: bool) -> Compiled:
         """The run of these settings. image: whether it starts from one."""
-        from ..pipelines.recorded import plan_settings, record_defaults
+        from ..pipelines.recorded import plan_settings, record_defaults, reuse_in_full
 
         if self.loras:
             settings = settings | {"loras": [[each.expert, each.path, each.scale] for each in self.loras]}
@@ -118,8 +126,11 @@ class Asked:
             given_plan(self.plan, planned_experts(self.configs, self.defaults, {}), image=image)
             call = call_of(settings, self.names) | {"plan": self.plan}
             return Compiled(self.plan, call, settings | plan_settings(self.plan))
+        plan = compile_plan(
+            self.configs, self.defaults, call_of(settings, self.names), self.model.reuse_shares
+        )
+        settings = reuse_in_full(settings, plan, self.names)
         call = call_of(settings, self.names)
-        plan = compile_plan(self.configs, self.defaults, call, self.model.reuse_shares)
         return Compiled(plan, call, record_defaults(settings, self.defaults, self.names))
 
     def import_for_plan(self, settings: Mapping[str, Any]) -> None:

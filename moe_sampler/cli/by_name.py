@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..sampling.reuse import AUTO
+
 __all__ = [
     "ByExpert",
     "full_calls",
@@ -113,8 +115,10 @@ def window(text: str) -> list[float]:
     return [number(level) for level in levels]
 
 
-def full_calls(text: str) -> int | list[int] | list[list[float]]:
-    """K; N,N,...; or LEVEL:K,LEVEL:K,..."""
+def full_calls(text: str) -> int | str | list[int] | list[list[float]]:
+    """K; auto; N,N,...; or LEVEL:K,LEVEL:K,..."""
+    if text == AUTO:
+        return AUTO
     parts = text.split(",")
     if ":" in text:
         pairs = [part.split(":") for part in parts]

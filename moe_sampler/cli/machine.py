@@ -47,12 +47,14 @@ class Machine:
         device: as torch calls it.
         dtype: of the models, as torch calls it.
         offload, speed: as the pipeline takes them.
+        chosen: whether the speed was asked for now, and not by an image that is made again.
     """
 
     device: str
     dtype: str
     offload: Offload
     speed: Speed = "none"
+    chosen: bool = False
 
     @classmethod
     def read(cls, options: MachineOptions, previous: Mapping[str, Any]) -> Machine:
@@ -79,7 +81,7 @@ class Machine:
 
             given = str(fast_dtype(wanted)).removeprefix("torch.")
         dtype = check_choice("dtype", _SHORT.get(given, given), DTYPES)
-        return cls(device, dtype, offload, speed)
+        return cls(device, dtype, offload, speed, chosen=asked is not None)
 
     @property
     def settings(self) -> dict[str, str]:

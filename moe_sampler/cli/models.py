@@ -187,8 +187,10 @@ class Model:
         configs = {name: find_training(name, sources.get(name, own), self._hub()) for name in names}
         return configs, default_settings(list(names), index)
 
-    def reuse_shares(self, names: Sequence[str]) -> dict[str, float]:
+    def reuse_shares(self, names: Sequence[str], *, optional: bool = False) -> dict[str, float]:
         """What calls of these experts that reuse features cost of a full one, from their models' configs.
+
+        optional: leave out those whose features can't be reused.
 
         Raises:
             CheckpointError: one whose features can't be reused.
@@ -208,7 +210,8 @@ class Model:
             try:
                 shares[name] = reuse_share(config)
             except ValueError as error:
-                raise CheckpointError(f"{name}: {error}") from error
+                if not optional or isinstance(error, CheckpointError):
+                    raise CheckpointError(f"{name}: {error}") from error
         return shares
 
     def sizes(self) -> tuple[int, int]:

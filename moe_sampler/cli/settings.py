@@ -6,18 +6,33 @@ all experts it is that value or a mapping by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
+from ..sampling.reuse import AUTO
 from ..sampling.scheduler_names import is_borrowed
 from .by_name import ByExpert, full_calls, levels, number, over_previous, steps_over, whole, window
 from .options import RunOptions
 from .routers import parse_router
 
-__all__ = ["borrowing", "call_of", "compile_plan", "merge_runs", "merged", "planned_experts", "reusing"]
+__all__ = [
+    "Shares",
+    "borrowing",
+    "call_of",
+    "compile_plan",
+    "merge_runs",
+    "merged",
+    "planned_experts",
+    "reusing",
+]
 
-Shares = Callable[[Sequence[str]], Mapping[str, float]]
+
+class Shares(Protocol):
+    """What calls of these experts that reuse features cost of a full one. optional: not of those that can't,
+    which are an error otherwise."""
+
+    def __call__(self, names: Sequence[str], *, optional: bool = False) -> Mapping[str, float]: ...
 
 
 def merged(previous: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,8 +131,11 @@ def planned_experts(
     asked = reusing(experts, call)
     if not asked or reuse_shares is None:
         return experts
-    shares = reuse_shares(asked)
-    return tuple(replace(e, reuse_share=shares.get(e.name, e.reuse_share)) for e in experts)
+    may = {e.name for e in experts if e.reuse == AUTO and call.get("budget") is None}
+    shares = reuse_shares([name for name in asked if name not in may])
+    shares = {**shares, **reuse_shares([name for name in asked if name in may], optional=True)}
+    able = (replace(e, reuse=None) if e.name in may - shares.keys() else e for e in experts)
+    return tuple(replace(e, reuse_share=shares.get(e.name, e.reuse_share)) for e in able)
 
 
 def reusing(experts: Sequence[Any], call: Mapping[str, Any]) -> list[str]:

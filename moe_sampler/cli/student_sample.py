@@ -30,7 +30,7 @@ from .options import (
 )
 from .outputs import Pictures
 from .plans import find_plan
-from .settings import merged, planned_experts
+from .settings import Shares, merged, planned_experts
 
 if TYPE_CHECKING:
     from moe_sampler.tinyflux.model.config import TinyFluxConfig
@@ -255,7 +255,7 @@ class Prices:
     """
 
     student: Callable[[], TinyFluxConfig]
-    guides: Callable[[Sequence[str]], Mapping[str, float]]
+    guides: Shares
 
 
 def checked_plan(

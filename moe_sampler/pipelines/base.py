@@ -273,10 +273,11 @@ class ExpertPipeline(DiffusionPipeline):
 
         Args:
             speed: "none": as they are. "fast": the weights of convolutions lie as they are read (channels
-                last), and an attention's projections of one input are one product; images differ from those
-                of "none" by rounding. "max": the experts and the VAE's decoder are also compiled, block by
-                block, and with `enable_cuda_graphs`; the first image of each size takes longer, and torch
-                keeps what it compiled for other processes.
+                last), and an attention's projections of one input are one product, by which images differ
+                from those of "none" by rounding; and calls have `reuse="auto"` where they say nothing else,
+                by which images differ to be seen. "max": the experts and the VAE's decoder are also
+                compiled, block by block, and with `enable_cuda_graphs`; the first image of each size takes
+                longer, and torch keeps what it compiled for other processes.
 
         Whatever was on before, the images are those of the level that is on.
 

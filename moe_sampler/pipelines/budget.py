@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from .._numbers import number
 from ..sampling.experts import Expert
 from ..sampling.plan import SamplingPlan
-from ..sampling.reuse import Reuse
+from ..sampling.reuse import AUTO, Reuse
 
 __all__ = ["Budgeted", "within_budget"]
 
 EVERY = (1, 2, 3)
 """How sparse full calls may become before steps become fewer."""
+_OPEN = (None, AUTO)
+"""What a budget decides in place of."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ def within_budget(
     compiled: Callable[[Sequence[Expert], int | None], SamplingPlan],
 ) -> Budgeted:
     """The plan with the most steps that costs no more; of those with as many, the one with the most full
-    calls. Experts whose reuse was given keep it.
+    calls. Experts whose reuse was given keep it, unless it is AUTO.
 
     Args:
         budget: of `SamplingPlan.cost`, full passes a sample.
@@ -53,7 +55,7 @@ def within_budget(
     budget = number("the budget", budget)
     if isinstance(steps, Mapping):
         raise ValueError("a budget chooses the number of steps: give at most how many in all, not by expert")
-    settled = all(expert.reuse is not None for expert in experts)
+    settled = not any(expert.reuse in _OPEN for expert in experts)
     least = compiled(_reusing(experts, EVERY[-1]), steps).cost
     found: Budgeted | None = None
     for every in EVERY[:1] if settled else EVERY:
@@ -85,7 +87,7 @@ def within_budget(
 
 
 def _reusing(experts: Sequence[Expert], every: int) -> list[Expert]:
-    return [e if e.reuse is not None else dataclasses.replace(e, reuse=every) for e in experts]
+    return [dataclasses.replace(e, reuse=every) if e.reuse in _OPEN else e for e in experts]
 
 
 def _most(

@@ -121,6 +121,7 @@ def compare(
     seeds = list(seed) if isinstance(seed, Iterable) else [seed]
     if not prompts or not seeds:
         raise ValueError("give at least one prompt and one seed")
+    settings["reuse"] = 1  # whatever the pipeline's speed: what is compared is something else
     if solvers:
         titles, notes, plans = _by_solver(pipe, solvers, num_inference_steps, handoff, settings)
     else:

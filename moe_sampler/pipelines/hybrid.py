@@ -15,13 +15,13 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from ..architectures import reuse_share, shape_of
+from ..architectures import reusable, reuse_share, shape_of
 from ..data.arrays import Picture
 from ..loading.parts import check_experts_fit, check_names
 from ..sampling.experts import Expert
 from ..sampling.guiders import Guider
 from ..sampling.plan import SamplingPlan
-from ..sampling.reuse import Reuse
+from ..sampling.reuse import AUTO, Reuse
 from ..sampling.routers import PerStep, Router
 from .adapters import AdapterMixin
 from .base import config_of
@@ -163,10 +163,11 @@ class HybridPipeline(PretrainedMixin, EncodingMixin, AdapterMixin, GuidanceMixin
         reuse: Reuse | Mapping[str, Reuse] | None = None,
     ) -> tuple[Expert, ...]:
         """The experts as the planner sees them, from noise to data; None leaves a setting at this model's
-        default, a mapping sets it by expert."""
+        default, a mapping sets it by expert. The default of `reuse` is that of `speed`."""
         configs = {name: config_of(getattr(self, f"scheduler_{name}")) for name in self.expert_names}
         names = self.expert_names
         guidance = with_own("guidance_scale", guidance_scale, names, sol=sol_guidance, lune=lune_guidance)
+        reused = self._reuse(AUTO if reuse is None and self.speed != "none" else reuse)
         experts = hybrid_experts(
             configs,
             guidance_scales(guidance, self.config, names),
@@ -176,10 +177,23 @@ class HybridPipeline(PretrainedMixin, EncodingMixin, AdapterMixin, GuidanceMixin
             guidance_rescale=guidance_rescale,
             guidance_window=guidance_window,
             guider=guider,
-            reuse=reuse,
-            reuse_share=self._reuse_shares(by_expert("reuse", reuse, names)),
+            reuse=reused,
+            reuse_share=self._reuse_shares(reused),
         )
         return tuple(self._with_model(expert) for expert in experts)
+
+    def _reuse(self, reuse: Any) -> dict[str, Reuse | None]:
+        """By expert. With AUTO every call is full of a model whose features can't be reused."""
+        named = by_expert("reuse", reuse, self.expert_names)
+        full = {name for name, own in named.items() if own == AUTO and not self._is_reusable(name)}
+        return named | dict.fromkeys(full)
+
+    def _is_reusable(self, name: str) -> bool:
+        try:
+            reusable(self.expert_unet(name))
+        except ValueError:
+            return False
+        return True
 
     def _reuse_shares(self, reuse: Mapping[str, Reuse | None]) -> dict[str, float]:
         """What calls that reuse features cost, of the experts that have any."""
@@ -363,7 +377,8 @@ class HybridPipeline(PretrainedMixin, EncodingMixin, AdapterMixin, GuidanceMixin
             solver, levels: as `Expert` takes them: `levels="karras"`, or `{"lune": [0.7, 0.4, 0.2]}`.
             guidance_rescale, guidance_window, guider: as `Expert` takes them: `guider="apg momentum -0.5"`.
             reuse: which calls of a model are full, as `Expert` takes it: `reuse=3`, every third; the others
-                reuse its deep features and cost a tenth or less.
+                reuse its deep features and cost a tenth or less. Without `speed` all are by default, with it
+                "auto": every third from ten steps on, of models that can; `reuse=1` is all.
             budget: what an image may cost, in full passes through a model (guidance takes two a step): the
                 plan has as many of the steps as that pays for, with calls that reuse features where
                 full ones would be too many. Where `reuse` is given it stays.

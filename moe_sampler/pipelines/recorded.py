@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..sampling.reuse import AUTO, AUTO_EVERY
 from .settings import by_expert, default_solvers, own_steps, with_own
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ __all__ = [
     "plan_settings",
     "record_defaults",
     "recorded_call",
+    "reuse_in_full",
     "scales_in_full",
     "stepping_in_full",
     "without_plan",
@@ -80,7 +82,20 @@ def recorded_call(
         plain = None
     if plain is None or call.keys() - {*kept, *_OTHERWISE_SAID}:
         return without_plan(settings) | plan_settings(plan)
-    return record_defaults(plain, defaults, names)
+    return record_defaults(reuse_in_full(plain, plan, names), defaults, names)
+
+
+def reuse_in_full(settings: Mapping[str, Any], plan: SamplingPlan, names: Sequence[str]) -> dict[str, Any]:
+    """The settings with what AUTO, or a speed's default, came to in the plan."""
+    given = by_expert("reuse", settings.get("reuse", AUTO), names)
+    if AUTO not in given.values() or (settings.get("budget") is not None and "reuse" not in settings):
+        return dict(settings)
+    reused = {call.name for step in plan.steps for call in step.calls if call.reuses}
+    meant = {name: AUTO_EVERY if own == AUTO and name in reused else own for name, own in given.items()}
+    kept = {name: own for name, own in meant.items() if own not in (None, AUTO)}
+    if kept or "reuse" in settings:
+        return {**settings, "reuse": kept or 1}
+    return dict(settings)
 
 
 def scales_in_full(given: Any, defaults: Mapping[str, float]) -> dict[str, float]:

@@ -66,9 +66,9 @@ class Expert:
         reuse: which calls of the model are full; the others compute its outermost layers alone and reuse the
             deep features of the last full one (arXiv:2312.00858). A number k: every k-th. A list of numbers
             from 0: those of the expert's calls. Pairs ((noise, k), ...): every k-th down to that noise level,
-            the last one 0. None: all. The first call of a stretch is always full, and so is a guided one
-            after unguided ones. The model must be a `reuse.ReusableModel`, as
-            `architectures.expert_model.ExpertModel` makes one of a UNet.
+            the last one 0. "auto": every third in plans of ten steps or more. None: all. The first call of a
+            stretch is always full, and so is a guided one after unguided ones. The model must be a
+            `reuse.ReusableModel`, as `architectures.expert_model.ExpertModel` makes one of a UNet.
         reuse_share: what a call that reuses costs of a full one, for `SamplingPlan.cost`.
         levels: where the steps lie of a built-in solver, or on flows of any name: the name of a spacing,
             "timestep", "uniform", "karras", "exponential", "beta", "cosine" or "align_your_steps" (see

@@ -17,7 +17,7 @@ from .experts import Expert
 from .paths import Level
 from .plan import ExpertCall, PlanStep, SamplingPlan
 from .recipe import Recipe
-from .reuse import marked
+from .reuse import marked, settled
 from .routers import PerStep, Router, Spans, active_experts, lead_expert, lead_spans
 from .scheduler_names import is_borrowed, is_known_name, solver_label
 from .solvers import HEUN_CORRECTOR, MOST_PAST, SOLVERS, SolverRow, heun_corrector_row, solver_row
@@ -323,7 +323,8 @@ def plan_trail(expert: Expert, trail: Trail) -> SamplingPlan:
         _Evaluation(node, each.landing, trail.name + ("_corrector" if each.corrects else ""), each.update)
         for node, each in zip(nodes, trail.evaluations, strict=True)
     ]
-    return SamplingPlan(marked(_compile(known, evaluations), known), trail.initial_scale)
+    compiled = _compile(known, evaluations)
+    return SamplingPlan(marked(compiled, settled(known, len(compiled))), trail.initial_scale)
 
 
 def _check_noise_levels(noise_levels: Sequence[float], end: float) -> list[float]:
@@ -416,6 +417,7 @@ def plan(
     from_image = asked and nodes[0].noise < _node(known, nodes[0].weights, 1.0).noise
     if initial_scale is None:
         initial_scale = nodes[0].lead.path.initial_scale(nodes[0].level)
+    known = settled(known, len(evaluations))
     work = [(node.noise, node.weights) for node in nodes]
     recipe = Recipe.of(known.values(), router, steps, (start, end), given, work)
     compiled = marked(_compile(known, evaluations), known)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from .._numbers import number, whole
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from .plan import ExpertCall, PlanStep
 
 __all__ = [
+    "AUTO",
+    "AUTO_EVERY",
     "MOST_CALLS",
     "FullCalls",
     "ReusableModel",
@@ -25,14 +27,22 @@ __all__ = [
     "marked",
     "read_reuse",
     "repaired",
+    "settled",
 ]
 
 MOST_CALLS = 1000
 """Between two full calls: beyond it there is one full call in a run."""
 
-Reuse: TypeAlias = int | tuple[int, ...] | tuple[tuple[float, int], ...]
+AUTO: Literal["auto"] = "auto"
+"""Every AUTO_EVERY-th call is full in plans of AUTO_FROM steps or more, and every call in shorter ones."""
+AUTO_EVERY = 3
+AUTO_FROM = 10
+"""By docs/PERFORMANCE.md's table of the demo experts: ten steps of which every third is full are better than
+full runs of their cost. Models that are made for a few steps have none to spare."""
+
+Reuse: TypeAlias = int | tuple[int, ...] | tuple[tuple[float, int], ...] | Literal["auto"]
 """Which of an expert's calls are full: every k-th; those of these numbers, counted from 0 over its calls in
-the run; or every k-th down to a noise level, `((0.5, 2), (0.0, 4))`."""
+the run; every k-th down to a noise level, `((0.5, 2), (0.0, 4))`; or AUTO."""
 
 
 class ReusableModel(Protocol):
@@ -64,6 +74,8 @@ def read_reuse(what: str, value: Any) -> Reuse | None:
     Raises:
         ValueError: none.
     """
+    if value == AUTO:
+        return AUTO
     if value is None or isinstance(value, str) or not isinstance(value, Iterable):
         return None if value is None else _every(what, value)
     given = list(value)
@@ -103,6 +115,7 @@ def _is_full(reuse: Reuse | None, number_in_run: int, since_full: int, noise: fl
         return True
     if isinstance(reuse, int):
         return since_full >= reuse
+    assert reuse != AUTO  # settled by now
     if all(isinstance(one, int) for one in reuse):
         return number_in_run in reuse
     every = next(k for level, k in reuse if noise >= level)  # pyright: ignore[reportGeneralTypeIssues]
@@ -128,6 +141,15 @@ class FullCalls:
             made = full(call, serves)
             kept[call.name] = call.guided if made else self._have[call.name]
         self._have = kept
+
+
+def settled(experts: Mapping[str, Expert], steps: int) -> dict[str, Expert]:
+    """The experts with what AUTO means in a plan of so many steps."""
+    meant = AUTO_EVERY if steps >= AUTO_FROM else None
+    return {
+        name: dataclasses.replace(expert, reuse=meant) if expert.reuse == AUTO else expert
+        for name, expert in experts.items()
+    }
 
 
 def marked(steps: Sequence[PlanStep], experts: Mapping[str, Expert]) -> tuple[PlanStep, ...]:

@@ -159,7 +159,7 @@ class Form:
         for side in ("height", "width"):
             if values[side] != "":
                 found[side] = _whole(side, values[side], MAX_SIDE)
-        if "reuse" in shown and values["reuse"] != 1:
+        if "reuse" in shown and (values["reuse"] != 1 or values["speed"] != "none"):  # a speed has its own
             found["reuse"] = _whole("reuse", values["reuse"], 1000)
         if "speed" in shown and values["speed"] != "none":
             found["speed"] = values["speed"]
@@ -196,7 +196,8 @@ class Form:
         texts["negative"] = negative if isinstance(negative, str) else None
         seeds = settings.get("seeds") or [settings.get("seed")]
         typed = {key: str(settings.get(key, "")) for key in ("height", "width")}
-        plain = {key: settings.get(key) for key in ("reuse", "speed", "image", "strength")}
+        plain = {key: settings.get(key) for key in ("speed", "image", "strength")}
+        plain["reuse"] = _one_number(settings.get("reuse"))
         found |= {
             key: value
             for key, value in (texts | typed | plain | {"seed": seeds[0]}).items()
@@ -234,6 +235,12 @@ class Form:
         """One value for all experts, or a mapping by their names, as fields."""
         own = given if isinstance(given, Mapping) else dict.fromkeys(self.experts, given)
         return {f"{what}_{n}": v for n, v in own.items() if n in self.experts and v is not None}
+
+
+def _one_number(reuse: Any) -> int | None:
+    """A reuse that is one number, for all or for each."""
+    own = set(map(str, reuse.values())) if isinstance(reuse, Mapping) else {str(reuse)}
+    return int(next(iter(own))) if len(own) == 1 and next(iter(own)).isdigit() else None
 
 
 def _text(field: str, value: Any) -> str:

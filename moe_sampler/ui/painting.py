@@ -127,12 +127,10 @@ class Painter:
         Raises:
             Wrong: before any work.
         """
-        for field, what in (
-            ("image", "starts from noise: take the picture away"),
-            ("reuse", "takes full passes: give 1"),
-        ):
-            if field in settings:
-                raise Wrong(field, f"a comparison {what}")
+        if "image" in settings:
+            raise Wrong("image", "a comparison starts from noise: take the picture away")
+        if settings.get("reuse", 1) != 1:
+            raise Wrong("reuse", "a comparison takes full passes: give 1")
         for name, levels in settings.get("levels", {}).items():
             if isinstance(levels, list):
                 raise Wrong(
@@ -140,7 +138,8 @@ class Painter:
                 )
         steps = settings["num_inference_steps"]
         total = sum(steps.values()) if isinstance(steps, Mapping) else steps
-        own = {key: value for key, value in settings.items() if key not in ("prompt", "seed", "speed")}
+        left = ("prompt", "seed", "speed", "reuse")
+        own = {key: value for key, value in settings.items() if key not in left}
         own |= {"num_inference_steps": total}
         self._sizes(own, None)
         machine = self.machine(settings)

@@ -7,16 +7,19 @@ from functools import partialmethod
 
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
+import moe_sampler.architectures.unet_reuse
 from moe_sampler import HybridPipeline
 from moe_sampler.architectures.captured_model import CapturedModel
 from moe_sampler.architectures.expert_model import ExpertModel
 from moe_sampler.cli import app
 from moe_sampler.demo import experts_path
 from moe_sampler.pipelines import speed as speeds
+from moe_sampler.pipelines.compare import compare
 from moe_sampler.pipelines.speed import fast_dtype
-from moe_sampler.viewing.images import read_settings
+from moe_sampler.viewing.images import encoded_image, read_settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -81,6 +84,27 @@ def test_fast_is_the_same_image_but_for_rounding(monkeypatch):
     assert load(speed="fast", dtype="float16").unet_sol.dtype == torch.float16
     with pytest.raises(ValueError, match='unknown speed "faster": use none, fast or max'):
         load(speed="faster")
+
+
+def test_fast_reuses_features_unless_a_call_says_otherwise(monkeypatch):
+    fast, plain = load(speed="fast", dtype="float32"), load()
+    given = QUICK | {"num_inference_steps": 10}
+    made = fast("a castle", **given)
+    assert made.plan == fast.plan(num_inference_steps=10) == plain("a castle", **given, reuse=3).plan
+    assert torch.equal(made.images, fast("a castle", **given, reuse=3).images)
+    assert not fast("a castle", **given, reuse=1).plan.reuses
+    assert not fast("a castle", **given | {"num_inference_steps": 9}).plan.reuses
+    assert not fast("a castle", **given, reuse={"sol": 1}).plan.reuses
+    all_full = plain.plan(num_inference_steps=10, budget=20)
+    assert fast.plan(num_inference_steps=10, budget=20) == all_full and not all_full.reuses
+    sheet = compare(fast, "a castle", 3, num_inference_steps=10)
+    assert not any(each.reuses for each in sheet.plans)
+
+    def refuse(model):
+        raise ValueError("can't be reused")
+
+    monkeypatch.setattr(moe_sampler.architectures.unet_reuse, "check_reusable", refuse)
+    assert fast.plan(num_inference_steps=10) == plain.plan(num_inference_steps=10)
 
 
 def test_the_layout_stays_when_experts_come_and_go():
@@ -205,6 +229,34 @@ def test_a_model_that_waits_says_that_it_cannot_be_recorded():
     assert torch.isfinite(pipe("a castle", expert="lune", **QUICK).images).all()  # recorded after all
     pipe.disable_cuda_graphs()
     assert torch.isfinite(pipe("a castle", expert="sol", **QUICK).images).all()
+
+
+def test_the_command_remembers_what_a_speed_let_reuse(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def made(name, *options):
+        result = CliRunner().invoke(app, ["generate", *options, "-q", "-o", name])
+        assert result.exit_code == 0, result.output
+        return read_settings(name)
+
+    def pixels(name):
+        with Image.open(name) as image:
+            return image.tobytes()
+
+    fast = ("--speed", "fast", "--dtype", "float32")
+    settings = made("a.png", "a castle", "--steps", "10", *fast)
+    assert settings["reuse"] == {"lune": 3, "sol": 3}
+    assert made("b.png", "--like", "a.png") == settings
+    assert pixels("a.png") == pixels("b.png")
+    full = made("c.png", "a castle", "--steps", "10", *fast, "--reuse", "1")
+    assert full["reuse"] == 1 and made("d.png", "--like", "c.png") == full
+
+    before = {key: value for key, value in full.items() if key != "reuse"}  # when no speed reused any
+    with Image.open("c.png") as image:
+        (tmp_path / "e.png").write_bytes(encoded_image(image, "e.png", before))
+    assert made("f.png", "--like", "e.png")["reuse"] == 1
+    assert pixels("f.png") == pixels("c.png") != pixels("a.png")
+    assert made("g.png", "--like", "e.png", *fast)["reuse"] == {"lune": 3, "sol": 3}
 
 
 def test_the_command_remembers_what_it_was_made_with(tmp_path, monkeypatch):

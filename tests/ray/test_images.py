@@ -86,6 +86,17 @@ def test_a_plan_that_settings_cannot_say_is_remembered_itself(tmp_path):
     assert "Clip skip: 2" in Image.open(tmp_path / "made.png").info["parameters"]
 
 
+def test_what_a_speed_lets_reuse_is_remembered(tmp_path):
+    generate = GenerateImages(settings={"num_inference_steps": 10}, speed="fast", dtype="float32")
+    (tmp_path / "made.png").write_bytes(generate(batch(prompt=["a castle"], seed=[7]))["image"][0])
+    settings = read_settings(tmp_path / "made.png")
+    assert settings["speed"] == "fast" and settings["reuse"] == {"sol": 3, "lune": 3}
+    like = ["generate", "--like", str(tmp_path / "made.png"), "-o", str(tmp_path / "b.png"), "--device=cpu"]
+    assert CliRunner().invoke(app, like).exit_code == 0
+    with Image.open(tmp_path / "made.png") as made, Image.open(tmp_path / "b.png") as again:
+        assert made.tobytes() == again.tobytes()
+
+
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "somewhere"])
 def test_a_cluster_that_is_not_there_is_said_at_once(address):
     pytest.importorskip("ray.data", reason="the extra ray isn't installed")

@@ -300,3 +300,15 @@ def test_settings_that_are_none(value, message):
         Expert.lune(reuse=value)
     with pytest.raises(ValueError, match="reuse_share must lie between 0 and 1"):
         Expert.lune(reuse_share=1.5)
+
+
+def test_auto_is_every_third_call_of_plans_that_have_calls_to_spare():
+    def made(reuse, steps):
+        experts = [dataclasses.replace(expert, reuse=reuse) for expert in (SOL, LUNE)]
+        return plan(experts, BOTH, steps=steps)
+
+    assert made("auto", 10) == made(3, 10)  # also in what it was compiled from
+    assert made("auto", 9) == made(None, 9) and not made("auto", 9).reuses
+    assert SamplingPlan.from_json(made("auto", 12).to_json()) == made(3, 12)
+    with pytest.raises(ValueError, match="sol: reuse"):
+        dataclasses.replace(SOL, reuse="often")

@@ -26,6 +26,7 @@ def filled(form: Form, **values):
         {"steps": 7, "handoff_1": 0.42, "seed": LARGEST_SEED, "negative": "night, rain"},
         {"steps_sol": "3", "steps_lune": "5", "solver_sol": "ddim", "guidance_lune": 4.5},
         {"maker": "lune", "solver_lune": "heun", "reuse": 3, "speed": "fast", "height": "80", "width": "48"},
+        {"steps": 12, "speed": "fast"},
         {"levels_sol": "karras", "solver_lune": "unipc", "levels_lune": "cosine"},
         {"levels_lune": "karras"},
         {"solver_lune": "dpmpp_2m"},
@@ -34,8 +35,8 @@ def filled(form: Form, **values):
         {"maker": "sol", "steps_sol": "4", "image": "start.png", "strength": 0.35},
     ],
     ids=[
-        *("as at first", "plain", "by expert", "one alone", "spacings", "a spacing", "the solver alone"),
-        *("some levels", "all levels", "from a picture"),
+        *("as at first", "plain", "by expert", "one alone", "fast", "spacings", "a spacing"),
+        *("the solver alone", "some levels", "all levels", "from a picture"),
     ],
 )
 def test_settings_bring_back_what_the_fields_held(cast, changed):
@@ -46,6 +47,13 @@ def test_settings_bring_back_what_the_fields_held(cast, changed):
     counted = cast.form.shown(values["maker"])
     assert {name: restored[name] for name in counted} == {name: values[name] for name in counted}
     assert cast.plan(settings).to_json() == plan.to_json()
+
+
+def test_a_picture_whose_experts_reuse_alike_or_not(cast):
+    settings, _ = cast.settings(filled(cast.form, steps=12))
+    assert cast.form.values(settings | {"reuse": {"sol": 3, "lune": 3}})["reuse"] == 3
+    assert cast.form.values(settings | {"reuse": {"sol": 3, "lune": 2}})["reuse"] == 1
+    assert cast.form.values(settings | {"reuse": [0, 3]})["reuse"] == 1
 
 
 def test_settings_have_the_pipelines_names_and_leave_out_what_does_not_count(cast):

@@ -115,6 +115,7 @@ def test_a_comparison(painter, tmp_path, monkeypatch):
     assert last.settings["num_inference_steps"] == 2
     assert_made_again(painter, last, "compare.png")
     assert painter.cast.form.values(last.settings)["prompt"] == settings["prompt"]
+    painter.comparison(settings | {"reuse": 1}, Stop()).close()
     with pytest.raises(Wrong, match="full passes") as caught:
         painter.comparison(settings | {"reuse": 2}, Stop())
     assert caught.value.field == "reuse"
