@@ -12,7 +12,8 @@ them through the shipped VAE and text encoder, and trains for every seed
 all from random weights, at a constant learning rate with averaged weights, and measures them several times on
 the way: held-out x0 errors over the noise levels, and at the end pictures, at equal model calls, by the judge
 of `bench.demo.evaluate`. The hybrid hands over where its two errors cross. It writes
-bench/results/controls.json and .png and renews the tables of docs/DEMO.md. It can be stopped and run again.
+bench/results/<name>.json and .png and renews the tables of docs/DEMO.md by that name. It can be stopped and
+run again.
 """
 
 from __future__ import annotations
@@ -285,15 +286,6 @@ def _spread(values: np.ndarray) -> str:
     return f"{values.mean():.3f}" + (f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else "")
 
 
-def errors_by_level(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: at the end, means over the seeds, by noise level from the highest."""
-    last = max(row["part"] for row in rows)
-    means = {own.title: _errors(rows, name, last).mean(0) for name, own in CONTENDERS.items()}
-    order = np.argsort(LEVELS)[::-1]
-    lines = [[f"s = {LEVELS[i]}", *(f"{values[i]:.4f}" for values in means.values())] for i in order]
-    return markdown_table(tuple(means), lines)
-
-
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """The ratios over the steps, at noisy levels and at others, and by level at the end; PNG."""
     from matplotlib.figure import Figure
@@ -347,21 +339,20 @@ def block(
             "Held-out x0 errors over those of one model, geometric means over noise levels, by the steps of "
             "all of a contender's models together:",
             errors_over_time(rows),
-            f"At the end, by noise level{at and f', with handoffs at {at}'}:",
-            errors_by_level(rows),
             f"Pictures of {settings['count']} held-out prompts at the end, {settings['sampling_steps']} "
-            "steps, measured as above but by a judge of their own:",
+            f"steps{at and f', with handoffs at {at}'}, measured as above but by a judge of their own:",
             markdown_table(MEASURES, ([title, *measured(runs)] for title, runs in pictures.items())),
         ]
     )
 
 
 def report(study: Study, content: Mapping[str, Any]) -> None:
-    """bench/results/controls.json and .png, and the part of docs/DEMO.md."""
-    (RESULTS / "controls.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    draw(content["errors"], RESULTS / "controls.png")
+    """bench/results/<name>.json and .png, and the part of docs/DEMO.md by this name."""
+    name = content["settings"]["name"]
+    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    draw(content["errors"], RESULTS / f"{name}.png")
     made = block(study, content["settings"], content["errors"], content["pictures"])
-    renew_page(DOCS / "DEMO.md", "controls", made)
+    renew_page(DOCS / "DEMO.md", name.replace("_", " "), made)
     print(made)
 
 
@@ -383,6 +374,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("work_dir", type=Path)
+    parser.add_argument("--name", default="controls", help="of the results; controls_... for another study")
     parser.add_argument("--steps", type=int, default=1000, help="of a specialist")
     parser.add_argument("--parts", type=int, default=4, help="measurements on the way")
     parser.add_argument("--seeds", type=int, default=3)

@@ -235,9 +235,9 @@ class ReuseOptions:
         option(
             "Full passes through a model: every K-th, the others reuse its deep features at a tenth of the "
             "cost; or each one's number from 0, as in 0,3,5; or every K-th down to a noise level, as in "
-            "0.5:2,0:4. Default: all.",
+            "0.5:2,0:4; or auto, every third of ten steps or more. Default: all; with --speed, auto.",
             STEPS,
-            metavar="K|N,N...|LEVEL:K,...|NAME=...",
+            metavar="K|N,N...|LEVEL:K,...|auto|NAME=...",
         ),
     ] = None
     budget: Annotated[
@@ -380,9 +380,9 @@ class SpeedOptions:
     speed: Annotated[
         str | None,
         option(
-            "fast: --dtype auto, weights laid out as they are read, an attention's projections in one. max: "
-            "UNets and the VAE's decoder also compiled, which takes minutes before the first image of a "
-            "size. Default: none.",
+            "fast: --dtype auto, weights laid out as they are read, an attention's projections in one, and "
+            "--reuse auto. max: UNets and the VAE's decoder also compiled, which takes minutes before the "
+            "first image of a size. Default: none.",
             MACHINE,
             metavar="|".join(SPEEDS),
         ),

@@ -71,7 +71,8 @@ class PretrainedMixin(SavingMixin):
             revision: of the base on the hub.
             subfolder: of the base's folder or hub repository.
             offload, device: see `set_offload`.
-            speed: see `set_speed`; beside "none", `dtype` is "auto" unless it is given.
+            speed: see `set_speed`; beside "none", `dtype` is "auto" unless it is given, and so is a call's
+                `reuse`.
             cache_dir, local_files_only, token, force_download: for the hub.
             parts: components to use instead of loading them, default settings (`handoff`,
                 `num_inference_steps`, `<name>_guidance`, `<name>_solver`, `<name>_levels`), and keywords of
