@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ..sampling.reuse import AUTO
 from .asked import Asked, read_previous, start_image
 from .commands import takes
 from .demo_words import warn_of_strange_words
@@ -86,6 +87,9 @@ def generate(
     sizes = asked.model.size(settings, start)
     if not out.quiet:
         warn_of_strange_words(asked.model, pictures.prompts, settings.get("negative_prompt"))
+        if settings.get("reuse") == AUTO and compiled.plan.reuses:
+            told = compiled.plan.steps_and_cost()
+            typer.echo(f"{told}: two of three reuse features; --reuse 1 lets none", err=True)
 
     asked.import_pipelines()
     pipe = asked.load()

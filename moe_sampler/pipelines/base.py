@@ -21,7 +21,14 @@ from ..loading.presets import training_config
 from ..loading.weights import ExpertWeights
 from .offload import ExpertOffload, Offload, check_offload
 from .projections import join_projections
-from .speed import Speed, check_speed, compile_blocks, lay_out, run_uncompiled
+from .speed import (
+    Speed,
+    check_speed,
+    compile_blocks,
+    experts_read_channels_last,
+    lay_out,
+    run_uncompiled,
+)
 
 __all__ = ["ExpertPipeline", "config_of"]
 
@@ -273,11 +280,11 @@ class ExpertPipeline(DiffusionPipeline):
 
         Args:
             speed: "none": as they are. "fast": the weights of convolutions lie as they are read (channels
-                last), and an attention's projections of one input are one product, by which images differ
-                from those of "none" by rounding; and calls have `reuse="auto"` where they say nothing else,
-                by which images differ to be seen. "max": the experts and the VAE's decoder are also
-                compiled, block by block, and with `enable_cuda_graphs`; the first image of each size takes
-                longer, and torch keeps what it compiled for other processes.
+                last, where that is faster), and an attention's projections of one input are one product, by
+                which images differ from those of "none" by rounding; and calls have `reuse="auto"` where they
+                say nothing else, by which images differ to be seen. "max": the experts and the VAE's decoder
+                are also compiled, block by block, and with `enable_cuda_graphs`; the first image of each size
+                takes longer, and torch keeps what it compiled for other processes.
 
         Whatever was on before, the images are those of the level that is on.
 
@@ -293,8 +300,10 @@ class ExpertPipeline(DiffusionPipeline):
             run_uncompiled(self._compiled)
             self._compiled = []
             self.disable_cuda_graphs()
-        lay_out([*experts, self.vae], channels_last=speed != "none")
-        join_projections(experts, joined=speed != "none")
+        fast = speed != "none"
+        lay_out(experts, channels_last=fast and experts_read_channels_last(self._execution_device))
+        lay_out([self.vae], channels_last=fast)
+        join_projections(experts, joined=fast)
         self._speed = speed
 
     def enable_cuda_graphs(self) -> None:

@@ -10,7 +10,16 @@ import torch
 
 from .choices import SPEEDS, Speed, check_choice
 
-__all__ = ["SPEEDS", "Speed", "check_speed", "compile_blocks", "fast_dtype", "lay_out", "run_uncompiled"]
+__all__ = [
+    "SPEEDS",
+    "Speed",
+    "check_speed",
+    "compile_blocks",
+    "experts_read_channels_last",
+    "fast_dtype",
+    "lay_out",
+    "run_uncompiled",
+]
 
 _DECODERS_BLOCKS = ("ResnetBlock2D", "AutoencoderTinyBlock")
 """What decoders repeat: diffusers names no blocks of theirs."""
@@ -41,11 +50,19 @@ def fast_dtype(device: torch.device | str | None = None) -> torch.dtype:
     return torch.float32
 
 
+def experts_read_channels_last(device: torch.device) -> bool:
+    """Whether that layout makes a UNet faster. Matrix units read it; on a CPU without them, an AMD EPYC, a
+    pass of Stable Diffusion 1.5's in bfloat16 took 5 % longer with it, and the VAE's decoder 7 % less."""
+    return device.type != "cpu" or _cpu_has("amx_tile")
+
+
 def _cpu_has_bfloat16() -> bool:
+    return _cpu_has("avx512_bf16") or _cpu_has("amx_tile")
+
+
+def _cpu_has(what: str) -> bool:
     # torch has no public name for it.
-    return any(
-        getattr(torch.cpu, f"_is_{name}_supported", lambda: False)() for name in ("avx512_bf16", "amx_tile")
-    )
+    return getattr(torch.cpu, f"_is_{what}_supported", lambda: False)()
 
 
 def lay_out(models: Iterable[torch.nn.Module], channels_last: bool) -> None:

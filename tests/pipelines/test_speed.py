@@ -18,7 +18,7 @@ from moe_sampler.cli import app
 from moe_sampler.demo import experts_path
 from moe_sampler.pipelines import speed as speeds
 from moe_sampler.pipelines.compare import compare
-from moe_sampler.pipelines.speed import fast_dtype
+from moe_sampler.pipelines.speed import experts_read_channels_last, fast_dtype
 from moe_sampler.viewing.images import encoded_image, read_settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -68,6 +68,23 @@ def test_auto_is_for_loading(monkeypatch):
         HybridPipeline.from_pipe(pipe, dtype="auto")
 
 
+@pytest.mark.parametrize(
+    ("device", "amx", "expected"), [("cpu", True, True), ("cpu", False, False), ("cuda", False, True)]
+)
+def test_where_unets_are_faster_with_channels_last(monkeypatch, device, amx, expected):
+    monkeypatch.setattr(speeds, "_cpu_has", lambda what: what == "avx512_bf16" or amx)
+    assert experts_read_channels_last(torch.device(device)) == expected
+    if device == "cpu":
+        pipe = load(speed="fast", dtype="float32")
+        assert laid_out(pipe.unet_sol) == {expected} and laid_out(pipe.vae) == {True}
+
+
+@pytest.fixture
+def matrix_units(monkeypatch):
+    monkeypatch.setattr(speeds, "_cpu_has", lambda what: what == "amx_tile")
+
+
+@pytest.mark.usefixtures("matrix_units")
 def test_fast_is_the_same_image_but_for_rounding(monkeypatch):
     plain = load()
     expected = plain("a castle", **QUICK).images
@@ -107,6 +124,7 @@ def test_fast_reuses_features_unless_a_call_says_otherwise(monkeypatch):
     assert fast.plan(num_inference_steps=10) == plain.plan(num_inference_steps=10)
 
 
+@pytest.mark.usefixtures("matrix_units")
 def test_the_layout_stays_when_experts_come_and_go():
     kept = load(speed="fast", dtype="float32")
     expected = kept("a castle", **QUICK, reuse=2).images
@@ -148,6 +166,7 @@ def test_max_compiles_every_repeated_block_for_its_sizes(monkeypatch):
     assert torch.equal(pipe("a castle", **images, reuse=2).images, plain)
 
 
+@pytest.mark.usefixtures("matrix_units")
 @pytest.mark.parametrize("speed", ["fast", "max"])
 def test_a_pipeline_of_the_same_models_knows_how_fast_they_are(monkeypatch, speed):
     eager = partialmethod(torch.nn.Module.compile, backend="eager")
@@ -234,9 +253,10 @@ def test_a_model_that_waits_says_that_it_cannot_be_recorded():
 def test_the_command_remembers_what_a_speed_let_reuse(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
-    def made(name, *options):
-        result = CliRunner().invoke(app, ["generate", *options, "-q", "-o", name])
+    def made(name, *options, told=False):
+        result = CliRunner().invoke(app, ["generate", *options, "-o", name])
         assert result.exit_code == 0, result.output
+        assert ("20 model calls per sample at the cost of 9.2: two of three" in result.output) == told
         return read_settings(name)
 
     def pixels(name):
@@ -244,7 +264,7 @@ def test_the_command_remembers_what_a_speed_let_reuse(tmp_path, monkeypatch):
             return image.tobytes()
 
     fast = ("--speed", "fast", "--dtype", "float32")
-    settings = made("a.png", "a castle", "--steps", "10", *fast)
+    settings = made("a.png", "a castle", "--steps", "10", *fast, told=True)
     assert settings["reuse"] == {"lune": 3, "sol": 3}
     assert made("b.png", "--like", "a.png") == settings
     assert pixels("a.png") == pixels("b.png")
@@ -256,7 +276,7 @@ def test_the_command_remembers_what_a_speed_let_reuse(tmp_path, monkeypatch):
         (tmp_path / "e.png").write_bytes(encoded_image(image, "e.png", before))
     assert made("f.png", "--like", "e.png")["reuse"] == 1
     assert pixels("f.png") == pixels("c.png") != pixels("a.png")
-    assert made("g.png", "--like", "e.png", *fast)["reuse"] == {"lune": 3, "sol": 3}
+    assert made("g.png", "--like", "e.png", *fast, told=True)["reuse"] == {"lune": 3, "sol": 3}
 
 
 def test_the_command_remembers_what_it_was_made_with(tmp_path, monkeypatch):
