@@ -86,16 +86,20 @@ def recorded_call(
 
 
 def reuse_in_full(settings: Mapping[str, Any], plan: SamplingPlan, names: Sequence[str]) -> dict[str, Any]:
-    """The settings with what AUTO, or a speed's default, came to in the plan."""
+    """The settings with what AUTO, or a speed's default, came to in the plan; beside a budget, which decides
+    it, without AUTO."""
     given = by_expert("reuse", settings.get("reuse", AUTO), names)
-    if AUTO not in given.values() or (settings.get("budget") is not None and "reuse" not in settings):
+    if AUTO not in given.values():
         return dict(settings)
-    reused = {call.name for step in plan.steps for call in step.calls if call.reuses}
+    others = {key: value for key, value in settings.items() if key != "reuse"}
+    budgeted = settings.get("budget") is not None
+    calls = () if budgeted else (call for step in plan.steps for call in step.calls)
+    reused = {call.name for call in calls if call.reuses}
     meant = {name: AUTO_EVERY if own == AUTO and name in reused else own for name, own in given.items()}
     kept = {name: own for name, own in meant.items() if own not in (None, AUTO)}
-    if kept or "reuse" in settings:
-        return {**settings, "reuse": kept or 1}
-    return dict(settings)
+    if kept:
+        return others | {"reuse": kept}
+    return others if budgeted or "reuse" not in settings else others | {"reuse": 1}
 
 
 def scales_in_full(given: Any, defaults: Mapping[str, float]) -> dict[str, float]:

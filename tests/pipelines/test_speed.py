@@ -268,6 +268,9 @@ def test_the_command_remembers_what_a_speed_let_reuse(tmp_path, monkeypatch):
     assert settings["reuse"] == {"lune": 3, "sol": 3}
     assert made("b.png", "--like", "a.png") == settings
     assert pixels("a.png") == pixels("b.png")
+    budget = made("h.png", "a castle", "--steps", "10", *fast, "--reuse", "auto", "--budget", "12")
+    assert budget == made("i.png", "a castle", "--steps", "10", *fast, "--budget", "12")
+    assert "reuse" not in budget and pixels("h.png") == pixels("i.png") != pixels("a.png")
     full = made("c.png", "a castle", "--steps", "10", *fast, "--reuse", "1")
     assert full["reuse"] == 1 and made("d.png", "--like", "c.png") == full
 
