@@ -3,9 +3,9 @@
 Random weights, which make noise at the price of pictures; 256x256 on a CPU, 512x512 on CUDA. One UNet is both
 of our experts.
 
-`python -m bench.large` takes a quarter of an hour on two idle cores and 15 GB of memory, with `--compile` half
-as much again of both, prints the table, writes bench/results/large.csv and renews the table in
-docs/PERFORMANCE.md.
+`python -m bench.large` takes a quarter of an hour on two idle cores and 15 GB of memory, half as much
+again of both with `--compile`. It prints the table, writes bench/results/large.csv and renews the table
+in docs/PERFORMANCE.md.
 """
 
 from __future__ import annotations
