@@ -125,6 +125,8 @@ def full_calls(text: str) -> int | str | list[int] | list[list[float]]:
         if any(len(pair) != 2 for pair in pairs):
             raise ValueError("give LEVEL:K, as in 0.5:2,0:4")
         return [[number(level), whole(every)] for level, every in pairs]
+    if any(letter.isalpha() for letter in text):
+        raise ValueError("give auto, every which call is full as in 3, or their numbers as in 0,3,5")
     return whole(text) if len(parts) == 1 else [whole(part) for part in parts]
 
 

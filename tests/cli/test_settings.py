@@ -359,3 +359,10 @@ def test_plan_draws_and_colours_a_terminal():
         text = os.read(master, 1 << 16).decode()
         assert ("┃" in text and "\x1b[" in text) == boxed and "dpm" in text
         os.close(master), os.close(slave)
+
+
+def test_reuse_is_a_number_auto_or_a_list():
+    assert "give auto" in run("plan --steps 4 --reuse sometimes", code=2).stderr
+    reused = run("plan --steps 10 --reuse lune=auto").stdout
+    assert reused.count("reuse") == 5 and "at the cost of" in reused
+    assert "reuse" not in run("plan --steps 9 --reuse auto").stdout
