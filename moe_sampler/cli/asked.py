@@ -126,12 +126,10 @@ class Asked:
             given_plan(self.plan, planned_experts(self.configs, self.defaults, {}), image=image)
             call = call_of(settings, self.names) | {"plan": self.plan}
             return Compiled(self.plan, call, settings | plan_settings(self.plan))
-        plan = compile_plan(
-            self.configs, self.defaults, call_of(settings, self.names), self.model.reuse_shares
-        )
-        settings = reuse_in_full(settings, plan, self.names)
         call = call_of(settings, self.names)
-        return Compiled(plan, call, record_defaults(settings, self.defaults, self.names))
+        plan = compile_plan(self.configs, self.defaults, call, self.model.reuse_shares)
+        record = record_defaults(reuse_in_full(settings, plan, self.names), self.defaults, self.names)
+        return Compiled(plan, call, record)
 
     def import_for_plan(self, settings: Mapping[str, Any]) -> None:
         """The pipelines, if the plan of these settings needs some of diffusers: that alone would import more

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -187,13 +187,13 @@ class Model:
         configs = {name: find_training(name, sources.get(name, own), self._hub()) for name in names}
         return configs, default_settings(list(names), index)
 
-    def reuse_shares(self, names: Sequence[str], *, optional: bool = False) -> dict[str, float]:
+    def reuse_shares(self, names: Sequence[str], optional: Collection[str] = ()) -> dict[str, float]:
         """What calls of these experts that reuse features cost of a full one, from their models' configs.
 
-        optional: leave out those whose features can't be reused.
+        optional: those that are left out if their features can't be reused.
 
         Raises:
-            CheckpointError: one whose features can't be reused.
+            CheckpointError: another one whose features can't be reused.
         """
         from ..architectures import reuse_share
         from ..loading.expert_files import find_model_config
@@ -210,7 +210,7 @@ class Model:
             try:
                 shares[name] = reuse_share(config)
             except ValueError as error:
-                if not optional or isinstance(error, CheckpointError):
+                if name not in optional or isinstance(error, CheckpointError):
                     raise CheckpointError(f"{name}: {error}") from error
         return shares
 

@@ -6,7 +6,7 @@ all experts it is that value or a mapping by name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -29,10 +29,10 @@ __all__ = [
 
 
 class Shares(Protocol):
-    """What calls of these experts that reuse features cost of a full one. optional: not of those that can't,
-    which are an error otherwise."""
+    """What calls of these experts that reuse features cost of a full one. optional: who is left out if that
+    can't be, which is an error of others."""
 
-    def __call__(self, names: Sequence[str], *, optional: bool = False) -> Mapping[str, float]: ...
+    def __call__(self, names: Sequence[str], optional: Collection[str] = ()) -> Mapping[str, float]: ...
 
 
 def merged(previous: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,8 +132,7 @@ def planned_experts(
     if not asked or reuse_shares is None:
         return experts
     may = {e.name for e in experts if e.reuse == AUTO and call.get("budget") is None}
-    shares = reuse_shares([name for name in asked if name not in may])
-    shares = {**shares, **reuse_shares([name for name in asked if name in may], optional=True)}
+    shares = reuse_shares(asked, may)
     able = (replace(e, reuse=None) if e.name in may - shares.keys() else e for e in experts)
     return tuple(replace(e, reuse_share=shares.get(e.name, e.reuse_share)) for e in able)
 

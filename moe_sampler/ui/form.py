@@ -239,8 +239,8 @@ class Form:
 
 def _one_number(reuse: Any) -> int | None:
     """A reuse that is one number, for all or for each."""
-    own = set(map(str, reuse.values())) if isinstance(reuse, Mapping) else {str(reuse)}
-    return int(next(iter(own))) if len(own) == 1 and next(iter(own)).isdigit() else None
+    first, *others = (reuse.values() or [None]) if isinstance(reuse, Mapping) else [reuse]
+    return first if isinstance(first, int) and all(own == first for own in others) else None
 
 
 def _text(field: str, value: Any) -> str:
