@@ -10,7 +10,7 @@ import typer
 from .._numbers import whole
 from .by_name import ByExpert, over_previous
 from .commands import takes
-from .demo_words import warn_of_strange_words
+from .demo_limits import warn_of_limits
 from .loras import read_loras
 from .machine import Machine
 from .models import Model
@@ -87,8 +87,8 @@ def compare(
     record = record_defaults(settings, defaults, names) | dict(model.settings) | computer.settings
     record |= {"prompts": prompts, "seeds": seeds} | ({"solvers": solvers} if solvers else {})
     check_room(output, record)
-    if not quiet:
-        warn_of_strange_words(model, prompts, settings.get("negative_prompt"))
+    if not quiet and model.is_demo:
+        warn_of_limits(prompts, [settings.get("negative_prompt")], [settings])
 
     pipe = model.load(computer, loras, text_encoder)
     from ..pipelines.compare import compare as run_comparison

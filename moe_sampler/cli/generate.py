@@ -11,7 +11,7 @@ import typer
 from ..sampling.reuse import AUTO
 from .asked import Asked, read_previous, start_image
 from .commands import takes
-from .demo_words import warn_of_strange_words
+from .demo_limits import warn_of_limits
 from .generate_rows import RowOptions, generate_rows
 from .options import OutputOptions, PipelineOptions, RunOptions, SizeOptions
 from .outputs import Pictures
@@ -86,7 +86,8 @@ def generate(
     compiled = asked.compiled(settings, image=start is not None)
     sizes = asked.model.size(settings, start)
     if not out.quiet:
-        warn_of_strange_words(asked.model, pictures.prompts, settings.get("negative_prompt"))
+        if asked.model.is_demo:
+            warn_of_limits(pictures.prompts, [settings.get("negative_prompt")], [sizes])
         if settings.get("reuse") == AUTO and compiled.plan.reuses:
             told = compiled.plan.steps_and_cost()
             typer.echo(f"{told}: two of three reuse features; --reuse 1 lets none", err=True)

@@ -254,9 +254,12 @@ def _at_once(make: Callable[[], Worker]) -> Callable[[Unit], Done]:
 
 
 def _warn(asked: Asked, pictures: Sequence[Picture]) -> None:
-    from .demo_words import warn_of_strange_words
+    from .demo_limits import warn_of_limits
 
-    warn_of_strange_words(asked.model, [picture.own["prompt"] for picture in pictures])
+    if asked.model.is_demo:
+        every = [picture.settings for picture in pictures]
+        negatives = [settings.get("negative_prompt") for settings in every]
+        warn_of_limits([settings["prompt"] for settings in every], negatives, every)
 
 
 def _progress(processes: Processes, quiet: bool) -> Any:

@@ -10,6 +10,7 @@ import typer
 
 from .by_name import ByExpert, full_calls, levels, number, over_previous, steps_over, whole
 from .commands import takes
+from .demo_limits import warn_of_limits
 from .like import check_places, read_like
 from .loras import Lora
 from .machine import Machine, quiet
@@ -173,6 +174,9 @@ def sample(
         own = {"upstream_schedule": known.schedule == "data"}
         settings, call = settings | own, call | own
         compiled = checked_plan(plan, call, configs, defaults, prices)
+
+    if named == DEMO and not out.quiet:
+        warn_of_limits(pictures.prompts, [settings.get("negative_prompt")], [settings])
 
     beside = holds_pipeline(Hub(local_files_only=where.local_files_only).look(student))
     told = (beside or known.encoders is not None) and not model.settings.get("model") and model.preset is None

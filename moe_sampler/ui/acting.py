@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from ..cli.demo_words import strange_words
+from ..cli.demo_limits import size_note, word_note
 from ..cli.like import check_types
 from ..data.digests import content
 from ..viewing.images import zoom, zoom_factor
@@ -228,13 +228,23 @@ class Acts:
         return found
 
     def _noted(self, settings: Mapping[str, Any]) -> Shown:
-        """Words that the demo was never told, below the prompt."""
-        strange = strange_words([settings["prompt"]]) if self._cast.model.is_demo else []
-        if not strange:
+        """Words that the demo was never told, and a size that it wasn't shown, below their fields."""
+        if not self._cast.model.is_demo:
             return {}
-        words = html.escape(", ".join(strange))
-        text = f'<p class="note">The demo experts don\'t know: {words}</p>'
-        return {self.page.wrong["prompt"]: gr.update(value=text, visible=True)}
+        found = {
+            "prompt": word_note([settings["prompt"]]),
+            "negative": word_note([settings.get("negative_prompt", "")]),
+            "width": size_note([settings]),
+        }
+        return {
+            self.page.wrong[field]: gr.update(value=f'<p class="note">{_sentence(note)}</p>', visible=True)
+            for field, note in found.items()
+            if note is not None
+        }
+
+
+def _sentence(note: str) -> str:
+    return html.escape(note[0].upper() + note[1:])
 
 
 def _status(text: str, kind: str = "") -> str:

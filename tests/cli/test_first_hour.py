@@ -12,7 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from moe_sampler.cli import app
-from moe_sampler.cli.demo_words import strange_words
+from moe_sampler.cli.demo_limits import strange_words
 from moe_sampler.demo import known_words
 from moe_sampler.viewing.images import check_room, read_settings, save_image
 
@@ -95,13 +95,46 @@ def test_an_animation_does_not_overwrite_its_image(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def warnings(result):
+    return [line for line in result.stderr.splitlines() if line.startswith("warning")]
+
+
 def test_strange_words_are_named_once():
     texts = ["a castle with a dragon", "a Dragon and a wyvern", "a castle"]
     negative = ["--negative", "a hat", "--negative", "lune=a spaceship"]
-    result = run("generate", *texts, *negative, "-o", "x.png", *QUICK)
-    (warning,) = [line for line in result.stderr.splitlines() if line.startswith("warning")]
+    (warning,) = warnings(run("generate", *texts, *negative, "-o", "x.png", *QUICK))
     assert "these words: dragon, wyvern, spaceship (" in warning
-    assert "warning" not in run("generate", "a castle at dusk", "-o", "y.png", *QUICK).stderr
+    assert not warnings(run("generate", "a castle at dusk", "-o", "y.png", *QUICK))
+
+
+def test_sizes_that_the_demo_was_not_trained_on_are_named(tmp_path):
+    (warning,) = warnings(run("generate", "a castle", "--width", "96", "-o", "x.png", *QUICK))
+    assert "64x64 pixels alone; with this size " in warning and "cut off: 96x64 (" in warning
+    assert not warnings(run("generate", "a castle", "--height", "64", "-o", "y.png", *QUICK))
+    Image.new("RGB", (32, 32)).save("start.png")
+    begun = ["--image", "start.png", "--strength", "0.5"]
+    (warning,) = warnings(run("generate", "a castle", "--height", "48", *begun, "-o", "z.png", *QUICK))
+    assert "48x48" in warning
+
+
+def test_a_file_of_prompts_says_all_that_the_demo_does_not_know():
+    rows = [
+        {"prompt": "a castle", "width": 96},
+        {"prompt": "a portrait", "negative_prompt": "a dragon"},
+        {"prompt": "a castle", "height": 48, "width": 48},
+    ]
+    with open("rows.jsonl", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    made = run("generate", "--prompts", "rows.jsonl", "--output-dir", "pictures", *QUICK)
+    words, sizes = warnings(made)
+    assert "this word: dragon (" in words and "these sizes " in sizes and ": 96x64, 48x48 (" in sizes
+
+
+def test_the_demo_s_student_has_the_same_limits():
+    asked = ["a castle with a dragon", "--width", "96", "-o", "x.png"]
+    words, sizes = warnings(run("tinyflux", "sample", *asked, *QUICK))
+    assert "this word: dragon (" in words and ": 96x64 (" in sizes
+    assert not warnings(run("tinyflux", "sample", *asked, *QUICK, "-q"))
 
 
 def test_no_known_word_is_strange_and_letters_are_no_words():

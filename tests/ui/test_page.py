@@ -160,6 +160,16 @@ def test_a_persons_path(visitor, address):
     page.look("wrong")
     page.type("#steps_sol textarea, #steps_sol input", Keys.BACKSPACE)
     until(lambda: not page.all("#wrong_steps_sol p"), "nothing wrong")
+    # What the demo was never told or shown is named below its field, and made all the same.
+    page.one("#more button").click()
+    until(lambda: page.all("#width textarea, #width input"), "the size")
+    page.type("#width textarea, #width input", "96")
+    page.type("#negative textarea", "a wyvern")
+    page.type("#prompt textarea", Keys.CONTROL, "a", Keys.NULL, "a castle with a dragon", Keys.ENTER)
+    until(lambda: len(page.all("#gallery img")) == 3, "the third picture")
+    for field, what in {"prompt": "dragon", "negative": "wyvern", "width": "96x64"}.items():
+        assert what in page.one(f"#wrong_{field} p.note").text
+    page.look("limits")
     # Cancel, by key: it stops, and nothing is kept.
     page.numbers("#steps", "100")
     until(lambda: "100 steps" in page.one("#plan_words").text, "a plan of 100 steps")
@@ -168,12 +178,12 @@ def test_a_persons_path(visitor, address):
     page.type("body", Keys.ESCAPE)
     until(lambda: "Stopped" in page.status(), "the end")
     time.sleep(1)
-    assert "Stopped" in page.status() and len(page.all("#gallery img")) == 2
+    assert "Stopped" in page.status() and len(page.all("#gallery img")) == 3
     # Loaded anew, it is as the last picture was made.
     page.driver.refresh()
-    until(lambda: len(page.all("#gallery img")) == 2, "the gallery again")
+    until(lambda: len(page.all("#gallery img")) == 3, "the gallery again")
     until(lambda: page.one("#steps input[type=number]").get_attribute("value") == "6", "the steps again")
-    assert page.one("#prompt textarea").get_attribute("value") == "a castle with two towers, at dusk"
+    assert page.one("#prompt textarea").get_attribute("value") == "a castle with a dragon"
     assert page.one("#handoff_1 input[type=number]").get_attribute("value") == "0.6"
     assert page.one("#levels_lune input").get_attribute("value") == "karras"
     page.one("#again button").click()
