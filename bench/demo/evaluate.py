@@ -23,6 +23,7 @@ from bench.demo.held_out import HELD_OUT_SCENES, HeldOut
 from bench.demo.metrics import frechet_distance, high_frequency_ratio, patch_distance
 from bench.demo.report import attributes_table, errors_table, measures_table
 from moe_sampler import HybridPipeline, plan, sample
+from moe_sampler.data.digests import content, fingerprint
 from moe_sampler.demo import experts_path
 from moe_sampler.demo.attributes import GROUPS, AttributeReader
 from moe_sampler.demo.autoencoder import to_model
@@ -187,24 +188,49 @@ def to_bytes(images: Any) -> np.ndarray:
     return (np.asarray(images) * 255).round().astype(np.uint8)
 
 
+def painter(experts: Path) -> HybridPipeline:
+    """A quick pipeline that shows no bars."""
+    pipe = HybridPipeline.from_pretrained(experts, speed="fast")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def paint(
+    work_dir: Path,
+    experts: Path,
+    prompts: list[str],
+    methods: tuple[str, ...] = METHODS,
+    seeds: tuple[int, ...] = (0, 1, 2),
+) -> dict[str, list[np.ndarray]]:
+    """By method the pictures of each seed, as `generate` makes them.
+
+    They are kept below `work_dir`/evaluation, in a folder of these experts, and read from there again.
+    """
+    files = sorted(path for path in experts.rglob("*") if path.is_file())
+    own = fingerprint([[str(path.relative_to(experts)), content(path)] for path in files])
+    folder = work_dir / "evaluation" / own[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    pipe = painter(experts)
+    return {
+        method: [
+            kept(
+                folder / f"{method}-{seed}.npy",
+                lambda method=method, seed=seed: generate(pipe, method, prompts, seed),
+            )
+            for seed in seeds
+        ]
+        for method in methods
+    }
+
+
 def evaluate(
     work_dir: Path, experts: Path, methods: tuple[str, ...] = METHODS, seeds: tuple[int, ...] = (0, 1, 2)
 ) -> dict:
-    """Everything in docs/DEMO.md's tables; pictures are kept under `work_dir`/evaluation and reused."""
+    """Everything in docs/DEMO.md's tables."""
     pipe = HybridPipeline.from_pretrained(experts)
-    painter = HybridPipeline.from_pretrained(experts, speed="fast")
-    painter.set_progress_bar_config(disable=True)
     referee = Referee.prepare(work_dir, pipe.vae)
     pictures = {name: [images] for name, images in referee.real.items()}
-    folder = work_dir / "evaluation"
-    folder.mkdir(exist_ok=True)
-    for method in methods:
-        for seed in seeds:
-            made = kept(
-                folder / f"{method}-{seed}.npy",
-                lambda method=method, seed=seed: generate(painter, method, referee.prompts, seed),
-            )
-            pictures.setdefault(method, []).append(made)
+    pictures |= paint(work_dir, experts, referee.prompts, methods, seeds)
     table = {method: [referee.measure(images) for images in sets] for method, sets in pictures.items()}
     tallies = {method: [referee.by_attribute(images) for images in sets] for method, sets in pictures.items()}
     errors = x0_errors(pipe, HeldOutLatents(pipe, referee.test), LEVELS)
