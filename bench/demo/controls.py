@@ -50,7 +50,7 @@ from moe_sampler.demo.experts import (
     new_unet,
 )
 from moe_sampler.demo.scene_task import run_stage
-from moe_sampler.demo.stages import SHIPPED, Recipe, Workshop
+from moe_sampler.demo.stages import SHIPPED, Recipe, Workshop, default_recipe
 from moe_sampler.demo.weights import fill
 from moe_sampler.expert_training import LevelSettings, TextStates
 
@@ -120,8 +120,7 @@ class Study:
 
     @property
     def workshop(self) -> Workshop:
-        large = self.device == "cuda"
-        return Workshop(self.folder, recipe=self.recipe, device=self.device, large=large)
+        return Workshop(self.folder, recipe=self.recipe, device=self.device)
 
     def lengths(self, model: Model) -> list[int]:
         """Steps after which a model is measured."""
@@ -360,7 +359,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
     pipe = HybridPipeline.from_pretrained(experts_path())
     channels: Any = tuple(options.channels)
-    recipe = dataclasses.replace(SHIPPED, scenes=options.scenes, channels=channels)
+    own = default_recipe(large=options.device == "cuda")
+    recipe = dataclasses.replace(own, scenes=options.scenes, channels=channels)
     study = Study(options.work_dir, recipe, pipe, options.steps, options.parts, options.device)
     seeds = range(options.seeds)
     study.train(seeds)

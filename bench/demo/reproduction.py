@@ -25,7 +25,7 @@ from moe_sampler import HybridPipeline
 from moe_sampler.demo import experts_path
 from moe_sampler.demo.captions import EXAMPLE_PROMPTS
 from moe_sampler.demo.record import RunRecord
-from moe_sampler.demo.stages import TRAINED, Workshop
+from moe_sampler.demo.stages import TRAINED, Workshop, default_recipe
 from moe_sampler.demo.weights import trained_steps
 
 SHIPPED, HERE = "as shipped", "made here"
@@ -39,7 +39,7 @@ def trained(work_dir: Path) -> dict[str, Any]:
     record = RunRecord.read(work_dir)
     if record is None or record.scenes is None:
         raise ValueError(f"{work_dir} is no training run's work folder: give that of `experts demo`")
-    shop = Workshop(work_dir, record.seed, large=record.large)
+    shop = Workshop(work_dir, record.seed, default_recipe(record.large))
     steps = {name: trained_steps(shop.checkpoints / f"{name}.safetensors") for name in TRAINED}
     missing = [name for name, count in steps.items() if not count]
     if missing:

@@ -16,8 +16,9 @@ __all__ = ["RunRecord"]
 
 @dataclass(frozen=True)
 class RunRecord:
-    """seed: of the run. timed: whether it was given minutes. large: whether batches are the large ones.
-    scenes: how many there are, once that is settled. spent: seconds that all its commands took together."""
+    """seed: of the run. timed: whether it was given minutes. large: whether it began on a GPU, in larger
+    batches. scenes: how many there are, once that is settled. spent: seconds that all its commands took
+    together."""
 
     seed: int
     timed: bool = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -58,17 +58,13 @@ _ON_CUDA = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """Sizes of a training run, and every stage's training settings.
-
-    large_batches: by stage, of a run on a GPU that takes as many steps as there is time for.
-    """
+    """Sizes of a training run, and every stage's training settings."""
 
     scenes: int
     width: int
     decoder_width: int
     channels: tuple[int, int, int]
     stages: Mapping[str, Mapping[str, Any]]
-    large_batches: Mapping[str, int] = field(default_factory=dict)
 
     def steps(self, name: str) -> int:
         return self.stages[name]["max_train_steps"]
@@ -80,6 +76,18 @@ SHIPPED = Recipe(
     decoder_width=48,
     channels=(64, 96, 160),
     stages={
+        "autoencoder": stage_settings(5100, 2e-3, 256, warmup=50),
+        "text": stage_settings(1250, 1e-3, 512, ema=0.99),
+        "decoder": stage_settings(4500, 1.5e-3, 128),
+        "trunk": stage_settings(2050, 2e-3, 512, decay_share=0.2, floor=0.5),
+        "sol": stage_settings(3500, 1.5e-3, 512),
+        "lune": stage_settings(5900, 1.5e-3, 512),
+    },
+)
+"""What made the experts that ship, on a GPU: in round numbers the steps that docs/DEMO.md names."""
+QUICK = replace(
+    SHIPPED,
+    stages={
         "autoencoder": stage_settings(2400, 2e-3, 24, warmup=50),
         "text": stage_settings(800, 1e-3, 64, ema=0.99),
         "decoder": stage_settings(3000, 1.5e-3, 8),
@@ -87,12 +95,13 @@ SHIPPED = Recipe(
         "sol": stage_settings(2800, 1.5e-3, 24),
         "lune": stage_settings(5000, 1.5e-3, 24),
     },
-    large_batches={
-        **{"autoencoder": 256, "text": 512, "decoder": 128},
-        **{"trunk": 512, "sol": 512, "lune": 512},
-    },
 )
-"""What made the experts that ship, in the minutes that docs/DEMO.md names."""
+"""As much of it as two cores make in an hour and a half: docs/DEMO.md has what comes of it."""
+
+
+def default_recipe(large: bool) -> Recipe:
+    """Of a run that began on a GPU (large), or on a CPU."""
+    return SHIPPED if large else QUICK
 
 
 def _channels_last(model: M) -> M:
@@ -106,7 +115,7 @@ class Workshop:
     """A work folder: scenes, latents and checkpoints of one run.
 
     device: "cpu" or "cuda", where the stages run now. timed: whether they take the time they are given, and
-        not the recipe's steps. large: whether batches are the recipe's large ones.
+        not the recipe's steps.
     """
 
     folder: Path
@@ -114,7 +123,6 @@ class Workshop:
     recipe: Recipe = SHIPPED
     device: str = "cpu"
     timed: bool = False
-    large: bool = False
     compiled: bool = False
 
     @property
@@ -190,8 +198,6 @@ class Workshop:
     def settings(self, name: str) -> dict[str, Any]:
         """Training settings of one of TRAINED."""
         found = dict(self.recipe.stages[name])
-        if self.large and name in self.recipe.large_batches:
-            found["train_batch_size"] = self.recipe.large_batches[name]
         if self.device == "cuda":
             found |= _ON_CUDA
         if self.compiled and name in EXPERTS:

@@ -29,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from .._files import claim, sole_user
 from .record import RunRecord
-from .stages import EXPERTS, SHARES, SHIPPED, STAGES, TRAINED, WAVES, Recipe, Workshop
+from .stages import EXPERTS, SHARES, STAGES, TRAINED, WAVES, Recipe, Workshop, default_recipe
 
 DEVICES = ("cpu", "cuda")
 COMPILES_FROM = 4.0
@@ -44,25 +44,26 @@ def train_demo(
     work_dir: str | Path = "runs/demo",
     stage: str = "all",
     seed: int = 0,
-    recipe: Recipe = SHIPPED,
+    recipe: Recipe | None = None,
     device: str | None = None,
     minutes: float | None = None,
     quiet: bool = False,
 ) -> Path:
     """Render the scenes, train autoencoder, text encoder, trunk, Sol and Lune, and write the experts' folder.
 
-    The recipe's steps take about two hours on two cores. Interrupted runs continue when called again with the
-    same arguments, on the same device or the other one.
+    On a GPU it takes the steps that made the experts that ship, on a CPU as many as two cores make in an hour
+    and a half. Interrupted runs continue when called again with the same arguments, on the same device or the
+    other one.
 
     Args:
         output: folder to write the experts to, replaced as a whole at the end.
         work_dir: keeps scenes (1.2 GB), texts (1.6 GB), latents and checkpoints.
         stage: "all", or one of `STAGES` whose predecessors are done.
         seed: seed of initial weights, batches and noise. The scenes are always the same.
-        recipe: sizes and lengths; the defaults made the experts that ship.
+        recipe: sizes and lengths; by default those of the device that the run began on.
         device: "cpu" or "cuda"; by default a GPU where there is one.
         minutes: take as many scenes and steps as fit into this time, which counts over all commands on this
-            work folder; on a GPU with the recipe's large batches. Without it, the recipe's steps.
+            work folder. Without it, the recipe's steps.
         quiet: no progress bars.
 
     Returns:
@@ -118,11 +119,13 @@ class _Run:
         ValueError: a folder of another run.
     """
 
-    def __init__(self, folder: Path, seed: int, recipe: Recipe, device: str, minutes: float | None) -> None:
+    def __init__(
+        self, folder: Path, seed: int, recipe: Recipe | None, device: str, minutes: float | None
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self._began = folder, time.time()
         timed = minutes is not None
-        record = RunRecord.read(folder) or RunRecord(seed, timed, large=timed and device == "cuda")
+        record = RunRecord.read(folder) or RunRecord(seed, timed, large=device == "cuda")
         if record.seed != seed:
             raise ValueError(f"{folder} belongs to a run with another seed: use another work folder")
         if record.timed != timed:
@@ -130,10 +133,11 @@ class _Run:
             raise ValueError(f"{folder} belongs to a run {said}: go on {said}, or use another work folder")
         self._record, self._before = record, record.spent
         self._seconds = None if minutes is None else 60 * minutes
+        long = recipe is None and record.large if minutes is None else minutes >= COMPILES_FROM
+        recipe = recipe or default_recipe(record.large)
         if record.scenes is not None:
             recipe = dataclasses.replace(recipe, scenes=record.scenes)
-        compiled = device == "cuda" and minutes is not None and minutes >= COMPILES_FROM
-        self.workshop = Workshop(folder, seed, recipe, device, timed, record.large, compiled)
+        self.workshop = Workshop(folder, seed, recipe, device, timed, compiled=device == "cuda" and long)
         self._write()
 
     def settle_scenes(self, count: int) -> None:

@@ -24,7 +24,7 @@ SIZES = ["--scenes", "6", "--channels", "8", "16", "16", "--steps", "2", "--part
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
-    monkeypatch.setattr(controls, "SHIPPED", SMALL)
+    monkeypatch.setattr(controls, "default_recipe", lambda large: SMALL)
     monkeypatch.setattr(controls, "RESULTS", tmp_path)
     monkeypatch.setattr(controls, "DOCS", tmp_path)
     (tmp_path / "DEMO.md").write_text("before <!-- measured: controls --><!-- end: controls --> after")

@@ -19,7 +19,7 @@ from moe_sampler.demo.experts import new_unet
 from moe_sampler.demo.record import RunRecord
 from moe_sampler.demo.scene_task import run_stage, stage_settings
 from moe_sampler.demo.scenes import draw_scene
-from moe_sampler.demo.stages import SHARES, SHIPPED, TRAINED, Recipe, Workshop
+from moe_sampler.demo.stages import QUICK, SHARES, SHIPPED, TRAINED, Recipe, Workshop
 from moe_sampler.demo.text import tokenize
 from moe_sampler.demo.tokenizer import MAX_LENGTH
 from moe_sampler.demo.train import _child, _Run, train_demo
@@ -248,12 +248,34 @@ def test_a_work_folder_remembers_its_run(tmp_path):
 
 def test_a_gpus_settings(tmp_path):
     """Large batches belong to the run, precision to the device."""
-    shop = Workshop(tmp_path, recipe=SHIPPED, device="cuda", timed=True, large=True)
+    shop = Workshop(tmp_path, recipe=SHIPPED, device="cuda", timed=True)
     lune = TrainingSettings(output_dir=tmp_path, **shop.settings("lune"))
     assert (lune.train_batch_size, lune.mixed_precision) == (512, "bf16")
     here = dataclasses.replace(shop, device="cpu").settings("lune")
     assert here["train_batch_size"] == 512 and "mixed_precision" not in here
-    assert dataclasses.replace(shop, large=False).settings("lune")["train_batch_size"] == 24
+    assert dataclasses.replace(shop, recipe=QUICK).settings("lune")["train_batch_size"] == 24
+
+
+@pytest.mark.parametrize("minutes", [None, 1.0, 9.0])
+def test_a_run_keeps_the_recipe_of_the_device_it_began_on(tmp_path, minutes):
+    for first, other, recipe in (("cuda", "cpu", SHIPPED), ("cpu", "cuda", QUICK)):
+        begun = _Run(tmp_path / first, 0, None, first, minutes).workshop
+        later = _Run(tmp_path / first, 0, None, other, minutes).workshop
+        assert begun.recipe == later.recipe == recipe
+        on_gpu = begun if first == "cuda" else later
+        assert on_gpu.compiled == (minutes == 9.0 or (minutes is None and recipe is SHIPPED))
+        assert not (begun if first == "cpu" else later).compiled
+    assert not _Run(tmp_path / "own", 0, TINY, "cuda", None).workshop.compiled
+
+
+def test_the_recipes_differ_in_length_alone():
+    assert dataclasses.replace(QUICK, stages=SHIPPED.stages) == SHIPPED
+    lengths = {"max_train_steps", "train_batch_size", "lr_decay_steps"}
+    for name in TRAINED:
+        quick, shipped = QUICK.stages[name], SHIPPED.stages[name]
+        assert {key for key in shipped if shipped[key] != quick[key]} == lengths
+        shares = [own["lr_decay_steps"] / own["max_train_steps"] for own in (quick, shipped)]
+        assert shares[0] == pytest.approx(shares[1]), name
 
 
 @pytest.mark.parametrize("name", ["lune", "sol"])

@@ -38,6 +38,7 @@ MADE_BY_OTHERS = {
     "ui.webp": "bench.page_picture",
     "demo_scenes.png": "bench.demo.sheet",
     "demo_comparison.png": "bench.demo.sheet",
+    "demo_reproduction.png": "bench.demo.reproduction",
     "topics.png": "Python of its page",
     "student.png": "bench.demo.student",
     "card.webp": "bench.card_picture",
