@@ -81,8 +81,10 @@ def prepare(
         enable()
     shard = sharded(accelerator)
     if shard:
-        if settings.optimizer == "adafactor":
-            raise SettingsError("adafactor's moments can't be sharded: use optimizer adamw with FSDP")
+        if settings.optimizer != "adamw":
+            raise SettingsError(
+                f"{settings.optimizer} needs whole matrices, which FSDP shards: use optimizer adamw with it"
+            )
         version = os.environ.get("FSDP_VERSION", "2")
         if version != "2":
             raise SettingsError(f"FSDP version {version} is not supported: launch with --fsdp_version 2")
@@ -94,14 +96,10 @@ def prepare(
         _scalars_to_vectors(model)
     if shard and accelerator.distributed_type != DistributedType.FSDP:
         _shard_on_cpu(model, accelerator)
-        return model, accelerator.prepare(new_optimizer(_trained(model), settings))
+        return model, accelerator.prepare(new_optimizer(model, settings))
     if settings.torch_compile:
         model.compile(mode=settings.torch_compile_mode)
-    return accelerator.prepare(model, new_optimizer(_trained(model), settings))
-
-
-def _trained(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
+    return accelerator.prepare(model, new_optimizer(model, settings))
 
 
 def _scalars_to_vectors(model: nn.Module) -> None:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from diffusers.optimization import get_scheduler
 from torch import nn
 from transformers.optimization import get_wsd_schedule
 
+from .muon import Muon
 from .settings import SettingsError
 from .training_settings import TrainingSettings
 
 __all__ = ["learning_rate", "new_optimizer"]
 
 
-def new_optimizer(parameters: Iterable[nn.Parameter], settings: TrainingSettings) -> torch.optim.Optimizer:
-    """AdamW, with 8-bit moments if asked for, or Adafactor.
+def new_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:
+    """Of what requires a gradient: AdamW, with 8-bit moments if asked for, Adafactor, or Muon.
 
     Raises:
         SettingsError: 8-bit moments without bitsandbytes or CUDA.
@@ -27,6 +28,9 @@ def new_optimizer(parameters: Iterable[nn.Parameter], settings: TrainingSettings
         "weight_decay": settings.adam_weight_decay,
         "eps": settings.adam_epsilon,
     }
+    if settings.optimizer == "muon":
+        return Muon(model, **arguments)
+    parameters = [p for p in model.parameters() if p.requires_grad]
     if settings.optimizer == "adafactor":
         # Fixed steps: its own schedule would come on top of ours.
         return torch.optim.Adafactor(

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from ..errors import CheckpointError
+from .muon import Muon
 
 __all__ = ["generator_tensors", "model_tensors", "optimizer_tensors", "set_generators", "set_tensors"]
 
@@ -71,7 +72,7 @@ def set_tensors(
         state.setdefault(name, {})[moment] = value.reshape(shapes[name]) if same else value
     for name in (name for group in groups for name in group["params"] if name not in state):
         # Never had a gradient: as good as new.
-        if isinstance(optimizer, torch.optim.Adafactor):
+        if isinstance(optimizer, (torch.optim.Adafactor, Muon)):
             state[name] = {m: torch.zeros_like(value) for m, value in own["state"][name].items()}
             continue
         state[name] = {m: torch.zeros(shapes[name]) for m in ("exp_avg", "exp_avg_sq")}

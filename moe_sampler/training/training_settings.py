@@ -46,9 +46,10 @@ class TrainingSettings:
     lr_power: Annotated[float, "polynomial: the exponent."] = 1.0
     lr_floor: Annotated[float, "Share of learning_rate that it never falls below."] = 0.0
     optimizer: Annotated[
-        Literal["adamw", "adafactor"],
-        "AdamW, or Adafactor (arXiv:1804.04235), whose moments take next to no memory; learning_rate counts "
-        "for it as it is.",
+        Literal["adamw", "adafactor", "muon"],
+        "AdamW; Adafactor (arXiv:1804.04235), whose moments take next to no memory; or Muon "
+        "(arXiv:2502.16982) for hidden layers and AdamW for the rest, which learns more in a step. "
+        "learning_rate counts for each as it is.",
     ] = "adamw"
     use_8bit_adam: Annotated[bool, "AdamW with 8-bit moments; needs bitsandbytes."] = False
     adam_beta1: Annotated[float, "AdamW's decay of the mean."] = 0.9
