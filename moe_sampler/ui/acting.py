@@ -57,14 +57,16 @@ class Acts:
     def draw(self, *given: Any) -> Shown:
         """The plan of what is set by now."""
         try:
-            _, plan = self._cast.settings(self.values(given), prompted=False)
+            settings, plan = self._cast.settings(self.values(given), prompted=False)
         except Wrong as wrong:
             return self._said(wrong)
         blocks = self.page.blocks
         return {
             blocks["plan"]: self._shelf.put(draw_plan(plan)),
             blocks["plan_words"]: plan_words(plan),
-        } | self._said()
+            **self._said(),
+            **self._noted(settings),
+        }
 
     def groups(self, maker: str) -> list[Any]:
         """Which blocks of fields count for who paints."""

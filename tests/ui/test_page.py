@@ -164,6 +164,7 @@ def test_a_persons_path(visitor, address):
     page.one("#more button").click()
     until(lambda: page.all("#width textarea, #width input"), "the size")
     page.type("#width textarea, #width input", "96")
+    until(lambda: page.all("#wrong_width p.note"), "the size's note, before anything is made")
     page.type("#negative textarea", "a wyvern")
     page.type("#prompt textarea", Keys.CONTROL, "a", Keys.NULL, "a castle with a dragon", Keys.ENTER)
     until(lambda: len(page.all("#gallery img")) == 3, "the third picture")
