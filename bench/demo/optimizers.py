@@ -12,11 +12,12 @@ import argparse
 import dataclasses
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from diffusers import ModelMixin
 
 from bench.demo.controls import Model, Study
 from bench.demo.errors import HeldOutLatents
@@ -32,21 +33,26 @@ from moe_sampler.demo.experts import expert_task, latent_images
 from moe_sampler.demo.scene_task import run_stage
 from moe_sampler.demo.stages import SHIPPED, default_recipe
 from moe_sampler.demo.weights import fill, trained_steps
+from moe_sampler.expert_training import ExpertTask
 
 OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.85, 0.95)
 
 
-def measure(study: Study, held: HeldOutLatents, optimizer: str, minutes: float) -> dict[str, Any]:
+def measure(
+    study: Study,
+    learner: Callable[[ModelMixin], ExpertTask],
+    held: HeldOutLatents,
+    optimizer: str,
+    minutes: float,
+) -> dict[str, Any]:
     """Train, if it wasn't before, and measure: steps, and held-out x0 errors at LEVELS."""
-    scenes, latents, states, text = study.data()
     unet = study.unet(Model("trunk", 1), seed=0)
-    task = expert_task("trunk", unet, latent_images("trunk", scenes, latents), states, text)
     folder = study.folder / "optimizers" / f"{optimizer}-{minutes:g}"
     path = folder / "trunk.safetensors"
     if not path.exists():
         settings = study.workshop.settings("trunk") | {"optimizer": optimizer}
-        run_stage(task, folder, 0, settings, time.time() + 60 * minutes)
+        run_stage(learner(unet), folder, 0, settings, time.time() + 60 * minutes)
     errors = [held.lune_error(fill(unet, path), s) for s in LEVELS]
     return {"steps": trained_steps(path), "errors": errors}
 
@@ -88,7 +94,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     scenes = SceneSet(options.work_dir / "scenes", options.errors_of, HELD_OUT_FIRST)
     scenes.render()
     held = HeldOutLatents(pipe, HeldOut(scenes, options.errors_of), options.errors_of)
-    found = {name: measure(study, held, name, options.minutes) for name in OPTIMIZERS}
+    drawn, latents, states, text = study.data()
+    images = latent_images("trunk", drawn, latents)
+
+    def learner(unet: ModelMixin) -> ExpertTask:
+        return expert_task("trunk", unet, images, states, text)
+
+    found = {name: measure(study, learner, held, name, options.minutes) for name in OPTIMIZERS}
     content = {"machine": environment()["machine"], "minutes": options.minutes, "found": found}
     content |= {"levels": LEVELS, "batch": study.workshop.settings("trunk")["train_batch_size"]}
     (RESULTS / "optimizers.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -9,7 +9,7 @@ import numpy as np
 from bench.demo.evaluator import Tally
 from moe_sampler.demo.attributes import GROUPS, HEADS, group_of, kind_of
 
-_TITLES = {
+TITLES = {
     "renders": "held-out renders",
     "reconstructions": "the same through the autoencoder",
     "sol": "Sol alone",
@@ -65,7 +65,7 @@ def measured(runs: Sequence[Mapping[str, float]]) -> list[str]:
 
 def measures_table(table: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
     """One row a method."""
-    return markdown_table(MEASURES, ([_TITLES[method], *measured(runs)] for method, runs in table.items()))
+    return markdown_table(MEASURES, ([TITLES[method], *measured(runs)] for method, runs in table.items()))
 
 
 def attributes_table(tallies: Mapping[str, Sequence[Tally]]) -> str:
@@ -82,7 +82,7 @@ def attributes_table(tallies: Mapping[str, Sequence[Tally]]) -> str:
             shares = [100 * right / count for right, count in (run[head] for run in runs if head in run)]
             cells.append(f"{np.mean(shares):.1f} %" if shares else "")
         rows.append([head.replace(".", ": ").replace("_", " "), *cells])
-    return markdown_table(["what it is", "mentioned", *(_TITLES[method] for method in tallies)], rows)
+    return markdown_table(["what it is", "mentioned", *(TITLES[method] for method in tallies)], rows)
 
 
 def errors_table(rows: list[dict[str, float]]) -> str:

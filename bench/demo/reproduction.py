@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from bench.demo.evaluate import Referee, generate, paint, painter, reconstruct
-from bench.demo.report import MEASURES, markdown_table, measured
+from bench.demo.report import MEASURES, TITLES, markdown_table, measured
 from bench.demo.sheet import contact_sheet
 from bench.measure import environment
 from bench.pages import DOCS, renew_page
@@ -29,7 +29,7 @@ from moe_sampler.demo.stages import TRAINED, Workshop, default_recipe
 from moe_sampler.demo.weights import trained_steps
 
 SHIPPED, HERE = "as shipped", "made here"
-METHODS = {"lune": "Lune alone", "hybrid": "hybrid"}
+METHODS = ("lune", "hybrid")
 _NOUNS = {"autoencoder": "the autoencoder", "text": "the text encoder", "trunk": "the trunk"}
 _NOUNS |= {"decoder": "the decoder", "sol": "Sol", "lune": "Lune"}
 
@@ -57,8 +57,8 @@ def measure(
     for title, folder in folders.items():
         vae = HybridPipeline.from_pretrained(folder).vae
         found[f"{title}: scenes through the autoencoder"] = [referee.measure(reconstruct(vae, drawn))]
-        for method, pictures in paint(work_dir, folder, referee.prompts, tuple(METHODS)).items():
-            found[f"{title}: {METHODS[method]}"] = [referee.measure(images) for images in pictures]
+        for method, pictures in paint(work_dir, folder, referee.prompts, METHODS).items():
+            found[f"{title}: {TITLES[method]}"] = [referee.measure(images) for images in pictures]
     return found
 
 
@@ -71,7 +71,7 @@ def sheet(folders: Mapping[str, Path]) -> Image.Image:
 def block(content: Mapping[str, Any]) -> str:
     """What docs/DEMO.md shows."""
     run, table = content["run"], content["table"]
-    seeds = len(table[f"{HERE}: {METHODS['hybrid']}"])
+    seeds = len(table[f"{HERE}: {TITLES['hybrid']}"])
     listed = ", ".join(
         f"{count:,} of {_NOUNS[name]} ({run['batches'][name]})" for name, count in run["steps"].items()
     )

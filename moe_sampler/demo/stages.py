@@ -70,31 +70,42 @@ class Recipe:
         return self.stages[name]["max_train_steps"]
 
 
+_LEARNING: Mapping[str, Mapping[str, Any]] = {
+    "autoencoder": {"learning_rate": 2e-3, "warmup": 50},
+    "text": {"learning_rate": 1e-3, "ema": 0.99},
+    "decoder": {"learning_rate": 1.5e-3},
+    "trunk": {"learning_rate": 2e-3, "decay_share": 0.2, "floor": 0.5},
+    "sol": {"learning_rate": 1.5e-3},
+    "lune": {"learning_rate": 1.5e-3},
+}
+"""What is the same in a stage of any length."""
+
+
+def _stages(**lengths: tuple[int, int]) -> dict[str, dict[str, Any]]:
+    """By stage, of how many steps and of how many samples each."""
+    return {
+        name: stage_settings(steps, batch=batch, **_LEARNING[name])
+        for name, (steps, batch) in lengths.items()
+    }
+
+
 SHIPPED = Recipe(
     scenes=48_000,
     width=32,
     decoder_width=48,
     channels=(64, 96, 160),
-    stages={
-        "autoencoder": stage_settings(5100, 2e-3, 256, warmup=50),
-        "text": stage_settings(1250, 1e-3, 512, ema=0.99),
-        "decoder": stage_settings(4500, 1.5e-3, 128),
-        "trunk": stage_settings(2050, 2e-3, 512, decay_share=0.2, floor=0.5),
-        "sol": stage_settings(3500, 1.5e-3, 512),
-        "lune": stage_settings(5900, 1.5e-3, 512),
-    },
+    stages=_stages(
+        **{"autoencoder": (5100, 256), "text": (1250, 512), "decoder": (4500, 128)},
+        **{"trunk": (2050, 512), "sol": (3500, 512), "lune": (5900, 512)},
+    ),
 )
 """What made the experts that ship, on a GPU: in round numbers the steps that docs/DEMO.md names."""
 QUICK = replace(
     SHIPPED,
-    stages={
-        "autoencoder": stage_settings(2400, 2e-3, 24, warmup=50),
-        "text": stage_settings(800, 1e-3, 64, ema=0.99),
-        "decoder": stage_settings(3000, 1.5e-3, 8),
-        "trunk": stage_settings(1200, 2e-3, 24, decay_share=0.2, floor=0.5),
-        "sol": stage_settings(2800, 1.5e-3, 24),
-        "lune": stage_settings(5000, 1.5e-3, 24),
-    },
+    stages=_stages(
+        **{"autoencoder": (2400, 24), "text": (800, 64), "decoder": (3000, 8)},
+        **{"trunk": (1200, 24), "sol": (2800, 24), "lune": (5000, 24)},
+    ),
 )
 """As much of it as two cores make in an hour and a half: docs/DEMO.md has what comes of it."""
 

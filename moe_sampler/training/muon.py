@@ -86,10 +86,11 @@ def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
     x = x / x.norm().clamp(min=1e-7)
     gram = x @ x.T
     product = torch.eye(len(x), dtype=x.dtype, device=x.device)
-    for _ in range(steps):
+    for step in range(steps):
         factor = _B * gram + _C * (gram @ gram)
         factor.diagonal().add_(_A)
         product = factor @ product
-        gram = factor @ gram @ factor
+        if step + 1 < steps:
+            gram = factor @ gram @ factor
     x = product @ x
     return x.T if tall else x
