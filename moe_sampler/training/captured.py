@@ -52,8 +52,8 @@ def check_capture(task: Task, settings: TrainingSettings, accelerator: Accelerat
             "cuda_graph is for steps of one batch: with gradient_accumulation_steps 1 a larger "
             "train_batch_size does the same"
         )
-    if settings.use_8bit_adam or settings.optimizer != "adamw":
-        name = "8-bit AdamW" if settings.use_8bit_adam else settings.optimizer
+    if settings.use_8bit_adam or settings.optimizer == "adafactor":
+        name = "8-bit AdamW" if settings.use_8bit_adam else "Adafactor"
         raise SettingsError(f"cuda_graph: {name} can't be told on the device to leave a step out")
     if settings.gradient_checkpointing:
         raise SettingsError(

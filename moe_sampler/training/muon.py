@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ _MOMENTUM = 0.95
 _FEW = 16
 """What reads or writes no more channels than this is an end of the network, whose channels mean something
 each, as a latent's do."""
+_TOGETHER = 2**22
+"""Elements of matrices that are iterated on together: small ones keep no device busy by themselves, and large
+ones would take memory for nothing."""
 
 
 class Muon(torch.optim.AdamW):
@@ -26,6 +30,9 @@ class Muon(torch.optim.AdamW):
     rate and weight decay that are right for it count as they are. Biases, norms, embeddings and layers with
     at most 16 channels on one side are AdamW's. `torch.optim.Muon` takes nothing but matrices, and iterates
     on them in bfloat16.
+
+    As AdamW's, a step can be told on the device to be left out (`found_inf`), takes scaled gradients
+    (`grad_scale`) and a learning rate that is a tensor, and can be recorded as a CUDA graph.
 
     Args:
         model: float32; whatever of it requires a gradient is trained.
@@ -42,7 +49,6 @@ class Muon(torch.optim.AdamW):
             {"params": [p for p in trained if id(p) not in ids], "orthogonal": False},
         ]
         super().__init__([group for group in groups if group["params"]], fused=True, **adamw)
-        self._step_supports_amp_scaling = False  # our steps can't be told on the device to be left out
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -50,47 +56,72 @@ class Muon(torch.optim.AdamW):
         groups = self.param_groups
         for group in groups:
             if group["orthogonal"]:
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        self._orthogonal_step(parameter, group["lr"], group["weight_decay"])
+                for alike in _alike(group["params"]):
+                    self._orthogonal_step(alike, group["lr"], group["weight_decay"])
         self.param_groups = [group for group in groups if not group["orthogonal"]]
         try:
             return super().step(closure)
         finally:
             self.param_groups = groups
 
-    def _orthogonal_step(self, parameter: Tensor, rate: float, decay: float) -> None:
-        gradient, state = parameter.grad, self.state[parameter]
-        assert gradient is not None
+    def _orthogonal_step(self, parameters: list[Tensor], rate: float | Tensor, decay: float) -> None:
+        """Of parameters of one shape."""
+        states = [self._state_of(parameter) for parameter in parameters]
+        momenta = [state["momentum_buffer"] for state in states]
+        gradients: list[Any] = [parameter.grad for parameter in parameters]
+        scale = getattr(self, "grad_scale", None)
+        if scale is not None:
+            gradients = [gradient / scale for gradient in gradients]
+        left_out = getattr(self, "found_inf", None)
+        made = torch.ones((), device=parameters[0].device) if left_out is None else 1 - left_out
+        # A step that isn't made draws the momentum towards itself, and moves the weights by nothing.
+        gradients = [torch.where(made > 0, g, m) for g, m in zip(gradients, momenta, strict=True)]
+        torch._foreach_add_([state["step"] for state in states], [made] * len(states))
+        torch._foreach_lerp_(momenta, gradients, 1 - _MOMENTUM)
+        ahead = torch._foreach_lerp(gradients, momenta, _MOMENTUM)  # Nesterov's
+        directions = orthogonal(torch.stack([gradient.flatten(1) for gradient in ahead]))
+        own_rate = made * rate
+        torch._foreach_mul_(parameters, [1 - own_rate * decay] * len(parameters))
+        changes = directions * (-0.2 * math.sqrt(max(directions.shape[1:])) * own_rate)
+        torch._foreach_add_(parameters, list(changes.unflatten(2, parameters[0].shape[1:])))
+
+    def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
+        state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), device=parameter.device)  # AdamW's own loader wants one
             state["momentum_buffer"] = torch.zeros_like(parameter)
-        state["step"] += 1
-        momentum = state["momentum_buffer"].lerp_(gradient, 1 - _MOMENTUM)
-        ahead = gradient.lerp(momentum, _MOMENTUM)  # Nesterov's
-        matrix = ahead.flatten(1)
-        length = 0.2 * math.sqrt(max(matrix.shape))
-        parameter.mul_(1 - rate * decay)
-        parameter.add_(orthogonal(matrix).reshape(ahead.shape), alpha=-rate * length)
+        return state
 
 
-def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
-    """[M, N] with the same singular vectors, and singular values of about one (0.7 to 1.2), if they weren't
-    below a thousandth of the matrix's norm.
+def _alike(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Those with a gradient, together with others of their shape, device and dtype."""
+    kinds: dict[Any, list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            kind = parameter.shape, parameter.device, parameter.dtype
+            kinds.setdefault(kind, []).append(parameter)
+    for found in kinds.values():
+        many = max(1, _TOGETHER // found[0].numel())
+        yield from (found[start : start + many] for start in range(0, len(found), many))
+
+
+def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
+    """[B, M, N] with the same singular vectors, and singular values of about one (0.7 to 1.2), if they
+    weren't below a thousandth of their matrix's norm.
 
     A Newton-Schulz iteration x <- A x + (B G + C G^2) x with G = x x^T. All iterates are polynomials of the
     first G times the first x, so the iteration needs only G, of the shorter side, and one product at the end.
     """
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if tall else matrix
-    x = x / x.norm().clamp(min=1e-7)
-    gram = x @ x.T
-    product = torch.eye(len(x), dtype=x.dtype, device=x.device)
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    gram = x @ x.mT
+    product = None
     for step in range(steps):
-        factor = _B * gram + _C * (gram @ gram)
-        factor.diagonal().add_(_A)
-        product = factor @ product
+        factor = torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C)
+        factor.diagonal(dim1=1, dim2=2).add_(_A)
+        product = factor if product is None else factor @ product
         if step + 1 < steps:
             gram = factor @ gram @ factor
     x = product @ x
-    return x.T if tall else x
+    return x.mT if tall else x

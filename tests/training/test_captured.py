@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_helpers import Points, digest, settings, train
+from training_helpers import Points, digest, settings, train, with_hidden_layers
 from waits import waits_are_errors
 
 from moe_sampler.training import Draws, Losses, SettingsError, Trainer
@@ -93,6 +93,7 @@ def test_what_cant_be_recorded_is_refused_before_any_work(tmp_path):
     "change, message",
     [
         ({"use_8bit_adam": True}, "8-bit"),
+        ({"optimizer": "adafactor"}, "Adafactor can't be told"),
         ({"gradient_accumulation_steps": 2}, "steps of one batch"),
         ({"gradient_checkpointing": True}, "checkpointing"),
         ({"processes": 2}, "one process"),
@@ -122,15 +123,22 @@ def test_each_refusal_says_why(tmp_path, change, message):
 
 
 @pytest.mark.gpu
-def test_on_cuda_a_recorded_run_is_the_same_run(tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_on_cuda_a_recorded_run_is_the_same_run(tmp_path, optimizer):
     """Weights, average and moments, with steps that are left out among those replayed, to rounding."""
     changes = {
+        "optimizer": optimizer,
         "on_nonfinite": "skip",
         "max_train_steps": 16,
         "checkpointing_steps": 16,
     }
     made = [
-        train(tmp_path / name, Alike(dropout=0.0, poison=[20]), cuda_graph=recorded, **changes)
+        train(
+            tmp_path / name,
+            with_hidden_layers(Alike(dropout=0.0, poison=[20])),
+            cuda_graph=recorded,
+            **changes,
+        )
         for name, recorded in (("plain", False), ("recorded", True))
     ]
     assert made[0]["skipped"] == made[1]["skipped"] > 0
@@ -146,17 +154,21 @@ def test_on_cuda_a_recorded_run_is_the_same_run(tmp_path):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("stop", [2, 9])
-def test_on_cuda_a_recorded_run_resumes_to_the_bit(tmp_path, stop):
+def test_on_cuda_a_recorded_run_resumes_to_the_bit(tmp_path, stop, optimizer):
     """Stopped before it was recorded or after."""
-    changes = {"cuda_graph": True, "max_train_steps": 14, "checkpointing_steps": 1}
-    train(tmp_path / "whole", Alike(), **changes)
+    changes = {"cuda_graph": True, "max_train_steps": 14, "checkpointing_steps": 1, "optimizer": optimizer}
+
+    def task():
+        return with_hidden_layers(Alike())
+
+    train(tmp_path / "whole", task(), **changes)
 
     class Stopped(Exception):
         pass
 
-    task = Alike()
-    trainer = Trainer(task, settings(tmp_path / "halves", **changes), quiet=True)
+    trainer = Trainer(task(), settings(tmp_path / "halves", **changes), quiet=True)
     step, trainer_step = [0], trainer.make_step
 
     def make_step(*arguments):
@@ -168,7 +180,7 @@ def test_on_cuda_a_recorded_run_resumes_to_the_bit(tmp_path, stop):
     trainer.make_step = make_step
     with pytest.raises(Stopped):
         trainer.train()
-    train(tmp_path / "halves", Alike(), **changes)
+    train(tmp_path / "halves", task(), **changes)
     assert digest(tmp_path / "halves" / "checkpoint-14") == digest(tmp_path / "whole" / "checkpoint-14")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from training_helpers import Late, PowerCut, cut, digest, train
+from training_helpers import Late, PowerCut, cut, digest, train, with_hidden_layers
 
 from moe_sampler.training.muon import Muon, orthogonal
 
@@ -15,15 +15,17 @@ TALL, WIDE, SQUARE = (160, 24), (24, 160), (64, 64)
 
 @pytest.mark.parametrize("shape", [TALL, WIDE, SQUARE])
 def test_directions_are_kept_and_lengths_are_about_one(shape):
-    u, _, v = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
-    values = torch.logspace(-2, 0, min(shape), dtype=torch.float64)
-    found = orthogonal((u * values) @ v)
-    inner = u.T @ found @ v.T
-    assert inner.diagonal().min() > 0.65 and inner.diagonal().max() < 1.25
-    torch.testing.assert_close(inner - inner.diagonal().diag(), torch.zeros_like(inner), atol=1e-12, rtol=0)
-    single = orthogonal(((u * values) @ v).float())
-    torch.testing.assert_close(single.double(), found, atol=2e-3, rtol=0)
-    assert orthogonal(torch.zeros(shape)).abs().max() == 0
+    u, _, v = torch.linalg.svd(torch.randn(2, *shape, dtype=torch.float64), full_matrices=False)
+    scales = torch.tensor([1.0, 1e3], dtype=torch.float64)[:, None]
+    values = scales * torch.logspace(-2, 0, min(shape), dtype=torch.float64)
+    matrices = (u * values[:, None]) @ v
+    found = orthogonal(matrices)
+    inner = u.mT @ found @ v.mT
+    lengths = inner.diagonal(dim1=1, dim2=2)
+    assert lengths.min() > 0.65 and lengths.max() < 1.25
+    torch.testing.assert_close(inner, lengths.diag_embed(), atol=1e-12, rtol=0)
+    torch.testing.assert_close(orthogonal(matrices.float()).double(), found, atol=2e-3, rtol=0)
+    assert orthogonal(torch.zeros(1, *shape)).abs().max() == 0
 
 
 class Hidden(nn.Module):
@@ -98,6 +100,56 @@ def test_a_step_is_as_long_as_adamws_and_of_any_layout(model):
     torch.testing.assert_close(other.hidden.weight, model.hidden.weight, atol=1e-5, rtol=1e-5)
 
 
+class Twins(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(24, 32) for _ in range(5))
+
+
+def test_layers_of_one_shape_step_as_each_alone(monkeypatch):
+    weights = []
+    for together in (1, 2, 5):
+        monkeypatch.setattr("moe_sampler.training.muon._TOGETHER", together * 24 * 32)
+        torch.manual_seed(0)
+        model = Twins()
+        three_steps(model, Muon(model, lr=RATE))
+        weights.append([p.detach() for p in model.parameters()])
+    for other in weights[1:]:
+        torch.testing.assert_close(other, weights[0], atol=1e-6, rtol=1e-5)
+
+
+def everything(model, optimizer):
+    moments = {(i, name): v for i, s in enumerate(optimizer.state.values()) for name, v in s.items()}
+    return {name: value.clone() for name, value in {**model.state_dict(), **moments}.items()}
+
+
+def test_a_step_can_be_left_out_by_a_tensor(model):
+    optimizer = Muon(model, lr=RATE, weight_decay=DECAY)
+    optimizer.found_inf = torch.zeros(())
+    three_steps(model, optimizer)
+    before = everything(model, optimizer)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, torch.nan)
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    after = everything(model, optimizer)
+    assert before.keys() == after.keys() and len(before) > len(model.state_dict())
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+
+
+def test_rates_and_scales_that_are_tensors_count_as_numbers_do(model):
+    other = Hidden()
+    other.load_state_dict(model.state_dict())
+    optimizer = Muon(other, lr=torch.tensor(RATE), weight_decay=DECAY)
+    optimizer.found_inf, optimizer.grad_scale = torch.zeros(()), torch.tensor(8.0)
+    three_steps(model, Muon(model, lr=RATE, weight_decay=DECAY))
+    for step in range(3):
+        for name, gradient in gradients(model, step).items():
+            other.get_parameter(name).grad = 8 * gradient
+        optimizer.step()
+    torch.testing.assert_close(other.state_dict(), model.state_dict(), atol=1e-6, rtol=1e-5)
+
+
 def test_what_has_no_gradient_stays(model):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = Muon(model, lr=RATE)
@@ -107,32 +159,24 @@ def test_what_has_no_gradient_stays(model):
     assert changed == {"matrix.weight"} and set(optimizer.state) == {model.matrix.weight}
 
 
-class Deep(Late):
-    """With a hidden layer that is wide enough, and one that never has a gradient."""
-
-    def __init__(self, **arguments) -> None:
-        super().__init__(**arguments)
-        with torch.random.fork_rng():
-            torch.manual_seed(4)
-            layers = nn.Linear(3, 24), nn.SiLU(), nn.Linear(24, 32), nn.SiLU(), nn.Linear(32, 2)
-            self.model.layers = nn.Sequential(*layers)
-            self.model.idle = nn.Linear(24, 24)
+def deep(**arguments):
+    return with_hidden_layers(Late(**arguments))
 
 
 def test_it_learns_and_resumes_to_the_same_bits(tmp_path):
     chosen = {"optimizer": "muon", "learning_rate": 1e-2}
-    train(tmp_path / "whole", Deep(), **chosen)
+    train(tmp_path / "whole", deep(), **chosen)
     with pytest.raises(PowerCut):
-        train(tmp_path / "run", Deep(hook=cut(11)), **chosen)
-    train(tmp_path / "run", Deep(), **chosen)
+        train(tmp_path / "run", deep(hook=cut(11)), **chosen)
+    train(tmp_path / "run", deep(), **chosen)
     assert digest(tmp_path / "run" / "checkpoint-12") == digest(tmp_path / "whole" / "checkpoint-12")
-    train(tmp_path / "adamw", Deep(), learning_rate=1e-2)
+    train(tmp_path / "adamw", deep(), learning_rate=1e-2)
     assert digest(tmp_path / "adamw" / "checkpoint-12") != digest(tmp_path / "whole" / "checkpoint-12")
 
 
 def test_a_loss_that_is_not_finite_changes_nothing(tmp_path):
     chosen = {"optimizer": "muon", "learning_rate": 1e-2, "on_nonfinite": "skip", "max_skipped": 100}
-    task = Deep(poison=range(0, 50, 2))  # in each batch some
+    task = deep(poison=range(0, 50, 2))  # in each batch some
     before = {name: value.clone() for name, value in task.model.state_dict().items()}
     train(tmp_path / "run", task, **chosen)
     assert all(torch.equal(value, before[name]) for name, value in task.model.state_dict().items())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from training_helpers import Points, settings
+from training_helpers import Points, settings, with_hidden_layers
 from waits import waits_are_errors
 
 from moe_sampler._transfers import OnDevice, to_device
@@ -28,9 +28,11 @@ class Silent(Points):
         return Losses(loss, {"velocity": loss.detach()}, per_sample.detach(), sigma)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_step_reads_nothing(tmp_path, silent_device, accumulation):
-    trainer = Trainer(Silent(), settings(tmp_path / "run", gradient_accumulation_steps=accumulation))
+def test_a_step_reads_nothing(tmp_path, silent_device, accumulation, optimizer):
+    changes = {"gradient_accumulation_steps": accumulation, "optimizer": optimizer}
+    trainer = Trainer(with_hidden_layers(Silent()), settings(tmp_path / "run", **changes))
     batches = iter(trainer.loader())
     for _ in range(3):
         with silent_device() as waits:
@@ -85,9 +87,10 @@ def test_several_processes_hear_what_was_wanted_a_step_ago():
 
 
 @pytest.mark.gpu
-def test_on_cuda_a_step_does_not_synchronise(tmp_path):
-    task = Silent()
-    trainer = Trainer(task, settings(tmp_path / "run"))
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_on_cuda_a_step_does_not_synchronise(tmp_path, optimizer):
+    task = with_hidden_layers(Silent())
+    trainer = Trainer(task, settings(tmp_path / "run", optimizer=optimizer))
     batches = iter(trainer.loader())
     trainer.make_step(batches, 1e-3, Interrupts())  # compiles kernels, brings things to the device
     with waits_are_errors():

@@ -88,6 +88,16 @@ class Late(Points):
         return found._replace(loss=found.loss + more)
 
 
+def with_hidden_layers(task: Points) -> Points:
+    """The task, of a model with layers that are wide enough for Muon, one of which never has a gradient."""
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        layers = nn.Linear(3, 24), nn.SiLU(), nn.Linear(24, 32), nn.SiLU(), nn.Linear(32, 2)
+        task.model.layers = nn.Sequential(*layers)
+        task.model.idle = nn.Linear(24, 24)
+    return task
+
+
 class PowerCut(BaseException):
     """What no one catches."""
 
