@@ -18,7 +18,6 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from ..errors import CheckpointError
-from .muon import Muon
 
 __all__ = ["generator_tensors", "model_tensors", "optimizer_tensors", "set_generators", "set_tensors"]
 
@@ -70,13 +69,9 @@ def set_tensors(
         name, _, moment = key.rpartition(_SEPARATOR)
         same = value.numel() == shapes[name].numel() and moment != "step"
         state.setdefault(name, {})[moment] = value.reshape(shapes[name]) if same else value
-    for name in (name for group in groups for name in group["params"] if name not in state):
-        # Never had a gradient: as good as new.
-        if isinstance(optimizer, (torch.optim.Adafactor, Muon)):
-            state[name] = {m: torch.zeros_like(value) for m, value in own["state"][name].items()}
-            continue
-        state[name] = {m: torch.zeros(shapes[name]) for m in ("exp_avg", "exp_avg_sq")}
-        state[name]["step"] = torch.zeros(())
+    for name, own_moments in own["state"].items():
+        if name not in state:  # Never had a gradient: as good as new.
+            state[name] = {m: torch.zeros(v.shape, dtype=v.dtype) for m, v in own_moments.items()}
     weights = {name: tensor.reshape(shapes[name]) for name, tensor in weights.items()}
     set_state_dict(
         model,
