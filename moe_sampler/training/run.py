@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Mapping, Sized
 from pathlib import Path
 from typing import Any, cast
 
@@ -232,12 +232,14 @@ class Run:
             "samples a step": self.plan.total,
             "seed": self.settings.seed,
             "use_ema": self.settings.use_ema,
+            "optimizer": _optimizer(to_tables(self.settings)),
             "task": self.task.describe(),
         }
         was = {
             "samples a step": state["samples_a_step"],
             "seed": state["settings"]["seed"],
             "use_ema": state["settings"]["use_ema"],
+            "optimizer": _optimizer(state["settings"]),
             "task": state["task"],
         }
         different = [name for name in now if now[name] != was[name]]
@@ -267,3 +269,8 @@ class Run:
         if random in state["files"]:
             tensors, metadata = checkpoints.read_tensors(folder, random, state)
             self._generators = tensors, metadata["rest"]
+
+
+def _optimizer(settings: Mapping[str, Any]) -> str:
+    """Whose moments a run's checkpoints have; those before the setting came have AdamW's."""
+    return "8-bit adamw" if settings["use_8bit_adam"] else settings.get("optimizer", "adamw")

@@ -460,7 +460,9 @@ def test_a_damaged_checkpoint_is_named(whole, tmp_path):
 
 def test_another_run_is_not_continued(tmp_path):
     train(tmp_path / "run", max_train_steps=4)
-    for changes, what in (({"seed": 1}, "seed"), ({"train_batch_size": 4}, "samples a step")):
+    others = {"seed": {"seed": 1}, "samples a step": {"train_batch_size": 4}}
+    others |= {"optimizer": {"optimizer": "muon"}}
+    for what, changes in others.items():
         with pytest.raises(CheckpointError, match=f"another {what}"):
             Trainer(Points(), settings(tmp_path / "run", **changes))
     with pytest.raises(CheckpointError, match="another task"):
