@@ -181,7 +181,7 @@ class Study:
                     print(f"{name}, seed {seed}: {steps} steps", flush=True)
 
     def _settings(self, model: Model, steps: int) -> dict[str, Any]:
-        found = self.workshop.settings("trunk")  # one learning rate for all
+        found = self.workshop.settings("trunk") | {"optimizer": "adamw"}  # one learning rate for all
         constant = {"lr_scheduler": "constant_with_warmup", "lr_decay_steps": 0, "lr_floor": 0.0}
         return found | constant | {"max_train_steps": steps}
 

@@ -57,12 +57,12 @@ def demo(
         typer.Option(
             help="Draw as many scenes and make as many steps as fit into this time, over all commands on the "
             "work folder together. Default: on a GPU the steps that made the experts that ship, on a CPU a "
-            "25th of their samples."
+            "thirtieth of their samples."
         ),
     ] = None,
 ) -> None:
     """Draw the scenes and train the demo experts: minutes on a GPU, an hour and a half on two cores for a
-    rough draft of them, or the minutes you give it.
+    good draft of them, or the minutes you give it.
 
     `moe-sampler experts demo my-demo --minutes 60`
 
