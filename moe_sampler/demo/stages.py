@@ -75,25 +75,18 @@ _LEARNING: Mapping[str, Mapping[str, Any]] = {
     "text": {"learning_rate": 1e-3, "ema": 0.99},
     "decoder": {"learning_rate": 1.5e-3},
     "trunk": {"learning_rate": 2e-3, "decay_share": 0.2, "floor": 0.5},
-    "sol": {"learning_rate": 1.5e-3},
-    "lune": {"learning_rate": 1.5e-3},
 }
 """What is the same in a stage of any length."""
 
 
-def _stages(**lengths: tuple[int, int]) -> dict[str, dict[str, Any]]:
-    """By stage, of how many steps and of how many samples each."""
+def _stages(optimizer: str, rate: float, **lengths: tuple[int, int]) -> dict[str, dict[str, Any]]:
+    """By stage, of how many steps and of how many samples each. rate: Sol's and Lune's learning rate."""
     return {
-        name: stage_settings(steps, batch=batch, **_LEARNING[name])
+        name: stage_settings(steps, batch=batch, **{"learning_rate": rate, **_LEARNING.get(name, {})})
+        | {"optimizer": optimizer}
         for name, (steps, batch) in lengths.items()
     }
 
-
-_MUON: Mapping[str, Mapping[str, Any]] = {
-    **{name: {"optimizer": "muon"} for name in ("autoencoder", "text", "decoder", "trunk")},
-    **{name: {"optimizer": "muon", "learning_rate": 2e-3} for name in ("sol", "lune")},
-}
-"""What learns more in the few steps that a CPU makes."""
 
 SHIPPED = Recipe(
     scenes=48_000,
@@ -101,6 +94,8 @@ SHIPPED = Recipe(
     decoder_width=48,
     channels=(64, 96, 160),
     stages=_stages(
+        "adamw",
+        1.5e-3,
         **{"autoencoder": (5100, 256), "text": (1250, 512), "decoder": (4500, 128)},
         **{"trunk": (2050, 512), "sol": (3500, 512), "lune": (5900, 512)},
     ),
@@ -108,13 +103,12 @@ SHIPPED = Recipe(
 """What made the experts that ship, on a GPU: in round numbers the steps that docs/DEMO.md names."""
 QUICK = replace(
     SHIPPED,
-    stages={
-        name: settings | _MUON[name]
-        for name, settings in _stages(
-            **{"autoencoder": (2000, 24), "text": (700, 64), "decoder": (2600, 8)},
-            **{"trunk": (900, 24), "sol": (2100, 24), "lune": (3800, 24)},
-        ).items()
-    },
+    stages=_stages(
+        "muon",
+        2e-3,
+        **{"autoencoder": (2000, 24), "text": (700, 64), "decoder": (2600, 8)},
+        **{"trunk": (900, 24), "sol": (2100, 24), "lune": (3800, 24)},
+    ),
 )
 """As much of it as two cores make in an hour and a half, with Muon: docs/DEMO.md has what comes of it."""
 

@@ -228,20 +228,8 @@ class Run:
 
     def _check(self, folder: Path, state: dict[str, Any]) -> None:
         """Refuse what would make another run of it, before anything is loaded."""
-        now = {
-            "samples a step": self.plan.total,
-            "seed": self.settings.seed,
-            "use_ema": self.settings.use_ema,
-            "optimizer": _optimizer(to_tables(self.settings)),
-            "task": self.task.describe(),
-        }
-        was = {
-            "samples a step": state["samples_a_step"],
-            "seed": state["settings"]["seed"],
-            "use_ema": state["settings"]["use_ema"],
-            "optimizer": _optimizer(state["settings"]),
-            "task": state["task"],
-        }
+        now = _identity(self.plan.total, to_tables(self.settings), self.task.describe())
+        was = _identity(state["samples_a_step"], state["settings"], state["task"])
         different = [name for name in now if now[name] != was[name]]
         if different:
             name = different[0]
@@ -271,6 +259,14 @@ class Run:
             self._generators = tensors, metadata["rest"]
 
 
-def _optimizer(settings: Mapping[str, Any]) -> str:
-    """Whose moments a run's checkpoints have; those before the setting came have AdamW's."""
-    return "8-bit adamw" if settings["use_8bit_adam"] else settings.get("optimizer", "adamw")
+def _identity(samples_a_step: int, settings: Mapping[str, Any], task: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes it another run if it changes."""
+    # Checkpoints from before the setting came have AdamW's moments.
+    optimizer = "8-bit adamw" if settings["use_8bit_adam"] else settings.get("optimizer", "adamw")
+    return {
+        "samples a step": samples_a_step,
+        "seed": settings["seed"],
+        "use_ema": settings["use_ema"],
+        "optimizer": optimizer,
+        "task": task,
+    }

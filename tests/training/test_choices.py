@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_helpers import Late, Points, PowerCut, cut, digest, settings, train
+from training_helpers import Late, Points, PowerCut, cut, digest, settings, train, with_hidden_layers
 
 from moe_sampler.training import SettingsError, Trainer, TrainingSettings
 
@@ -46,13 +46,19 @@ def test_adafactor_by_hand(tmp_path):
     torch.testing.assert_close(weight.detach().double(), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_adafactor_resumes_to_the_same_bits(tmp_path):
-    chosen = {"optimizer": "adafactor", "learning_rate": 1e-2}
-    train(tmp_path / "whole", Late(), **chosen)
+@pytest.mark.parametrize("optimizer", ["adafactor", "muon"])
+def test_another_optimizer_learns_and_resumes_to_the_same_bits(tmp_path, optimizer):
+    def task(**arguments):
+        return with_hidden_layers(Late(**arguments))
+
+    chosen = {"optimizer": optimizer, "learning_rate": 1e-2}
+    train(tmp_path / "whole", task(), **chosen)
     with pytest.raises(PowerCut):
-        train(tmp_path / "run", Late(hook=cut(11)), **chosen)
-    train(tmp_path / "run", Late(), **chosen)
+        train(tmp_path / "run", task(hook=cut(11)), **chosen)
+    train(tmp_path / "run", task(), **chosen)
     assert digest(tmp_path / "run" / "checkpoint-12") == digest(tmp_path / "whole" / "checkpoint-12")
+    train(tmp_path / "adamw", task(), learning_rate=1e-2)
+    assert digest(tmp_path / "adamw" / "checkpoint-12") != digest(tmp_path / "whole" / "checkpoint-12")
 
 
 def test_optimizers_that_contradict_each_other():

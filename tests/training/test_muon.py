@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from training_helpers import Late, PowerCut, cut, digest, train, with_hidden_layers
+from training_helpers import Late, train, with_hidden_layers
 
 from moe_sampler.training.muon import Muon, orthogonal
 
@@ -159,24 +159,9 @@ def test_what_has_no_gradient_stays(model):
     assert changed == {"matrix.weight"} and set(optimizer.state) == {model.matrix.weight}
 
 
-def deep(**arguments):
-    return with_hidden_layers(Late(**arguments))
-
-
-def test_it_learns_and_resumes_to_the_same_bits(tmp_path):
-    chosen = {"optimizer": "muon", "learning_rate": 1e-2}
-    train(tmp_path / "whole", deep(), **chosen)
-    with pytest.raises(PowerCut):
-        train(tmp_path / "run", deep(hook=cut(11)), **chosen)
-    train(tmp_path / "run", deep(), **chosen)
-    assert digest(tmp_path / "run" / "checkpoint-12") == digest(tmp_path / "whole" / "checkpoint-12")
-    train(tmp_path / "adamw", deep(), learning_rate=1e-2)
-    assert digest(tmp_path / "adamw" / "checkpoint-12") != digest(tmp_path / "whole" / "checkpoint-12")
-
-
 def test_a_loss_that_is_not_finite_changes_nothing(tmp_path):
     chosen = {"optimizer": "muon", "learning_rate": 1e-2, "on_nonfinite": "skip", "max_skipped": 100}
-    task = deep(poison=range(0, 50, 2))  # in each batch some
+    task = with_hidden_layers(Late(poison=range(0, 50, 2)))  # in each batch some
     before = {name: value.clone() for name, value in task.model.state_dict().items()}
     train(tmp_path / "run", task, **chosen)
     assert all(torch.equal(value, before[name]) for name, value in task.model.state_dict().items())
